@@ -1,0 +1,37 @@
+# make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
+# make test    the same set-up, then every test
+# make check   ruff, its formatter and the type checker
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# `accelerate launch` gives a CPU process one thread unless told otherwise.
+CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
+
+.PHONY: math test check fix clean
+
+math: $(INSTALLED)
+	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch recipes/math.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
+
+# Installed again only when the packages or their versions changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'grpo-ext needs Python 3.11 or newer, this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(INSTALLED)

@@ -1,0 +1,66 @@
+"""From raw rewards to advantages, the group normalisation of GRPO.
+
+In: the reward of every completion, rows of a group next to each other. Out: one advantage a row.
+
+    rewards    1 0 0 1 | 0 0 0 0        two groups of four answers
+    advantages 1 -1 -1 1 | 0 0 0 0      the second group is dead: all its rewards are equal, nothing to learn
+
+Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions.
+"""
+
+import torch
+from torch import Tensor
+
+# Two rewards that differ by less than this are equal. In float32, eight equal rewards of 0.1 have a standard deviation
+# of rounding noise, which a division by (std + 1e-8) would blow up to advantages of order one.
+EQUAL_REWARDS = 1e-6
+
+
+def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
+    """Weighted sum of the rewards of each row, as TRL's `sum_then_normalize` does it.
+
+    A reward that is not finite means "could not be judged" (a reward function returned `None`, which TRL turns into
+    NaN): it is left out of the sum. A row that no function could judge is NaN.
+
+    Args:
+        rewards_per_func_BF: shape (B, F), any float dtype.
+        weights_F: shape (F,).
+
+    Returns:
+        Shape (B,), float64.
+    """
+    rewards_BF = rewards_per_func_BF.double()
+    judged_BF = rewards_BF.isfinite()
+    total_B = (rewards_BF.where(judged_BF, 0.0) * weights_F.double()).sum(dim=1)
+    return total_B.where(judged_BF.any(dim=1), torch.nan)
+
+
+def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: float = 1e-8) -> tuple[Tensor, Tensor]:
+    """A_i = (R_i - mean(R)) / (std(R) + epsilon) inside each group, with the population standard deviation.
+
+    Mean and deviation are taken in float64 over the answers that could be judged. The advantage is 0 for an answer
+    that could not be judged (NaN or infinite reward), for every answer of a dead group (max - min < 1e-6), and for
+    every answer of a group in which fewer than two could be judged.
+
+    Args:
+        rewards_B: shape (B,), the rows of a group next to each other.
+        num_generations: G; B must be a multiple of it.
+        epsilon: keeps the division finite; in units of reward.
+
+    Returns:
+        advantages_B: shape (B,), float32.
+        alive_P: shape (P,), bool, whether the group carries a learning signal.
+
+    Source: DeepSeekMath (arXiv:2402.03300), equation 3 with outcome supervision; std divides by the count.
+    """
+    rewards_PG = rewards_B.double().view(-1, num_generations)
+    judged_PG = rewards_PG.isfinite()
+    count_P1 = judged_PG.sum(dim=1, keepdim=True)
+    mean_P1 = rewards_PG.where(judged_PG, 0.0).sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
+    centred_PG = (rewards_PG - mean_P1).where(judged_PG, 0.0)
+    std_P1 = (centred_PG.square().sum(dim=1, keepdim=True) / count_P1.clamp(min=1)).sqrt()
+
+    spread_P = rewards_PG.where(judged_PG, -torch.inf).amax(dim=1) - rewards_PG.where(judged_PG, torch.inf).amin(dim=1)
+    alive_P = (count_P1.squeeze(1) >= 2) & (spread_P >= EQUAL_REWARDS)
+    advantages_PG = (centred_PG / (std_P1 + epsilon)).where(alive_P.unsqueeze(1), 0.0)
+    return advantages_PG.view(-1).float(), alive_P

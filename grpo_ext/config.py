@@ -1,0 +1,115 @@
+"""`GRPOExtConfig`: TRL's `GRPOConfig` with the defaults of the GRPO document, and only the fields that we add."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import GRPOConfig
+
+from grpo_ext.algorithm.kl import KL_ESTIMATORS
+
+TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+TRL_SCALE_REWARDS = ("group", "batch", "none")
+
+
+@dataclass
+class GRPOExtConfig(GRPOConfig):
+    """Configuration of [`GRPOExtTrainer`]. Every field of `trl.GRPOConfig` keeps its meaning.
+
+    Redeclared, so that the defaults are the document's (G=8 and epsilon=0.2 are TRL's defaults already):
+        loss_type: `"grpo_sequence"` (default) is the document's objective, the ratio of whole answers, see
+            `grpo_ext/algorithm/objective.py`. `"grpo"` and every other loss of TRL is computed by TRL itself.
+        scale_rewards: `"population"` (default) divides by the standard deviation of the group with the count in the
+            denominator. `"group"`, `"batch"` and `"none"` are TRL's.
+        temperature: 0.8.
+        beta: 0.1, the weight of the KL towards the starting model. With LoRA the reference costs no second model.
+        learning_rate: 1e-5. LoRA usually wants more than full fine-tuning; 1e-5 to 1e-4 for 0.5B-7B models.
+        entropy_coef: 0.01.
+        max_grad_norm: 0.5.
+        disable_dropout: True, so that the same tokens get the same log-probs in sampling and in the update.
+        bf16, use_cpu: without an accelerator the run is on the CPU in float32; on a GPU without bfloat16, fp16.
+
+    Added:
+        kl_estimator: KL of a token in `loss_type="grpo_sequence"`, `"k3"` (recommended, the only one so far).
+
+    Raises:
+        ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
+    """
+
+    loss_type: str = field(
+        default="grpo_sequence",
+        metadata={"help": f"'grpo_sequence' (the document's objective) or a loss of TRL: {', '.join(TRL_LOSS_TYPES)}."},
+    )
+    scale_rewards: str = field(
+        default="population",
+        metadata={"help": f"'population' (std with the count below) or one of TRL's: {', '.join(TRL_SCALE_REWARDS)}."},
+    )
+    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature, above 0."})
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the KL towards the starting model; 0 switches the reference off."},
+    )
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate. LoRA: 1e-5 to 1e-4 for 0.5B-7B models."}
+    )
+    entropy_coef: float = field(default=0.01, metadata={"help": "Weight of the entropy bonus; 0 switches it off."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradients are scaled down to this norm."})
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Set every dropout, LoRA's too, to 0: sampling and update then see the same model."},
+    )
+    kl_estimator: str = field(
+        default="k3", metadata={"help": f"KL of a token in 'grpo_sequence': {', '.join(KL_ESTIMATORS)}."}
+    )
+
+    def __post_init__(self) -> None:
+        self._fit_device()
+        super().__post_init__()
+        _require("loss_type", self.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
+        _require("scale_rewards", self.scale_rewards, ("population", *TRL_SCALE_REWARDS))
+        _require("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        if self.scale_rewards == "population" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r}. Use 'sum_then_normalize', or "
+                f"scale_rewards='group'."
+            )
+        if self.loss_type == "grpo_sequence":
+            self._refuse_token_options()
+
+    def _fit_device(self) -> None:
+        """Choose the precision that the device has, where the user left it open; TRL's default is bf16 everywhere."""
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+        elif self.bf16 is None and not self.fp16:
+            self.bf16 = is_torch_bf16_gpu_available()
+            self.fp16 = not self.bf16 and torch.cuda.is_available()
+
+    def _refuse_token_options(self) -> None:
+        """Options of TRL that act on single tokens have no meaning for the ratio of a whole answer."""
+        token_options = {
+            "importance_sampling_level": (self.importance_sampling_level, "token"),
+            "top_entropy_quantile": (self.top_entropy_quantile, 1.0),
+            "use_adaptive_entropy": (self.use_adaptive_entropy, False),
+        }
+        for name, (received, valid) in token_options.items():
+            if received != valid:
+                raise ValueError(
+                    f"{name}={received!r} acts on TRL's token losses; loss_type='grpo_sequence' takes the ratio of the "
+                    f"whole answer. Use {name}={valid!r}, or one of TRL's losses, such as loss_type='grpo'."
+                )
+        if (
+            self.use_vllm
+            and self.vllm_importance_sampling_correction
+            and not self.vllm_importance_sampling_mode.startswith("sequence")
+        ):
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} corrects single tokens; "
+                f"loss_type='grpo_sequence' needs 'sequence_mask' or 'sequence_truncate'."
+            )
+
+
+def _require(name: str, received: str, valid: tuple[str, ...]) -> None:
+    if received not in valid:
+        raise ValueError(f"{name}={received!r} is unknown. Valid: {', '.join(map(repr, valid))}.")

@@ -1,0 +1,131 @@
+"""Problems for a run: a data set of the Hub or of local files, with a prompt and a gold answer a row.
+
+In: `openai/gsm8k`, `problems.jsonl`, or a folder with train and test files; columns `prompt`, `question` or `problem`,
+and `answer` or `solution`. Out: train and held-out `Dataset`s with `prompt` and `answer`, ready for TRL. A base model
+gets a text of column `prompt` as it is.
+
+    {"question": "538+478=?", "answer": "1016"}
+    -> {"prompt": "Question: 538+478=?\\nAnswer:", "answer": "1016"}                                a base model
+    -> {"prompt": [{"role": "system", ...}, {"role": "user", "content": "538+478=?"}], ...}        a chat model
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from grpo_ext.policy.loading import unreachable
+
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "solution")
+SYSTEM_LINE = "Reason step by step, and put the final answer within \\boxed{}."
+PLAIN_PROMPT = "Question: {question}\nAnswer:"
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """The rows to train on and the rows to evaluate on; no prompt is in both.
+
+    Attributes:
+        train, heldout: columns `prompt` (text or messages), `answer` (text) and whatever else the data has.
+        note: how the held-out rows came about, in plain words.
+    """
+
+    train: Dataset
+    heldout: Dataset
+    note: str
+
+
+def load_problems(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    max_heldout: int = 256,
+    seed: int = 0,
+) -> Problems:
+    """Load, name the columns, write the prompts, and keep held-out problems apart.
+
+    Args:
+        name: a data set of the Hub, a local file (.jsonl, .json, .csv, .parquet) or a folder of such files.
+        tokenizer: with a chat template the prompts become messages, else plain text.
+        config: of a Hub data set; the first one (`main` of gsm8k) where the data has several.
+        max_heldout: at most so many held-out rows, drawn with `seed`. Without a `test_split`, so many rows, but at
+            most a fifth, are taken out of the training data.
+
+    Raises:
+        SystemExit: not on disk and not reachable on the Hub.
+        ValueError: no rows, or no column that could be the prompt or the answer.
+    """
+    splits = _fetch(name, config)
+    if train_split not in splits:
+        raise ValueError(f"'{name}' has no split {train_split!r}; it has: {', '.join(splits)}.")
+    train = splits[train_split]
+    if len(train) == 0:
+        raise ValueError(f"Split {train_split!r} of '{name}' has no rows.")
+    if test_split in splits and test_split != train_split:
+        heldout = splits[test_split].shuffle(seed=seed)
+        heldout = heldout.select(range(min(max_heldout, len(heldout))))
+        note = f"{len(heldout)} problems of split '{test_split}'"
+    else:
+        size = min(max_heldout, len(train) // 5)
+        if size == 0:
+            raise ValueError(f"'{name}' has {len(train)} rows and no split {test_split!r}: too few to hold some out.")
+        parts = train.train_test_split(test_size=size, seed=seed)
+        train, heldout = parts["train"], parts["test"]
+        note = f"{size} problems taken out of split '{train_split}'"
+    train, heldout = _with_prompts(train, tokenizer, name), _with_prompts(heldout, tokenizer, name)
+    seen = {str(prompt) for prompt in heldout["prompt"]}
+    before = len(train)
+    train = train.filter(lambda prompt: str(prompt) not in seen, input_columns="prompt")
+    if len(train) < before:
+        note += f"; {before - len(train)} training rows with the same prompt were left out"
+    return Problems(train=train, heldout=heldout, note=note)
+
+
+def _fetch(name: str, config: str | None) -> DatasetDict:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"'{name}' has suffix {path.suffix!r}; valid: {', '.join(FILE_FORMATS)}.")
+        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path))
+    try:
+        if config is None and not path.is_dir():
+            config = get_dataset_config_names(name)[0]
+        return load_dataset(name, config)
+    except (ConnectionError, DatasetNotFoundError, OSError) as error:
+        raise SystemExit(unreachable("Data set", name, error)) from None
+
+
+def _with_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+    prompt_column = _first_of(PROMPT_COLUMNS, rows, "prompt", name)
+    answer_column = _first_of(ANSWER_COLUMNS, rows, "answer", name)
+    is_chat, is_prompt = tokenizer.chat_template is not None, prompt_column == "prompt"
+
+    def write(row: dict[str, Any]) -> dict[str, Any]:
+        text = row[prompt_column]
+        if not isinstance(text, str):
+            prompt = text  # messages already
+        elif is_chat:
+            prompt = [{"role": "system", "content": SYSTEM_LINE}, {"role": "user", "content": text}]
+        else:
+            prompt = text if is_prompt else PLAIN_PROMPT.format(question=text)
+        return {"prompt": prompt, "answer": str(row[answer_column])}
+
+    return rows.map(write, remove_columns=[prompt_column, answer_column], desc="prompts")
+
+
+def _first_of(candidates: tuple[str, ...], rows: Dataset, role: str, name: str) -> str:
+    for column in candidates:
+        if column in rows.column_names:
+            return column
+    raise ValueError(
+        f"'{name}' needs a column for the {role}, one of: {', '.join(candidates)}; "
+        f"it has: {', '.join(rows.column_names)}."
+    )

@@ -1,0 +1,42 @@
+"""Adapters stay in float32, whatever the backbone is stored in.
+
+TRL 1.16 casts the trainable weights of a quantised model to bfloat16 while it builds the trainer. A bfloat16 weight of
+0.05 moves in steps of 0.0002, so an update of learning rate 1e-5 is lost to rounding, and the values of an adapter
+loaded from disk change before the first step.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, for those that an optimizer would update."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def snapshot(model: nn.Module | str) -> dict[str, Tensor]:
+    """A copy of the trainable values of a model that carries an adapter; nothing for a name, where none exists yet."""
+    if isinstance(model, str) or not hasattr(model, "peft_config"):
+        return {}
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+
+
+def restore_float32(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Store every trainable parameter of a PEFT model in float32, those named in `values` with exactly those values.
+
+    Args:
+        model: the model that the optimizer will see; not a PEFT model: left alone.
+        values: what `snapshot` returned before something may have rounded the weights; shapes must agree.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    for name, parameter in trainable_parameters(model).items():
+        parameter.data = values.get(name, parameter.data).to(parameter.device, torch.float32)
+
+
+def share_of_trainable(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters that train and parameters in all; packed 4-bit weights count as the weights they stand for."""
+    if hasattr(model, "peft_config"):
+        return model.get_nb_trainable_parameters()
+    return model.num_parameters(only_trainable=True), model.num_parameters()

@@ -1,0 +1,268 @@
+"""Held-out accuracy with 95% intervals: greedy pass@1, sampled pass@1 and pass@k.
+
+In: a model, problems (rows with `prompt` and the columns of the reward) and a reward that gives 1.0 for a right answer.
+Out: an `Evaluation`, for example greedy 0.12 [0.08, 0.16], sampled 0.41 [0.36, 0.48], pass@8 0.98 on 256 problems.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from scipy.special import comb
+from statsmodels.stats.proportion import proportion_confint
+from tqdm.auto import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.models.utils import disable_gradient_checkpointing
+
+Problem = dict[str, Any]
+Completion = str | list[dict[str, str]]
+Reward = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A share of problems with its 95% interval.
+
+    Attributes:
+        value: mean over problems, in [0, 1].
+        low, high: Wilson score interval over problems. Where several samples a problem give shares between 0 and 1,
+            it is wider than needed, never narrower.
+        n: number of problems.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """The mean of per-problem values in [0, 1]."""
+        total, n = sum(values), len(values)
+        low, high = proportion_confint(total, n, alpha=0.05, method="wilson")
+        return cls(value=total / n, low=float(low), high=float(high), n=n)
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        greedy: pass@1 of the most likely answer.
+        sampled: pass@1 at the training temperature, mean over `k` samples; None where `k` is 0.
+        pass_at_k: share of problems that at least one of `k` samples solves; None where `k` is below 2.
+        k: samples drawn per problem.
+        completions: the greedy completion of each problem.
+        right: whether it was right.
+    """
+
+    greedy: Estimate
+    sampled: Estimate | None
+    pass_at_k: Estimate | None
+    k: int
+    completions: list[Completion]
+    right: list[bool]
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is right) from `correct` right ones of `samples` >= k.
+
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv:2107.03374), equation 1.
+    """
+    return 1.0 - float(comb(samples - correct, k) / comb(samples, k))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt exactly as TRL's trainer makes them: chat template for messages, plain text otherwise."""
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return rendered["input_ids"]
+
+
+@contextmanager
+def _sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """No graph, no dropout, key-value cache on, and the random state of the run as it was afterwards."""
+    was_training = model.training
+    device = model.device
+    devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
+    keep_random_state = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
+    with torch.no_grad(), keep_random_state, disable_gradient_checkpointing(model):
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """Plain sampling or greedy, as TRL trains: a model's own top-p or penalty, from its files, is set aside."""
+    own_eos = model.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(own_eos if isinstance(own_eos, list) else [own_eos])} - {None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature else 50,  # 0 is off; transformers warns of any other value than 50 in greedy decoding
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(eos),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    description: str | None = None,
+) -> list[Completion]:
+    """One completion a prompt, in order; the work is shared between processes where there are several.
+
+    Args:
+        temperature: 0 for greedy.
+        batch_size: prompts decoded at once on each process.
+        seed: of the sampling; the random state of the caller is left as it was.
+        description: label of the progress bar; None for no bar.
+
+    Returns:
+        Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL hands to rewards.
+    """
+    state = PartialState()
+    config = _generation_config(model, tokenizer, max_new_tokens, temperature)
+    with state.split_between_processes(list(prompts)) as mine, _sampling_only(model, seed + state.process_index):
+        ids = [render(tokenizer, prompt) for prompt in mine]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
+        texts = [""] * len(ids)
+        silent = description is None or not state.is_main_process
+        for start in tqdm(range(0, len(ids), batch_size), desc=description, disable=silent, leave=False):
+            rows = order[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
+            inputs = inputs.to(model.device)
+            output = model.generate(**inputs, generation_config=config)
+            answers = tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+            for i, answer in zip(rows, answers, strict=True):
+                texts[i] = answer
+    everyone = gather_object(texts) if state.num_processes > 1 else texts
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, everyone, strict=True)
+    ]
+
+
+def judge(reward: Reward, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[bool]:
+    """Whether each completion earns the full reward; an answer that cannot be judged counts as wrong."""
+    columns = {name: [problem[name] for problem in problems] for name in problems[0] if name != "prompt"}
+    prompts = [problem["prompt"] for problem in problems]
+    scores = reward(prompts=prompts, completions=list(completions), **columns)
+    return [score is not None and score >= 1.0 for score in scores]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    reward: Reward,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    samples: int = 0,
+    batch_size: int = 64,
+    seed: int = 0,
+    description: str | None = None,
+) -> Evaluation:
+    """Greedy pass@1; with `samples` > 0 also sampled pass@1, and from 2 samples on pass@k with k = samples.
+
+    Args:
+        problems: rows with `prompt` and the columns that `reward` takes; at least one.
+        reward: TRL's signature; 1.0 or more means right.
+        temperature: of the samples, above 0.
+    """
+    prompts = [problem["prompt"] for problem in problems]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    settings["description"] = description
+    completions = complete(model, tokenizer, prompts, **settings)
+    right = judge(reward, problems, completions)
+    sampled = at_k = None
+    if samples:
+        repeated = [problem for problem in problems for _ in range(samples)]
+        drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
+        hits = torch.tensor(judge(reward, repeated, drawn)).view(-1, samples).sum(dim=1).tolist()
+        sampled = Estimate.of([hit / samples for hit in hits])
+        if samples > 1:
+            at_k = Estimate.of([pass_at_k(hit, samples, samples) for hit in hits])
+    return Evaluation(
+        greedy=Estimate.of([float(hit) for hit in right]),
+        sampled=sampled,
+        pass_at_k=at_k,
+        k=samples,
+        completions=completions,
+        right=right,
+    )
+
+
+class HeldOutAccuracy(TrainerCallback):
+    """Logs held-out accuracy with its interval: what was found before training, then greedy every `eval_steps` steps.
+
+    Args:
+        before: the evaluation of the starting policy; logged as step 0, unless the run resumes.
+        measure: evaluates the policy as it is now.
+        log: takes the metrics, for example `GRPOExtTrainer.log_alone`.
+    """
+
+    def __init__(
+        self, before: Evaluation, measure: Callable[[], Evaluation], log: Callable[[dict[str, float]], None]
+    ) -> None:
+        self._before = before
+        self._measure = measure
+        self._log = log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._log(as_metrics(self._before))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_last = state.global_step >= state.max_steps  # measured after training, with samples
+        if args.eval_steps and state.global_step % args.eval_steps == 0 and not is_last:
+            self._log(as_metrics(self._measure()))
+
+
+def as_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """The figures of an evaluation under the names that they have in `metrics.jsonl`."""
+    named = {
+        "pass@1": evaluation.greedy,
+        "sampled_pass@1": evaluation.sampled,
+        f"pass@{evaluation.k}": evaluation.pass_at_k,
+    }
+    metrics: dict[str, float] = {}
+    for name, estimate in named.items():
+        if estimate is not None:
+            figures = asdict(estimate)
+            metrics[f"heldout/{name}"] = figures.pop("value")
+            metrics |= {f"heldout/{name}/{bound}": figures[bound] for bound in ("low", "high")}
+    return metrics

@@ -1,0 +1,83 @@
+"""`summary.json`: one run in one object, for scripts that compare runs.
+
+{"recipe": "math", "steps": 30, "pass_at_1_before": {"value": 0.15, "low": 0.11, "high": 0.2, "n": 256}, ...}
+"""
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOTrainer
+
+from grpo_ext.policy.adapters import share_of_trainable
+from grpo_ext.report.evaluation import Estimate, Evaluation
+from grpo_ext.run.machine import device_name, peak_memory_mb
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def summarise(
+    trainer: GRPOTrainer,
+    *,
+    recipe: str,
+    base_model: str,
+    seconds: float,
+    before: Evaluation,
+    after: Evaluation,
+) -> dict[str, Any]:
+    """The contents of `summary.json`.
+
+    Args:
+        seconds: of training, evaluation before and after it left out.
+        before, after: evaluations of the starting and the trained policy on the same problems.
+    """
+    args, state = trainer.args, trainer.state
+    trainable, total = share_of_trainable(trainer.model)
+    rollouts = state.global_step * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
+    completions = round(rollouts * args.generation_batch_size)
+
+    def figures(estimate: Estimate | None) -> dict[str, float] | None:
+        return None if estimate is None else asdict(estimate)
+
+    return {
+        "recipe": recipe,
+        "base_model": base_model,
+        "device": device_name(trainer.accelerator.device),
+        "steps": state.global_step,
+        "seconds": round(seconds, 1),
+        "prompts_seen": completions // args.num_generations,
+        "completions_seen": completions,
+        "pass_at_1_before": figures(before.greedy),
+        "pass_at_1_after": figures(after.greedy),
+        "sampled_pass_at_1_before": figures(before.sampled),
+        "sampled_pass_at_1_after": figures(after.sampled),
+        "pass_at_k_before": figures(before.pass_at_k),
+        "pass_at_k_after": figures(after.pass_at_k),
+        "k": before.k,
+        "peak_memory_mb": round(peak_memory_mb(trainer.accelerator.device)),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "seed": args.seed,
+    }
+
+
+def write_summary(output_dir: str | Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json` into the output folder of the run."""
+    (Path(output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """`held-out pass@1: 0.39 [0.33, 0.45] -> 0.97 [0.94, 0.99]  (n=256, 1 min 40 s)`, greedy and sampled."""
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    lines = []
+    for label, name in (("greedy", "pass_at_1"), ("sampled", "sampled_pass_at_1")):
+        before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+        if before and after:
+            change = f"{Estimate(**before)} -> {Estimate(**after)}"
+            lines.append(f"held-out pass@1: {change}  ({label}, n={before['n']}, {duration})")
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""`GRPOExtTrainer`: a thin adapter between TRL's `GRPOTrainer` and the rooms below."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ProgressCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from grpo_ext.algorithm.advantages import combine_rewards, population_advantages
+from grpo_ext.algorithm.objective import SequenceObjective
+from grpo_ext.config import GRPOExtConfig
+from grpo_ext.policy.adapters import restore_float32, snapshot
+from grpo_ext.policy.loading import frozen_dtype
+from grpo_ext.report.metrics import MetricsFile
+from grpo_ext.run.progress import RewardProgress
+from grpo_ext.run.timing import PhaseTimer
+
+# Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
+MULTIMODAL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class GRPOExtTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
+
+    - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
+    - `scale_rewards="population"`: the document's group normalisation, computed by `algorithm/advantages.py`.
+    - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
+    - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
+
+    Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
+    per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`, `frac_dead_groups`,
+    `time/generate|reward|reference|update` (seconds per optimizer step).
+
+    Raises:
+        TypeError: `args` is not a `GRPOExtConfig`.
+    """
+
+    args: GRPOExtConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: GRPOExtConfig | None = None,
+        *positional: Any,
+        **keywords: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GRPOExtConfig(f"{name.split('/')[-1]}-GRPO")
+        elif not isinstance(args, GRPOExtConfig):
+            raise TypeError(
+                f"GRPOExtTrainer needs args of type GRPOExtConfig, got {type(args).__name__}. "
+                f"GRPOExtConfig takes the same fields: replace the class name."
+            )
+        if isinstance(model, str) and keywords.get("peft_config") is not None:
+            args.model_init_kwargs = {"dtype": frozen_dtype(args), **(args.model_init_kwargs or {})}
+
+        self._phases = PhaseTimer()
+        self._timed_from_step: int | None = None
+        self._rewards_per_func_BF: Tensor | None = None
+        adapter_values = snapshot(model)
+        super().__init__(model, reward_funcs, args, *positional, **keywords)
+        if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # it cannot mix dtypes (TRL #6089)
+            restore_float32(self.model, adapter_values)
+        if args.scale_rewards == "population":
+            self.scale_rewards = "none"  # TRL's own value, so that its rollout runs; ours replaces the result
+        self._sequence_objective = SequenceObjective(
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=args.delta,
+            beta=self.beta,
+            entropy_coef=self.entropy_coef,
+            correct_kl=args.use_bias_correction_kl,
+        )
+        self.add_callback(MetricsFile())
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(RewardProgress())
+
+    # Rollout
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._phases("generate"):
+            return super()._generate(*args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._phases("reward"):
+            self._rewards_per_func_BF = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func_BF
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        # Beside sampling and rewards, what takes time in a rollout are the old and reference passes.
+        with self._phases("reference"):
+            output = super()._generate_and_score_completions(inputs)
+        if self.args.scale_rewards == "population":
+            output["advantages"] = self._population_advantages(len(inputs))
+        return output
+
+    def _population_advantages(self, local_rows: int) -> Tensor:
+        """The advantages of this process's rows; those of all processes go to the logs in place of TRL's."""
+        mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        assert self._rewards_per_func_BF is not None
+        rewards_B = combine_rewards(self._rewards_per_func_BF, self.reward_weights.to(self.accelerator.device))
+        advantages_B, alive_P = population_advantages(rewards_B, num_generations)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages_B))):
+            logged.pop()
+        logged.extend(advantages_B.tolist())
+        self._metrics[mode]["frac_dead_groups"].append(1.0 - alive_P.double().mean().item())
+        self._metrics[mode]["advantages/mean"].append(advantages_B.mean().item())
+        self._metrics[mode]["advantages/mean_abs"].append(advantages_B.abs().mean().item())
+        start = self.accelerator.process_index * local_rows
+        return advantages_B[start : start + local_rows]
+
+    # Update
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._timed_from_step is None:
+            self._timed_from_step = self.state.global_step
+        with self._phases("update"):
+            return super().training_step(*args, **kwargs)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.loss_type != "grpo_sequence":
+            return super()._compute_loss(model, inputs)
+        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
+        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
+        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
+            completion_ids.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
+        )
+        loss, metrics = self._sequence_objective(
+            logps,
+            old_logps_BC=inputs.get("old_per_token_logps"),
+            ref_logps_BC=inputs.get("ref_per_token_logps"),
+            entropies_BC=entropies,
+            mask_BC=mask,
+            advantages_B=inputs["advantages"],
+            policy_weights_B=self._policy_weights(inputs, logps, mask),
+        )
+        mode = "train" if self.model.training else "eval"
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        totals = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in metrics.values()]))
+        for name, (total, count) in zip(metrics, totals.tolist(), strict=True):
+            self._metrics[mode][name].append(total / max(count, 1.0))
+        # The trainer does not divide by the accumulation steps itself (`loss_is_scaled_for_ga`).
+        return loss / self.current_gradient_accumulation_steps if mode == "train" else loss
+
+    def _policy_weights(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor) -> Tensor | None:
+        """Factors that TRL's options put on the policy term of each row, shape (B,); None where there are none."""
+        weights = None
+        if self.off_policy_mask_threshold is not None:
+            old_logps = inputs.get("old_per_token_logps", logps.detach())
+            weights = self.get_off_policy_mask(
+                advantages=inputs["advantages"].unsqueeze(1),
+                per_token_logps=logps,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_logps),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            ).squeeze(1)
+        if "importance_sampling_ratio" in inputs:
+            correction = inputs["importance_sampling_ratio"].squeeze(1)
+            weights = correction if weights is None else weights * correction
+        return weights
+
+    # Log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and self._timed_from_step is not None and "loss" in logs:
+            steps = max(1, self.state.global_step - self._timed_from_step)
+            self._timed_from_step = None
+            logs |= {f"time/{phase}": seconds / steps for phase, seconds in self._phases.pop().items()}
+        super().log(logs, start_time)
+
+    def log_alone(self, metrics: dict[str, float]) -> None:
+        """Log these values now, without closing the running means that TRL's `log` would flush with them."""
+        super(GRPOTrainer, self).log(metrics)
