@@ -12,7 +12,7 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 .PHONY: math test check fix clean
 
 math: $(INSTALLED)
-	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch recipes/math.py
+	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ banner -> held-out accuracy before -> training, with accuracy every `eval_steps`
 
 import time
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,7 @@ def run(
     """
     args = trainer.args
     heldout = problems.heldout.to_list()
-    base_model = trainer.model.config.name_or_path
+    base_model = _short_name(trainer.model.config.name_or_path)
     measure = partial(
         evaluate,
         trainer.accelerator.unwrap_model(trainer.model),
@@ -52,7 +53,8 @@ def run(
     )
     banner.show(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
     before = measure(samples=eval_samples, description="held-out accuracy before")
-    trainer.add_callback(HeldOutAccuracy(before, measure, trainer.log_alone))
+    during = partial(measure, samples=min(eval_samples, 1))
+    trainer.add_callback(HeldOutAccuracy(before, during, trainer.log_alone))
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.monotonic() - started
@@ -84,6 +86,12 @@ def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation)
         ]
         table.add_row(Text(_text(problem["prompt"])[-300:].strip()), *answers)
     Console().print(table)
+
+
+def _short_name(name_or_path: str) -> str:
+    """A Hub id as it is; a local folder relative to the current one where it lies below it."""
+    path = Path(name_or_path)
+    return str(path.relative_to(Path.cwd())) if path.is_dir() and path.is_relative_to(Path.cwd()) else name_or_path
 
 
 def _text(message: Completion) -> str:

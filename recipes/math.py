@@ -28,6 +28,7 @@ from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.data import load_problems
 from grpo_ext.experiment import run
 from grpo_ext.policy.loading import PolicyConfig, load_tokenizer, model_init_kwargs, quantization
+from grpo_ext.run.quiet import quiet_libraries
 from rewards import math_answer_reward
 
 EMBEDDED = f"{HERE}/tiny_math.yaml"  # the settings of the run without arguments
@@ -64,6 +65,7 @@ def parse(argv: list[str]) -> tuple[MathArguments, GRPOExtConfig, PolicyConfig]:
 
 def main(argv: list[str]) -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # no child process puts this folder on its path either
+    quiet_libraries()
     script_args, args, model_args = parse(argv)
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
     problems = load_problems(

@@ -26,7 +26,7 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _SENTENCE = re.compile(r"(?:\banswer is:?|答案[是为][:：]?)[ \t]*([^\n]+)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?:[.!](?=\s|$)|。).*", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
 _SEVERAL = re.compile(r"\b(?:or|and)\b|或|;", re.IGNORECASE)
 
 
@@ -101,12 +101,12 @@ def _score(text: str, gold: str) -> float | None:
 
 
 def _as_fraction(text: str) -> Fraction | None:
-    """A plain number, with thousands separators, a currency sign, a final full stop or a unicode minus; else None."""
+    """A plain number, maybe with thousands separators, a currency sign, an exponent or a unicode minus; else None."""
     number = text.strip().strip("$").replace("\\$", "").replace("\u2212", "-").rstrip(".").strip()
     if not number or len(number) > MAX_ANSWER_CHARACTERS or not _NUMBER.fullmatch(number):
         return None
     digits = number.replace(",", "")
-    return Fraction(digits) if any(character.isdigit() for character in digits) else None
+    return Fraction(digits) if digits.lstrip("+-.")[:1].isdigit() else None
 
 
 def _seconds() -> int | None:

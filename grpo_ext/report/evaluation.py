@@ -225,7 +225,7 @@ def evaluate(
 
 
 class HeldOutAccuracy(TrainerCallback):
-    """Logs held-out accuracy with its interval: what was found before training, then greedy every `eval_steps` steps.
+    """Logs held-out accuracy with its interval: what was found before training, then every `eval_steps` steps.
 
     Args:
         before: the evaluation of the starting policy; logged as step 0, unless the run resumes.

@@ -1,0 +1,15 @@
+"""Messages of other libraries that a user can do nothing about, left out of a recipe's output."""
+
+import warnings
+
+import datasets
+
+
+def quiet_libraries() -> None:
+    """Hide the deprecations that TRL itself runs into, and progress bars of work that takes no time.
+
+    For scripts: it changes the settings of the process.
+    """
+    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):  # renamed in transformers 5.23; TRL sets them
+        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated", category=FutureWarning)
+    datasets.disable_progress_bars()

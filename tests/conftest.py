@@ -1,0 +1,117 @@
+"""What the tests share: everything offline, a tiny random llama, the embedded model, and a trainer on them."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_MODEL = ROOT / "recipes" / "tiny_math" / "model"
+TINY_DATA = ROOT / "recipes" / "tiny_math" / "data"
+
+PROMPTS = ["Question: 1+2=?\nAnswer:", "Question: 30+41=?\nAnswer:", "2+2=", "Question: 7+8=?\nAnswer:"]
+
+
+def random_lora(**changes: Any) -> LoraConfig:
+    """LoRA with a random B: with B = 0, as it starts by default, every gradient of A is 0 and KL and ratio trivial."""
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        | {"init_lora_weights": False, "lora_dropout": 0.0}
+        | changes
+    )
+
+
+def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that random text spreads over: the share of digits among its characters."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture
+def small_model(tokenizer) -> LlamaForCausalLM:
+    """Two layers of hidden size 32, random weights, the same every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def tiny_model():
+    return AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path) -> Callable[..., Any]:
+    """`build(model, beta=0.0)`: a trainer on PROMPTS, ours unless `trainer=GRPOTrainer` asks for stock TRL."""
+
+    def make(
+        model: Any,
+        *,
+        trainer: type[GRPOTrainer] = GRPOExtTrainer,
+        reward: Any = share_of_digits,
+        peft_config: Any = None,
+        prompts: list[str] = PROMPTS,
+        columns: dict[str, list[Any]] | None = None,
+        quantization_config: Any = None,
+        **changes: Any,
+    ) -> Any:
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 12,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "bf16": False,
+            "seed": 3,
+        }
+        config = GRPOExtConfig if issubclass(trainer, GRPOExtTrainer) else GRPOConfig
+        return trainer(
+            model,
+            reward_funcs=reward,
+            args=config(**settings | changes),
+            train_dataset=Dataset.from_dict({"prompt": prompts, **(columns or {})}),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+        )
+
+    return make
+
+
+def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """A copy of the trainable parameters."""
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,69 @@
+"""The configuration: the document's defaults, the device's precision, and refusals that name the way out."""
+
+import re
+
+import pytest
+import torch
+from trl import GRPOConfig
+
+from grpo_ext import GRPOExtConfig
+
+
+def config(tmp_path, **changes):
+    return GRPOExtConfig(output_dir=str(tmp_path), **changes)
+
+
+def test_document_defaults(tmp_path):
+    args = config(tmp_path)
+    assert (args.num_generations, args.temperature, args.beta, args.epsilon) == (8, 0.8, 0.1, 0.2)
+    assert (args.learning_rate, args.entropy_coef, args.max_grad_norm) == (1e-5, 0.01, 0.5)
+    assert (args.loss_type, args.scale_rewards, args.kl_estimator) == ("grpo_sequence", "population", "k3")
+    assert args.disable_dropout
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
+def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
+    """TRL's default is bf16, on a CPU too: `GRPOConfig()` raises there, and with use_cpu it is bf16 autocast."""
+    args = config(tmp_path)
+    assert (args.use_cpu, args.bf16, args.fp16) == (True, False, False)
+    assert config(tmp_path, bf16=True).bf16  # asked for, so kept
+
+
+def test_only_the_named_fields_differ_from_trl():
+    ours, theirs = GRPOExtConfig.__dataclass_fields__, GRPOConfig.__dataclass_fields__
+    assert set(ours) - set(theirs) == {"kl_estimator"}
+    changed = {name for name in theirs if ours[name].default != theirs[name].default}
+    assert changed == {
+        "loss_type",
+        "scale_rewards",
+        "temperature",
+        "beta",
+        "learning_rate",
+        "entropy_coef",
+        "max_grad_norm",
+        "disable_dropout",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "received", "valid"),
+    [
+        ({"loss_type": "ppo"}, "loss_type='ppo'", "'grpo_sequence', 'grpo'"),
+        ({"scale_rewards": "std"}, "scale_rewards='std'", "'population', 'group'"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4'", "'k3'"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "'normalize_then_sum'", "scale_rewards='group'"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'", "'token'"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2", "top_entropy_quantile=1.0"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True", "loss_type='grpo'"),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}, "'token_mask'", "'sequence_mask'"),
+    ],
+)
+def test_impossible_combinations_are_refused_by_name(tmp_path, changes, received, valid):
+    with pytest.raises(ValueError, match=re.escape(received) + ".*" + re.escape(valid)):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("option", [{"importance_sampling_level": "sequence"}, {"top_entropy_quantile": 0.2}])
+def test_options_of_trl_pass_with_losses_of_trl(tmp_path, option):
+    assert config(tmp_path, loss_type="grpo", **option).loss_type == "grpo"
+    assert config(tmp_path, scale_rewards=False).scale_rewards == "none"  # TRL's old spelling
