@@ -195,5 +195,8 @@ class GRPOExtTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def log_alone(self, metrics: dict[str, float]) -> None:
-        """Log these values now, without closing the running means that TRL's `log` would flush with them."""
+        """Log these values now, without closing the running means that TRL's `log` would flush with them, and without
+        taking the place of the step's own log."""
+        due = self.control.should_log
         super(GRPOTrainer, self).log(metrics)
+        self.control.should_log = due

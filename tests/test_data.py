@@ -44,7 +44,7 @@ def test_other_formats_and_column_names(tmp_path, tokenizer, suffix):
 
 def test_a_folder_with_a_test_file_keeps_it_apart(tmp_path, tokenizer):
     write(tmp_path / "data" / "train.jsonl", ROWS)
-    write(tmp_path / "data" / "test.jsonl", ROWS[:2] + [{"question": "0+0=?", "answer": "0"}])
+    write(tmp_path / "data" / "test.jsonl", [*ROWS[:2], {"question": "0+0=?", "answer": "0"}])
     problems = load_problems(str(tmp_path / "data"), tokenizer)
     assert len(problems.heldout) == 3
     assert len(problems.train) == 48  # the two that the test file shares

@@ -12,9 +12,12 @@ PLAIN = {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None, "beta": 0.0, "e
 LOG2 = math.log(2)
 
 
+def as_tensor(values):
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
 def compute(logps, *, old=None, ref=None, entropies=None, mask=None, advantages=(1.0,), weights=None, **constants):
-    logps = torch.tensor(logps, dtype=torch.float64)
-    as_tensor = lambda x: None if x is None else torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    logps = as_tensor(logps)
     return SequenceObjective(**PLAIN | constants)(
         logps,
         old_logps_BC=as_tensor(old),
@@ -143,12 +146,12 @@ def test_gradient_equals_that_of_a_naive_formula(correct_kl):
     naive = 0.0
     for b in range(B):
         kept = mask[b].bool()
-        l, o, f = logps[b][kept], old[b][kept], ref[b][kept]
-        ratio = (l - o).sum().exp()
+        new, o, f = logps[b][kept], old[b][kept], ref[b][kept]
+        ratio = (new - o).sum().exp()
         clipped = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.3))
         surrogate = min(min(ratio, torch.tensor(1.5)) * advantages[b], clipped * advantages[b])
-        kl = (f - l).exp() - (f - l) - 1
-        kl = kl * (l - o).exp() if correct_kl else kl
+        kl = (f - new).exp() - (f - new) - 1
+        kl = kl * (new - o).exp() if correct_kl else kl
         naive = naive - (surrogate - 0.1 * kl.sum() + 0.01 * entropies[b][kept].mean()) / B
     torch.testing.assert_close(loss, naive)
     wanted = torch.autograd.grad(naive, (logps, entropies))

@@ -254,13 +254,13 @@ class HeldOutAccuracy(TrainerCallback):
 
 def as_metrics(evaluation: Evaluation) -> dict[str, float]:
     """The figures of an evaluation under the names that they have in `metrics.jsonl`."""
-    named = {
-        "pass@1": evaluation.greedy,
-        "sampled_pass@1": evaluation.sampled,
-        f"pass@{evaluation.k}": evaluation.pass_at_k,
-    }
+    named = [
+        ("pass@1", evaluation.greedy),
+        ("sampled_pass@1", evaluation.sampled),
+        (f"pass@{evaluation.k}", evaluation.pass_at_k),
+    ]
     metrics: dict[str, float] = {}
-    for name, estimate in named.items():
+    for name, estimate in named:
         if estimate is not None:
             figures = asdict(estimate)
             metrics[f"heldout/{name}"] = figures.pop("value")

@@ -10,6 +10,6 @@ def quiet_libraries() -> None:
 
     For scripts: it changes the settings of the process.
     """
-    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):  # renamed in transformers 5.23; TRL sets them
-        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated", category=FutureWarning)
+    # renamed in transformers 5.23; TRL 1.16 uses the old names
+    warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
     datasets.disable_progress_bars()
