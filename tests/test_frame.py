@@ -74,7 +74,7 @@ def test_no_file_is_too_long_to_say_one_thing():
 def test_paths_and_commands_of_the_documents_exist(document):
     text = (ROOT / document).read_text()
     files = set(re.findall(r"(?<![\w/.])((?:grpo_ext|rewards|recipes|tests|accelerate_configs)/[\w./-]*\w)", text))
-    links = {link for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text)}
+    links = set(re.findall(r"\]\((?!https?://|#)([^)#]+)", text))
     missing = [path for path in files if not (ROOT / path).exists()]
     missing += [link for link in links if not ((ROOT / document).parent / link).exists()]
     assert not missing

@@ -114,10 +114,22 @@ def test_what_a_run_says_and_leaves(tmp_path):
     assert [row["step"] for row in metrics if "loss" in row] == [1, 2]
 
 
+def test_own_data_and_a_4bit_base(tmp_path):
+    """The flags of a real task: a model by name, problems in a file, NF4."""
+    rows = [{"question": f"{i}+{i}=?", "solution": f"twice {i}\n#### {2 * i}"} for i in range(100, 160)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model_name_or_path", "recipes/tiny_math/model", "--dataset_name", str(tmp_path / "problems.jsonl")]
+    command = [sys.executable, "recipes/math.py", *flags, "--load_in_4bit", *TWO_STEPS, "--output_dir", str(tmp_path)]
+    code, output = launch(command)
+    assert code == 0, output
+    assert "52 problems; held out: 8 problems taken out of split 'train'" in output
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
 def test_flags_and_config_files(tmp_path):
     """No flags: the embedded preset. A YAML file replaces it, and flags win over both."""
     script_args, args, model_args = recipe.parse(["--seed", "7"])
-    assert (args.seed, args.max_steps, args.learning_rate) == (7, 30, 1e-3)
+    assert (args.seed, args.max_steps, args.learning_rate) == (7, 35, 1e-3)
     assert Path(model_args.model_name_or_path).is_dir()
     assert Path(script_args.dataset_name).is_dir()
     (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: d\nlearning_rate: 3.0e-5\nbeta: 0.2\n")
