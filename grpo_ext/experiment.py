@@ -14,7 +14,8 @@ from rich.text import Text
 
 from grpo_ext.data import Problems
 from grpo_ext.report.curves import draw_curves
-from grpo_ext.report.evaluation import Completion, Evaluation, HeldOutAccuracy, Problem, Reward, as_metrics, evaluate
+from grpo_ext.report.evaluation import Completion, Evaluation, Problem, Reward, evaluate
+from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics
 from grpo_ext.report.summary import summarise, verdict, write_summary
 from grpo_ext.run import banner
 from grpo_ext.trainer import GRPOExtTrainer

@@ -131,6 +131,8 @@ def test_recipe_defaults_of_lora_and_quantisation(tmp_path):
         args = GRPOExtConfig(output_dir=str(tmp_path), use_cpu=True, bf16=bf16)
         assert frozen_dtype(args) == dtype
         assert model_init_kwargs(model_args, args)["dtype"] == str(dtype).removeprefix("torch.")
+        full = PolicyConfig(model_name_or_path=str(TINY_MODEL), use_peft=False)
+        assert model_init_kwargs(full, args)["dtype"] == "float32"  # weights that train are not kept in bf16
         config = quantization(model_args, args)
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
         assert config.bnb_4bit_compute_dtype == dtype

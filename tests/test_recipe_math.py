@@ -114,14 +114,22 @@ def test_what_a_run_says_and_leaves(tmp_path):
     assert [row["step"] for row in metrics if "loss" in row] == [1, 2]
 
 
-def test_own_data_and_a_4bit_base(tmp_path):
-    """The flags of a real task: a model by name, problems in a file, NF4."""
+@pytest.mark.parametrize(
+    ("flags", "banner"),
+    [
+        (["--load_in_4bit"], "163,840 parameters (15.91%), the adapter, in float32"),
+        (["--use_peft", "false"], "the whole model"),
+    ],
+)
+def test_own_data_on_a_4bit_base_or_without_adapter(tmp_path, flags, banner):
+    """The flags of a real task: a model by name, problems in a file, NF4; and a full fine-tune."""
     rows = [{"question": f"{i}+{i}=?", "solution": f"twice {i}\n#### {2 * i}"} for i in range(100, 160)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--model_name_or_path", "recipes/tiny_math/model", "--dataset_name", str(tmp_path / "problems.jsonl")]
-    command = [sys.executable, "recipes/math.py", *flags, "--load_in_4bit", *TWO_STEPS, "--output_dir", str(tmp_path)]
+    task = ["--model_name_or_path", "recipes/tiny_math/model", "--dataset_name", str(tmp_path / "problems.jsonl")]
+    command = [sys.executable, "recipes/math.py", *task, *flags, *TWO_STEPS, "--output_dir", str(tmp_path)]
     code, output = launch(command)
     assert code == 0, output
+    assert banner in output
     assert "52 problems; held out: 8 problems taken out of split 'train'" in output
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
 

@@ -44,8 +44,12 @@ def frozen_dtype(args: GRPOConfig) -> torch.dtype:
 
 
 def model_init_kwargs(model_args: PolicyConfig, args: GRPOConfig) -> dict[str, object]:
-    """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`."""
-    dtype = model_args.dtype or str(frozen_dtype(args)).removeprefix("torch.")
+    """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`.
+
+    A base that stays frozen under an adapter takes the precision of the device; a whole model that trains is float32.
+    """
+    frozen = frozen_dtype(args) if model_args.use_peft else torch.float32
+    dtype = model_args.dtype or str(frozen).removeprefix("torch.")
     kwargs: dict[str, object] = {"revision": model_args.model_revision, "dtype": dtype}
     if model_args.attn_implementation is not None:
         kwargs["attn_implementation"] = model_args.attn_implementation

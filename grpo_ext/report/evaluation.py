@@ -6,7 +6,7 @@ Out: an `Evaluation`, for example greedy 0.12 [0.08, 0.16], sampled 0.41 [0.36, 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +15,7 @@ from accelerate.utils import gather_object
 from scipy.special import comb
 from statsmodels.stats.proportion import proportion_confint
 from tqdm.auto import tqdm
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 
 Problem = dict[str, Any]
@@ -222,47 +214,3 @@ def evaluate(
         completions=completions,
         right=right,
     )
-
-
-class HeldOutAccuracy(TrainerCallback):
-    """Logs held-out accuracy with its interval: what was found before training, then every `eval_steps` steps.
-
-    Args:
-        before: the evaluation of the starting policy; logged as step 0, unless the run resumes.
-        measure: evaluates the policy as it is now.
-        log: takes the metrics, for example `GRPOExtTrainer.log_alone`.
-    """
-
-    def __init__(
-        self, before: Evaluation, measure: Callable[[], Evaluation], log: Callable[[dict[str, float]], None]
-    ) -> None:
-        self._before = before
-        self._measure = measure
-        self._log = log
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self._log(as_metrics(self._before))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        is_last = state.global_step >= state.max_steps  # measured after training, with samples
-        if args.eval_steps and state.global_step % args.eval_steps == 0 and not is_last:
-            self._log(as_metrics(self._measure()))
-
-
-def as_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """The figures of an evaluation under the names that they have in `metrics.jsonl`."""
-    named = [
-        ("pass@1", evaluation.greedy),
-        ("sampled_pass@1", evaluation.sampled),
-        (f"pass@{evaluation.k}", evaluation.pass_at_k),
-    ]
-    metrics: dict[str, float] = {}
-    for name, estimate in named:
-        if estimate is not None:
-            figures = asdict(estimate)
-            metrics[f"heldout/{name}"] = figures.pop("value")
-            metrics |= {f"heldout/{name}/{bound}": figures[bound] for bound in ("low", "high")}
-    return metrics

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-# Metric of the log -> its label on the bar. pass@1 is logged by `report.evaluation.HeldOutAccuracy`.
+# Metric of the log -> its label on the bar. pass@1 is logged by `report.heldout.HeldOutAccuracy`.
 SHOWN = {"reward": "reward", "frac_dead_groups": "dead", "kl": "kl", "heldout/pass@1": "pass@1"}
 
 
