@@ -30,6 +30,13 @@ class GRPOExtConfig(GRPOConfig):
         bf16, use_cpu: without an accelerator the run is on the CPU in float32; on a GPU without bfloat16, fp16.
 
     Added:
+        share_prompt: True. Every prompt is read once for all of its completions when log-probs are computed (policy,
+            old policy and reference). False is TRL's plain path. Where sharing cannot be exact, TRL's path is taken
+            and the log says why.
+        chunk_tokens: at most so many tokens carry a graph at once in the update, counting for each row its prompt too
+            (attention copies the prompt's states per row); at least one row. None (default) for no bound; then, where
+            `gradient_checkpointing` is on, the rows are still taken one at a time in its place. 4096 is a good start
+            on 8 GB; the result is the same for every value.
         kl_estimator: KL of a token in `loss_type="grpo_sequence"`, `"k3"` (recommended, the only one so far).
 
     Raises:
@@ -58,6 +65,13 @@ class GRPOExtConfig(GRPOConfig):
         default=True,
         metadata={"help": "Set every dropout, LoRA's too, to 0: sampling and update then see the same model."},
     )
+    share_prompt: bool = field(
+        default=True, metadata={"help": "Read every prompt once for all of its completions; False: TRL's plain path."}
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that carry a graph at once in the update, for example 4096; None for no bound."},
+    )
     kl_estimator: str = field(
         default="k3", metadata={"help": f"KL of a token in 'grpo_sequence': {', '.join(KL_ESTIMATORS)}."}
     )
@@ -73,6 +87,13 @@ class GRPOExtConfig(GRPOConfig):
                 f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r}. Use 'sum_then_normalize', or "
                 f"scale_rewards='group'."
+            )
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1, for example 4096, or None.")
+        if self.chunk_tokens is not None and not self.share_prompt:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} bounds shared scoring, but share_prompt=False asks for TRL's plain "
+                f"path. Use share_prompt=True, or chunk_tokens=None."
             )
         if self.loss_type == "grpo_sequence":
             self._refuse_token_options()

@@ -16,6 +16,7 @@ from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
 from grpo_ext.run.progress import RewardProgress
 from grpo_ext.run.timing import PhaseTimer
+from grpo_ext.shared_prompt import SharedPromptTrainer
 
 # Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
 MULTIMODAL_INPUTS = (
@@ -32,11 +33,13 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(GRPOTrainer):
+class GRPOExtTrainer(SharedPromptTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
     - `scale_rewards="population"`: the document's group normalisation, computed by `algorithm/advantages.py`.
+    - `share_prompt=True`: log-probs of every loss are computed with each prompt read once for all of its completions,
+      see `shared_prompt.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 
@@ -149,6 +152,7 @@ class GRPOExtTrainer(GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
         )
+        assert entropies is not None
         loss, metrics = self._sequence_objective(
             logps,
             old_logps_BC=inputs.get("old_per_token_logps"),
@@ -159,7 +163,7 @@ class GRPOExtTrainer(GRPOTrainer):
             policy_weights_B=self._policy_weights(inputs, logps, mask),
         )
         mode = "train" if self.model.training else "eval"
-        if self.aux_loss_enabled:
+        if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         totals = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in metrics.values()]))

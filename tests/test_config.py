@@ -31,7 +31,7 @@ def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
 
 def test_only_the_named_fields_differ_from_trl():
     ours, theirs = GRPOExtConfig.__dataclass_fields__, GRPOConfig.__dataclass_fields__
-    assert set(ours) - set(theirs) == {"kl_estimator"}
+    assert set(ours) - set(theirs) == {"kl_estimator", "share_prompt", "chunk_tokens"}
     changed = {name for name in theirs if ours[name].default != theirs[name].default}
     assert changed == {
         "loss_type",
@@ -55,6 +55,8 @@ def test_only_the_named_fields_differ_from_trl():
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'", "'token'"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2", "top_entropy_quantile=1.0"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True", "loss_type='grpo'"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0", "at least 1"),
+        ({"chunk_tokens": 64, "share_prompt": False}, "chunk_tokens=64", "share_prompt=True"),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}, "'token_mask'", "'sequence_mask'"),
     ],
 )

@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT
 
 from grpo_ext import GRPOExtTrainer
+from grpo_ext.shared_prompt import SharedPromptTrainer
 
 TOP_LEVEL = set(
     "grpo_ext rewards recipes tests accelerate_configs pyproject.toml "
@@ -24,6 +25,7 @@ TRL_METHODS = {
     "_generate": "self prompts",
     "_calculate_rewards": "self inputs prompts completions completion_ids_list",
     "_generate_and_score_completions": "self inputs",
+    "_prepare_inputs": "self generation_batch",
     "_compute_loss": "self model inputs",
     "_get_per_token_logps_and_entropies": (
         "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
@@ -55,7 +57,8 @@ def test_the_methods_of_trl_are_those_we_know(name):
 
 
 def test_every_override_is_in_the_table():
-    ours = {name for name, value in vars(GRPOExtTrainer).items() if inspect.isfunction(value)}
+    methods = {**vars(GRPOExtTrainer), **vars(SharedPromptTrainer)}
+    ours = {name for name, value in methods.items() if inspect.isfunction(value)}
     overridden = {name for name in ours if hasattr(trl.GRPOTrainer, name)} - {"__init__"}
     assert overridden <= set(TRL_METHODS)
 

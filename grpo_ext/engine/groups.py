@@ -1,0 +1,88 @@
+"""Which rows are siblings, and how many of them fit a budget: index algebra, no model.
+
+In: the padded prompts and completions of a micro-batch. Out: one `Siblings` per distinct prompt, in order of first
+appearance. Rows share a prompt when their unpadded prompt ids are equal, whatever reward group they belong to.
+
+    prompts  [. a b] [. a b] [c d e] [a b .]     ->  rows (0, 1, 3) on (a, b);  row (2,) on (c, d, e)
+
+Legend: B rows, S prompt tokens, C completion tokens.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Rows on one prompt.
+
+    Attributes:
+        prompt: token ids without padding; at least one.
+        rows: indices into the micro-batch, the longest completion first.
+        lengths: completion tokens of each of these rows.
+    """
+
+    prompt: tuple[int, ...]
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_tokens: int) -> list[Siblings] | None:
+    """Group the rows of TRL's concatenation [prompt | completion] by prompt.
+
+    Args:
+        input_ids_BT: token ids, shape (B, S + C).
+        attention_mask_BT: 1 on tokens, 0 on padding. Prompts may be padded on either side, completions on the right;
+            a row whose completion is masked away altogether has length 0.
+        completion_tokens: C.
+
+    Returns:
+        One entry a distinct prompt; None where a completion has a hole in its mask or a prompt is empty, which a
+        shared prompt cannot express.
+    """
+    ids, mask = input_ids_BT.tolist(), attention_mask_BT.tolist()
+    rows_of: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for row, (row_ids, row_mask) in enumerate(zip(ids, mask, strict=True)):
+        split = len(row_ids) - completion_tokens
+        prompt = tuple(token for token, kept in zip(row_ids[:split], row_mask[:split], strict=True) if kept)
+        length = sum(map(bool, row_mask[split:]))
+        if not prompt or not all(row_mask[split : split + length]):
+            return None
+        rows_of.setdefault(prompt, []).append((length, row))
+    siblings = []
+    for prompt, members in rows_of.items():
+        members.sort(key=lambda member: -member[0])
+        siblings.append(Siblings(prompt, tuple(row for _, row in members), tuple(length for length, _ in members)))
+    return siblings
+
+
+def keep_together(groups_B: list[int]) -> list[int]:
+    """An order of the rows in which those of a group are neighbours: groups by their first row, rows as they were.
+
+    `[7, 3, 7, 5, 3]` -> `[0, 2, 1, 4, 3]`. Rows that were shuffled before give groups in random order.
+    """
+    first = {group: groups_B.index(group) for group in set(groups_B)}
+    return sorted(range(len(groups_B)), key=lambda row: (first[groups_B[row]], row))
+
+
+def cut_rows(siblings: Siblings, max_rows: int | None, max_tokens: int | None) -> list[range]:
+    """Cut the rows of a group, longest first, into chunks; each is padded to its own longest row.
+
+    Args:
+        max_rows: rows a chunk at most; None for no bound.
+        max_tokens: bound on rows x (prompt + longest completion), since attention copies the prompt's states for every
+            row; a chunk has one row at least. None for no bound.
+
+    Returns:
+        Ranges into `siblings.rows`. Rows of length 0 need no forward and are in none.
+    """
+    count = sum(length > 0 for length in siblings.lengths)
+    chunks, start = [], 0
+    while start < count:
+        rows = count - start if max_rows is None else min(max_rows, count - start)
+        if max_tokens is not None:
+            rows = min(rows, max(1, max_tokens // (len(siblings.prompt) + siblings.lengths[start])))
+        chunks.append(range(start, start + rows))
+        start += rows
+    return chunks

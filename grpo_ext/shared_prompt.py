@@ -1,0 +1,106 @@
+"""TRL's trainer on the group engine: every prompt is read once for all of its completions, under every loss of TRL."""
+
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from grpo_ext.config import GRPOExtConfig
+from grpo_ext.engine.groups import find_siblings, keep_together
+from grpo_ext.engine.scoring import Rows
+from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
+
+logger = get_logger(__name__)
+
+
+class SharedPromptTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer` with these differences, where `args.share_prompt` is on and the model allows it:
+
+    - Policy, old policy and reference score a prompt once and its completions on its forked cache (`engine/`), in
+      chunks where `args.chunk_tokens` bounds them.
+    - Micro-batches are cut from shuffled prompts in place of shuffled rows, so that siblings stay together.
+
+    Results differ from TRL's by rounding only. Elsewhere everything is TRL's own, and the log says why.
+    """
+
+    args: GRPOExtConfig
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._shares_prompts = self.args.share_prompt and self._set_up_sharing()
+
+    def _set_up_sharing(self) -> bool:
+        """Teach the model to score rows that share prompts; where it cannot, say why, once."""
+        is_sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3)
+        reason = why_not_shared(self.model, self.args, is_multimodal=self._is_vlm, is_sharded=is_sharded)
+        if reason is None and self.aux_loss_enabled:
+            reason = "its mixture-of-experts auxiliary loss counts the tokens of a prompt once a row"
+        if reason is not None:
+            logger.warning(f"Prompts are not shared between completions, TRL's plain path is taken: {reason}.")
+            return False
+        if self.args.gradient_checkpointing:
+            logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                add_shared_scoring(base_of(model))
+        return True
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._shares_prompts and self.model.training:
+            output["prompt_group"] = torch.tensor(_prompt_groups(output), device=self.accelerator.device)
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL shuffles the rows of a rollout before it cuts micro-batches; here the rows of a prompt stay together."""
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        rolled_out = self._buffered_inputs
+        if rolled_out is None or rolled_out is buffered or not self._shares_prompts:
+            return inputs
+        rollout = {
+            name: torch.cat([part[name] for part in rolled_out]) if value.ndim else value
+            for name, value in rolled_out[0].items()
+        }
+        order = keep_together(rollout["prompt_group"].tolist())
+        rollout = {name: value[order] if value.ndim else value for name, value in rollout.items()}
+        self._buffered_inputs = split_tensor_dict(rollout, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        siblings = find_siblings(input_ids, attention_mask, logits_to_keep) if self._shares_prompts else None
+        if siblings is None or not any(group.lengths[0] for group in siblings):
+            arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+            return super()._get_per_token_logps_and_entropies(*arguments, **options)
+        chunk_tokens = self.args.chunk_tokens
+        if chunk_tokens is None and self.args.gradient_checkpointing:
+            chunk_tokens = max(len(group.prompt) + group.lengths[0] for group in siblings)  # one row at a time
+        rows = Rows(
+            completion_ids_BC=input_ids[:, -logits_to_keep:],
+            siblings=siblings,
+            max_rows=batch_size,
+            chunk_tokens=chunk_tokens if torch.is_grad_enabled() else None,
+        )
+        with self.accelerator.autocast():
+            output = model(shared_rows=rows)
+        return output.log_probs, output.entropy if compute_entropy else None, None
+
+
+def _prompt_groups(output: dict[str, Any]) -> list[int]:
+    """A number a row, equal for rows of the same prompt."""
+    masks = output["prompt_mask"].bool()
+    prompts = [tuple(ids[mask].tolist()) for ids, mask in zip(output["prompt_ids"], masks, strict=True)]
+    return [prompts.index(prompt) for prompt in prompts]
