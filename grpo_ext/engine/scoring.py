@@ -59,10 +59,10 @@ class _Scored:
 
     rows: list[int]
     logps_nc: Tensor
-    entropies_nc: Tensor
+    entropies_nc: Tensor | None
 
 
-def score(lm: PreTrainedModel, rows: Rows, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+def score(lm: PreTrainedModel, rows: Rows, head: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
     """Score on the graph that the caller's grad mode asks for, all of it at once.
 
     Args:
@@ -70,7 +70,7 @@ def score(lm: PreTrainedModel, rows: Rows, head: Callable[..., Any]) -> tuple[Te
         head: its forward with TRL's fused head: `head(input_ids=..., shift_labels=..., fused_lm_head=True, ...)`.
 
     Returns:
-        logps_BC, entropies_BC: float32, 0 on padding.
+        logps_BC, entropies_BC: float32, 0 on padding; no entropies where the head gives none (a reference model's).
     """
     chunks = []
     for siblings in rows.siblings:
@@ -149,6 +149,7 @@ def _backward_completions(
     for chunk in ctx.rows.chunks(siblings):
         cache = write_states(boundaries[-1], leaves) if boundaries else None
         scored = _score_chunk(ctx.head, ctx.rows, siblings, chunk, cache)
+        assert scored.entropies_nc is not None  # a model that trains has a head that gives them
         outputs = [scored.logps_nc, scored.entropies_nc]
         wanted = [grad[scored.rows, : output.size(1)] for grad, output in zip(output_grads, outputs, strict=True)]
         for total, grad in zip(totals, gradients.backward(outputs, wanted, leaves), strict=True):
@@ -193,10 +194,11 @@ def _score_chunk(
         shift_labels=targets_nc.masked_fill(positions_c >= lengths_n.unsqueeze(1), -100),
         fused_lm_head=True,
     )
-    return _Scored(rows=members, logps_nc=output.log_probs[:, :longest], entropies_nc=output.entropy[:, :longest])
+    entropies_nc = None if output.entropy is None else output.entropy[:, :longest]
+    return _Scored(rows=members, logps_nc=output.log_probs[:, :longest], entropies_nc=entropies_nc)
 
 
-def _assemble(rows: Rows, chunks: list[_Scored]) -> tuple[Tensor, Tensor]:
+def _assemble(rows: Rows, chunks: list[_Scored]) -> tuple[Tensor, Tensor | None]:
     """Pad the chunks to C and put their rows back into the order of the micro-batch; rows without tokens are 0."""
     B, C = rows.completion_ids_BC.shape
     order = [row for chunk in chunks for row in chunk.rows]
@@ -207,7 +209,8 @@ def _assemble(rows: Rows, chunks: list[_Scored]) -> tuple[Tensor, Tensor]:
         padded = [pad(part, (0, C - part.size(1))) for part in parts]
         return torch.cat([*padded, padded[0].new_zeros(len(empty), C)])[back]
 
-    return together([chunk.logps_nc for chunk in chunks]), together([chunk.entropies_nc for chunk in chunks])
+    entropies = [chunk.entropies_nc for chunk in chunks if chunk.entropies_nc is not None]
+    return together([chunk.logps_nc for chunk in chunks]), together(entropies) if entropies else None
 
 
 def _prompt_ids(rows: Rows, siblings: Siblings) -> Tensor:

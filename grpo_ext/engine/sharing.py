@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
@@ -44,11 +44,12 @@ def add_shared_scoring(lm: PreTrainedModel) -> None:
             return head(*args, **kwargs)
         # Checkpointed layers drop the cache with no more than a log line, and the completion loses its prompt.
         with disable_gradient_checkpointing(self):
+            outputs: tuple[Tensor, Tensor | None]
             if torch.is_grad_enabled() and not shared_rows.fit_one_chunk():
-                logps, entropies = score_in_chunks(self, shared_rows, head, _recompute_context(self))
+                outputs = score_in_chunks(self, shared_rows, head, _recompute_context(self))
             else:
-                logps, entropies = score(self, shared_rows, head)
-        return FusedCausalLMOutput(log_probs=logps, entropy=entropies)
+                outputs = score(self, shared_rows, head)
+        return FusedCausalLMOutput(log_probs=outputs[0], entropy=outputs[1])
 
     lm.forward = types.MethodType(forward, lm)
 
