@@ -163,7 +163,7 @@ CASES = [
 def test_equals_trl(architecture, attention, chunk_tokens):
     """In float64: log-probs and entropies to 1e-6 (the fused head works in float32), and the gradient of every adapter
     tensor to 1e-6 relative. Where parts of the model work in float32: 5e-5, which is their rounding; with the delta
-    rule of qwen3_next and qwen3_5_text computed in float64, the gradients agree to 1e-13."""
+    rule of qwen3_next and qwen3_5_text computed in float64, the gradients of one graph agree to 1e-13."""
     model = make(architecture, attention, torch.float32 if architecture == "qwen3_moe" else torch.float64)
     bound = 5e-5 if architecture in IN_FLOAT32 else 1e-6
     inputs = batch()
