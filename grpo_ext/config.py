@@ -35,8 +35,9 @@ class GRPOExtConfig(GRPOConfig):
             and the log says why.
         chunk_tokens: at most so many tokens carry a graph at once in the update, counting for each row its prompt too
             (attention copies the prompt's states per row); at least one row. None (default) for no bound; then, where
-            `gradient_checkpointing` is on, the rows are still taken one at a time in its place. 4096 is a good start
-            on 8 GB; the result is the same for every value.
+            `gradient_checkpointing` is on, the rows are still taken one at a time in its place. Recommended: None
+            where a step fits, else prompt + completion tokens of as many rows as do; the result is the same for every
+            value.
         kl_estimator: KL of a token in `loss_type="grpo_sequence"`, `"k3"` (recommended, the only one so far).
 
     Raises:

@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.engine.groups import find_siblings, keep_together
+from grpo_ext.engine.groups import find_siblings, keep_together, unpadded
 from grpo_ext.engine.scoring import Rows
 from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
 
@@ -101,6 +101,5 @@ class SharedPromptTrainer(GRPOTrainer):
 
 def _prompt_groups(output: dict[str, Any]) -> list[int]:
     """A number a row, equal for rows of the same prompt."""
-    masks = output["prompt_mask"].bool()
-    prompts = [tuple(ids[mask].tolist()) for ids, mask in zip(output["prompt_ids"], masks, strict=True)]
+    prompts = unpadded(output["prompt_ids"], output["prompt_mask"])
     return [prompts.index(prompt) for prompt in prompts]

@@ -28,6 +28,12 @@ class Siblings:
     lengths: tuple[int, ...]
 
 
+def unpadded(ids_BT: Tensor, mask_BT: Tensor) -> list[tuple[int, ...]]:
+    """The token ids of each row where its mask is 1, for padding on either side."""
+    rows = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
+    return [tuple(token for token, kept in zip(ids, mask, strict=True) if kept) for ids, mask in rows]
+
+
 def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_tokens: int) -> list[Siblings] | None:
     """Group the rows of TRL's concatenation [prompt | completion] by prompt.
 
@@ -41,13 +47,12 @@ def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_to
         One entry a distinct prompt; None where a completion has a hole in its mask or a prompt is empty, which a
         shared prompt cannot express.
     """
-    ids, mask = input_ids_BT.tolist(), attention_mask_BT.tolist()
+    split = input_ids_BT.size(1) - completion_tokens
+    prompts = unpadded(input_ids_BT[:, :split], attention_mask_BT[:, :split])
     rows_of: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for row, (row_ids, row_mask) in enumerate(zip(ids, mask, strict=True)):
-        split = len(row_ids) - completion_tokens
-        prompt = tuple(token for token, kept in zip(row_ids[:split], row_mask[:split], strict=True) if kept)
-        length = sum(map(bool, row_mask[split:]))
-        if not prompt or not all(row_mask[split : split + length]):
+    for row, (prompt, mask) in enumerate(zip(prompts, attention_mask_BT[:, split:].tolist(), strict=True)):
+        length = sum(map(bool, mask))
+        if not prompt or not all(mask[:length]):
             return None
         rows_of.setdefault(prompt, []).append((length, row))
     siblings = []

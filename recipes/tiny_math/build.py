@@ -1,6 +1,6 @@
 """Make the embedded model and its problems: a base model that can reason but usually does not.
 
-    python recipes/tiny_math/build.py            # about 9 minutes on 2 CPU cores, seeded
+    python recipes/tiny_math/build.py            # under 13 minutes on 2 CPU cores, seeded
 
 It writes, beside itself, `model/` (a llama of 0.87M parameters with a character tokenizer), `data/train.jsonl`
 (problems for GRPO) and `data/test.jsonl` (held-out problems). The model is pre-trained on sums of two three-digit
