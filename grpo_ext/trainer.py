@@ -16,7 +16,7 @@ from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
 from grpo_ext.run.progress import RewardProgress
 from grpo_ext.run.timing import PhaseTimer
-from grpo_ext.shared_prompt import SharedPromptTrainer
+from grpo_ext.shared_sampling import SharedSamplingTrainer
 
 # Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
 MULTIMODAL_INPUTS = (
@@ -33,13 +33,13 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(SharedPromptTrainer):
+class GRPOExtTrainer(SharedSamplingTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
     - `scale_rewards="population"`: the document's group normalisation, computed by `algorithm/advantages.py`.
-    - `share_prompt=True`: log-probs of every loss are computed with each prompt read once for all of its completions,
-      see `shared_prompt.py`.
+    - `share_prompt=True`: completions are drawn, and log-probs of every loss computed, with each prompt read once for
+      all of its completions, see `shared_sampling.py` and `shared_prompt.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.shared_prompt import SharedPromptTrainer
+from grpo_ext.shared_sampling import SharedSamplingTrainer
 
 TOP_LEVEL = set(
     "grpo_ext rewards recipes tests accelerate_configs pyproject.toml "
@@ -23,6 +24,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md"
 # The methods of TRL's trainer that we override or call, with the parameters that we know them by.
 TRL_METHODS = {
     "_generate": "self prompts",
+    "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
     "_calculate_rewards": "self inputs prompts completions completion_ids_list",
     "_generate_and_score_completions": "self inputs",
     "_prepare_inputs": "self generation_batch",
@@ -57,7 +59,7 @@ def test_the_methods_of_trl_are_those_we_know(name):
 
 
 def test_every_override_is_in_the_table():
-    methods = {**vars(GRPOExtTrainer), **vars(SharedPromptTrainer)}
+    methods = {**vars(GRPOExtTrainer), **vars(SharedSamplingTrainer), **vars(SharedPromptTrainer)}
     ours = {name for name, value in methods.items() if inspect.isfunction(value)}
     overridden = {name for name in ours if hasattr(trl.GRPOTrainer, name)} - {"__init__"}
     assert overridden <= set(TRL_METHODS)

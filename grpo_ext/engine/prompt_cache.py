@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import (
     DynamicLayer,
@@ -118,6 +119,19 @@ def fork(cache: DynamicCache, copies: int) -> DynamicCache:
     The states are copied, so that layers which write into them in place leave the original alone.
     """
     return write_states(cache, [state.repeat_interleave(copies, dim=0) for state in read_states(cache)])
+
+
+def join(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
+    """One cache, whose row i goes on from the prompt `rows[i]`, an index into the rows of all `caches` in turn.
+
+    The keys and values of shorter prompts are padded on the left, where only an attention mask hides them.
+    """
+    longest = max(caches, key=lambda cache: cache.get_seq_length())
+    joined = []
+    for parts in zip(*map(read_states, [longest, *caches]), strict=True):
+        tokens = parts[0].shape[-2]  # states without a token dimension have equal shapes
+        joined.append(torch.cat([pad(part, (0, 0, tokens - part.shape[-2], 0)) for part in parts[1:]])[rows])
+    return write_states(longest, joined)
 
 
 def _has_keys(layer: object) -> bool:

@@ -1,9 +1,11 @@
-"""How a model gets shared scoring, and the reasons why one cannot have it.
+"""How a model gets shared scoring and shared sampling, and the reasons why one cannot have them.
 
 `add_shared_scoring` gives the forward of a causal language model one more keyword, `shared_rows`, beside those that
 TRL's fused head gave it. The scoring then runs inside the wrapped forward, where data-parallel training expects it.
+`shared_sampling` puts a sampler in place of the decoding loop of its `generate`.
 """
 
+import copy
 import functools
 import types
 from collections.abc import Iterator
@@ -12,12 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput
 
 from grpo_ext.engine.prompt_cache import why_not_forkable
+from grpo_ext.engine.sampling import GroupSampler
 from grpo_ext.engine.scoring import Rows, score, score_in_chunks
 
 # A prompt read in two parts is not the same to them as one read at once.
@@ -69,6 +79,49 @@ def _recompute_context(lm: PreTrainedModel) -> Any:
             yield
 
     return context
+
+
+@contextmanager
+def shared_sampling(
+    lm: PreTrainedModel, sampler: GroupSampler, stop_strings: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[None]:
+    """Let `lm.generate` draw with `sampler`, and stop at `stop_strings`, which it would not take beside a sampler."""
+    generate, is_patched = lm.generate, "generate" in vars(lm)
+
+    def generate_shared(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        config = copy.copy(generation_config)
+        config.stop_strings = None
+        if stop_strings:
+            kwargs["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
+        return generate(*args, generation_config=config, custom_generate=sampler, **kwargs)
+
+    own, lm.generate = lm.generation_config.stop_strings, generate_shared
+    lm.generation_config.stop_strings = None  # `generate` would take it where the config given has none
+    try:
+        yield
+    finally:
+        lm.generation_config.stop_strings = own
+        if is_patched:
+            lm.generate = generate
+        else:
+            del lm.generate
+
+
+def why_not_sampled(*configs: GenerationConfig) -> str | None:
+    """The reason why these settings of `generate` need transformers' own decoding loop; None where they do not."""
+    for config in configs:
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+            return f"generation is by {mode.value}"
+        if (config.num_return_sequences or 1) > 1:
+            return f"num_return_sequences is {config.num_return_sequences}"
+        if config.use_cache is False:
+            return "use_cache is off"
+        if config.cache_implementation not in (None, "dynamic"):
+            return f"cache_implementation is {config.cache_implementation!r}"
+        if config.prefill_chunk_size is not None:
+            return f"prefill_chunk_size is {config.prefill_chunk_size}"
+    return None
 
 
 def why_not_shared(model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: bool, is_sharded: bool) -> str | None:

@@ -1,0 +1,191 @@
+"""Draw completions: every prompt is read once for all of its siblings, and finished rows leave the batch.
+
+In: what `generate` of transformers prepared, its logits processors and stopping criteria among it. Out: the tokens that
+its own sampling loop would have drawn from the same random state, and the log-prob of each of them.
+
+    sampler = GroupSampler(temperature=0.8)
+    sequences_BT = lm.generate(input_ids, attention_mask=mask, custom_generate=sampler)
+    sampler.drawn.logps        # a list of floats a row
+
+Legend: B rows, P distinct prompts, S prompt tokens, T tokens so far, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from grpo_ext.engine.groups import unpadded
+from grpo_ext.engine.lanes import Lanes, can_pack
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What the sampler drew, row by row.
+
+    Attributes:
+        tokens: of the completion, with the end-of-sequence token where one was drawn.
+        logps: of each token, under the full distribution at the sampler's temperature (nats), whatever the processors
+            left of it.
+        is_cut: whether the row ended because no more tokens or time were allowed.
+    """
+
+    tokens: list[list[int]]
+    logps: list[list[float]]
+    is_cut: list[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptStates:
+    """Prompts that were read: `caches`, a batch of equal lengths each, and of each prompt its row in them all, and the
+    logits after it."""
+
+    caches: list[DynamicCache]
+    row_of: dict[Prompt, int]
+    logits_PV: Tensor
+
+
+class GroupSampler:
+    """A decoding loop for `generate(custom_generate=...)`, for one sequence a row, sampled or greedy.
+
+    Args:
+        temperature: of the log-probs; the one that tokens are drawn at is among the logits processors.
+
+    Attributes:
+        drawn: of the last call.
+    """
+
+    drawn: Drawn
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The loop that `generate` calls.
+
+        Args:
+            input_ids: prompts padded on the left, shape (B, S).
+
+        Returns:
+            Prompts and completions, shape (B, S + C), finished rows padded on the right.
+        """
+        mask = model_kwargs["attention_mask"]
+        prompts = unpadded(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        options = {name: value for name, value in model_kwargs.items() if name == "logits_to_keep"}
+        states = read_prompts(model, prompts, input_ids.device, **options)
+        logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
+        lanes = open_lanes(model, states, prompts, max_new_tokens=stopping_criteria.max_length - input_ids.size(1))
+        del states
+        prompt_tokens = input_ids.size(1)
+        is_alive_B = torch.ones(len(prompts), dtype=torch.bool, device=input_ids.device)
+        is_cut_B = torch.zeros_like(is_alive_B)
+        lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=input_ids.device)
+        logps: list[Tensor] = []
+        with model._optimize_model_for_decode():
+            while True:
+                tokens_B, logps_B = self._draw(input_ids, logits_BV, logits_processor, generation_config.do_sample)
+                logps.append(logps_B)
+                tokens_B = tokens_B.where(is_alive_B, generation_config._pad_token_tensor)
+                input_ids = torch.cat([input_ids, tokens_B.unsqueeze(1)], dim=1)
+                lengths_B += is_alive_B
+                stops_B, cuts_B = _stops(stopping_criteria, input_ids)
+                is_cut_B |= is_alive_B & cuts_B & ~stops_B
+                is_alive_B &= ~(stops_B | cuts_B)
+                alive = is_alive_B.tolist()
+                if not any(alive):
+                    break
+                lanes.keep(alive)
+                rows, logits = lanes.advance(model, tokens_B, **options)
+                logits_BV = logits.new_zeros(len(prompts), logits.size(1)).index_copy_(0, rows, logits)
+        self.drawn = Drawn(
+            tokens=_cut(input_ids[:, prompt_tokens:], lengths_B),
+            logps=_cut(torch.stack(logps, dim=1), lengths_B),
+            is_cut=is_cut_B.tolist(),
+        )
+        return input_ids
+
+    def _draw(
+        self, input_ids: Tensor, logits_BV: Tensor, logits_processor: LogitsProcessorList, do_sample: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The next token of every row, finished ones too (their logits are zeros), and its log-prob, shapes (B,).
+
+        So processors that hold something of each row find it, and the random state moves as in transformers' loop.
+        """
+        tempered_BV = logits_BV.float() / self._temperature
+        scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=True))
+        if do_sample:
+            tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens_B = scores_BV.argmax(dim=-1)
+        return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
+
+
+def read_prompts(lm: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device, **options: Any) -> PromptStates:
+    """Read each distinct prompt once, those of one length in one forward: nothing is padded, on any architecture."""
+    of_length: dict[int, list[Prompt]] = {}
+    for prompt in dict.fromkeys(prompts):
+        of_length.setdefault(len(prompt), []).append(prompt)
+    caches, logits = [], []
+    row_of: dict[Prompt, int] = {}
+    for batch in of_length.values():
+        ids = torch.tensor(batch, device=device)
+        positions = torch.arange(ids.size(1), device=device).unsqueeze(0)
+        output = lm(input_ids=ids, position_ids=positions, use_cache=True, return_dict=True, **options)
+        caches.append(output.past_key_values)
+        logits.append(output.logits[:, -1])
+        row_of |= {prompt: len(row_of) + i for i, prompt in enumerate(batch)}
+    return PromptStates(caches=caches, row_of=row_of, logits_PV=torch.cat(logits))
+
+
+def open_lanes(lm: PreTrainedModel, states: PromptStates, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Lanes:
+    """Lanes for rows that continue these prompts, `prompts[i]` the one of row i.
+
+    Where siblings can share a lane, as many do as their completions together are no longer than the shortest prompt:
+    what is gained is that a prompt is held and read once for all of them, what is paid is that each sibling also looks
+    past the tokens of the others.
+    """
+    rows_of: dict[Prompt, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(row)
+    width = max(1, min(map(len, prompts)) // max_new_tokens) if can_pack(lm, states.caches[0]) else 1
+    lanes = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=states.logits_PV.device)
+    return Lanes(states.caches, [states.row_of[prompts[lane[0]]] for lane in lanes], lanes, lengths_B)
+
+
+def _stops(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows came to an end by themselves, and which have no more tokens or time; shapes (B,)."""
+    stops = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    cuts = stops.clone()
+    for criterion in criteria:
+        met = criterion(input_ids, None)
+        if isinstance(criterion, MaxLengthCriteria | MaxTimeCriteria):
+            cuts |= met
+        else:
+            stops |= met
+    return stops, cuts
+
+
+def _cut(values_BC: Tensor, lengths_B: Tensor) -> list[list[Any]]:
+    return [row[:length] for row, length in zip(values_BC.tolist(), lengths_B.tolist(), strict=True)]
