@@ -66,9 +66,10 @@ class SharedSamplingTrainer(SharedPromptTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         rollout = super()._generate(prompts)
-        self._sampled_logps = rollout[4] if self._samples_shared and not self.tools else None
+        _, completion_ids, _, _, logps, *_ = rollout
+        self._sampled_logps = logps if self._samples_shared and not self.tools else None
         if self._stop_strings:
-            self._count_endings(rollout[2])
+            self._count_endings(completion_ids)
         return rollout
 
     def _count_endings(self, completion_ids: list[list[int]]) -> None:

@@ -66,7 +66,7 @@ def test_draws_what_transformers_draws(architecture, attention):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_ragged_prompts_greedily(architecture):
-    """Prompts of 150, 90 and 61 tokens and of one, which pads the others' cache by 149: each row is what it is alone."""
+    """Prompts of 150, 90 and 61 tokens, and of one, with 149 of padding in its cache: each row is what it is alone."""
     model = make(architecture, "eager", torch.float32 if architecture == "qwen3_moe" else torch.float64)
     ids, mask = prompts_of(150, 90, 61, 1, siblings=2)
     sampler = GroupSampler(temperature=0.8)
