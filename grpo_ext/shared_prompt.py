@@ -15,6 +15,8 @@ from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
 
 logger = get_logger(__name__)
 
+WITHOUT_GRAPH = 8  # a token that carries no graph takes less than this part of one that does: more fit in a chunk
+
 
 class SharedPromptTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with these differences, where `args.share_prompt` is on and the model allows it:
@@ -87,12 +89,14 @@ class SharedPromptTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*arguments, **options)
         chunk_tokens = self.args.chunk_tokens
         if chunk_tokens is None and self.args.gradient_checkpointing:
-            chunk_tokens = max(len(group.prompt) + group.lengths[0] for group in siblings)  # one row at a time
+            chunk_tokens = max(group.prompt_tokens + group.lengths[0] for group in siblings)  # one row at a time
+        if chunk_tokens is not None and not torch.is_grad_enabled():
+            chunk_tokens *= WITHOUT_GRAPH
         rows = Rows(
             completion_ids_BC=input_ids[:, -logits_to_keep:],
             siblings=siblings,
             max_rows=batch_size,
-            chunk_tokens=chunk_tokens if torch.is_grad_enabled() else None,
+            chunk_tokens=chunk_tokens,
         )
         with self.accelerator.autocast():
             output = model(shared_rows=rows)

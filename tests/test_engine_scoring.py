@@ -7,7 +7,7 @@ from conftest import random_lora
 from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from grpo_ext.engine.groups import Siblings, cut_rows, find_siblings
+from grpo_ext.engine.groups import Siblings, cut_rows, find_siblings, of_one_length
 from grpo_ext.engine.scoring import Rows
 from grpo_ext.engine.sharing import add_shared_scoring, base_of
 
@@ -217,15 +217,30 @@ def test_equal_prompts_are_found_whatever_their_padding():
     """Duplicates, padding on either side and masked-away completions; holes are refused."""
     ids = torch.tensor([[0, 5, 6, 7, 7], [5, 6, 0, 8, 9], [0, 6, 5, 7, 0], [0, 5, 6, 7, 7]])
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1], [0, 1, 1, 1, 0], [0, 1, 1, 0, 0]])
-    assert find_siblings(ids, mask, 2) == [Siblings((5, 6), (1, 0, 3), (2, 1, 0)), Siblings((6, 5), (2,), (1,))]
+    assert find_siblings(ids, mask, 2) == [
+        Siblings(prompts=((5, 6),), rows=(1, 0, 3), lengths=(2, 1, 0), prompt_of=(0, 0, 0)),
+        Siblings(prompts=((6, 5),), rows=(2,), lengths=(1,), prompt_of=(0,)),
+    ]
     mask[0, 3:] = torch.tensor([0, 1])
     assert find_siblings(ids, mask, 2) is None
     mask[0] = torch.tensor([0, 0, 0, 1, 1])
     assert find_siblings(ids, mask, 2) is None
 
 
+def test_prompts_of_one_length_run_side_by_side():
+    """Joined within the bounds; each row keeps its own prompt, and the longest come first as ever."""
+    one = Siblings(prompts=((5, 6),), rows=(0, 2), lengths=(3, 1), prompt_of=(0, 0))
+    two = Siblings(prompts=((7,),), rows=(1,), lengths=(2,), prompt_of=(0,))
+    three = Siblings(prompts=((8, 9),), rows=(4, 3), lengths=(2, 2), prompt_of=(0, 0))
+    joined = Siblings(prompts=((5, 6), (8, 9)), rows=(0, 4, 3, 2), lengths=(3, 2, 2, 1), prompt_of=(0, 1, 1, 0))
+    assert of_one_length([one, two, three], None, None) == [two, joined]
+    assert of_one_length([one, two, three], 4, 20) == [two, joined]
+    assert of_one_length([one, two, three], 3, None) == [two, one, three]
+    assert of_one_length([one, two, three], None, 19) == [two, one, three]
+
+
 def test_rows_are_cut_by_their_length_with_the_prompt():
-    siblings = Siblings((1,) * 10, (0, 1, 2, 3, 4), (30, 10, 10, 2, 0))
+    siblings = Siblings(((1,) * 10,), (0, 1, 2, 3, 4), (30, 10, 10, 2, 0), (0,) * 5)
     assert cut_rows(siblings, None, None) == [range(4)]
     assert cut_rows(siblings, 3, None) == [range(3), range(3, 4)]
     assert cut_rows(siblings, None, 45) == [range(1), range(1, 3), range(3, 4)]  # 40, 2 x 20, 12

@@ -15,17 +15,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Siblings:
-    """Rows on one prompt.
+    """Rows on one prompt, or on several of one length.
 
     Attributes:
-        prompt: token ids without padding; at least one.
+        prompts: token ids without padding; at least one each, as many for all.
         rows: indices into the micro-batch, the longest completion first.
         lengths: completion tokens of each of these rows.
+        prompt_of: of each of these rows, its index in `prompts`.
     """
 
-    prompt: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
+    prompt_of: tuple[int, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompts[0])
 
 
 def unpadded(ids_BT: Tensor, mask_BT: Tensor) -> list[tuple[int, ...]]:
@@ -55,11 +61,46 @@ def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_to
         if not prompt or not all(mask[:length]):
             return None
         rows_of.setdefault(prompt, []).append((length, row))
-    siblings = []
-    for prompt, members in rows_of.items():
-        members.sort(key=lambda member: -member[0])
-        siblings.append(Siblings(prompt, tuple(row for _, row in members), tuple(length for length, _ in members)))
-    return siblings
+    return [_siblings([prompt], [(*member, 0) for member in members]) for prompt, members in rows_of.items()]
+
+
+def of_one_length(siblings: list[Siblings], max_rows: int | None, max_tokens: int | None) -> list[Siblings]:
+    """Join groups whose prompts have the same number of tokens, which run side by side without padding.
+
+    Args:
+        max_rows, max_tokens: bounds on what is joined, counted as in `cut_rows`; a group stays whole, however large.
+    """
+    joined: list[list[Siblings]] = []
+    for group in sorted(siblings, key=lambda group: group.prompt_tokens):
+        together = [*joined[-1], group] if joined else [group]
+        rows = sum(len(member.rows) for member in together)
+        tokens = rows * (group.prompt_tokens + max(member.lengths[0] for member in together))
+        if (
+            group.prompt_tokens == together[0].prompt_tokens
+            and (max_rows is None or rows <= max_rows)
+            and (max_tokens is None or tokens <= max_tokens)
+            and joined
+        ):
+            joined[-1] = together
+        else:
+            joined.append([group])
+    return [_join(groups) for groups in joined]
+
+
+def _join(groups: list[Siblings]) -> Siblings:
+    prompts = [prompt for group in groups for prompt in group.prompts]
+    members = [
+        (length, row, prompts.index(group.prompts[i]))
+        for group in groups
+        for length, row, i in zip(group.lengths, group.rows, group.prompt_of, strict=True)
+    ]
+    return _siblings(prompts, members)
+
+
+def _siblings(prompts: list[tuple[int, ...]], members: list[tuple[int, int, int]]) -> Siblings:
+    """Members are (length, row, prompt)."""
+    lengths, rows, prompt_of = zip(*sorted(members, key=lambda member: -member[0]), strict=True)
+    return Siblings(tuple(prompts), rows, lengths, prompt_of)
 
 
 def keep_together(groups_B: list[int]) -> list[int]:
@@ -87,7 +128,7 @@ def cut_rows(siblings: Siblings, max_rows: int | None, max_tokens: int | None) -
     while start < count:
         rows = count - start if max_rows is None else min(max_rows, count - start)
         if max_tokens is not None:
-            rows = min(rows, max(1, max_tokens // (len(siblings.prompt) + siblings.lengths[start])))
+            rows = min(rows, max(1, max_tokens // (siblings.prompt_tokens + siblings.lengths[start])))
         chunks.append(range(start, start + rows))
         start += rows
     return chunks

@@ -1,7 +1,7 @@
 """A prompt's states (keys, values, convolution, recurrent): read them, put others in their place, fork them.
 
 In: the cache that a transformers model filled while it read a prompt. Out: caches for n siblings that share it. The
-states are plain tensors, so a fork with gradients is `write_states(cache, [leaf.repeat_interleave(n, 0) ...])`.
+states are plain tensors, so a fork with gradients is `write_states(cache, [leaf[rows] ...])`.
 
 Nothing here depends on how a model attends: it goes by the layers of transformers' own `DynamicCache`.
 """
@@ -113,12 +113,14 @@ def write_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
     return new
 
 
-def fork(cache: DynamicCache, copies: int) -> DynamicCache:
-    """The cache of `copies` siblings that continue one prompt; gradients of the copies add up in the original.
+def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+    """The cache of siblings, the i-th of which goes on from row `rows[i]`; gradients of the copies add up in the row.
 
     The states are copied, so that layers which write into them in place leave the original alone.
     """
-    return write_states(cache, [state.repeat_interleave(copies, dim=0) for state in read_states(cache)])
+    states = read_states(cache)
+    index = torch.tensor(list(rows), device=states[0].device)
+    return write_states(cache, [state.index_select(0, index) for state in states])
 
 
 def join(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:

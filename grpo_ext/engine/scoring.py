@@ -12,7 +12,7 @@ beside the prompt's states and their gradients.
 Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c tokens of its longest completion.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo_ext.engine.groups import Siblings, cut_rows
+from grpo_ext.engine.groups import Siblings, cut_rows, of_one_length
 from grpo_ext.engine.prompt_cache import fork, read_states, slice_of, write_states
+from grpo_ext.engine.reading import read, read_in_segments, read_segment, segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Rows:
         """Whether a plain graph over everything stays within the budget."""
         if self.chunk_tokens is None:
             return True
-        tokens = sum((1 + len(s.rows)) * len(s.prompt) + len(s.rows) * s.lengths[0] for s in self.siblings)
+        tokens = sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.siblings)
         return tokens <= self.chunk_tokens
 
 
@@ -73,8 +74,8 @@ def score(lm: PreTrainedModel, rows: Rows, head: Callable[..., Any]) -> tuple[Te
         logps_BC, entropies_BC: float32, 0 on padding; no entropies where the head gives none (a reference model's).
     """
     chunks = []
-    for siblings in rows.siblings:
-        cache = _read_prompt(lm, _prompt_ids(rows, siblings))
+    for siblings in of_one_length(rows.siblings, rows.max_rows, rows.chunk_tokens):
+        cache = read(lm, _prompt_ids(rows, siblings))
         chunks += [_score_chunk(head, rows, siblings, chunk, cache) for chunk in rows.chunks(siblings)]
     return _assemble(rows, chunks)
 
@@ -102,7 +103,7 @@ class _ChunkedScore(torch.autograd.Function):
         ctx.boundaries = []  # of each group, the caches at the ends of the prompt's segments
         chunks = []
         for siblings in rows.siblings:
-            boundaries = list(_read_in_segments(lm, _prompt_ids(rows, siblings), rows.chunk_tokens))
+            boundaries = list(read_in_segments(lm, _prompt_ids(rows, siblings), rows.chunk_tokens))
             last = boundaries[-1] if boundaries else None
             chunks += [_score_chunk(head, rows, siblings, chunk, last) for chunk in rows.chunks(siblings)]
             ctx.boundaries.append([slice_of(boundary, last) for boundary in boundaries])
@@ -161,14 +162,14 @@ def _backward_prompt(
     ctx: Any, siblings: Siblings, boundaries: list[DynamicCache], state_grads: list[Tensor], gradients: _Gradients
 ) -> None:
     """Send the gradients of the prompt's states through its segments, last to first."""
-    prompt = _prompt_ids(ctx.rows, siblings)
-    segments = _segments(prompt.size(1) - 1, ctx.rows.chunk_tokens)
-    for k in reversed(range(len(segments))):
+    prompts = _prompt_ids(ctx.rows, siblings)
+    cuts = segments(prompts.size(1) - 1, ctx.rows.chunk_tokens)
+    for k in reversed(range(len(cuts))):
         leaves, before = [], None
         if k > 0:
             leaves = [state.detach().requires_grad_() for state in read_states(boundaries[k - 1])]
-            before = fork(write_states(boundaries[k - 1], leaves), 1)
-        states = read_states(_read_segment(ctx.lm, prompt, segments[k], before))
+            before = fork(write_states(boundaries[k - 1], leaves), range(len(prompts)))
+        states = read_states(read_segment(ctx.lm, prompts, cuts[k], before))
         live = [(state, grad) for state, grad in zip(states, state_grads, strict=True) if state.requires_grad]
         if live:  # else the prompt reaches no trainable parameter
             state_grads = gradients.backward([s for s, _ in live], [g for _, g in live], leaves)
@@ -180,17 +181,19 @@ def _score_chunk(
     """Some rows of a group, on a fork of the prompt's cache."""
     members = [siblings.rows[i] for i in chunk]
     longest = siblings.lengths[chunk.start]
+    prompt_of = [siblings.prompt_of[i] for i in chunk]
+    last_tokens = [siblings.prompts[i][-1] for i in prompt_of]
     targets_nc = rows.completion_ids_BC[members, :longest]
     # Recurrent layers take a single token on a cache as a decoding step, which writes into the states in place.
     targets_nc = pad(targets_nc, (0, max(0, 2 - longest)))
     lengths_n = torch.tensor([siblings.lengths[i] for i in chunk], device=targets_nc.device)
     positions_c = torch.arange(targets_nc.size(1), device=targets_nc.device)
-    start = len(siblings.prompt) - 1
+    first_n1 = targets_nc.new_tensor(last_tokens).unsqueeze(1)
     output = head(
-        input_ids=torch.cat([torch.full_like(targets_nc[:, :1], siblings.prompt[-1]), targets_nc[:, :-1]], dim=1),
+        input_ids=torch.cat([first_n1, targets_nc[:, :-1]], dim=1),
         # Padding stands on the right, where no token of the row looks: no attention mask is needed.
-        past_key_values=None if cache is None else fork(cache, len(members)),
-        position_ids=(start + positions_c).unsqueeze(0),
+        past_key_values=None if cache is None else fork(cache, prompt_of),
+        position_ids=(siblings.prompt_tokens - 1 + positions_c).unsqueeze(0),
         shift_labels=targets_nc.masked_fill(positions_c >= lengths_n.unsqueeze(1), -100),
         fused_lm_head=True,
     )
@@ -214,35 +217,4 @@ def _assemble(rows: Rows, chunks: list[_Scored]) -> tuple[Tensor, Tensor | None]
 
 
 def _prompt_ids(rows: Rows, siblings: Siblings) -> Tensor:
-    return torch.tensor([siblings.prompt], device=rows.completion_ids_BC.device)
-
-
-def _segments(tokens: int, chunk_tokens: int | None) -> list[range]:
-    """Ranges of at most `chunk_tokens` prompt tokens, of two at least, but for a prompt that has no more than one."""
-    if chunk_tokens is None or tokens <= chunk_tokens:
-        return [range(tokens)] if tokens else []
-    ends = list(range(max(2, chunk_tokens), tokens - 1, max(2, chunk_tokens)))
-    return [range(start, end) for start, end in zip([0, *ends], [*ends, tokens], strict=True)]
-
-
-def _read_prompt(lm: PreTrainedModel, prompt_1S: Tensor) -> DynamicCache | None:
-    """The cache of all prompt tokens but the last one, which the rows begin with; None where there is just one."""
-    segments = _segments(prompt_1S.size(1) - 1, None)
-    return _read_segment(lm, prompt_1S, segments[0], None) if segments else None
-
-
-def _read_in_segments(lm: PreTrainedModel, prompt_1S: Tensor, chunk_tokens: int | None) -> Iterator[DynamicCache]:
-    """The caches at the end of each segment of the prompt, each of them left as it was by the next."""
-    cache = None
-    for segment in _segments(prompt_1S.size(1) - 1, chunk_tokens):
-        cache = _read_segment(lm, prompt_1S, segment, None if cache is None else fork(cache, 1))
-        yield cache
-
-
-def _read_segment(lm: PreTrainedModel, prompt_1S: Tensor, segment: range, cache: DynamicCache | None) -> DynamicCache:
-    return lm.base_model(
-        input_ids=prompt_1S[:, segment.start : segment.stop],
-        past_key_values=cache,
-        position_ids=torch.arange(segment.start, segment.stop, device=prompt_1S.device).unsqueeze(0),
-        use_cache=True,
-    ).past_key_values
+    return torch.tensor(siblings.prompts, device=rows.completion_ids_BC.device)

@@ -1,0 +1,112 @@
+"""Measured runs in fresh processes: one at a time, watched, and killed where they take too much memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+POLL_S = 0.1
+INTERRUPTED = 130  # exit status
+GIB = 2**30
+TAIL_LINES = 15
+RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # glibc: whatever is larger goes back when it is freed
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "MemoryError")
+
+
+@dataclass(frozen=True)
+class Children:
+    """How children are run.
+
+    Attributes:
+        script: the program that answers `--child SPEC` with JSON on its last line.
+        threads: of each child.
+        limit_gib: resident host memory above which a child is killed and counts as not fitting.
+        path: folders in front of the child's import path.
+        exact_memory: give freed tensors back at once, so that resident memory is what is in use; steps get slower.
+    """
+
+    script: Path
+    threads: int
+    limit_gib: float
+    console: Console
+    path: Sequence[Path] = (ROOT,)
+    exact_memory: bool = False
+
+    def run(self, spec: dict[str, Any], label: str) -> dict[str, Any]:
+        """One of `{"result": ...}`, `{"does_not_fit": reason}` and `{"failed": last lines}`."""
+        command = [sys.executable, str(self.script), "--child", json.dumps(spec)]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            with subprocess.Popen(command, stdout=out, stderr=err, env=self._environment()) as process:
+                try:
+                    too_much = self._watch(process, label)
+                finally:
+                    process.kill()
+            return self._answer(process.returncode, too_much, _text(out), _text(err))
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, self.path)),
+            **(RETURN_AT_ONCE if self.exact_memory else {}),
+        }
+
+    def _watch(self, process: subprocess.Popen[bytes], label: str) -> str | None:
+        """Wait for the end; the reason for killing it, if any."""
+        start = time.monotonic()
+        with self.console.status(label) as status:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                resident = _resident_gib(process.pid)
+                status.update(f"{label}  {time.monotonic() - start:.0f} s, {resident:.1f} GiB")
+                if resident > self.limit_gib:
+                    process.kill()
+                    process.wait()
+                    return f"more than {self.limit_gib:.1f} GiB resident"
+        return None
+
+    def _answer(self, code: int, too_much: str | None, out: str, err: str) -> dict[str, Any]:
+        if too_much is not None:
+            return {"does_not_fit": too_much}
+        if code == -signal.SIGKILL:
+            return {"does_not_fit": "killed by the system"}
+        if code == 0:
+            return {"result": json.loads(out.strip().splitlines()[-1])}
+        tail = err.strip().splitlines()[-TAIL_LINES:]
+        if any(sign in line for line in tail[-1:] for sign in OUT_OF_MEMORY):
+            return {"does_not_fit": tail[-1]}
+        return {"failed": tail or [f"return code {code}"]}
+
+
+def default_limit_gib() -> float:
+    return 0.85 * psutil.virtual_memory().total / GIB
+
+
+def default_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _resident_gib(pid: int) -> float:
+    try:
+        return psutil.Process(pid).memory_info().rss / GIB
+    except psutil.Error:  # it just ended
+        return 0.0
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()

@@ -1,0 +1,161 @@
+"""Whole GRPO steps of stock TRL and of grpo_ext side by side: seconds per phase, and peak memory beside the weights.
+
+    python tests/benchmarks/compare_trl.py --quick            # a first look: two small workloads, one step each
+    python tests/benchmarks/compare_trl.py                    # every workload and variant
+    python tests/benchmarks/compare_trl.py --only W1 --steps 5
+    python tests/benchmarks/compare_trl.py --scale-g          # against the number of completions a prompt
+
+The model is SmolLM2-135M's shape with random weights in float32 and LoRA r=16 on every linear layer; prompts and
+lengths of completions are the same on both sides. Every variant runs in a process of its own, on the GPU where there is
+one. Ratios take stock TRL at its best: its fastest variant for time, its smallest for memory.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from children import INTERRUPTED, Children, default_limit_gib, default_threads
+from report import BenchFile, failures, outcome, ratios, ratios_table, runs_table, scale_table
+from rich.console import Console
+from workloads import FULL, QUICK, SCALE, SMOLLM2_135M, TINY, Workload, tiny
+
+Settings = Callable[[Workload], dict[str, Any]]  # fields of the trainer's config, beside the common ones
+
+# Without settings: all rows in one micro-batch, gradient checkpointing off.
+STOCK: dict[str, Settings] = {
+    "all rows": lambda workload: {},
+    "all rows, checkpointing": lambda workload: {"gradient_checkpointing": True},
+    "1 row": lambda workload: {"per_device_train_batch_size": 1},
+    "1 row, checkpointing": lambda workload: {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
+}
+OURS: dict[str, Settings] = {
+    "default": lambda workload: {},
+    "one row at a time": lambda workload: {"chunk_tokens": workload.longest_row},
+}
+VARIANTS = {"stock": STOCK, "ours": OURS}
+QUICK_VARIANTS = {"stock": ("all rows", "1 row, checkpointing"), "ours": ("default",)}
+# Of these, the first that fits.
+SCALE_VARIANTS = {"stock": ("all rows", "1 row"), "ours": ("default", "one row at a time")}
+
+
+def main() -> int:
+    """The exit status: 1 where a run failed for another reason than memory, 130 after Ctrl-C."""
+    arguments = _parser().parse_args()
+    if arguments.child:
+        from grpo_side import measure
+
+        print("\n" + json.dumps(measure(json.loads(arguments.child))))
+        return 0
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    limits = (arguments.threads, arguments.memory_limit)
+    children = Children(Path(__file__).resolve(), *limits, console, exact_memory=arguments.exact_memory)
+    shape = TINY if arguments.tiny else SMOLLM2_135M
+    file = BenchFile(arguments.out, arguments.threads, shape, ratios)
+    status = 0
+    try:
+        (_scale if arguments.scale_g else _compare)(arguments, children, file, shape)
+    except KeyboardInterrupt:
+        console.print("interrupted; what was measured before is kept")
+        status = INTERRUPTED
+    if arguments.scale_g:
+        console.print(scale_table(file.runs))
+    else:
+        console.print(runs_table(file.runs))
+        if compared := ratios(file.runs):
+            console.print(ratios_table(compared))
+    console.print(f"all numbers: {arguments.out}")
+    return status or int(failures(file.runs) > 0)
+
+
+def _compare(arguments: argparse.Namespace, children: Children, file: BenchFile, shape: dict[str, Any]) -> None:
+    plan = [
+        (workload, side, variant)
+        for name, workload in (QUICK if arguments.quick else FULL).items()
+        if arguments.only is None or name in arguments.only
+        for side in arguments.sides
+        for variant in (QUICK_VARIANTS if arguments.quick else VARIANTS)[side]
+    ]
+    if not plan:
+        children.console.print(f"nothing to run: --quick has only {', '.join(QUICK)}")
+    for number, (workload, side, variant) in enumerate(plan, start=1):
+        _run(arguments, children, file, shape, workload, side, variant, f"({number}/{len(plan)})")
+
+
+def _scale(arguments: argparse.Namespace, children: Children, file: BenchFile, shape: dict[str, Any]) -> None:
+    for number, workload in enumerate(SCALE.values(), start=1):
+        for side in arguments.sides:
+            for variant in SCALE_VARIANTS[side]:
+                _run(arguments, children, file, shape, workload, side, variant, f"({number}/{len(SCALE)})")
+                if "does_not_fit" not in file.runs[-1]:
+                    break
+
+
+def _run(
+    arguments: argparse.Namespace,
+    children: Children,
+    file: BenchFile,
+    shape: dict[str, Any],
+    workload: Workload,
+    side: str,
+    variant: str,
+    place: str,
+) -> None:
+    workload = tiny(workload) if arguments.tiny else workload
+    spec = {
+        "side": side,
+        "workload": workload.as_dict(),
+        "shape": shape,
+        "settings": VARIANTS[side][variant](workload),
+        "warmup": 0 if arguments.quick else 1,
+        "steps": 1 if arguments.quick else arguments.steps,
+        "scale": arguments.scale_g,
+    }
+    label = f"{place} {workload.title}  {side}, {variant}"
+    run = {"workload": workload.name, "title": workload.title, "side": side, "variant": variant, "spec": spec}
+    file.add(run | children.run(spec, label))
+    children.console.print(f"{label}: {outcome(file.runs[-1])}", markup=False, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two small workloads, one step, no warm-up")
+    parser.add_argument("--scale-g", action="store_true", help="S=512, C=64, G from 2 to 64, and the share of peak")
+    parser.add_argument("--only", type=_names(*FULL), help="workloads, such as W1,W4; default: all")
+    parser.add_argument("--sides", type=_names(*VARIANTS), default=list(VARIANTS), help="stock, ours, or stock,ours")
+    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps, after one warm-up; default 3")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
+    parser.add_argument(
+        "--memory-limit",
+        type=float,
+        default=default_limit_gib(),
+        metavar="GIB",
+        help="host memory at which a run counts as not fitting; default: 85%% of the machine's",
+    )
+    parser.add_argument(
+        "--exact-memory",
+        action="store_true",
+        help="on Linux, peaks that repeat more closely, for steps that are slower",
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="default outputs/bench.json")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
+
+
+def _names(*valid: str) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in valid:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(valid)}")
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""One measured run, in a process of its own: stock TRL's GRPO trainer or ours on a workload."""
+
+import tempfile
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from meters import PHASES, StepMeter, matmul_flops, peak_meter, release_free_memory
+from models import causal_lm, force_lengths, prompt_ids, random_lora, shrink_b, word_tokenizer
+from trl import GRPOConfig, GRPOTrainer
+from workloads import Workload
+
+import grpo_ext
+
+SEED = 1
+MIB = 2**20
+LOGGED = ("loss", "grad_norm", "reward", "kl", "completions/mean_length")
+
+
+def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Cheap, the same on both sides, and different within a group: a number made of the ids."""
+    return [sum(ids) % 1009 / 1009 for ids in completion_ids]
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train some steps and say what they took.
+
+    Args:
+        spec: `side` ("stock" or "ours"), `workload`, `shape` of the model, `settings` (fields of the config beside the
+            common ones), `warmup` and `steps`, `scale` (measure the machine and count operations too).
+    """
+    workload = Workload.from_dict(spec["workload"])
+    steps = spec["warmup"] + spec["steps"]
+    peak = peak_meter()
+    release_free_memory()
+    empty = peak.now()
+    matmul = matmul_flops() if spec["scale"] else None
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(spec, workload, steps, folder)
+        meter = StepMeter(peak, count_flops=spec["scale"] and spec["warmup"] > 0)
+        meter.watch(trainer)
+        release_free_memory()
+        before = peak.now()
+        trainer.train()
+
+    logged = {name: [row[name] for row in trainer.state.log_history if name in row] for name in LOGGED}
+    _require_lengths(logged["completions/mean_length"], workload, steps)
+    seconds, highest = meter.seconds[spec["warmup"] :], meter.highest[spec["warmup"] :]
+    return {
+        "seconds": [{"step": sum(phases.values())} | phases for phases in seconds],
+        "peak_mib": {phase: max(step.get(phase, 0) - before for step in highest) / MIB for phase in PHASES},
+        "weights_mib": (before - empty) / MIB,
+        "memory_meter": type(peak).__name__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch_threads": torch.get_num_threads(),
+        "trl": trl.__version__,
+        "grpo_ext": {"version": grpo_ext.__version__, "path": grpo_ext.__file__},
+        "matmul_flops": matmul,
+        "update_flops": meter.update_flops or None,
+        "logged": logged,
+    }
+
+
+def _trainer(spec: dict[str, Any], workload: Workload, steps: int, folder: str) -> GRPOTrainer:
+    settings = {"per_device_train_batch_size": workload.rows, "gradient_checkpointing": False} | spec["settings"]
+    vocabulary = spec["shape"]["vocab_size"]
+    lm = causal_lm(spec["shape"], SEED)
+    force_lengths(lm, workload.completions)
+    prompts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids(workload, steps, vocabulary, SEED)]
+    ours = spec["side"] == "ours"
+    config = grpo_ext.GRPOExtConfig if ours else GRPOConfig
+    trainer = grpo_ext.GRPOExtTrainer if ours else GRPOTrainer
+    args = config(
+        folder,
+        loss_type="grpo",
+        scale_rewards="group",
+        beta=0.1,
+        num_iterations=1,
+        temperature=0.8,
+        entropy_coef=0.0,
+        max_grad_norm=0.5,
+        learning_rate=1e-5,
+        optim="adamw_torch",
+        disable_dropout=True,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        num_generations=workload.generations,
+        max_completion_length=max(workload.completions),
+        gradient_accumulation_steps=workload.rows // settings["per_device_train_batch_size"],
+        max_steps=steps,
+        shuffle_dataset=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=SEED,
+        **settings,
+    )
+    made = trainer(
+        lm,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=word_tokenizer(vocabulary),
+        peft_config=random_lora(),
+    )
+    shrink_b(made.model)
+    return made
+
+
+def _require_lengths(mean_lengths: list[float], workload: Workload, steps: int) -> None:
+    expected = sum(workload.completions) / workload.rows
+    if len(mean_lengths) != steps or any(abs(mean - expected) > 0.01 for mean in mean_lengths):
+        raise RuntimeError(f"completions had mean lengths {mean_lengths}, not {expected} in each of {steps} steps")

@@ -1,0 +1,196 @@
+"""Seconds and peak memory per phase of an optimizer step, measured from outside of any GRPO trainer.
+
+sample      `_generate`
+reference   `_get_per_token_logps_and_entropies` without gradients
+update      the rest of the step: rewards (cheap here), forward, backward, optimizer
+"""
+
+import ctypes
+import gc
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback
+
+PHASES = ("sample", "reference", "update")
+SAMPLE_EVERY_S = 0.005
+MATMUL_SIZE, MATMUL_TRIES = 2048, 5
+
+
+class Peak(Protocol):
+    """Memory in bytes: `now`, and the `highest` since the last `reset`."""
+
+    def now(self) -> int: ...
+
+    def reset(self) -> None: ...
+
+    def highest(self) -> int: ...
+
+
+class CudaPeak:
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def highest(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+
+class KernelPeak:
+    """Linux keeps the high-water mark of resident memory, and resets it when asked."""
+
+    def now(self) -> int:
+        return self._status("VmRSS")
+
+    def reset(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def highest(self) -> int:
+        return self._status("VmHWM")
+
+    def _status(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+class SampledPeak:
+    """Resident memory read by a thread, where the kernel does not count it."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._highest = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def now(self) -> int:
+        return self._process.memory_info().rss
+
+    def reset(self) -> None:
+        self._highest = self.now()
+
+    def highest(self) -> int:
+        return max(self._highest, self.now())
+
+    def _watch(self) -> None:
+        while True:
+            self._highest = max(self._highest, self.now())
+            time.sleep(SAMPLE_EVERY_S)
+
+
+def peak_meter() -> Peak:
+    """The best meter of this machine."""
+    if torch.cuda.is_available():
+        return CudaPeak()
+    try:
+        meter = KernelPeak()
+        meter.reset()
+        meter.highest()
+    except (OSError, StopIteration):
+        return SampledPeak()
+    return meter
+
+
+def release_free_memory() -> None:
+    """Give back what Python and the allocator hold for nothing, so that a baseline is what is really in use."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_flops() -> float:
+    """Floating-point operations a second of the best of a few large float32 multiplications."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device)
+    seconds = []
+    for _ in range(MATMUL_TRIES):
+        synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * MATMUL_SIZE**3 / min(seconds)
+
+
+class StepMeter(TrainerCallback):
+    """Seconds and peak bytes per phase of every optimizer step; `watch(trainer)` before `trainer.train()`.
+
+    With `count_flops`, the first step also counts the operations of its update, as torch sees them (`FlopCounterMode`):
+    2 x m x n x k for every matrix multiplication; attention itself only on a GPU. With a frozen base that amounts to
+    2 x parameters x tokens forward, as much again for the gradients of the activations, nothing for those of the
+    weights (but for LoRA's own), and another forward for what is recomputed, over the tokens that really pass. Counting
+    slows that step down, so it must be a warm-up.
+    """
+
+    def __init__(self, peak: Peak, *, count_flops: bool):
+        self.peak = peak
+        self.seconds: list[dict[str, float]] = []
+        self.highest: list[dict[str, int]] = []
+        self.update_flops = 0
+        self._count_flops = count_flops
+        self._counter: FlopCounterMode | None = None
+        self._phase: str | None = None
+        self._since = 0.0
+
+    def watch(self, trainer: Trainer) -> None:
+        trainer.add_callback(self)
+        trainer._generate = self._timed(trainer._generate, "sample")
+        trainer._get_per_token_logps_and_entropies = self._timed(
+            trainer._get_per_token_logps_and_entropies, "reference", when=lambda: not torch.is_grad_enabled()
+        )
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(defaultdict(float))
+        self.highest.append(defaultdict(int))
+        self._turn("update")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._turn(None)
+
+    def _timed(
+        self, method: Callable[..., Any], phase: str, when: Callable[[], bool] = lambda: True
+    ) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if not when():
+                return method(*args, **kwargs)
+            outer = self._phase
+            self._turn(phase)
+            output = method(*args, **kwargs)
+            self._turn(outer)
+            return output
+
+        return timed
+
+    def _turn(self, phase: str | None) -> None:
+        """Book what the phase that ends took, and begin the next one."""
+        synchronize()
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.seconds[-1][self._phase] += now - self._since
+            self.highest[-1][self._phase] = max(self.highest[-1][self._phase], self.peak.highest())
+        self._count(phase)
+        self.peak.reset()
+        self._phase = phase
+        self._since = time.perf_counter()
+
+    def _count(self, phase: str | None) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self.update_flops += self._counter.get_total_flops()
+            self._counter = None
+        if self._count_flops and len(self.seconds) == 1 and phase == "update":
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()

@@ -1,0 +1,93 @@
+"""Random models of one shape, a tokenizer for them, and completions of lengths known beforehand. No TRL in here."""
+
+import random
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
+from workloads import EOS, FIRST_WORD, PAD, Workload
+
+SMALL_B = 0.1  # PEFT's random B times this: the policy differs from its reference, but not wildly
+
+
+def causal_lm(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def scorer(shape: dict[str, Any], seed: int) -> LlamaForSequenceClassification:
+    """A value or reward model: the same backbone with one number a token."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
+
+
+def random_lora() -> LoraConfig:
+    return LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        lora_dropout=0.0,
+    )
+
+
+def shrink_b(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(SMALL_B)
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One word an id, `w2 w3 ...`: every id decodes, and text of n words is exactly n tokens."""
+    words = {"<pad>": PAD, "</s>": EOS} | {f"w{i}": i for i in range(FIRST_WORD, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left", model_max_length=10**9
+    )
+
+
+def prompt_ids(workload: Workload, steps: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Prompts of all steps, in the order of the steps."""
+    draw = random.Random(seed)
+    lengths = workload.prompts * steps
+    return [[draw.randrange(FIRST_WORD, vocabulary) for _ in range(length)] for length in lengths]
+
+
+class FixedLengths(LogitsProcessor):
+    """Row i gets EOS as its token number `lengths[i]`, not before; a pad is never sampled."""
+
+    def __init__(self, prompt_width: int, lengths: tuple[int, ...]):
+        self.prompt_width, self.lengths = prompt_width, torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert input_ids.size(0) == len(self.lengths), f"{input_ids.size(0)} rows for {len(self.lengths)} lengths"
+        last = (self.lengths <= input_ids.size(1) - self.prompt_width + 1).to(scores.device)
+        scores = scores.masked_fill(last.unsqueeze(1), -torch.inf)
+        scores[:, PAD] = -torch.inf
+        scores[:, EOS] = torch.where(last, 0.0, -torch.inf).to(scores.dtype)
+        return scores
+
+
+def force_lengths(lm: LlamaForCausalLM, lengths: tuple[int, ...]) -> None:
+    """Let every `lm.generate` sample completions of these lengths; all its other arguments pass through."""
+    generate = lm.generate
+
+    def fixed(*args: Any, **kwargs: Any) -> Any:
+        width = kwargs["input_ids"].size(1)
+        kwargs.setdefault("logits_processor", LogitsProcessorList([FixedLengths(width, lengths)]))
+        return generate(*args, **kwargs)
+
+    lm.generate = fixed

@@ -1,0 +1,167 @@
+"""What the runs amount to: medians, ratios against stock at its best, tables, and the JSON file."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from children import GIB
+from rich.table import Table
+
+PACKAGES = ("grpo-ext", "trl", "torch", "transformers", "peft", "accelerate")
+COLUMNS = ("step", "sample", "reference", "update")
+
+Run = dict[str, Any]  # workload, title, side, variant, and what `Children.run` gave
+
+
+def fits(run: Run) -> bool:
+    return "result" in run
+
+
+def seconds(run: Run, phase: str) -> float:
+    """Median over the measured steps."""
+    return statistics.median(step.get(phase, 0.0) for step in run["result"]["seconds"])
+
+
+def peak_mib(run: Run) -> float:
+    """Highest over the phases, beside what was resident before training."""
+    return max(run["result"]["peak_mib"].values())
+
+
+def outcome(run: Run) -> str:
+    """One line about a run that ended."""
+    if fits(run):
+        return f"{seconds(run, 'step'):.2f} s a step, {peak_mib(run):.0f} MiB beside the weights"
+    if "does_not_fit" in run:
+        return f"does not fit: {run['does_not_fit']}"
+    return "failed: " + " | ".join(run["failed"])
+
+
+def ratios(runs: list[Run]) -> list[dict[str, Any]]:
+    """For each variant of ours, stock's fastest step and stock's smallest peak over its own; above 1 ours is better."""
+    rows = []
+    for workload in dict.fromkeys(run["workload"] for run in runs):
+        there = [run for run in runs if run["workload"] == workload and fits(run)]
+        stock = [run for run in there if run["side"] == "stock"]
+        if not stock:
+            continue
+        fastest = min(stock, key=lambda run: seconds(run, "step"))
+        smallest = min(stock, key=peak_mib)
+        for run in there:
+            if run["side"] == "ours":
+                scored = [seconds(r, "reference") + seconds(r, "update") for r in (fastest, run)]
+                rows.append(
+                    {
+                        "workload": workload,
+                        "variant": run["variant"],
+                        "stock_fastest": fastest["variant"],
+                        "stock_smallest": smallest["variant"],
+                        "step_time": seconds(fastest, "step") / seconds(run, "step"),
+                        "reference_and_update_time": scored[0] / scored[1],
+                        "peak_memory": peak_mib(smallest) / peak_mib(run),
+                    }
+                )
+    return rows
+
+
+def runs_table(runs: list[Run]) -> Table:
+    table = Table(
+        "workload", "side", "variant", title="Seconds (median of steps) and peak memory beside the weights (MiB)"
+    )
+    for name in (*COLUMNS, "peak", "sample", "reference", "update"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        head = [run["title"], run["side"], run["variant"]]
+        if fits(run):
+            times = [f"{seconds(run, phase):.2f}" for phase in COLUMNS]
+            peaks = [f"{run['result']['peak_mib'][phase]:.0f}" for phase in COLUMNS[1:]]
+            table.add_row(*head, *times, f"{peak_mib(run):.0f}", *peaks)
+        else:
+            table.add_row(*head, "does not fit" if "does_not_fit" in run else "failed")
+    return table
+
+
+def ratios_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Stock at its best over ours: above 1 ours is faster, or smaller")
+    for name in ("workload", "ours", "step", "reference + update", "memory", "stock's fastest", "stock's smallest"):
+        table.add_column(name, justify="right" if name in ("step", "reference + update", "memory") else "left")
+    for row in rows:
+        values = [f"{row[key]:.2f}x" for key in ("step_time", "reference_and_update_time", "peak_memory")]
+        table.add_row(row["workload"], row["variant"], *values, row["stock_fastest"], row["stock_smallest"])
+    return table
+
+
+def share_of_peak(run: Run) -> float | None:
+    """What the update reaches of the machine's matrix-multiply peak."""
+    result = run["result"]
+    if not result["update_flops"]:
+        return None
+    return result["update_flops"] / seconds(run, "update") / result["matmul_flops"]
+
+
+def scale_table(runs: list[Run]) -> Table:
+    table = Table("workload", "side", "variant", title="Against G")
+    for name in ("step (s)", "reference + update (s)", "peak (MiB)", "update GFLOP", "share of matmul peak"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        head = [run["title"], run["side"], run["variant"]]
+        if not fits(run):
+            table.add_row(*head, "does not fit" if "does_not_fit" in run else "failed")
+            continue
+        flops, share = run["result"]["update_flops"], share_of_peak(run)
+        table.add_row(
+            *head,
+            f"{seconds(run, 'step'):.2f}",
+            f"{seconds(run, 'reference') + seconds(run, 'update'):.2f}",
+            f"{peak_mib(run):.0f}",
+            "" if flops is None else f"{flops / 1e9:.1f}",
+            "" if share is None else f"{share:.0%}",
+        )
+    return table
+
+
+def machine(threads: int) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": next(names, platform.processor() or platform.machine()),
+        "threads": threads,
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+    }
+
+
+class BenchFile:
+    """The JSON file, written again after every run, so that an interruption loses nothing."""
+
+    def __init__(self, path: Path, threads: int, model: dict[str, Any], summary: Callable[[list[Run]], Any]):
+        self.runs: list[Run] = []
+        self._path, self._summary = path, summary
+        self._head = {
+            "command": sys.argv,
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "machine": machine(threads),
+            "model": model,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, run: Run) -> None:
+        self.runs.append(run)
+        content = self._head | {"ratios": self._summary(self.runs), "runs": self.runs}
+        self._path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def failures(runs: Iterable[Run]) -> int:
+    return sum("failed" in run for run in runs)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
