@@ -1,6 +1,7 @@
 # make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
 # make test    the same set-up, then every test
 # make check   ruff, its formatter and the type checker
+# make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # `accelerate launch` gives a CPU process one thread unless told otherwise.
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 
-.PHONY: math test check fix clean
+.PHONY: math test check fix bench clean
 
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
@@ -25,6 +26,9 @@ check: $(INSTALLED)
 fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/compare_trl.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

@@ -33,8 +33,8 @@ class SharedSamplingTrainer(SharedPromptTrainer):
         self._sampler_agrees = False
         self._is_cut: list[bool] = []
         self._stop_strings: list[str] = []
+        self._masks_cut = self._samples_shared = False
         if self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None:
-            self._samples_shared = False
             return
         configs = self.generation_config, base_of(self.model).generation_config
         self._stop_strings = _as_list(next((c.stop_strings for c in configs if c.stop_strings), None))

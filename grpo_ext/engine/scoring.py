@@ -103,10 +103,12 @@ class _ChunkedScore(torch.autograd.Function):
         ctx.boundaries = []  # of each group, the caches at the ends of the prompt's segments
         chunks = []
         for siblings in rows.siblings:
-            boundaries = list(read_in_segments(lm, _prompt_ids(rows, siblings), rows.chunk_tokens))
+            boundaries: list[DynamicCache] = []
+            for boundary in read_in_segments(lm, _prompt_ids(rows, siblings), rows.chunk_tokens):
+                boundaries = [*(slice_of(earlier, boundary) for earlier in boundaries), boundary]
             last = boundaries[-1] if boundaries else None
             chunks += [_score_chunk(head, rows, siblings, chunk, last) for chunk in rows.chunks(siblings)]
-            ctx.boundaries.append([slice_of(boundary, last) for boundary in boundaries])
+            ctx.boundaries.append(boundaries)
         return _assemble(rows, chunks)
 
     @staticmethod
@@ -173,6 +175,7 @@ def _backward_prompt(
         live = [(state, grad) for state, grad in zip(states, state_grads, strict=True) if state.requires_grad]
         if live:  # else the prompt reaches no trainable parameter
             state_grads = gradients.backward([s for s, _ in live], [g for _, g in live], leaves)
+        del before, states, live  # else they last until those of the next segment are there
 
 
 def _score_chunk(

@@ -78,6 +78,7 @@ def _compare(arguments: argparse.Namespace, children: Children, file: BenchFile,
         if arguments.only is None or name in arguments.only
         for side in arguments.sides
         for variant in (QUICK_VARIANTS if arguments.quick else VARIANTS)[side]
+        if arguments.variants is None or variant in arguments.variants
     ]
     if not plan:
         children.console.print(f"nothing to run: --quick has only {', '.join(QUICK)}")
@@ -110,7 +111,7 @@ def _run(
         "workload": workload.as_dict(),
         "shape": shape,
         "settings": VARIANTS[side][variant](workload),
-        "warmup": 0 if arguments.quick else 1,
+        "warmup": 0 if arguments.quick else arguments.warmup,
         "steps": 1 if arguments.quick else arguments.steps,
         "scale": arguments.scale_g,
     }
@@ -126,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale-g", action="store_true", help="S=512, C=64, G from 2 to 64, and the share of peak")
     parser.add_argument("--only", type=_names(*FULL), help="workloads, such as W1,W4; default: all")
     parser.add_argument("--sides", type=_names(*VARIANTS), default=list(VARIANTS), help="stock, ours, or stock,ours")
-    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps, after one warm-up; default 3")
+    parser.add_argument("--variants", type=lambda text: text.split("/"), help="such as '1 row/default'; default: all")
+    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps; default 3")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those; default 1")
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
     parser.add_argument(
         "--memory-limit",

@@ -1,0 +1,60 @@
+"""Two processes train what one process trains on the same completions, however groups are spread over them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from conftest import ROOT
+from two_processes import CASES, STEPS, train
+
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+# `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
+LAUNCH = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The results of every case in both processes, from one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [ACCELERATE, *LAUNCH.split(), "--main_process_port", "0", two_processes.__file__, folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log").open("w+") as log:
+        launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            launched.wait(timeout=150)
+        finally:
+            launched.terminate()  # not kill, which would leave the two processes behind
+            launched.wait()
+        log.seek(0)
+        assert launched.returncode == 0, log.read()
+    return {case: [torch.load(folder / f"{case}-{process}.pt") for process in (0, 1)] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(two, case, tmp_path):
+    """Gradients that bypass the hooks of data-parallel training leave each process with an adapter of its own, and
+    rewards or normalisers that stay in a process train another one; both without an error."""
+    first, second = two[case]
+    for name, value in first["adapter"].items():
+        assert torch.equal(value, second["adapter"][name]), f"{name} differs between the processes"
+    alone = train(case, 1, tmp_path)
+    settings = CASES[case][1]
+    assert first["shares"] is second["shares"] is alone["shares"] is settings.get("share_prompt", True)
+    assert len(alone["grad_norm"]) == STEPS
+    for name, value in alone["adapter"].items():
+        torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
+        moved = (value - alone["start"][name]).abs().max()
+        assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 1e-6 says little about"
+        torch.testing.assert_close(first["adapter"][name], value, atol=1e-6, rtol=0, msg=name)
+    assert min(alone["grad_norm"]) > 0
+    assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    for name in ("reward", "reward_std"):
+        assert first[name] == pytest.approx(alone[name], abs=1e-6)
+    assert min(alone["reward_std"]) > 0
+    want_chunks = STEPS * settings.get("gradient_accumulation_steps", 1) if "chunk_tokens" in settings else 0
+    assert first["updates_in_chunks"] == alone["updates_in_chunks"] == want_chunks
+    assert second["updates_in_chunks"] == (0 if case == "one_idle" else want_chunks)

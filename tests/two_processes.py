@@ -1,0 +1,145 @@
+"""What test_processes.py trains: in two processes, each running this file, and in one, which imports it.
+
+    accelerate launch --multi_gpu --num_processes 2 tests/two_processes.py FOLDER
+
+writes FOLDER/<case>-<process>.pt for every case, with the adapter and the log of that process.
+"""
+
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
+
+import torch
+from conftest import TINY_MODEL, adapter_of, random_lora, share_of_digits
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import grpo_ext
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from grpo_ext.engine import sharing
+
+STEPS, SIBLINGS, LONGEST = 3, 4, 12
+QUESTIONS = [f"Question: {sum_}=?\nAnswer:" for sum_ in ("1+2", "30+41", "7+8", "12+30", "9+9", "500+1")]
+
+# Rows a process in two processes, and the settings; one process gets twice as many rows. Losses are those whose
+# normaliser counts rows or all tokens of a step: bnpo divides by the tokens of a process, and so does TRL's entropy
+# bonus, which is therefore off.
+WHOLE_GROUPS, HALF_GROUPS, ONE_AND_A_HALF = 4, 2, 6
+OURS: dict[str, Any] = {"loss_type": "grpo_sequence", "entropy_coef": 0.01}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ours": (WHOLE_GROUPS, OURS),
+    "chunks": (WHOLE_GROUPS, OURS | {"chunk_tokens": 40}),
+    "plain": (WHOLE_GROUPS, OURS | {"share_prompt": False}),
+    "straddling": (HALF_GROUPS, OURS),
+    "straddling_chunks": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "ddp_find_unused_parameters": False}),
+    "straddling_plain": (HALF_GROUPS, OURS | {"share_prompt": False}),
+    # all optimizer steps on one rollout: old log-probs and clipped ratios
+    "mixed_dapo": (ONE_AND_A_HALF, {"loss_type": "dapo", "chunk_tokens": 40, "num_iterations": 3}),
+    "mixed_dr_grpo": (ONE_AND_A_HALF, {"loss_type": "dr_grpo", "chunk_tokens": 40}),
+    # gradients of the first micro-batch stay in the process until the second
+    "accumulated": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "gradient_accumulation_steps": 2}),
+    # the rows of the second process have no token that counts: it takes TRL's path while the first one shares
+    "one_idle": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "mask_truncated_completions": True}),
+}
+
+
+def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, Any]:
+    """Completions that depend on the prompt, the place among its siblings and the step, however rows are spread.
+
+    The places 0 and 1 of a group end; 2 and 3 are cut off.
+    """
+    tokenizer = trainer.processing_class
+    digits = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).isdigit()]
+    others = sorted(set(range(len(tokenizer))) - set(digits) - set(tokenizer.all_special_ids))
+    completions = []
+    first_row = trainer.accelerator.process_index * len(prompts)
+    for row, prompt in enumerate(prompts, start=first_row):
+        place = row % SIBLINGS
+        rng = random.Random(f"{prompt} {place} {trainer.state.global_step}")
+        length = rng.randint(1, LONGEST - 1)
+        ids = [rng.choice(digits if rng.random() < 0.3 * place else others) for _ in range(length)]
+        completions.append([*ids, tokenizer.eos_token_id] if place < 2 else ids)
+    return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
+
+
+def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
+    """SGD, at a rate at which the adapter moves hundreds of times further than the test tolerates."""
+    rows, settings = CASES[case]
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    trainer = GRPOExtTrainer(
+        LlamaForCausalLM(config),
+        reward_funcs=share_of_digits,
+        args=GRPOExtConfig(
+            **{
+                "output_dir": str(folder / "run"),
+                "max_steps": STEPS,
+                "num_generations": SIBLINGS,
+                "per_device_train_batch_size": rows * 2 // processes,
+                "max_completion_length": LONGEST,
+                "learning_rate": 0.5,
+                "lr_scheduler_type": "constant",
+                "optim": "sgd",
+                "entropy_coef": 0.0,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "gradient_checkpointing": False,
+                "use_cpu": True,
+                "bf16": False,
+                "seed": 3,
+            }
+            | settings
+        ),
+        train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
+        processing_class=tokenizer,
+        peft_config=random_lora(),
+        rollout_func=given_completions,
+    )
+    assert trainer.accelerator.num_processes == processes
+    start = adapter_of(trainer)
+    with patch.object(sharing, "score_in_chunks", wraps=sharing.score_in_chunks) as chunked:
+        trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    return {
+        "start": start,
+        "adapter": adapter_of(trainer),
+        "shares": trainer._shares_prompts,
+        "updates_in_chunks": chunked.call_count,
+        "grad_norm": [row["grad_norm"] for row in logs],
+        # of the steps that began with a rollout
+        **{name: [row[name] for row in logs if name in row] for name in ("reward", "reward_std")},
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    assert Path(grpo_ext.__file__).parent.parent == Path(__file__).resolve().parent.parent, grpo_ext.__file__
+    process = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    for case in CASES:
+        torch.save(train(case, 2, folder / str(process)), folder / f"{case}-{process}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
