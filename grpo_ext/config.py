@@ -30,14 +30,14 @@ class GRPOExtConfig(GRPOConfig):
         bf16, use_cpu: without an accelerator the run is on the CPU in float32; on a GPU without bfloat16, fp16.
 
     Added:
-        share_prompt: True. Every prompt is read once for all of its completions when log-probs are computed (policy,
-            old policy and reference). False is TRL's plain path. Where sharing cannot be exact, TRL's path is taken
-            and the log says why.
+        share_prompt: True. Every prompt is read once for all of its completions, when they are drawn and when
+            log-probs are computed (policy, old policy and reference). False is TRL's plain path. Where sharing cannot
+            be exact, TRL's path is taken and the log says why.
         chunk_tokens: at most so many tokens carry a graph at once in the update, counting for each row its prompt too
-            (attention copies the prompt's states per row); at least one row. None (default) for no bound; then, where
-            `gradient_checkpointing` is on, the rows are still taken one at a time in its place. Recommended: None
-            where a step fits, else prompt + completion tokens of as many rows as do; the result is the same for every
-            value.
+            (attention copies the prompt's states per row); at least one row. Passes without a graph take up to eight
+            times as many. None (default) for no bound; then, where `gradient_checkpointing` is on, the rows are still
+            taken one at a time in its place. Recommended: None where a step fits, else prompt + completion tokens of
+            as many rows as do; the result is the same for every value.
         kl_estimator: KL of a token in `loss_type="grpo_sequence"`, `"k3"` (recommended, the only one so far).
 
     Raises:

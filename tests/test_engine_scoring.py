@@ -141,12 +141,12 @@ def shared(model, ids, mask, C, **settings):
     return output.log_probs, output.entropy
 
 
-def gradients(model, outputs, seed=2):
+def gradients(model, outputs, seed=2, **options):
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
     loss = sum((output.double() * weight).sum() for output, weight in zip(outputs, weights, strict=True))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), **options), strict=True))
 
 
 # Parts of these work in float32 whatever the model is in: the scans of mamba and delta-rule layers, experts on a CPU.
@@ -262,3 +262,38 @@ def test_a_checkpointed_model_keeps_its_prompt():
     wanted = gradients(model, want)
     for name, grad in gradients(model, got).items():
         assert (grad - wanted[name]).norm() < 1e-6 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 64])
+@pytest.mark.parametrize(
+    ("prompt_lengths", "lengths"),
+    [
+        ((150, 90), ((12, 7, 1, 9), (5, 12, 3))),
+        ((40, 40, 1), ((3, 0, 3), (5, 3), (2, 4))),  # an empty completion, a prompt of one token
+        ((30, 20), ((4, 2), (0, 0))),  # a prompt whose completions are all empty
+    ],
+)
+def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
+    """Stock counts a prompt's tokens once a row, empty ones too, and the last token of each completion; so do we,
+    though each prompt is run once. Compared on a padded batch, and through every adapter tensor."""
+    model = make("qwen3_moe", "sdpa", torch.float32)
+    ids, mask, C = batch(prompt_lengths, lengths)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-C] = -100
+    want = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, output_router_logits=True)
+    rows = Rows(
+        completion_ids_BC=ids[:, -C:],
+        siblings=find_siblings(ids, mask, C),
+        chunk_tokens=chunk_tokens,
+        experts_per_token=2,
+    )
+    got = model(shared_rows=rows)
+    torch.testing.assert_close(got.aux_loss, want.aux_loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got.log_probs, want.log_probs[:, -C:], atol=5e-5, rtol=0)
+    outputs, wanted = ([o.log_probs[:, -C:], o.aux_loss.unsqueeze(0) * 10] for o in (got, want))
+    for alone, alone_wanted in ((outputs, wanted), (outputs[1:], wanted[1:])):
+        options = {"retain_graph": True, "materialize_grads": True}  # the last layers have no share in the loss alone
+        expected, received = gradients(model, alone_wanted, **options), gradients(model, alone, **options)
+        assert any(grad.norm() > 0 for grad in expected.values())
+        for name, grad in received.items():
+            assert (grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-9, name

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import PROMPTS, adapter_of, random_lora
 from peft import PeftModel, get_peft_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
@@ -39,6 +40,47 @@ def test_every_loss_of_trl(build, small_model, loss_type):
         torch.testing.assert_close(ours[0][name], value, atol=1e-5, rtol=1e-4, msg=name)
     assert ours[1] == pytest.approx(stock[1], abs=1e-5)
     assert ours[2] == pytest.approx(stock[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "grpo_sequence"])
+def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_type):
+    """The loss that keeps experts in use is TRL's, with each prompt run once and in chunks."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    settings = {"loss_type": loss_type, "router_aux_loss_coef": 0.5, "beta": 0.1, "max_steps": 3}
+    runs = []
+    for variant in ({"share_prompt": False}, {}, {"chunk_tokens": 40}):
+        trainer = build(
+            copy.deepcopy(model), peft_config=random_lora(), optim="sgd", learning_rate=0.5, **settings, **variant
+        )
+        start = adapter_of(trainer)
+        trainer.train()
+        runs.append(trainer)
+    plain, *shared = runs
+    assert not plain._shares_prompts
+    assert min(log_of(plain, "aux_loss")) > 0.5
+    assert any(not torch.equal(value, start[name]) for name, value in adapter_of(plain).items())
+    for run in shared:
+        assert run._shares_prompts
+        assert log_of(run, "aux_loss") == pytest.approx(log_of(plain, "aux_loss"), rel=1e-5)
+        assert log_of(run, "loss") == pytest.approx(log_of(plain, "loss"), abs=1e-5)
+        for name, value in adapter_of(plain).items():
+            torch.testing.assert_close(adapter_of(run)[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_one_equivalence_class(build, small_model):

@@ -112,18 +112,21 @@ def keep_together(groups_B: list[int]) -> list[int]:
     return sorted(range(len(groups_B)), key=lambda row: (first[groups_B[row]], row))
 
 
-def cut_rows(siblings: Siblings, max_rows: int | None, max_tokens: int | None) -> list[range]:
+def cut_rows(
+    siblings: Siblings, max_rows: int | None, max_tokens: int | None, *, with_empty: bool = False
+) -> list[range]:
     """Cut the rows of a group, longest first, into chunks; each is padded to its own longest row.
 
     Args:
         max_rows: rows a chunk at most; None for no bound.
         max_tokens: bound on rows x (prompt + longest completion), since attention copies the prompt's states for every
             row; a chunk has one row at least. None for no bound.
+        with_empty: whether rows of length 0 are in a chunk too; log-probs do not need them.
 
     Returns:
-        Ranges into `siblings.rows`. Rows of length 0 need no forward and are in none.
+        Ranges into `siblings.rows`.
     """
-    count = sum(length > 0 for length in siblings.lengths)
+    count = sum(length > 0 or with_empty for length in siblings.lengths)
     chunks, start = [], 0
     while start < count:
         rows = count - start if max_rows is None else min(max_rows, count - start)

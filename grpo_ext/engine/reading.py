@@ -7,6 +7,7 @@ Legend: k prompts, S prompt tokens.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,25 +24,31 @@ def segments(tokens: int, chunk_tokens: int | None) -> list[range]:
     return [range(start, end) for start, end in zip([0, *ends], [*ends, tokens], strict=True)]
 
 
-def read(lm: PreTrainedModel, prompts_kS: Tensor) -> DynamicCache | None:
+def read(lm: PreTrainedModel, prompts_kS: Tensor, **options: Any) -> DynamicCache | None:
     """The cache of all tokens but the last one; None for prompts of one token."""
     whole = segments(prompts_kS.size(1) - 1, None)
-    return read_segment(lm, prompts_kS, whole[0], None) if whole else None
+    return read_segment(lm, prompts_kS, whole[0], None, **options) if whole else None
 
 
-def read_in_segments(lm: PreTrainedModel, prompts_kS: Tensor, chunk_tokens: int | None) -> Iterator[DynamicCache]:
+def read_in_segments(
+    lm: PreTrainedModel, prompts_kS: Tensor, chunk_tokens: int | None, **options: Any
+) -> Iterator[DynamicCache]:
     """The caches at the end of each segment, each of them left as it was by the next."""
     cache = None
     for segment in segments(prompts_kS.size(1) - 1, chunk_tokens):
-        cache = read_segment(lm, prompts_kS, segment, None if cache is None else fork(cache, range(len(prompts_kS))))
+        before = None if cache is None else fork(cache, range(len(prompts_kS)))
+        cache = read_segment(lm, prompts_kS, segment, before, **options)
         yield cache
 
 
-def read_segment(lm: PreTrainedModel, prompts_kS: Tensor, segment: range, cache: DynamicCache | None) -> DynamicCache:
+def read_segment(
+    lm: PreTrainedModel, prompts_kS: Tensor, segment: range, cache: DynamicCache | None, **options: Any
+) -> DynamicCache:
     """The cache at the end of a segment; `cache`, the one at its beginning, is written to."""
     return lm.base_model(
         input_ids=prompts_kS[:, segment.start : segment.stop],
         past_key_values=cache,
         position_ids=torch.arange(segment.start, segment.stop, device=prompts_kS.device).unsqueeze(0),
         use_cache=True,
+        **options,
     ).past_key_values

@@ -4,27 +4,28 @@ In: TRL's padded rows [prompt | completion]. Out: what TRL's own scoring gives, 
 
     prompt[:-1] --(batch of 1)--> states --fork--> [last prompt token | completion[:-1]] of each sibling -> log-probs
 
-With gradients and a token budget, `score_in_chunks` keeps no graph in the forward. Its backward runs the completions in
-chunks on leaf copies of the states, so that the gradients of all siblings add up in the leaves, and then sends these
-through the prompt, in segments, last to first. The result is exact, and the memory is that of one chunk whatever G is,
-beside the prompt's states and their gradients.
+`chunked.py` does the same in chunks, for the gradient of a micro-batch that is too large for one graph.
 
-Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c tokens of its longest completion.
+Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c tokens of its longest completion, T tokens of
+all its completions.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo_ext.engine.groups import Siblings, cut_rows, of_one_length
-from grpo_ext.engine.prompt_cache import fork, read_states, slice_of, write_states
-from grpo_ext.engine.reading import read, read_in_segments, read_segment, segments
+from grpo_ext.engine.lanes import can_pack
+from grpo_ext.engine.prompt_cache import fork, read_states, write_states
+from grpo_ext.engine.reading import read
+from grpo_ext.engine.routing import RouterSums, Routing, total
+
+PACKED_TOKENS = 512  # of a chunk, that go into one row even on a shorter prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +37,19 @@ class Rows:
         siblings: the rows by prompt.
         max_rows: rows of one forward at most; None for whole groups.
         chunk_tokens: tokens that carry a graph at once; None for no bound.
+        experts_per_token: of a mixture of experts whose load-balancing loss is asked for; None for no such loss.
     """
 
     completion_ids_BC: Tensor
     siblings: list[Siblings]
     max_rows: int | None = None
     chunk_tokens: int | None = None
+    experts_per_token: int | None = None
 
     def chunks(self, siblings: Siblings) -> list[range]:
-        return cut_rows(siblings, self.max_rows, self.chunk_tokens)
+        # The tokens of a prompt count for its empty rows too: the last one, which rows begin with, as any other.
+        with_empty = self.experts_per_token is not None
+        return cut_rows(siblings, self.max_rows, self.chunk_tokens, with_empty=with_empty)
 
     def fit_one_chunk(self) -> bool:
         """Whether a plain graph over everything stays within the budget."""
@@ -55,156 +60,131 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scored:
-    """A chunk of a group: which rows of the micro-batch, and what they scored."""
+class Scores:
+    """What the rows scored: shapes (B, C), float32, 0 on padding.
+
+    Attributes:
+        entropies_BC: None where the head gives none (a reference model's).
+        balance: the load-balancing loss, where it was asked for.
+    """
+
+    logps_BC: Tensor
+    entropies_BC: Tensor | None
+    balance: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some rows of a group: which of the micro-batch, and what they scored."""
 
     rows: list[int]
     logps_nc: Tensor
     entropies_nc: Tensor | None
+    routed: RouterSums | None
 
 
-def score(lm: PreTrainedModel, rows: Rows, head: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
+def score(lm: PreTrainedModel, rows: Rows, head: Callable[..., Any]) -> Scores:
     """Score on the graph that the caller's grad mode asks for, all of it at once.
 
     Args:
         lm: a causal language model; it must give a `DynamicCache` that can be forked.
         head: its forward with TRL's fused head: `head(input_ids=..., shift_labels=..., fused_lm_head=True, ...)`.
-
-    Returns:
-        logps_BC, entropies_BC: float32, 0 on padding; no entropies where the head gives none (a reference model's).
     """
-    chunks = []
-    for siblings in of_one_length(rows.siblings, rows.max_rows, rows.chunk_tokens):
-        cache = read(lm, _prompt_ids(rows, siblings))
-        chunks += [_score_chunk(head, rows, siblings, chunk, cache) for chunk in rows.chunks(siblings)]
-    return _assemble(rows, chunks)
+    chunks: list[Chunk] = []
+    routed = []  # of the prompts
+    with Routing(lm, rows.experts_per_token) as routing:
+        scorer = Scorer(lm=lm, rows=rows, head=head, routing=routing)
+        for siblings in of_one_length(rows.siblings, rows.max_rows, rows.chunk_tokens):
+            cache = read(lm, prompt_ids(rows, siblings), **routing.options)
+            if cache is not None:
+                routed.append(routing.take(prompt_weights(rows, siblings, siblings.prompt_tokens - 1)))
+            chunks += [scorer.score(siblings, chunk, cache) for chunk in rows.chunks(siblings)]
+    logps_BC, entropies_BC = assemble(rows, chunks)
+    everything = total(routed + [chunk.routed for chunk in chunks])
+    balance = None if everything is None else everything.loss()
+    return Scores(logps_BC=logps_BC, entropies_BC=entropies_BC, balance=balance)
 
 
-def score_in_chunks(
-    lm: PreTrainedModel, rows: Rows, head: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]]
-) -> tuple[Tensor, Tensor]:
-    """`score` with gradients, of which at most `rows.chunk_tokens` tokens carry a graph at once; the same result.
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores some rows of a group on the cache of its prompt; the arguments are those of `score`."""
 
-    Args:
-        context: what the backward must re-enter to see the model that the forward saw (autocast, checkpointing off).
-    """
-    parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    return _ChunkedScore.apply(lm, rows, head, context, *parameters)
+    lm: PreTrainedModel
+    rows: Rows
+    head: Callable[..., Any]
+    routing: Routing
 
+    def score(self, siblings: Siblings, chunk: range, cache: DynamicCache | None) -> Chunk:
+        """Args: `chunk`, a range into `siblings.rows`; `cache`, of all prompt tokens but the last one."""
+        members = [siblings.rows[i] for i in chunk]
+        longest = siblings.lengths[chunk.start]
+        prompt_of = [siblings.prompt_of[i] for i in chunk]
+        # The last token says nothing about log-probs, but it is routed. One token alone would be taken for a decoding
+        # step, in which recurrent layers write into the states in place.
+        width = max(2, longest + (self.rows.experts_per_token is not None))
+        targets_nc = pad(self.rows.completion_ids_BC[members, :longest], (0, width - longest))
+        lengths_n1 = targets_nc.new_tensor([[siblings.lengths[i]] for i in chunk])
+        places_c = torch.arange(width, device=targets_nc.device)
+        first_n1 = targets_nc.new_tensor([[siblings.prompts[i][-1]] for i in prompt_of])
+        inputs_nc = {
+            "input_ids": torch.cat([first_n1, targets_nc[:, :-1]], dim=1),
+            "position_ids": (siblings.prompt_tokens - 1 + places_c).expand_as(targets_nc),
+            "shift_labels": targets_nc.masked_fill(places_c >= lengths_n1, -100),
+        }
+        if cache is not None and self._packs(siblings, chunk, cache):
+            logps_nc, entropies_nc = self._score_packed(inputs_nc, places_c < lengths_n1, cache)
+            routed = None
+        else:
+            # Padding stands on the right, where no token of the row looks: no attention mask is needed.
+            forked = None if cache is None else fork(cache, prompt_of)
+            output = self.head(**inputs_nc, past_key_values=forked, fused_lm_head=True, **self.routing.options)
+            logps_nc, entropies_nc = output.log_probs, output.entropy
+            routed = self.routing.take(places_c <= lengths_n1)
+        return Chunk(
+            rows=members,
+            logps_nc=logps_nc[:, :longest],
+            entropies_nc=None if entropies_nc is None else entropies_nc[:, :longest],
+            routed=routed,
+        )
 
-class _ChunkedScore(torch.autograd.Function):
-    """The trainable parameters are inputs and their gradients are returned, so that hooks on them (DDP) fire once."""
+    def _packs(self, siblings: Siblings, chunk: range, cache: DynamicCache) -> bool:
+        """Whether the rows go into one, where the prompt's states need no copies, and padding no multiplications.
 
-    @staticmethod
-    def forward(
-        ctx: Any, lm: PreTrainedModel, rows: Rows, head: Callable, context: Callable, *parameters: nn.Parameter
-    ) -> Any:
-        ctx.lm, ctx.rows, ctx.head, ctx.context, ctx.parameters = lm, rows, head, context, parameters
-        ctx.boundaries = []  # of each group, the caches at the ends of the prompt's segments
-        chunks = []
-        for siblings in rows.siblings:
-            boundaries: list[DynamicCache] = []
-            for boundary in read_in_segments(lm, _prompt_ids(rows, siblings), rows.chunk_tokens):
-                boundaries = [*(slice_of(earlier, boundary) for earlier in boundaries), boundary]
-            last = boundaries[-1] if boundaries else None
-            chunks += [_score_chunk(head, rows, siblings, chunk, last) for chunk in rows.chunks(siblings)]
-            ctx.boundaries.append(boundaries)
-        return _assemble(rows, chunks)
+        Each token then also looks past those of the other rows, which costs little where these are few.
+        """
+        tokens = sum(siblings.lengths[i] for i in chunk)
+        return (
+            len(siblings.prompts) == 1
+            and len(chunk) > 1
+            and tokens <= max(PACKED_TOKENS, siblings.prompt_tokens)
+            and can_pack(self.lm, cache)
+            # TRL's head takes the mask of a mixture of experts for one of padding.
+            and not getattr(self.lm.config.get_text_config(), "output_router_logits", False)
+            and self.rows.experts_per_token is None
+        )
 
-    @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor) -> Any:
-        gradients = _Gradients(ctx.parameters)
-        with torch.enable_grad(), ctx.context():
-            for siblings, boundaries in zip(ctx.rows.siblings, ctx.boundaries, strict=True):
-                state_grads = _backward_completions(ctx, siblings, boundaries, output_grads, gradients)
-                _backward_prompt(ctx, siblings, boundaries, state_grads, gradients)
-        return None, None, None, None, *gradients.sums
+    def _score_packed(
+        self, inputs_nc: dict[str, Tensor], is_token_nc: Tensor, cache: DynamicCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """All rows as one, T tokens, which an attention mask keeps apart."""
+        rows_T, places_T = is_token_nc.nonzero(as_tuple=True)
+        sees_TT = (rows_T.unsqueeze(1) == rows_T) & (places_T.unsqueeze(1) >= places_T)
+        hidden = torch.finfo(self.lm.dtype).min
+        mask_TT = torch.zeros_like(sees_TT, dtype=self.lm.dtype).masked_fill(~sees_TT, hidden)
+        output = self.head(
+            **{name: values_nc[is_token_nc].unsqueeze(0) for name, values_nc in inputs_nc.items()},
+            past_key_values=write_states(cache, read_states(cache)),  # whose layers the forward replaces
+            attention_mask=pad(mask_TT, (cache.get_seq_length(), 0))[None, None],
+            fused_lm_head=True,
+        )
 
+        def spread(scores_1T: Tensor) -> Tensor:
+            return scores_1T.new_zeros(is_token_nc.shape).masked_scatter(is_token_nc, scores_1T)
 
-class _Gradients:
-    """Gradients of the parameters, added up over chunks."""
-
-    def __init__(self, parameters: tuple[nn.Parameter, ...]):
-        self.parameters = parameters
-        self.sums: list[Tensor | None] = [None] * len(parameters)
-
-    def backward(self, outputs: list[Tensor], output_grads: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-        """Add the parameters' share, and return that of the leaves."""
-        inputs = (*leaves, *self.parameters)
-        grads = torch.autograd.grad(outputs, inputs, output_grads, allow_unused=True)
-        for i, grad in enumerate(grads[len(leaves) :]):
-            if grad is not None:
-                total = self.sums[i]
-                self.sums[i] = grad if total is None else total.add_(grad)
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=False)]
-
-
-def _backward_completions(
-    ctx: Any,
-    siblings: Siblings,
-    boundaries: list[DynamicCache],
-    output_grads: tuple[Tensor, ...],
-    gradients: _Gradients,
-) -> list[Tensor]:
-    """Run the chunks of one group on leaves; the gradient of each state of the prompt, over all siblings."""
-    leaves = [state.detach().requires_grad_() for state in read_states(boundaries[-1])] if boundaries else []
-    totals = [torch.zeros_like(leaf) for leaf in leaves]
-    for chunk in ctx.rows.chunks(siblings):
-        cache = write_states(boundaries[-1], leaves) if boundaries else None
-        scored = _score_chunk(ctx.head, ctx.rows, siblings, chunk, cache)
-        assert scored.entropies_nc is not None  # a model that trains has a head that gives them
-        outputs = [scored.logps_nc, scored.entropies_nc]
-        wanted = [grad[scored.rows, : output.size(1)] for grad, output in zip(output_grads, outputs, strict=True)]
-        for total, grad in zip(totals, gradients.backward(outputs, wanted, leaves), strict=True):
-            total.add_(grad)
-    return totals
-
-
-def _backward_prompt(
-    ctx: Any, siblings: Siblings, boundaries: list[DynamicCache], state_grads: list[Tensor], gradients: _Gradients
-) -> None:
-    """Send the gradients of the prompt's states through its segments, last to first."""
-    prompts = _prompt_ids(ctx.rows, siblings)
-    cuts = segments(prompts.size(1) - 1, ctx.rows.chunk_tokens)
-    for k in reversed(range(len(cuts))):
-        leaves, before = [], None
-        if k > 0:
-            leaves = [state.detach().requires_grad_() for state in read_states(boundaries[k - 1])]
-            before = fork(write_states(boundaries[k - 1], leaves), range(len(prompts)))
-        states = read_states(read_segment(ctx.lm, prompts, cuts[k], before))
-        live = [(state, grad) for state, grad in zip(states, state_grads, strict=True) if state.requires_grad]
-        if live:  # else the prompt reaches no trainable parameter
-            state_grads = gradients.backward([s for s, _ in live], [g for _, g in live], leaves)
-        del before, states, live  # else they last until those of the next segment are there
+        return spread(output.log_probs), None if output.entropy is None else spread(output.entropy)
 
 
-def _score_chunk(
-    head: Callable[..., Any], rows: Rows, siblings: Siblings, chunk: range, cache: DynamicCache | None
-) -> _Scored:
-    """Some rows of a group, on a fork of the prompt's cache."""
-    members = [siblings.rows[i] for i in chunk]
-    longest = siblings.lengths[chunk.start]
-    prompt_of = [siblings.prompt_of[i] for i in chunk]
-    last_tokens = [siblings.prompts[i][-1] for i in prompt_of]
-    targets_nc = rows.completion_ids_BC[members, :longest]
-    # Recurrent layers take a single token on a cache as a decoding step, which writes into the states in place.
-    targets_nc = pad(targets_nc, (0, max(0, 2 - longest)))
-    lengths_n = torch.tensor([siblings.lengths[i] for i in chunk], device=targets_nc.device)
-    positions_c = torch.arange(targets_nc.size(1), device=targets_nc.device)
-    first_n1 = targets_nc.new_tensor(last_tokens).unsqueeze(1)
-    output = head(
-        input_ids=torch.cat([first_n1, targets_nc[:, :-1]], dim=1),
-        # Padding stands on the right, where no token of the row looks: no attention mask is needed.
-        past_key_values=None if cache is None else fork(cache, prompt_of),
-        position_ids=(siblings.prompt_tokens - 1 + positions_c).unsqueeze(0),
-        shift_labels=targets_nc.masked_fill(positions_c >= lengths_n.unsqueeze(1), -100),
-        fused_lm_head=True,
-    )
-    entropies_nc = None if output.entropy is None else output.entropy[:, :longest]
-    return _Scored(rows=members, logps_nc=output.log_probs[:, :longest], entropies_nc=entropies_nc)
-
-
-def _assemble(rows: Rows, chunks: list[_Scored]) -> tuple[Tensor, Tensor | None]:
+def assemble(rows: Rows, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
     """Pad the chunks to C and put their rows back into the order of the micro-batch; rows without tokens are 0."""
     B, C = rows.completion_ids_BC.shape
     order = [row for chunk in chunks for row in chunk.rows]
@@ -219,5 +199,11 @@ def _assemble(rows: Rows, chunks: list[_Scored]) -> tuple[Tensor, Tensor | None]
     return together([chunk.logps_nc for chunk in chunks]), together(entropies) if entropies else None
 
 
-def _prompt_ids(rows: Rows, siblings: Siblings) -> Tensor:
+def prompt_ids(rows: Rows, siblings: Siblings) -> Tensor:
     return torch.tensor(siblings.prompts, device=rows.completion_ids_BC.device)
+
+
+def prompt_weights(rows: Rows, siblings: Siblings, tokens: int) -> Tensor:
+    """For how many rows each of so many tokens of each prompt counts."""
+    counts = [[siblings.prompt_of.count(i)] for i in range(len(siblings.prompts))]
+    return torch.tensor(counts, device=rows.completion_ids_BC.device).expand(-1, tokens)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -26,9 +26,10 @@ from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput
 
+from grpo_ext.engine.chunked import score_in_chunks
 from grpo_ext.engine.prompt_cache import why_not_forkable
 from grpo_ext.engine.sampling import GroupSampler
-from grpo_ext.engine.scoring import Rows, score, score_in_chunks
+from grpo_ext.engine.scoring import Rows, score
 
 # A prompt read in two parts is not the same to them as one read at once.
 NOT_EXACT = ("bamba",)
@@ -54,12 +55,11 @@ def add_shared_scoring(lm: PreTrainedModel) -> None:
             return head(*args, **kwargs)
         # Checkpointed layers drop the cache with no more than a log line, and the completion loses its prompt.
         with disable_gradient_checkpointing(self):
-            outputs: tuple[Tensor, Tensor | None]
             if torch.is_grad_enabled() and not shared_rows.fit_one_chunk():
-                outputs = score_in_chunks(self, shared_rows, head, _recompute_context(self))
+                scores = score_in_chunks(self, shared_rows, head, _recompute_context(self))
             else:
-                outputs = score(self, shared_rows, head)
-        return FusedCausalLMOutput(log_probs=outputs[0], entropy=outputs[1])
+                scores = score(self, shared_rows, head)
+        return FusedCausalLMOutput(log_probs=scores.logps_BC, entropy=scores.entropies_BC, aux_loss=scores.balance)
 
     lm.forward = types.MethodType(forward, lm)
 
@@ -150,6 +150,8 @@ def why_not_shared(model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: b
         return "dropout is on"
     if getattr(config, "attention_dropout", 0.0):
         return "attention dropout is on"
+    if getattr(config, "router_jitter_noise", 0.0):
+        return "its routers add noise (router_jitter_noise)"
     return _why_cache_not_forkable(lm)
 
 

@@ -24,6 +24,8 @@ from workloads import FULL, QUICK, SCALE, SMOLLM2_135M, TINY, Workload, tiny
 
 Settings = Callable[[Workload], dict[str, Any]]  # fields of the trainer's config, beside the common ones
 
+SMALL_CHUNK = 64  # tokens, and so the length of the segments that a prompt is read in
+
 # Without settings: all rows in one micro-batch, gradient checkpointing off.
 STOCK: dict[str, Settings] = {
     "all rows": lambda workload: {},
@@ -33,7 +35,9 @@ STOCK: dict[str, Settings] = {
 }
 OURS: dict[str, Settings] = {
     "default": lambda workload: {},
+    "2 rows": lambda workload: {"per_device_train_batch_size": 2},
     "one row at a time": lambda workload: {"chunk_tokens": workload.longest_row},
+    "small chunks": lambda workload: {"chunk_tokens": SMALL_CHUNK},
 }
 VARIANTS = {"stock": STOCK, "ours": OURS}
 QUICK_VARIANTS = {"stock": ("all rows", "1 row, checkpointing"), "ours": ("default",)}
