@@ -1,13 +1,11 @@
 """TRL's trainer with siblings drawn together, and what is known of them from then on: log-probs, and how they ended."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
-from grpo_ext.engine.folding import folded
 from grpo_ext.engine.sampling import GroupSampler
 from grpo_ext.engine.sharing import base_of, shared_sampling, why_not_sampled
 from grpo_ext.shared_prompt import SharedPromptTrainer
@@ -58,13 +56,8 @@ class SharedSamplingTrainer(SharedPromptTrainer):
         if not self._samples_shared:
             return super()._generate_single_turn(*args, **kwargs)
         lm = base_of(self.accelerator.unwrap_model(self.model))
-        with ExitStack() as drawing:
-            # As in scoring, so that both see the same model; TRL draws without autocast.
-            drawing.enter_context(self.accelerator.autocast())
-            drawing.enter_context(shared_sampling(lm, self._sampler, self._stop_strings, self._tokenizer))
-            # It takes memory, which a bound on chunks says is short; and autocast's rounding would be another.
-            if self.args.chunk_tokens is None and self.accelerator.mixed_precision == "no":
-                drawing.enter_context(folded(lm))
+        # As in scoring, so that both see the same model; TRL draws without autocast.
+        with self.accelerator.autocast(), shared_sampling(lm, self._sampler, self._stop_strings, self._tokenizer):
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         drawn = self._sampler.drawn
         lengths = [min(len(ids), len(tokens)) for ids, tokens in zip(completion_ids, drawn.tokens, strict=True)]
