@@ -43,23 +43,31 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TINY_MODEL)
 
 
+def small_shape(tokenizer: Any) -> dict[str, Any]:
+    """Two layers of hidden size 32, for the config of any architecture."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def small_llama(tokenizer: Any) -> LlamaForCausalLM:
+    """Random weights, the same every time."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer)))
+
+
 @pytest.fixture
 def small_model(tokenizer) -> LlamaForCausalLM:
-    """Two layers of hidden size 32, random weights, the same every time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(tokenizer)
 
 
 @pytest.fixture

@@ -48,8 +48,8 @@ def test_two_processes_train_as_one(two, case, tmp_path):
     for name, value in alone["adapter"].items():
         torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
         moved = (value - alone["start"][name]).abs().max()
-        assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 1e-6 says little about"
-        torch.testing.assert_close(first["adapter"][name], value, atol=1e-6, rtol=0, msg=name)
+        assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 5e-6 says little about"
+        torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)
     assert min(alone["grad_norm"]) > 0
     assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
     for name in ("reward", "reward_std"):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora
+from conftest import PROMPTS, adapter_of, random_lora, small_shape
 from peft import PeftModel, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
@@ -46,22 +46,8 @@ def test_every_loss_of_trl(build, small_model, loss_type):
 def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_type):
     """The loss that keeps experts in use is TRL's, with each prompt run once and in chunks."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        moe_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**small_shape(tokenizer), **experts))
     settings = {"loss_type": loss_type, "router_aux_loss_coef": 0.5, "beta": 0.1, "max_steps": 3}
     runs = []
     for variant in ({"share_prompt": False}, {}, {"chunk_tokens": 40}):

@@ -16,9 +16,9 @@ from unittest.mock import patch
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
 
 import torch
-from conftest import TINY_MODEL, adapter_of, random_lora, share_of_digits
+from conftest import TINY_MODEL, adapter_of, random_lora, share_of_digits, small_llama
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 import grpo_ext
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
@@ -72,21 +72,8 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     """SGD, at a rate at which the adapter moves hundreds of times further than the test tolerates."""
     rows, settings = CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     trainer = GRPOExtTrainer(
-        LlamaForCausalLM(config),
+        small_llama(tokenizer),
         reward_funcs=share_of_digits,
         args=GRPOExtConfig(
             **{

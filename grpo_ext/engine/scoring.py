@@ -115,7 +115,7 @@ class Scorer:
     routing: Routing
 
     def score(self, siblings: Siblings, chunk: range, cache: DynamicCache | None) -> Chunk:
-        """Args: `chunk`, a range into `siblings.rows`; `cache`, of all prompt tokens but the last one."""
+        """Score the rows `chunk`, a range into `siblings.rows`, on a cache of all prompt tokens but the last one."""
         members = [siblings.rows[i] for i in chunk]
         longest = siblings.lengths[chunk.start]
         prompt_of = [siblings.prompt_of[i] for i in chunk]

@@ -1,5 +1,6 @@
 """Measured runs in fresh processes: one at a time, watched, and killed where they take too much memory."""
 
+import argparse
 import json
 import os
 import signal
@@ -110,3 +111,25 @@ def _resident_gib(pid: int) -> float:
 def _text(file: IO[str]) -> str:
     file.seek(0)
     return file.read()
+
+
+def add_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """How often and on what to run, for every benchmark."""
+    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps; default 3")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those; default 1")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
+    parser.add_argument(
+        "--memory-limit",
+        type=float,
+        default=default_limit_gib(),
+        metavar="GIB",
+        help="host memory at which a run counts as not fitting; default: 85%% of the machine's",
+    )
+    parser.add_argument(
+        "--exact-memory",
+        action="store_true",
+        help="on Linux, peaks that repeat more closely, for steps that are slower",
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"default {out}")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from children import INTERRUPTED, ROOT, Children, default_limit_gib, default_threads
+from children import INTERRUPTED, ROOT, Children, add_options
 from report import BenchFile, Run, failures, fits, outcome, peak_mib, seconds
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +44,7 @@ def main() -> int:
             path = (TRL_FOLDER, ROOT) if side == "ppo" else (ROOT,)
             limits = (arguments.threads, arguments.memory_limit)
             children = Children(Path(__file__).resolve(), *limits, console, path, exact_memory=arguments.exact_memory)
-            spec |= {"shape": shape, "warmup": 1, "steps": arguments.steps}
+            spec |= {"shape": shape, "warmup": arguments.warmup, "steps": arguments.steps}
             title = Workload.from_dict(spec["workload"]).title
             label = f"({number}/{len(plan)}) {title}  {side}, {variant}"
             run = {"workload": workload.name, "title": title, "side": side, "variant": variant, "spec": spec}
@@ -138,23 +138,7 @@ def _table(runs: list[Run]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps, after one warm-up; default 3")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
-    parser.add_argument(
-        "--memory-limit",
-        type=float,
-        default=default_limit_gib(),
-        metavar="GIB",
-        help="host memory at which a run counts as not fitting; default: 85%% of the machine's",
-    )
-    parser.add_argument(
-        "--exact-memory",
-        action="store_true",
-        help="on Linux, peaks that repeat more closely, for steps that are slower",
-    )
-    parser.add_argument("--out", type=Path, default=Path("outputs/ppo.json"), help="default outputs/ppo.json")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    add_options(parser, out="outputs/ppo.json")
     return parser
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from children import INTERRUPTED, Children, default_limit_gib, default_threads
+from children import INTERRUPTED, Children, add_options
 from report import BenchFile, failures, outcome, ratios, ratios_table, runs_table, scale_table
 from rich.console import Console
 from workloads import FULL, QUICK, SCALE, SMOLLM2_135M, TINY, Workload, tiny
@@ -132,24 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=_names(*FULL), help="workloads, such as W1,W4; default: all")
     parser.add_argument("--sides", type=_names(*VARIANTS), default=list(VARIANTS), help="stock, ours, or stock,ours")
     parser.add_argument("--variants", type=lambda text: text.split("/"), help="such as '1 row/default'; default: all")
-    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps; default 3")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those; default 1")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
-    parser.add_argument(
-        "--memory-limit",
-        type=float,
-        default=default_limit_gib(),
-        metavar="GIB",
-        help="host memory at which a run counts as not fitting; default: 85%% of the machine's",
-    )
-    parser.add_argument(
-        "--exact-memory",
-        action="store_true",
-        help="on Linux, peaks that repeat more closely, for steps that are slower",
-    )
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="default outputs/bench.json")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    add_options(parser, out="outputs/bench.json")
     return parser
 
 
