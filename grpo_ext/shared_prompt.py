@@ -39,8 +39,6 @@ class SharedPromptTrainer(GRPOTrainer):
         """Teach the model to score rows that share prompts; where it cannot, say why, once."""
         is_sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3)
         reason = why_not_shared(self.model, self.args, is_multimodal=self._is_vlm, is_sharded=is_sharded)
-        text_config = base_of(self.model).config.get_text_config()
-        self._experts_per_token = getattr(text_config, "num_experts_per_tok", None)
         if reason is not None:
             logger.warning(f"Prompts are not shared between completions, TRL's plain path is taken: {reason}.")
             return False
@@ -86,29 +84,21 @@ class SharedPromptTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         siblings = find_siblings(input_ids, attention_mask, logits_to_keep) if self._shares_prompts else None
         if siblings is None or not any(group.lengths[0] for group in siblings):
-            arguments = (
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-            )
+            options |= {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size)
             return super()._get_per_token_logps_and_entropies(*arguments, **options)
         chunk_tokens = self.args.chunk_tokens
         if chunk_tokens is None and self.args.gradient_checkpointing:
             chunk_tokens = max(group.prompt_tokens + group.lengths[0] for group in siblings)  # one row at a time
         if chunk_tokens is not None and not torch.is_grad_enabled():
             chunk_tokens *= WITHOUT_GRAPH
+        text_config = base_of(self.model).config.get_text_config()
         rows = Rows(
             completion_ids_BC=input_ids[:, -logits_to_keep:],
             siblings=siblings,
             max_rows=batch_size,
             chunk_tokens=chunk_tokens,
-            experts_per_token=base_of(self.model).config.get_text_config().num_experts_per_tok
-            if compute_aux_loss
-            else None,
+            experts_per_token=text_config.num_experts_per_tok if compute_aux_loss else None,
         )
         with self.accelerator.autocast():
             output = model(shared_rows=rows)

@@ -24,6 +24,19 @@ TINY_DATA = ROOT / "recipes" / "tiny_math" / "data"
 PROMPTS = ["Question: 1+2=?\nAnswer:", "Question: 30+41=?\nAnswer:", "2+2=", "Question: 7+8=?\nAnswer:"]
 
 
+# Of every trainer in the tests: on the CPU in float32, quiet, one log line a step, nothing saved.
+SETTINGS: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 3,
+}
+
+
 def random_lora(**changes: Any) -> LoraConfig:
     """LoRA with a random B: with B = 0, as it starts by default, every gradient of A is 0 and KL and ratio trivial."""
     return LoraConfig(
@@ -90,21 +103,13 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
         quantization_config: Any = None,
         **changes: Any,
     ) -> Any:
-        settings: dict[str, Any] = {
+        settings = SETTINGS | {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 2,
             "num_generations": 4,
             "per_device_train_batch_size": 8,
             "max_completion_length": 12,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "bf16": False,
-            "seed": 3,
         }
         config = GRPOExtConfig if issubclass(trainer, GRPOExtTrainer) else GRPOConfig
         return trainer(

@@ -23,6 +23,14 @@ TINY = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+DELTA_RULE = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 ARCHITECTURES = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
@@ -61,28 +69,9 @@ ARCHITECTURES = {
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "qwen3_next": (
         "Qwen3Next",
-        {
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 0,
-            "mlp_only_layers": [0, 1],
-        },
+        DELTA_RULE | {"num_experts": 0, "mlp_only_layers": [0, 1]},
     ),
-    "qwen3_5_text": (
-        "Qwen3_5Text",
-        {
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
+    "qwen3_5_text": ("Qwen3_5Text", DELTA_RULE),
 }
 
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
 
 import torch
-from conftest import TINY_MODEL, adapter_of, random_lora, share_of_digits, small_llama
+from conftest import SETTINGS, TINY_MODEL, adapter_of, random_lora, share_of_digits, small_llama
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -76,7 +76,8 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         small_llama(tokenizer),
         reward_funcs=share_of_digits,
         args=GRPOExtConfig(
-            **{
+            **SETTINGS
+            | {
                 "output_dir": str(folder / "run"),
                 "max_steps": STEPS,
                 "num_generations": SIBLINGS,
@@ -86,14 +87,6 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
                 "lr_scheduler_type": "constant",
                 "optim": "sgd",
                 "entropy_coef": 0.0,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "gradient_checkpointing": False,
-                "use_cpu": True,
-                "bf16": False,
-                "seed": 3,
             }
             | settings
         ),

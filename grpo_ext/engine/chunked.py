@@ -47,6 +47,7 @@ class _ChunkedScore(torch.autograd.Function):
     def forward(
         ctx: Any, lm: PreTrainedModel, rows: Rows, head: Callable, context: Callable, *parameters: nn.Parameter
     ) -> Any:
+        """Log-probs, entropies and the load-balancing loss without a graph; each group's prompt states are kept."""
         ctx.lm, ctx.rows, ctx.head, ctx.context, ctx.parameters = lm, rows, head, context, parameters
         ctx.boundaries = []  # of each group, the caches at the ends of the prompt's segments
         chunks: list[Chunk] = []
@@ -68,10 +69,11 @@ class _ChunkedScore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> Any:
+        """The parameters' gradients, group by group: completions first, then the prompt they go on from."""
         gradients = _Gradients(ctx.parameters, ctx.routed, balance_grad=output_grads[2])
         with torch.enable_grad(), ctx.context(), Routing(ctx.lm, ctx.rows.experts_per_token) as routing:
+            scorer = Scorer(lm=ctx.lm, rows=ctx.rows, head=ctx.head, routing=routing)
             for siblings, boundaries in zip(ctx.rows.siblings, ctx.boundaries, strict=True):
-                scorer = Scorer(lm=ctx.lm, rows=ctx.rows, head=ctx.head, routing=routing)
                 state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients)
                 _backward_prompt(scorer, siblings, boundaries, state_grads, gradients)
         return None, None, None, None, *gradients.sums

@@ -45,6 +45,7 @@ class Lanes:
         padding_R = longest - prompt_lengths[torch.tensor([lane[0] for lane in rows], device=self._device)]
         is_padding_RT = torch.arange(longest, device=self._device) < padding_R.unsqueeze(1)
         self._owners_RT = torch.where(is_padding_RT, NOBODY, PROMPT)
+        self._is_padded = bool(is_padding_RT.any())
         self._place(rows)
 
     def _place(self, rows: list[list[int]]) -> None:
@@ -79,8 +80,7 @@ class Lanes:
 
     def _attention_mask(self, lm: PreTrainedModel) -> Tensor | None:
         if not self._is_packed:
-            mask_RT = self._owners_RT != NOBODY
-            return None if mask_RT.all() else mask_RT.long()
+            return (self._owners_RT != NOBODY).long() if self._is_padded else None
         owners_R1T = self._owners_RT.unsqueeze(1)
         sees_RnT = (owners_R1T == PROMPT) | (owners_R1T == self._rows_Rn.unsqueeze(2))
         mask_RnT = torch.zeros_like(sees_RnT, dtype=lm.dtype).masked_fill(~sees_RnT, torch.finfo(lm.dtype).min)
@@ -97,6 +97,7 @@ class Lanes:
             states = [state[index] for state in read_states(self._cache)]
             self._cache = _growing(write_states(self._cache, states))
             self._owners_RT = self._owners_RT[index]
+            self._is_padded = bool((self._owners_RT == NOBODY).any())
         self._place([rows[i] for i in left])
 
 

@@ -37,6 +37,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Append one line with the step and what was logged, on the main process."""
         if state.is_world_process_zero and logs:
             append_metrics(args, state.global_step, logs)
 

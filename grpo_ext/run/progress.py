@@ -23,6 +23,7 @@ class RewardProgress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Put the latest reward and accuracy behind the bar."""
         if self.training_bar is None or not logs:
             return
         self._latest |= {label: f"{logs[name]:.3g}" for name, label in SHOWN.items() if logs.get(name) is not None}

@@ -10,7 +10,7 @@ from datasets import Dataset
 from meters import Peak, peak_meter, release_free_memory, synchronize
 from models import causal_lm, force_lengths, prompt_ids, random_lora, scorer, shrink_b, word_tokenizer
 from transformers import TrainerCallback
-from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]  # left TRL after 1.5
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # left TRL after 1.5
 from workloads import Workload
 
 SEED = 1
