@@ -7,8 +7,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from grpo_ext.algorithm.kl import KL_ESTIMATORS
+from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+DEAD_GROUPS = ("keep", "skip", "resample")
 TRL_SCALE_REWARDS = ("group", "batch", "none")
 
 
@@ -38,7 +40,25 @@ class GRPOExtConfig(GRPOConfig):
             times as many. None (default) for no bound; then, where `gradient_checkpointing` is on, the rows are still
             taken one at a time in its place. Recommended: None where a step fits, else prompt + completion tokens of
             as many rows as do; the result is the same for every value.
-        kl_estimator: KL of a token in `loss_type="grpo_sequence"`, `"k3"` (recommended, the only one so far).
+        kl_estimator: how the KL to the reference is estimated, for `loss_type` "grpo_sequence" and "grpo": `"k1"`,
+            `"k2"`, `"k3"` (default) or `"exact"`, see `grpo_ext/algorithm/kl.py`. Recommended: "k3"; "exact" has no
+            sampling noise, and costs one more pass of the answers through the LM head. TRL's `use_bias_correction_kl`
+            (on) keeps its meaning.
+        log_kl: False. Log `kl` where `beta` is 0 as well, for one reference pass a rollout.
+        dead_groups: what to do with groups whose answers all earned the same reward. `"keep"` (default); `"skip"`, to
+            leave them out of the update where they carry no gradient: `beta`, `entropy_coef` and the weight of a
+            load-balancing loss are 0; `"resample"`, to draw other prompts in their place (as in DAPO, arXiv:2503.14476,
+            section 3.2). Recommended: "skip" where it applies, for the same adapter in less time; "resample" where
+            `frac_dead_groups` is above one half and sampling is cheap beside the update.
+        max_resample_rounds: at most so many rounds of drawing again, 1 or more; 3 by default. Each costs the sampling
+            of the groups that are still dead.
+        temperature_schedule: `"constant"` (default), `"linear"` from `temperature` before the first step to
+            `temperature_end` before the last, or `"entropy"`, a controller that holds the mean token entropy near
+            `temperature_entropy_target`, between half and twice `temperature`. Recommended: "constant"; the others for
+            runs whose answers all become alike too early.
+        temperature_end: above 0, for the linear schedule. For example 1.0.
+        temperature_entropy_target: nats a token, above 0, for the entropy schedule; start from the `entropy` that a
+            run logs in its first steps.
 
     Raises:
         ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
@@ -74,7 +94,28 @@ class GRPOExtConfig(GRPOConfig):
         metadata={"help": "Tokens that carry a graph at once in the update, for example 4096; None for no bound."},
     )
     kl_estimator: str = field(
-        default="k3", metadata={"help": f"KL of a token in 'grpo_sequence': {', '.join(KL_ESTIMATORS)}."}
+        default="k3",
+        metadata={"help": f"KL to the reference in 'grpo_sequence' and 'grpo': {', '.join(KL_ESTIMATORS)}."},
+    )
+    dead_groups: str = field(
+        default="keep",
+        metadata={"help": f"Groups whose answers all earned the same reward: {', '.join(DEAD_GROUPS)}."},
+    )
+    max_resample_rounds: int = field(
+        default=3, metadata={"help": "With dead_groups='resample', draw dead groups anew at most so many times."}
+    )
+    temperature_schedule: str = field(
+        default="constant",
+        metadata={"help": f"How the temperature moves in the run: {', '.join(TEMPERATURE_SCHEDULES)}."},
+    )
+    temperature_end: float | None = field(
+        default=None, metadata={"help": "Temperature before the last step, above 0, for the linear schedule."}
+    )
+    temperature_entropy_target: float | None = field(
+        default=None, metadata={"help": "Nats a token, above 0, for the entropy schedule."}
+    )
+    log_kl: bool = field(
+        default=False, metadata={"help": "Log the KL where beta is 0, too, for one reference pass a rollout."}
     )
 
     def __post_init__(self) -> None:
@@ -83,6 +124,8 @@ class GRPOExtConfig(GRPOConfig):
         _require("loss_type", self.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
         _require("scale_rewards", self.scale_rewards, ("population", *TRL_SCALE_REWARDS))
         _require("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _require("dead_groups", self.dead_groups, DEAD_GROUPS)
+        _require("temperature_schedule", self.temperature_schedule, TEMPERATURE_SCHEDULES)
         if self.scale_rewards == "population" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
@@ -96,8 +139,12 @@ class GRPOExtConfig(GRPOConfig):
                 f"chunk_tokens={self.chunk_tokens} bounds shared scoring, but share_prompt=False asks for TRL's plain "
                 f"path. Use share_prompt=True, or chunk_tokens=None."
             )
+        if self.max_resample_rounds < 1:
+            raise ValueError(f"max_resample_rounds={self.max_resample_rounds} must be at least 1, for example 3.")
         if self.loss_type == "grpo_sequence":
             self._refuse_token_options()
+        self._refuse_kl_estimators()
+        self._refuse_temperatures()
 
     def _fit_device(self) -> None:
         """Choose the precision that the device has, where the user left it open; TRL's default is bf16 everywhere."""
@@ -129,6 +176,44 @@ class GRPOExtConfig(GRPOConfig):
             raise ValueError(
                 f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} corrects single tokens; "
                 f"loss_type='grpo_sequence' needs 'sequence_mask' or 'sequence_truncate'."
+            )
+
+    def _refuse_kl_estimators(self) -> None:
+        if self.kl_estimator != "k3" and self.loss_type not in ("grpo_sequence", "grpo"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r} is for loss_type='grpo_sequence' and 'grpo'; "
+                f"loss_type={self.loss_type!r} has TRL's own KL. Use kl_estimator='k3'."
+            )
+        if self.kl_estimator == "k1" and self.beta != 0.0 and not self.use_bias_correction_kl:
+            raise ValueError(
+                f"kl_estimator='k1' with beta={self.beta} and use_bias_correction_kl=False would not hold the policy: "
+                f"the gradient of that term is zero in the mean. Use use_bias_correction_kl=True, or kl_estimator='k2'."
+            )
+        if self.kl_estimator == "exact" and not self.share_prompt:
+            raise ValueError(
+                "kl_estimator='exact' is computed by shared scoring, but share_prompt=False asks for TRL's plain path. "
+                "Use share_prompt=True, or kl_estimator='k3'."
+            )
+
+    def _refuse_temperatures(self) -> None:
+        schedule = self.temperature_schedule
+        needs = {"linear": "temperature_end", "entropy": "temperature_entropy_target"}
+        for of, name in needs.items():
+            value = getattr(self, name)
+            if schedule == of and (value is None or value <= 0):
+                raise ValueError(f"temperature_schedule={schedule!r} needs {name} above 0, got {value}.")
+            if schedule != of and value is not None:
+                raise ValueError(
+                    f"{name}={value} is for temperature_schedule={of!r}, got {schedule!r}. Set that, or leave it out."
+                )
+        if schedule == "entropy" and self.use_adaptive_entropy:
+            raise ValueError(
+                "temperature_schedule='entropy' and use_adaptive_entropy=True would both steer the entropy. Use one."
+            )
+        if schedule != "constant" and not self.share_prompt:
+            raise ValueError(
+                f"temperature_schedule={schedule!r} needs share_prompt=True: TRL's plain scoring, share_prompt=False, "
+                f"knows one temperature only."
             )
 
 

@@ -8,15 +8,16 @@ from transformers import ProgressCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from grpo_ext.algorithm.advantages import combine_rewards, population_advantages
+from grpo_ext.algorithm.advantages import population_advantages
 from grpo_ext.algorithm.objective import SequenceObjective
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.mechanisms.reference_kl import written
+from grpo_ext.mechanisms.temperature import TemperatureTrainer
 from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
 from grpo_ext.run.progress import RewardProgress
 from grpo_ext.run.timing import PhaseTimer
-from grpo_ext.shared_sampling import SharedSamplingTrainer
 
 # Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
 MULTIMODAL_INPUTS = (
@@ -33,18 +34,22 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(SharedSamplingTrainer):
+class GRPOExtTrainer(TemperatureTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
     - `scale_rewards="population"`: the document's group normalisation, computed by `algorithm/advantages.py`.
     - `share_prompt=True`: completions are drawn, and log-probs of every loss computed, with each prompt read once for
-      all of its completions, see `shared_sampling.py` and `shared_prompt.py`.
+      all of its completions, see `mechanisms/shared_sampling.py` and `mechanisms/shared_prompt.py`.
+    - `kl_estimator`, `log_kl` and `sync_ref_model` with adapters: `mechanisms/reference_kl.py`.
+    - `dead_groups`: `mechanisms/rounds.py` and `mechanisms/dead_groups.py`.
+    - `temperature_schedule`: `mechanisms/temperature.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
-    per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`, `frac_dead_groups`,
+    per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`,
+    `frac_dead_groups`, `frac_groups/mixed|all_right|all_wrong`, `resampled_groups`, `temperature`,
     `time/generate|reward|reference|update` (seconds per optimizer step).
 
     Raises:
@@ -74,7 +79,6 @@ class GRPOExtTrainer(SharedSamplingTrainer):
 
         self._phases = PhaseTimer()
         self._timed_from_step: int | None = None
-        self._rewards_per_func_BF: Tensor | None = None
         adapter_values = snapshot(model)
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # it cannot mix dtypes (TRL #6089)
@@ -87,7 +91,6 @@ class GRPOExtTrainer(SharedSamplingTrainer):
             delta=args.delta,
             beta=self.beta,
             entropy_coef=self.entropy_coef,
-            correct_kl=args.use_bias_correction_kl,
         )
         self.add_callback(MetricsFile())
         if not args.disable_tqdm:
@@ -102,8 +105,7 @@ class GRPOExtTrainer(SharedSamplingTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._phases("reward"):
-            self._rewards_per_func_BF = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func_BF
+            return super()._calculate_rewards(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Beside sampling and rewards, what takes time in a rollout are the old and reference passes.
@@ -118,13 +120,11 @@ class GRPOExtTrainer(SharedSamplingTrainer):
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         assert self._rewards_per_func_BF is not None
-        rewards_B = combine_rewards(self._rewards_per_func_BF, self.reward_weights.to(self.accelerator.device))
-        advantages_B, alive_P = population_advantages(rewards_B, num_generations)
+        advantages_B = population_advantages(self._total(self._rewards_per_func_BF), num_generations)
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages_B))):
             logged.pop()
         logged.extend(advantages_B.tolist())
-        self._metrics[mode]["frac_dead_groups"].append(1.0 - alive_P.double().mean().item())
         self._metrics[mode]["advantages/mean"].append(advantages_B.mean().item())
         self._metrics[mode]["advantages/mean_abs"].append(advantages_B.abs().mean().item())
         start = self.accelerator.process_index * local_rows
@@ -142,21 +142,22 @@ class GRPOExtTrainer(SharedSamplingTrainer):
         if self.loss_type != "grpo_sequence":
             return super()._compute_loss(model, inputs)
         completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
-        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
-            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
-            completion_ids.size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
-        )
+        mask = written(inputs)
+        with self._exact_kl_of(inputs):
+            logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+                torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
+                completion_ids.size(1),
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
+            )
         assert entropies is not None
         loss, metrics = self._sequence_objective(
             logps,
             old_logps_BC=inputs.get("old_per_token_logps"),
-            ref_logps_BC=inputs.get("ref_per_token_logps"),
+            kl_BC=self._token_kl(inputs, logps) if self._has_reference else None,
             entropies_BC=entropies,
             mask_BC=mask,
             advantages_B=inputs["advantages"],

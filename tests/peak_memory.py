@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from grpo_ext.engine.groups import find_siblings
-from grpo_ext.engine.scoring import Rows
+from grpo_ext.engine.rows import Rows
 from grpo_ext.engine.sharing import add_shared_scoring
 
 CLEAR = Path("/proc/self/clear_refs")
@@ -57,13 +57,16 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
     ids = torch.cat([prompt, torch.randint(2, SHAPE["vocab_size"], (G, C), generator=generator)], dim=1)
     mask = torch.ones_like(ids)
     if how == "shared":
-        rows = Rows(completion_ids_BC=ids[:, S:], siblings=find_siblings(ids, mask, C), chunk_tokens=chunk_tokens)
-        output = model(shared_rows=rows)
+        siblings = find_siblings(ids, mask, C)
+        rows = Rows(completion_ids_BC=ids[:, S:], siblings=siblings, temperature=1.0, chunk_tokens=chunk_tokens)
+        scores = model(shared_rows=rows)
+        logps, entropies = scores.logps_BC, scores.entropies_BC
     else:
         labels = ids.clone()
         labels[:, :S] = -100
         output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-    (output.log_probs - 0.01 * output.entropy).mean().backward()
+        logps, entropies = output.log_probs, output.entropy
+    (logps - 0.01 * entropies).mean().backward()
 
 
 def peak_above(action: Callable[[], None]) -> int:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_ext.algorithm.advantages import combine_rewards, population_advantages
+from grpo_ext.algorithm.advantages import alive_groups, combine_rewards, kinds_of_groups, population_advantages
 
 NAN = math.nan
 
@@ -38,26 +38,35 @@ NAN = math.nan
     ],
 )
 def test_one_group_by_hand(rewards, expected, alive):
-    advantages, alive_P = population_advantages(torch.tensor(rewards, dtype=torch.float64), 4)
-    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)
-    assert alive_P.tolist() == [alive]
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    want = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(population_advantages(rewards, 4), want, atol=1e-6, rtol=0)
+    assert alive_groups(rewards, 4).tolist() == [alive]
 
 
 def test_groups_are_normalised_apart():
     """Neighbouring groups of other scale must not leak into each other."""
     rewards = torch.tensor([1.0, 0.0, 100.0, 300.0, 5.0, 5.0])
-    advantages, alive = population_advantages(rewards, 2)
-    torch.testing.assert_close(advantages, torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0]), atol=1e-6, rtol=0)
-    assert alive.tolist() == [True, True, False]
+    want = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
+    torch.testing.assert_close(population_advantages(rewards, 2), want, atol=1e-6, rtol=0)
+    assert alive_groups(rewards, 2).tolist() == [True, True, False]
 
 
 def test_equal_float32_rewards_carry_no_advantage():
     """Eight equal float32 rewards of 0.1 have a mean that rounds off 0.1; divided by std + 1e-8 that looked like a
     signal of order one, and a dead group trained on noise."""
     for value in (0.1, 0.3, 1 / 3, 0.7):
-        advantages, alive = population_advantages(torch.full((8,), value, dtype=torch.float32), 8)
-        assert advantages.abs().max() == 0
-        assert not alive.any()
+        rewards = torch.full((8,), value, dtype=torch.float32)
+        assert population_advantages(rewards, 8).abs().max() == 0
+        assert not alive_groups(rewards, 8).any()
+
+
+def test_dead_groups_are_told_apart():
+    """Of six groups: two mixed (one by its format only), two all right, one all wrong though its format earned 0.2, and
+    one that nobody could judge."""
+    rewards = [[1.0, 0.0], [0.2, 0.0], [1.2, 1.2], [NAN, 1.0], [0.2, 0.2], [NAN, NAN]]
+    kinds = kinds_of_groups(torch.tensor(rewards).flatten(), 2, attainable=1.2)
+    assert kinds == pytest.approx({"mixed": 2 / 6, "all_right": 2 / 6, "all_wrong": 1 / 6})
 
 
 def test_rewards_are_weighted_and_unjudged_ones_left_out():

@@ -31,7 +31,17 @@ def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
 
 def test_only_the_named_fields_differ_from_trl():
     ours, theirs = GRPOExtConfig.__dataclass_fields__, GRPOConfig.__dataclass_fields__
-    assert set(ours) - set(theirs) == {"kl_estimator", "share_prompt", "chunk_tokens"}
+    assert set(ours) - set(theirs) == {
+        "chunk_tokens",
+        "dead_groups",
+        "kl_estimator",
+        "log_kl",
+        "max_resample_rounds",
+        "share_prompt",
+        "temperature_end",
+        "temperature_entropy_target",
+        "temperature_schedule",
+    }
     changed = {name for name in theirs if ours[name].default != theirs[name].default}
     assert changed == {
         "loss_type",
@@ -51,6 +61,30 @@ def test_only_the_named_fields_differ_from_trl():
         ({"loss_type": "ppo"}, "loss_type='ppo'", "'grpo_sequence', 'grpo'"),
         ({"scale_rewards": "std"}, "scale_rewards='std'", "'population', 'group'"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4'", "'k3'"),
+        ({"kl_estimator": "k2", "loss_type": "dapo"}, "loss_type='dapo'", "kl_estimator='k3'"),
+        ({"kl_estimator": "k1", "use_bias_correction_kl": False}, "kl_estimator='k1'", "kl_estimator='k2'"),
+        ({"kl_estimator": "exact", "share_prompt": False}, "share_prompt=False", "share_prompt=True"),
+        ({"max_resample_rounds": 0}, "max_resample_rounds=0", "at least 1"),
+        ({"temperature_schedule": "cosine"}, "'cosine'", "'linear'"),
+        ({"temperature_schedule": "linear"}, "temperature_end above 0", "got None"),
+        (
+            {"temperature_schedule": "entropy", "temperature_entropy_target": 0.0},
+            "temperature_entropy_target above 0",
+            "got 0.0",
+        ),
+        ({"temperature_end": 1.0}, "temperature_end=1.0", "temperature_schedule='linear'"),
+        (
+            {"temperature_schedule": "linear", "temperature_end": 1.0, "share_prompt": False},
+            "share_prompt=True",
+            "share_prompt=False",
+        ),
+        (
+            {"temperature_schedule": "entropy", "temperature_entropy_target": 1.0, "use_adaptive_entropy": True}
+            | {"loss_type": "grpo"},
+            "use_adaptive_entropy=True",
+            "Use one",
+        ),
+        ({"dead_groups": "drop"}, "dead_groups='drop'", "'keep', 'skip'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "'normalize_then_sum'", "scale_rewards='group'"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'", "'token'"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2", "top_entropy_quantile=1.0"),

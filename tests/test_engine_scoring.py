@@ -8,9 +8,10 @@ from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from grpo_ext.engine.groups import Siblings, cut_rows, find_siblings, of_one_length
-from grpo_ext.engine.scoring import Rows
+from grpo_ext.engine.rows import Rows
 from grpo_ext.engine.sharing import add_shared_scoring, base_of
 
+TEMPERATURE = 0.8
 TINY = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -84,7 +85,7 @@ def make(architecture, attention="eager", dtype=torch.float64):
     lm = getattr(transformers, class_name)(config)
     for parameter in lm.parameters():  # flat initial weights would make every distribution alike
         parameter.data += 0.05 * torch.randn_like(parameter)
-    add_fused_lm_head(lm, temperature=0.8, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(lm, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     add_shared_scoring(lm)
     lora = {"falcon_h1": ["q_proj", "v_proj", "in_proj", "up_proj"]}.get(architecture, "all-linear")
     model = get_peft_model(lm, random_lora(target_modules=lora))
@@ -124,10 +125,14 @@ def plain(model, ids, mask, C):
     return tuple(torch.cat(kind) for kind in zip(*outputs, strict=True))
 
 
+def rows_of(ids, mask, C, **settings):
+    siblings = find_siblings(ids, mask, C)
+    return Rows(completion_ids_BC=ids[:, -C:], siblings=siblings, temperature=TEMPERATURE, **settings)
+
+
 def shared(model, ids, mask, C, **settings):
-    rows = Rows(completion_ids_BC=ids[:, -C:], siblings=find_siblings(ids, mask, C), **settings)
-    output = model(shared_rows=rows)
-    return output.log_probs, output.entropy
+    scores = model(shared_rows=rows_of(ids, mask, C, **settings))
+    return scores.logps_BC, scores.entropies_BC
 
 
 def gradients(model, outputs, seed=2, **options):
@@ -270,19 +275,46 @@ def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :-C] = -100
     want = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, output_router_logits=True)
-    rows = Rows(
-        completion_ids_BC=ids[:, -C:],
-        siblings=find_siblings(ids, mask, C),
-        chunk_tokens=chunk_tokens,
-        experts_per_token=2,
-    )
-    got = model(shared_rows=rows)
-    torch.testing.assert_close(got.aux_loss, want.aux_loss, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(got.log_probs, want.log_probs[:, -C:], atol=5e-5, rtol=0)
-    outputs, wanted = ([o.log_probs[:, -C:], o.aux_loss.unsqueeze(0) * 10] for o in (got, want))
+    got = model(shared_rows=rows_of(ids, mask, C, chunk_tokens=chunk_tokens, experts_per_token=2))
+    torch.testing.assert_close(got.balance, want.aux_loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got.logps_BC, want.log_probs[:, -C:], atol=5e-5, rtol=0)
+    outputs, wanted = [got.logps_BC, got.balance.unsqueeze(0) * 10], [want.log_probs[:, -C:], want.aux_loss[None] * 10]
     for alone, alone_wanted in ((outputs, wanted), (outputs[1:], wanted[1:])):
         options = {"retain_graph": True, "materialize_grads": True}  # the last layers have no share in the loss alone
         expected, received = gradients(model, alone_wanted, **options), gradients(model, alone, **options)
         assert any(grad.norm() > 0 for grad in expected.values())
         for name, grad in received.items():
             assert (grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-9, name
+
+
+def whole_distributions(model, ids, mask, C):
+    """Log-probs of all words at every completion token, row by row, from plain logits; shape (B, C, V)."""
+    rows = []
+    for row_ids, row_mask in zip(ids, mask, strict=True):
+        prompt = row_ids[:-C][row_mask[:-C].bool()]
+        logits = model(input_ids=torch.cat([prompt, row_ids[-C:]]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        rows.append((logits / TEMPERATURE).log_softmax(dim=-1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 64])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "falcon_h1", "granitemoehybrid"])
+def test_exact_kl(architecture, chunk_tokens):
+    """Against the sum over the vocabulary of plain logits, value and gradient; among the models are one with a bound on
+    its logits and two with a factor on them."""
+    model = make(architecture, dtype=torch.float64)
+    if architecture == "gemma2":
+        assert model.config.final_logit_softcapping
+    ids, mask, C = batch()
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(shared_rows=rows_of(ids, mask, C, with_hidden=True)).hidden_BCH
+        logps_ref = whole_distributions(model, ids, mask, C)
+    got = model(shared_rows=rows_of(ids, mask, C, chunk_tokens=chunk_tokens, ref_hidden_BCH=reference)).kls_BC
+    logps = whole_distributions(model, ids, mask, C)
+    want = (logps.exp() * (logps - logps_ref)).sum(dim=-1) * mask[:, -C:]
+    assert want.max() > 0.01
+    bound = 5e-5 if architecture in IN_FLOAT32 else 2e-6
+    torch.testing.assert_close(got.double(), want, atol=bound, rtol=0)
+    wanted = gradients(model, [want])
+    for name, grad in gradients(model, [got]).items():
+        assert (grad - wanted[name]).norm() < 10 * bound * wanted[name].norm(), name

@@ -67,7 +67,7 @@ def test_old_log_probs_are_the_samplers(build, small_model):
 def test_a_sampler_that_disagrees_is_not_believed(build, small_model, monkeypatch):
     """TRL's pass runs at every rollout, and the training stays what it is: here the sampler's temperature is wrong."""
     plain, _ = run(build, small_model, share_prompt=False)
-    monkeypatch.setattr(GroupSampler, "__init__", lambda self, temperature: setattr(self, "_temperature", 2.0))
+    monkeypatch.setattr(GroupSampler, "__init__", lambda self, temperature: setattr(self, "temperature", 2.0))
     ours, counts = run(build, small_model)
     assert counts == [8, 8, 8]
     assert min(metric(ours, "sampling/logp_gap")) > 0.02
@@ -79,7 +79,7 @@ def test_a_sampler_that_comes_to_disagree_is_left(build, small_model, monkeypatc
 
     def drifting(self, *args, **kwargs):
         calls.append(self)
-        self._temperature = 0.8 if len(calls) == 1 else 2.0
+        self.temperature = 0.8 if len(calls) == 1 else 2.0
         return draw(self, *args, **kwargs)
 
     monkeypatch.setattr(GroupSampler, "__call__", drifting)

@@ -44,6 +44,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "mixed_dr_grpo": (ONE_AND_A_HALF, {"loss_type": "dr_grpo", "chunk_tokens": 40}),
     # gradients of the first micro-batch stay in the process until the second
     "accumulated": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "gradient_accumulation_steps": 2}),
+    "exact_kl": (ONE_AND_A_HALF, OURS | {"kl_estimator": "exact", "chunk_tokens": 40}),
+    "exact_kl_grpo": (HALF_GROUPS, {"loss_type": "grpo", "kl_estimator": "exact", "gradient_accumulation_steps": 2}),
+    # the answers to two of six questions are worth the same, and their places go to other questions
+    "resampled": (WHOLE_GROUPS, OURS | {"dead_groups": "resample"}),
+    "resampled_straddling": (HALF_GROUPS, OURS | {"dead_groups": "resample", "max_resample_rounds": 2}),
     # the rows of the second process have no token that counts: it takes TRL's path while the first one shares
     "one_idle": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "mask_truncated_completions": True}),
 }
@@ -68,13 +73,27 @@ def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, 
     return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
 
 
+class GivenCompletions(GRPOExtTrainer):
+    """The same completions as those of `given_completions`, drawn where a sampler would draw them."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        prompts = [self.processing_class.decode(ids) for ids in prompt_ids]
+        return given_completions(prompts, self)["completion_ids"], None
+
+
+def two_dead_questions(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    scores = share_of_digits(completions)
+    return [0.5 if prompt in QUESTIONS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
+
+
 def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     """SGD, at a rate at which the adapter moves hundreds of times further than the test tolerates."""
     rows, settings = CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    trainer = GRPOExtTrainer(
+    draws = settings.get("dead_groups") == "resample"
+    trainer = (GivenCompletions if draws else GRPOExtTrainer)(
         small_llama(tokenizer),
-        reward_funcs=share_of_digits,
+        reward_funcs=two_dead_questions if draws else share_of_digits,
         args=GRPOExtConfig(
             **SETTINGS
             | {
@@ -93,7 +112,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
         processing_class=tokenizer,
         peft_config=random_lora(),
-        rollout_func=given_completions,
+        rollout_func=None if draws else given_completions,
     )
     assert trainer.accelerator.num_processes == processes
     start = adapter_of(trainer)

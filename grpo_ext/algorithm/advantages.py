@@ -35,7 +35,39 @@ def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
     return total_B.where(judged_BF.any(dim=1), torch.nan)
 
 
-def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: float = 1e-8) -> tuple[Tensor, Tensor]:
+def alive_groups(rewards_B: Tensor, num_generations: int) -> Tensor:
+    """Whether each group carries a learning signal: two answers could be judged and their rewards differ.
+
+    Args:
+        rewards_B: shape (B,), the rows of a group next to each other; not finite where an answer could not be judged.
+        num_generations: G; B must be a multiple of it.
+
+    Returns:
+        Shape (P,), bool. The others are dead: max - min < 1e-6, or fewer than two answers could be judged.
+    """
+    rewards_PG = rewards_B.double().view(-1, num_generations)
+    judged_PG = rewards_PG.isfinite()
+    spread_P = rewards_PG.where(judged_PG, -torch.inf).amax(dim=1) - rewards_PG.where(judged_PG, torch.inf).amin(dim=1)
+    return (judged_PG.sum(dim=1) >= 2) & (spread_P >= EQUAL_REWARDS)
+
+
+def kinds_of_groups(rewards_B: Tensor, num_generations: int, attainable: float) -> dict[str, float]:
+    """Shares of groups that are mixed, all right and all wrong; a group that nobody could judge is none of these.
+
+    Args:
+        rewards_B, num_generations: as in `alive_groups`.
+        attainable: the reward of a perfect answer. A dead group is all right where its rewards are at least half of it.
+    """
+    alive_P = alive_groups(rewards_B, num_generations)
+    rewards_PG = rewards_B.double().view(-1, num_generations)
+    common_P = rewards_PG.where(rewards_PG.isfinite(), -torch.inf).amax(dim=1)
+    judged_P = common_P.isfinite()
+    right_P = common_P >= attainable / 2
+    kinds = {"mixed": alive_P, "all_right": ~alive_P & judged_P & right_P, "all_wrong": ~alive_P & judged_P & ~right_P}
+    return {kind: is_kind_P.double().mean().item() for kind, is_kind_P in kinds.items()}
+
+
+def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: float = 1e-8) -> Tensor:
     """A_i = (R_i - mean(R)) / (std(R) + epsilon) inside each group, with the population standard deviation.
 
     Mean and deviation are taken in float64 over the answers that could be judged. The advantage is 0 for an answer
@@ -48,19 +80,16 @@ def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: f
         epsilon: keeps the division finite; in units of reward.
 
     Returns:
-        advantages_B: shape (B,), float32.
-        alive_P: shape (P,), bool, whether the group carries a learning signal.
+        Shape (B,), float32.
 
     Source: DeepSeekMath (arXiv:2402.03300), equation 3 with outcome supervision; std divides by the count.
     """
+    alive_P = alive_groups(rewards_B, num_generations)
     rewards_PG = rewards_B.double().view(-1, num_generations)
     judged_PG = rewards_PG.isfinite()
     count_P1 = judged_PG.sum(dim=1, keepdim=True)
     mean_P1 = rewards_PG.where(judged_PG, 0.0).sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
     centred_PG = (rewards_PG - mean_P1).where(judged_PG, 0.0)
     std_P1 = (centred_PG.square().sum(dim=1, keepdim=True) / count_P1.clamp(min=1)).sqrt()
-
-    spread_P = rewards_PG.where(judged_PG, -torch.inf).amax(dim=1) - rewards_PG.where(judged_PG, torch.inf).amin(dim=1)
-    alive_P = (count_P1.squeeze(1) >= 2) & (spread_P >= EQUAL_REWARDS)
     advantages_PG = (centred_PG / (std_P1 + epsilon)).where(alive_P.unsqueeze(1), 0.0)
-    return advantages_PG.view(-1).float(), alive_P
+    return advantages_PG.view(-1).float()

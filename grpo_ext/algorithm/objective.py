@@ -2,23 +2,21 @@
 
     J = mean over rows of [ min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta KL + entropy_coef H ],   loss = -J
 
-In: log-probabilities of the completion tokens under policy, old policy and reference, entropies, a mask and one
-advantage a row. Out: the loss, a scalar, and the sums that the metrics are made of.
+In: log-probabilities of the completion tokens under policy and old policy, their KL to the reference (`kl.py`),
+entropies, a mask and one advantage a row. Out: the loss, a scalar, and the sums that the metrics are made of.
 
     r  = exp(sum_t m (l - o))     the ratio of the whole answer, a product over its tokens, not length-normalised
     KL = sum_t m kl_t             H = the mean of the row's token entropies
 
 Every term is a mean over rows, so one update is the same however its rows are cut into micro-batches.
 
-Legend: B rows, C completion tokens; m mask of model-written tokens; l, o, f log-probs under policy, old, reference.
+Legend: B rows, C completion tokens; m mask of model-written tokens; l, o log-probs under policy and old policy.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from grpo_ext.algorithm.kl import k3
 
 # The log-ratio of an answer is clamped here before exp, so that a policy far from its old self gives a large finite
 # ratio (and no gradient through it) instead of an overflow.
@@ -35,7 +33,6 @@ class SequenceObjective:
         delta: upper bound of the ratio where A < 0 (two-sided clipping, INTELLECT-2, arXiv:2505.07291); None for none.
         beta: weight of the KL of an answer, in units of advantage per nat.
         entropy_coef: weight of the entropy bonus, in units of advantage per nat.
-        correct_kl: multiply the k3 of a token by its differentiable ratio (TRL's `use_bias_correction_kl`).
     """
 
     epsilon_low: float
@@ -43,14 +40,13 @@ class SequenceObjective:
     delta: float | None
     beta: float
     entropy_coef: float
-    correct_kl: bool
 
     def __call__(
         self,
         logps_BC: Tensor,
         *,
         old_logps_BC: Tensor | None,
-        ref_logps_BC: Tensor | None,
+        kl_BC: Tensor | None,
         entropies_BC: Tensor,
         mask_BC: Tensor,
         advantages_B: Tensor,
@@ -61,7 +57,7 @@ class SequenceObjective:
         Args:
             logps_BC: log-probs under the policy, with gradient, shape (B, C).
             old_logps_BC: log-probs under the policy that sampled the answers; None where that is this very policy.
-            ref_logps_BC: log-probs under the reference; required where beta != 0.
+            kl_BC: KL of each token to the reference, with gradient; required where beta != 0.
             entropies_BC: token entropies in nats, with gradient where entropy_coef != 0.
             mask_BC: 1 on the tokens that the model wrote, 0 on padding and on words of tools.
             advantages_B: shape (B,).
@@ -72,6 +68,7 @@ class SequenceObjective:
             loss: scalar, the mean over rows of -J.
             metrics: name -> (sum, count), so that processes can add both before dividing.
         """
+        assert kl_BC is not None or self.beta == 0.0
         written_BC = mask_BC.bool()
         tokens_B = written_BC.sum(dim=1).to(logps_BC.dtype)
         written_B = (tokens_B > 0).to(logps_BC.dtype)  # a row without a model-written token has no policy term
@@ -80,8 +77,7 @@ class SequenceObjective:
         entropies_BC = entropies_BC.where(written_BC, 0.0)
         old_logps_BC = logps_BC.detach() if old_logps_BC is None else old_logps_BC.where(written_BC, 0.0)
 
-        log_ratio_BC = logps_BC - old_logps_BC
-        ratio_B = log_ratio_BC.sum(dim=1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        ratio_B = (logps_BC - old_logps_BC).sum(dim=1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         clipped_B = ratio_B.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         # The cap binds only where A < 0: elsewhere min() below already took the clipped ratio, which is smaller.
         capped_B = ratio_B if self.delta is None else ratio_B.clamp(max=self.delta)
@@ -94,13 +90,10 @@ class SequenceObjective:
         tokens = tokens_B.sum()
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
 
-        if self.beta != 0.0:
-            assert ref_logps_BC is not None
-            kl_BC = k3(logps_BC, ref_logps_BC.where(written_BC, 0.0))
-            if self.correct_kl:
-                kl_BC = kl_BC * log_ratio_BC.exp()
-            kl_B = kl_BC.sum(dim=1)
-            objective_B = objective_B - self.beta * kl_B
+        if kl_BC is not None:
+            kl_B = kl_BC.where(written_BC, 0.0).sum(dim=1)
+            if self.beta != 0.0:
+                objective_B = objective_B - self.beta * kl_B
             metrics["kl"] = (kl_B.sum(), tokens)
             metrics["kl_sequence"] = (kl_B.sum(), rows)
 

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo_ext.engine.groups import Siblings
+from grpo_ext.engine.head import Head
 from grpo_ext.engine.prompt_cache import fork, read_states, slice_of, write_states
 from grpo_ext.engine.reading import read_in_segments, read_segment, segments
 from grpo_ext.engine.routing import RouterSums, Routing, total
-from grpo_ext.engine.scoring import Chunk, Rows, Scorer, Scores, assemble, prompt_ids, prompt_weights
+from grpo_ext.engine.rows import Chunk, Rows, Scores, assemble, prompt_ids, prompt_weights
+from grpo_ext.engine.scoring import Scorer
 
 
 def score_in_chunks(
-    lm: PreTrainedModel, rows: Rows, head: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]]
+    lm: PreTrainedModel, rows: Rows, head: Head, context: Callable[[], AbstractContextManager[Any]]
 ) -> Scores:
     """`score` with gradients, of which at most `rows.chunk_tokens` tokens carry a graph at once; the same result.
 
@@ -36,8 +38,8 @@ def score_in_chunks(
         context: what the backward must re-enter to see the model that the forward saw (autocast, checkpointing off).
     """
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    logps_BC, entropies_BC, balance = _ChunkedScore.apply(lm, rows, head, context, *parameters)
-    return Scores(logps_BC=logps_BC, entropies_BC=entropies_BC, balance=balance)
+    logps_BC, entropies_BC, kls_BC, balance = _ChunkedScore.apply(lm, rows, head, context, *parameters)
+    return Scores(logps_BC=logps_BC, entropies_BC=entropies_BC, kls_BC=kls_BC, hidden_BCH=None, balance=balance)
 
 
 class _ChunkedScore(torch.autograd.Function):
@@ -45,16 +47,17 @@ class _ChunkedScore(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, lm: PreTrainedModel, rows: Rows, head: Callable, context: Callable, *parameters: nn.Parameter
+        ctx: Any, lm: PreTrainedModel, rows: Rows, head: Head, context: Callable, *parameters: nn.Parameter
     ) -> Any:
-        """Log-probs, entropies and the load-balancing loss without a graph; each group's prompt states are kept."""
+        """Every score without a graph; each group's prompt states are kept."""
+        ctx.set_materialize_grads(False)  # what nobody differentiates costs nothing
         ctx.lm, ctx.rows, ctx.head, ctx.context, ctx.parameters = lm, rows, head, context, parameters
         ctx.boundaries = []  # of each group, the caches at the ends of the prompt's segments
         chunks: list[Chunk] = []
         routed = []  # of the prompts
         with Routing(lm, rows.experts_per_token) as routing:
             scorer = Scorer(lm=lm, rows=rows, head=head, routing=routing)
-            for siblings in rows.siblings:
+            for siblings in rows.everything:
                 boundaries: list[DynamicCache] = []
                 cuts = segments(siblings.prompt_tokens - 1, rows.chunk_tokens)
                 reading = read_in_segments(lm, prompt_ids(rows, siblings), rows.chunk_tokens, **routing.options)
@@ -65,15 +68,16 @@ class _ChunkedScore(torch.autograd.Function):
                 chunks += [scorer.score(siblings, chunk, last) for chunk in rows.chunks(siblings)]
                 ctx.boundaries.append(boundaries)
         ctx.routed = total(routed + [chunk.routed for chunk in chunks])
-        return *assemble(rows, chunks), None if ctx.routed is None else ctx.routed.loss()
+        scores = assemble(rows, chunks, None if ctx.routed is None else ctx.routed.loss())
+        return scores.logps_BC, scores.entropies_BC, scores.kls_BC, scores.balance
 
     @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor) -> Any:
+    def backward(ctx: Any, *output_grads: Tensor | None) -> Any:
         """The parameters' gradients, group by group: completions first, then the prompt they go on from."""
-        gradients = _Gradients(ctx.parameters, ctx.routed, balance_grad=output_grads[2])
+        gradients = _Gradients(ctx.parameters, ctx.routed, balance_grad=output_grads[3])
         with torch.enable_grad(), ctx.context(), Routing(ctx.lm, ctx.rows.experts_per_token) as routing:
             scorer = Scorer(lm=ctx.lm, rows=ctx.rows, head=ctx.head, routing=routing)
-            for siblings, boundaries in zip(ctx.rows.siblings, ctx.boundaries, strict=True):
+            for siblings, boundaries in zip(ctx.rows.everything, ctx.boundaries, strict=True):
                 state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients)
                 _backward_prompt(scorer, siblings, boundaries, state_grads, gradients)
         return None, None, None, None, *gradients.sums
@@ -114,7 +118,7 @@ def _backward_completions(
     scorer: Scorer,
     siblings: Siblings,
     boundaries: list[DynamicCache],
-    output_grads: tuple[Tensor, ...],
+    output_grads: tuple[Tensor | None, ...],
     gradients: _Gradients,
 ) -> list[Tensor]:
     """Run the chunks of one group on leaves; the gradient of each state of the prompt, over all siblings."""
@@ -123,9 +127,11 @@ def _backward_completions(
     for chunk in scorer.rows.chunks(siblings):
         cache = write_states(boundaries[-1], leaves) if boundaries else None
         scored = scorer.score(siblings, chunk, cache)
-        assert scored.entropies_nc is not None  # a model that trains has a head that gives them
-        outputs = [scored.logps_nc, scored.entropies_nc]
-        wanted = [grad[scored.rows, : output.size(1)] for grad, output in zip(output_grads, outputs, strict=False)]
+        outputs, wanted = [], []
+        for output, grad in zip(scored.differentiable, output_grads, strict=False):
+            if output is not None and grad is not None:
+                outputs.append(output)
+                wanted.append(grad[scored.rows, : output.size(1)])
         for sum_, grad in zip(totals, gradients.backward(outputs, wanted, leaves, scored.routed), strict=True):
             sum_.add_(grad)
     return totals

@@ -65,13 +65,14 @@ class GroupSampler:
         temperature: of the log-probs; the one that tokens are drawn at is among the logits processors.
 
     Attributes:
+        temperature: as given; it may be set anew between calls.
         drawn: of the last call.
     """
 
     drawn: Drawn
 
     def __init__(self, temperature: float):
-        self._temperature = temperature
+        self.temperature = temperature
 
     def __call__(
         self,
@@ -132,7 +133,7 @@ class GroupSampler:
 
         So processors that hold something of each row find it, and the random state moves as in transformers' loop.
         """
-        tempered_BV = logits_BV.float() / self._temperature
+        tempered_BV = logits_BV.float() / self.temperature
         scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=True))
         if do_sample:
             tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)

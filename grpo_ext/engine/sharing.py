@@ -24,12 +24,13 @@ from transformers import (
 from transformers.generation import GenerationMode
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import FusedCausalLMOutput
 
 from grpo_ext.engine.chunked import score_in_chunks
+from grpo_ext.engine.head import Head
 from grpo_ext.engine.prompt_cache import why_not_forkable
+from grpo_ext.engine.rows import Rows
 from grpo_ext.engine.sampling import GroupSampler
-from grpo_ext.engine.scoring import Rows, score
+from grpo_ext.engine.scoring import score
 
 # A prompt read in two parts is not the same to them as one read at once.
 NOT_EXACT = ("bamba",)
@@ -43,23 +44,22 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def add_shared_scoring(lm: PreTrainedModel) -> None:
-    """Let `lm(shared_rows=Rows(...))` return log-probs and entropies of rows that share prompts.
+    """Let `lm(shared_rows=Rows(...))` return the `Scores` of rows that share prompts.
 
     Call it after TRL's `add_fused_lm_head`, on the model that PEFT wraps. Every other call is TRL's own.
     """
-    head = lm.forward
+    fused_forward = lm.forward
+    head = Head.of(lm, fused_forward)
 
     @functools.wraps(type(lm).forward)
     def forward(self: PreTrainedModel, *args: Any, shared_rows: Rows | None = None, **kwargs: Any) -> Any:
         if shared_rows is None:
-            return head(*args, **kwargs)
+            return fused_forward(*args, **kwargs)
         # Checkpointed layers drop the cache with no more than a log line, and the completion loses its prompt.
         with disable_gradient_checkpointing(self):
             if torch.is_grad_enabled() and not shared_rows.fit_one_chunk():
-                scores = score_in_chunks(self, shared_rows, head, _recompute_context(self))
-            else:
-                scores = score(self, shared_rows, head)
-        return FusedCausalLMOutput(log_probs=scores.logps_BC, entropy=scores.entropies_BC, aux_loss=scores.balance)
+                return score_in_chunks(self, shared_rows, head, _recompute_context(self))
+            return score(self, shared_rows, head)
 
     lm.forward = types.MethodType(forward, lm)
 

@@ -10,7 +10,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.engine.groups import find_siblings, keep_together, unpadded
-from grpo_ext.engine.scoring import Rows
+from grpo_ext.engine.rows import Rows, Scores
 from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
 
 logger = get_logger(__name__)
@@ -30,6 +30,13 @@ class SharedPromptTrainer(GRPOTrainer):
 
     args: GRPOExtConfig
     _buffered_inputs: list[dict[str, Any]] | None
+    _idle_rows: frozenset[int] = frozenset()  # prompts with no other rows in a micro-batch run apart, or not at all
+    _leaves_idle_out = False
+    _left_out: list[int]  # the rows that the last pass did not run
+    _keeps_hidden = False  # whether passes without a graph keep the last hidden states
+    _hidden_BCH: Tensor | None = None  # of the last such pass
+    _ref_hidden_BCH: Tensor | None = None  # of the rows to be scored, where an exact KL to it is asked for
+    _kls_BC: Tensor | None = None  # of the last such pass
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -83,26 +90,39 @@ class SharedPromptTrainer(GRPOTrainer):
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         siblings = find_siblings(input_ids, attention_mask, logits_to_keep) if self._shares_prompts else None
-        if siblings is None or not any(group.lengths[0] for group in siblings):
+        self._hidden_BCH, self._kls_BC = None, None
+        # Experts are balanced over prompts, too: rows without a single token to score are left to TRL there.
+        if siblings is None or (compute_aux_loss and not any(group.lengths[0] for group in siblings)):
             options |= {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size)
             return super()._get_per_token_logps_and_entropies(*arguments, **options)
+        siblings = [group for group in siblings if group.lengths[0] or compute_aux_loss]
+        idle = [group for group in siblings if self._idle_rows.issuperset(group.rows)]
+        siblings = [group for group in siblings if group not in idle]
+        self._left_out = [row for group in idle for row in group.rows] if self._leaves_idle_out else []
         chunk_tokens = self.args.chunk_tokens
         if chunk_tokens is None and self.args.gradient_checkpointing:
-            chunk_tokens = max(group.prompt_tokens + group.lengths[0] for group in siblings)  # one row at a time
+            one_row_at_a_time = [group.prompt_tokens + group.lengths[0] for group in siblings + idle]
+            chunk_tokens = max(one_row_at_a_time, default=1)
         if chunk_tokens is not None and not torch.is_grad_enabled():
             chunk_tokens *= WITHOUT_GRAPH
         text_config = base_of(self.model).config.get_text_config()
         rows = Rows(
             completion_ids_BC=input_ids[:, -logits_to_keep:],
             siblings=siblings,
+            temperature=self.temperature,
+            apart=[] if self._leaves_idle_out else idle,
             max_rows=batch_size,
             chunk_tokens=chunk_tokens,
             experts_per_token=text_config.num_experts_per_tok if compute_aux_loss else None,
+            with_entropies=compute_entropy,
+            with_hidden=self._keeps_hidden,
+            ref_hidden_BCH=self._ref_hidden_BCH,
         )
         with self.accelerator.autocast():
-            output = model(shared_rows=rows)
-        return output.log_probs, output.entropy if compute_entropy else None, output.aux_loss
+            scores: Scores = model(shared_rows=rows)
+        self._hidden_BCH, self._kls_BC = scores.hidden_BCH, scores.kls_BC
+        return scores.logps_BC, scores.entropies_BC, scores.balance
 
 
 def _prompt_groups(output: dict[str, Any]) -> list[int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from grpo_ext.engine.sampling import GroupSampler
 from grpo_ext.engine.sharing import base_of, shared_sampling, why_not_sampled
-from grpo_ext.shared_prompt import SharedPromptTrainer
+from grpo_ext.mechanisms.shared_prompt import SharedPromptTrainer
 
 logger = get_logger(__name__)
 
@@ -67,10 +67,15 @@ class SharedSamplingTrainer(SharedPromptTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         rollout = super()._generate(prompts)
         _, completion_ids, _, _, logps, *_ = rollout
-        self._sampled_logps = logps if self._samples_shared and not self.tools else None
+        self._keep_drawn(logps, self._is_cut)
         if self._stop_strings:
             self._count_endings(completion_ids)
         return rollout
+
+    def _keep_drawn(self, logps: list[list[float]] | None, is_cut: list[bool]) -> None:
+        """What is needed of a rollout when it is scored."""
+        self._sampled_logps = logps if self._samples_shared and not self.tools else None
+        self._is_cut = is_cut
 
     def _count_endings(self, completion_ids: list[list[int]]) -> None:
         """Put in place of TRL's metrics those that know endings by a stop string."""

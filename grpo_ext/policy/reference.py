@@ -1,0 +1,136 @@
+"""The reference of an adapter: the backbone with the adapter off, or a frozen adapter `ref` beside it.
+
+A reference that follows the policy (`sync_ref_model`) is such an adapter. What is mixed is what an adapter adds to a
+weight, s B A, not its factors: the mean of two A times the mean of two B is another matrix. A mix is kept as it is, its
+factors side by side, so its rank grows with each of them, until the oldest no longer reach float32's precision:
+
+    A_ref <- [A_ref; A]    B_ref <- [(1 - alpha) B_ref, alpha B]    B_ref A_ref <- (1 - alpha) B_ref A_ref + alpha B A
+"""
+
+import copy
+import math
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+POLICY, REFERENCE = "default", "ref"  # PEFT's name for the adapter that trains, TRL's for its reference
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations of LoRA
+
+
+def why_not_the_start(config: PeftConfig) -> str | None:
+    """The reason why the backbone with this adapter off is not the model that training began with; None where it is."""
+    if not isinstance(config, LoraConfig):
+        return None
+    if config.bias != "none":
+        return (
+            f'lora bias="{config.bias}" changes base weights, so the KL reference would not be the base model. '
+            f'Use bias="none" or beta=0.'
+        )
+    if str(config.init_lora_weights).startswith(CHANGE_THE_BASE):
+        return (
+            f'init_lora_weights="{config.init_lora_weights}" changes base weights, so the KL reference would not be '
+            f"the base model. Use init_lora_weights=True or beta=0."
+        )
+    return None
+
+
+def why_not_mixed(model: PeftModel) -> str | None:
+    """The reason why products of this adapter cannot be mixed exactly, in words for an error; None where they can."""
+    config = model.peft_config[POLICY]
+    if not isinstance(config, LoraConfig):
+        return f"its type is {config.peft_type}"
+    if config.use_dora:
+        return "DoRA is not linear in its factors"
+    if config.lora_bias:
+        return "it has biases (lora_bias)"
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    factors = [layer.lora_A[POLICY] for layer in layers if POLICY in layer.lora_A]
+    if len(factors) < len(layers) or not all(isinstance(factor, nn.Linear) for factor in factors):
+        return "it adapts more than linear layers"
+    return None
+
+
+def update_reference(model: PeftModel, alpha: float) -> None:
+    """Let the reference take over `alpha` of the policy: reference = (1 - alpha) reference + alpha policy.
+
+    Args:
+        model: with the policy in the adapter `default`. Its reference is the adapter `ref`, which is added where there
+            is none: the reference before was then the backbone alone.
+        alpha: in (0, 1].
+    """
+    is_new = REFERENCE not in model.peft_config
+    if is_new:
+        model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[POLICY]))
+    if alpha == 1.0:
+        for name, parameter in model.named_parameters():
+            if f".{POLICY}." in name or name.endswith(f".{POLICY}"):
+                model.get_parameter(name.replace(f".{POLICY}", f".{REFERENCE}")).data.copy_(parameter.data)
+    else:
+        _mix(model, alpha, is_new=is_new)
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE}." in name or name.endswith(f".{REFERENCE}"):
+            parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _mix(model: PeftModel, alpha: float, *, is_new: bool) -> None:
+    most = math.ceil(24 / -math.log2(1 - alpha))  # of float32's 24 bits, an older part has none left
+    parts = 1
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            saved = (module.modules_to_save[name].parameters() for name in (REFERENCE, POLICY))
+            for reference, policy in zip(*saved, strict=True):
+                reference.lerp_(policy.to(reference.dtype), alpha)
+        if not isinstance(module, LoraLayer):
+            continue
+        A, B = _factors(module, POLICY)
+        B = alpha * B
+        rank = len(A)
+        if not is_new:
+            A_before, B_before = _factors(module, REFERENCE)
+            A = torch.cat([A_before, A])[-most * rank :]
+            B = torch.cat([(1 - alpha) * B_before, B], dim=1)[:, -most * rank :]
+        parts = len(A) // rank
+        module.lora_A[REFERENCE].weight = nn.Parameter(A.clone(), requires_grad=False)
+        module.lora_B[REFERENCE].weight = nn.Parameter(B.contiguous(), requires_grad=False)
+        module.r[REFERENCE] = len(A)
+    model.peft_config[REFERENCE] = _wider(model.peft_config[POLICY], parts)
+
+
+def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    assert isinstance(A, nn.Linear)
+    assert isinstance(B, nn.Linear)
+    return A.weight.data, B.weight.data
+
+
+def _wider(policy: LoraConfig, parts: int) -> LoraConfig:
+    """What a reference of so many parts is saved and loaded with: its rank, and the scaling of the policy."""
+    config = copy.deepcopy(policy)
+    alpha_factor = math.sqrt(parts) if policy.use_rslora else parts
+    config.__dict__.update(
+        r=policy.r * parts,
+        lora_alpha=policy.lora_alpha * alpha_factor,
+        rank_pattern={name: rank * parts for name, rank in (policy.rank_pattern or {}).items()},
+        alpha_pattern={name: alpha * alpha_factor for name, alpha in (policy.alpha_pattern or {}).items()},
+    )
+    return config
+
+
+class ReferenceSync(TrainerCallback):
+    """Lets the reference of an adapter follow the policy, as TRL's `SyncRefModelCallback` does for whole models:
+    every `ref_model_sync_steps` optimizer steps, by `ref_model_mixup_alpha`."""
+
+    def __init__(self, model: PeftModel):
+        self._model = model
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Update the reference where it is due."""
+        if state.global_step % args.ref_model_sync_steps == 0:
+            update_reference(self._model, args.ref_model_mixup_alpha)

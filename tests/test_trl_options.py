@@ -1,0 +1,84 @@
+"""The options of TRL on shared prompts: two rollouts, four optimizer steps, against stock TRL from the same seed."""
+
+import copy
+
+import pytest
+import torch
+from conftest import adapter_of, random_lora, share_of_digits
+from trl import GRPOTrainer
+
+from grpo_ext import GRPOExtTrainer
+
+# Where ours would begin with other defaults.
+COMMON = {"loss_type": "grpo", "scale_rewards": "group", "beta": 0.1, "temperature": 0.8, "entropy_coef": 0.01}
+COMMON |= {"disable_dropout": True, "max_grad_norm": 0.5, "num_iterations": 2, "max_steps": 4}
+COMMON |= {"optim": "sgd", "learning_rate": 0.5}
+
+
+def long_answers(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def sometimes_unjudged(completions, **columns):
+    return [None if len(text) % 3 == 0 else float(text.count("1")) for text in completions]
+
+
+TWO_REWARDS = [share_of_digits, long_answers]
+OPTIONS = {
+    "sequence_level": {"importance_sampling_level": "sequence"},
+    "sequence_level_luspo": {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+    "normalize_then_sum": {
+        "multi_objective_aggregation": "normalize_then_sum",
+        "reward": [share_of_digits, long_answers],
+    },
+    "weights": {"reward_weights": [1.0, 0.2], "reward": [share_of_digits, long_answers]},
+    "unjudged": {"reward": [sometimes_unjudged, share_of_digits]},
+    "batch_scale": {"scale_rewards": "batch"},
+    "no_scale": {"scale_rewards": "none"},
+    "off_policy_mask": {"off_policy_mask_threshold": 0.01},
+    "mask_truncated": {"mask_truncated_completions": True},
+    "top_entropy": {"top_entropy_quantile": 0.3},
+    "adaptive_entropy": {"use_adaptive_entropy": True, "entropy_target": 5.0, "entropy_coef_delta": 0.1},
+    "two_sided_clipping": {"delta": 1.05, "epsilon": 0.01},
+    "clip_higher": {"epsilon": 0.01, "epsilon_high": 0.02},
+    "plain_kl": {"use_bias_correction_kl": False},
+    "padded": {"pad_to_multiple_of": 8},
+    "sampling": {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2},
+}
+
+
+def train(build, model, trainer, **settings):
+    trainer = build(copy.deepcopy(model), peft_config=random_lora(), trainer=trainer, **COMMON | settings)
+    start = adapter_of(trainer)
+    trainer.train()
+    return trainer, start
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_as_stock_trl(build, small_model, option):
+    """Adapter, loss and every metric that both log, but for times."""
+    stock, start = train(build, small_model, GRPOTrainer, **OPTIONS[option])
+    ours, _ = train(build, small_model, GRPOExtTrainer, **OPTIONS[option])
+    assert ours._shares_prompts
+    got, want = adapter_of(ours), adapter_of(stock)
+    assert any(not torch.equal(value, start[name]) for name, value in want.items())
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    rows = zip(ours.state.log_history[:-1], stock.state.log_history[:-1], strict=True)
+    for our_row, stock_row in rows:
+        assert set(stock_row) <= set(our_row)
+        for name, value in stock_row.items():
+            if "time" not in name:
+                want = value if value is None else pytest.approx(value, rel=2e-3, abs=2e-4, nan_ok=True)
+                assert our_row[name] == want, name
+
+
+def test_the_options_act(build, small_model):
+    """Each of them, but for padding, moves the adapter elsewhere than the settings without it."""
+    (plain, _) = train(build, small_model, GRPOExtTrainer)
+    without_effect = []
+    for option, settings in OPTIONS.items():
+        (changed, _) = train(build, small_model, GRPOExtTrainer, **settings)
+        if all(torch.equal(value, adapter_of(plain)[name]) for name, value in adapter_of(changed).items()):
+            without_effect.append(option)
+    assert without_effect == ["padded"]
