@@ -17,7 +17,14 @@ TOP_LEVEL = set(
     "grpo_ext rewards recipes tests accelerate_configs pyproject.toml "
     "README.md LICENSE CHANGELOG.md CONTRIBUTING.md Makefile constraints.txt .ci .gitignore".split()
 )
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "recipes/tiny_math/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "recipes/README.md",
+    "recipes/tiny_math/README.md",
+    "tests/benchmarks/README.md",
+)
 
 # The methods of TRL's trainer that we override or call, with the parameters that we know them by.
 TRL_METHODS = {
