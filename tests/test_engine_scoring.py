@@ -43,7 +43,10 @@ ARCHITECTURES = {
     "olmo2": ("Olmo2", {}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
-    "falcon_h1": ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
+    "falcon_h1": (
+        "FalconH1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 1.5},
+    ),
     "gpt2": (
         "GPT2",
         {
@@ -65,6 +68,7 @@ ARCHITECTURES = {
             "mamba_d_state": 8,
             "num_local_experts": 0,
             "shared_intermediate_size": 48,
+            "logits_scaling": 0.5,
         },
     ),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
@@ -303,8 +307,13 @@ def test_exact_kl(architecture, chunk_tokens):
     """Against the sum over the vocabulary of plain logits, value and gradient; among the models are one with a bound on
     its logits and two with a factor on them."""
     model = make(architecture, dtype=torch.float64)
-    if architecture == "gemma2":
-        assert model.config.final_logit_softcapping
+    factors = {
+        "gemma2": "final_logit_softcapping",
+        "falcon_h1": "lm_head_multiplier",
+        "granitemoehybrid": "logits_scaling",
+    }
+    if architecture in factors:
+        assert getattr(model.config, factors[architecture]) not in (None, 1.0)
     ids, mask, C = batch()
     with torch.no_grad(), model.disable_adapter():
         reference = model(shared_rows=rows_of(ids, mask, C, with_hidden=True)).hidden_BCH

@@ -77,6 +77,9 @@ def test_a_copy_is_exact(small_model):
         model.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.1
         update_reference(model, 1.0)
         assert torch.equal(reference_logits(model), model(input_ids=IDS).logits)
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trains
+        assert not any(f".{REFERENCE}." in name for name in trains)
 
 
 def test_trained_modules_are_mixed_too(small_model):

@@ -52,6 +52,7 @@ def test_exact_kl_trains_on_the_whole_distribution(build, small_model, loss_type
         beta=0.3,
         reward=lambda completions, **columns: [1.0] * len(completions),
         learning_rate=50.0,  # far beyond the rounding of the weights
+        per_device_train_batch_size=16,
         max_steps=1,
     )
     after = adapter_of(trainer)

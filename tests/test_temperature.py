@@ -80,6 +80,23 @@ def test_rows_keep_the_temperature_that_they_were_drawn_at(build, small_model, l
     assert max(logged(trainer, "sampling/logp_gap")) < 1e-3
 
 
+def test_answers_are_drawn_at_it(build, small_model):
+    """From nearly greedy, where siblings are one and the same, to warm, where they are not."""
+    settings = {"temperature": 1e-3, "temperature_schedule": "linear", "temperature_end": 2.0, "learning_rate": 1e-9}
+    trainer = build(small_model, peft_config=random_lora(), max_steps=2, **settings)
+    answers = []
+    generate = trainer._generate_single_turn
+
+    def watched(*args, **kwargs):
+        drawn = generate(*args, **kwargs)
+        answers.append([len({tuple(ids) for ids in drawn[0][start : start + 4]}) for start in (0, 4)])
+        return drawn
+
+    trainer._generate_single_turn = watched
+    trainer.train()
+    assert answers == [[1, 1], [4, 4]]
+
+
 def test_a_level_line_is_a_constant(build, small_model):
     constant = train(build, small_model, temperature=0.9, max_steps=3)
     level = train(build, small_model, temperature=0.9, temperature_schedule="linear", temperature_end=0.9, max_steps=3)

@@ -71,9 +71,6 @@ def update_reference(model: PeftModel, alpha: float) -> None:
                 model.get_parameter(name.replace(f".{POLICY}", f".{REFERENCE}")).data.copy_(parameter.data)
     else:
         _mix(model, alpha, is_new=is_new)
-    for name, parameter in model.named_parameters():
-        if f".{REFERENCE}." in name or name.endswith(f".{REFERENCE}"):
-            parameter.requires_grad_(False)
 
 
 @torch.no_grad()
