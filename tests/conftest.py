@@ -128,3 +128,8 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
 def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
     """A copy of the trainable parameters."""
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def log_of(trainer: Any, name: str) -> list[float]:
+    """What was logged under this name, step by step."""
+    return [row[name] for row in trainer.state.log_history if name in row]

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora
+from conftest import PROMPTS, adapter_of, log_of, random_lora
 from torch.nn import Embedding
 
 SETTINGS = {"beta": 0.0, "entropy_coef": 0.0, "max_steps": 5, "num_generations": 4}
@@ -33,10 +33,6 @@ def train(build, model, **settings):
     trainer.train()
     hook.remove()
     return trainer, sum(tokens)
-
-
-def logged(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 ALL_AT_ONCE = {"per_device_train_batch_size": 16}
@@ -67,11 +63,11 @@ def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):
         assert torch.equal(adapter_of(skip)[name], value), name
         assert not torch.equal(start[name], value), name
     assert tokens < 0.85 * all_tokens  # one of four prompts is dead
-    assert logged(skip, "frac_groups/all_right") == [0.25] * len(logged(skip, "frac_groups/all_right"))
+    assert log_of(skip, "frac_groups/all_right") == [0.25] * len(log_of(skip, "frac_groups/all_right"))
     for name in ("loss", "grad_norm", "frac_dead_groups"):
-        assert logged(skip, name) == logged(keep, name), name
+        assert log_of(skip, name) == log_of(keep, name), name
     for name in ("entropy", "ratio", "clip_ratio/region_mean"):
-        assert logged(skip, name) == pytest.approx(logged(keep, name), rel=0.1), name
+        assert log_of(skip, name) == pytest.approx(log_of(keep, name), rel=0.1), name
 
 
 def test_all_dead(build, small_model):
@@ -80,7 +76,7 @@ def test_all_dead(build, small_model):
         build, small_model, dead_groups="skip", reward=lambda completions, **columns: [0.5] * len(completions)
     )
     assert tokens == 0
-    assert logged(trainer, "loss") == [0.0] * 5
+    assert log_of(trainer, "loss") == [0.0] * 5
     start = adapter_of(build(copy.deepcopy(small_model), peft_config=random_lora()))
     assert all(torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
 

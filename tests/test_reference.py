@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora
+from conftest import PROMPTS, adapter_of, log_of, random_lora
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from trl.trainer.utils import use_adapter
@@ -13,10 +13,6 @@ from trl.trainer.utils import use_adapter
 from grpo_ext.policy.reference import REFERENCE, update_reference
 
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7]])
-
-
-def logged(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def reference_logits(model):
@@ -106,8 +102,8 @@ def test_the_reference_of_an_adapter_that_goes_on_is_its_snapshot(build, small_m
     trainer = build(model, beta=0.1, learning_rate=0.1, max_steps=3)
     trainer.train()
     torch.testing.assert_close(reference_logits(trainer.model), start, atol=1e-6, rtol=0)
-    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
-    assert logged(trainer, "kl")[2] > 1e-4
+    assert log_of(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert log_of(trainer, "kl")[2] > 1e-4
 
 
 @pytest.mark.parametrize("changes", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
@@ -124,7 +120,7 @@ def test_reference_follows_every_few_steps(build, small_model, alpha):
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha, "max_steps": 5}
     trainer = build(small_model, peft_config=random_lora(), beta=0.1, learning_rate=0.05, **settings)
     trainer.train()
-    kl = logged(trainer, "kl")
+    kl = log_of(trainer, "kl")
     for step in (2, 4):
         if alpha == 1.0:
             assert kl[step] < 1e-6 < kl[step - 1]

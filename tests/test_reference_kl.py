@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import adapter_of, random_lora
+from conftest import adapter_of, log_of, random_lora
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
@@ -22,10 +22,6 @@ def train(build, model, **settings):
     return trainer
 
 
-def logged(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
-
-
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}])
 def test_k2_trains_as_trls_corrected_k3_on_policy(build, small_model, settings):
     """Word by word the two have one gradient there, so stock TRL is the oracle of ours."""
@@ -36,7 +32,7 @@ def test_k2_trains_as_trls_corrected_k3_on_policy(build, small_model, settings):
     for name, value in adapter_of(stock).items():
         torch.testing.assert_close(adapter_of(ours)[name], value, atol=1e-5, rtol=1e-4, msg=name)
     assert any(not torch.allclose(adapter_of(without)[n], v, atol=1e-3) for n, v in adapter_of(stock).items())
-    assert len(logged(ours, "kl")) == 4
+    assert len(log_of(ours, "kl")) == 4
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 40])
@@ -76,7 +72,7 @@ def test_exact_kl_trains_on_the_whole_distribution(build, small_model, loss_type
     tokens = part["completion_mask"].sum(dim=1)
     kl = kls.sum(dim=1).mean() if loss_type == "grpo_sequence" else (kls.sum(dim=1) / tokens).mean()
     (0.3 * kl).backward()
-    assert logged(trainer, "kl")[0] == pytest.approx((kls.sum() / tokens.sum()).item(), rel=1e-4)
+    assert log_of(trainer, "kl")[0] == pytest.approx((kls.sum() / tokens.sum()).item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         if name in trainer.start:
             moved = after[name] - trainer.start[name]
@@ -109,12 +105,12 @@ def test_kl_is_logged_without_a_weight(build, small_model, loss_type):
         trainer = train(build, small_model, beta=0.0, log_kl=True, **common)
     assert passes == [False, True] * 3
     assert trainer.args.beta == trainer.beta == 0.0
-    assert not logged(silent, "kl")
+    assert not log_of(silent, "kl")
     for name, value in adapter_of(silent).items():
         assert torch.equal(adapter_of(trainer)[name], value), name
     weighed = train(build, small_model, beta=1e-9, use_bias_correction_kl=True, **common)
-    assert logged(trainer, "kl") == pytest.approx(logged(weighed, "kl"), rel=1e-3)
-    assert min(logged(trainer, "kl")) > 0
+    assert log_of(trainer, "kl") == pytest.approx(log_of(weighed, "kl"), rel=1e-3)
+    assert min(log_of(trainer, "kl")) > 0
 
 
 def test_exact_kl_is_refused_where_the_head_is_trained(build, small_model, tmp_path):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora
+from conftest import PROMPTS, adapter_of, log_of, random_lora
 from datasets import Dataset
 
 from grpo_ext import GRPOExtConfig
@@ -37,10 +37,6 @@ def train(build, model, **settings):
     return trainer, draws
 
 
-def logged(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
-
-
 def test_places_of_dead_groups_go_to_other_prompts(build, small_model):
     """Four prompts a rollout, two of them dead: with so many rounds, every row that TRL works on has an advantage."""
     trainer, draws = train(build, small_model, reward=half_dead, dead_groups="resample", max_resample_rounds=30)
@@ -48,14 +44,14 @@ def test_places_of_dead_groups_go_to_other_prompts(build, small_model):
     assert set(trainer._logs["prompt"]) == {PROMPTS[1], PROMPTS[3]}
     assert (part["advantages"].abs() > 0.4).all()
     assert draws[:2] == [16, 8]
-    assert logged(trainer, "resampled_groups") == [2.0] * 3
+    assert log_of(trainer, "resampled_groups") == [2.0] * 3
     # shares are those of all groups that were drawn, not only of those that were kept
     groups = [size // 4 for size in draws]
     assert sum(groups) > 12
-    assert logged(trainer, "frac_groups/mixed")[0] == pytest.approx(4 / sum(groups[: draws.index(16, 1)]))
-    shares = [logged(trainer, f"frac_groups/{kind}")[0] for kind in ("mixed", "all_right", "all_wrong")]
+    assert log_of(trainer, "frac_groups/mixed")[0] == pytest.approx(4 / sum(groups[: draws.index(16, 1)]))
+    shares = [log_of(trainer, f"frac_groups/{kind}")[0] for kind in ("mixed", "all_right", "all_wrong")]
     assert sum(shares) == pytest.approx(1)
-    assert logged(trainer, "frac_dead_groups")[0] == pytest.approx(1 - shares[0])
+    assert log_of(trainer, "frac_dead_groups")[0] == pytest.approx(1 - shares[0])
 
 
 def test_rows_stay_whole(build, small_model, tokenizer):
@@ -68,7 +64,7 @@ def test_rows_stay_whole(build, small_model, tokenizer):
     assert sorted(texts) == sorted(logs["completion"])
     prompts = tokenizer.batch_decode(part["prompt_ids"], skip_special_tokens=True)
     assert sorted(zip(prompts, texts, strict=True)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
-    assert max(logged(trainer, "sampling/logp_gap")) < 1e-3
+    assert max(log_of(trainer, "sampling/logp_gap")) < 1e-3
 
 
 def test_rounds_come_to_an_end(build, small_model):
@@ -77,8 +73,8 @@ def test_rounds_come_to_an_end(build, small_model):
         build, small_model, reward=lambda prompts, **columns: [1.0] * len(prompts), dead_groups="resample", max_steps=2
     )
     assert draws == [16] * 2 * (1 + 3)
-    assert logged(trainer, "resampled_groups") == [0.0, 0.0]
-    assert logged(trainer, "frac_groups/all_right") == [1.0, 1.0]
+    assert log_of(trainer, "resampled_groups") == [0.0, 0.0]
+    assert log_of(trainer, "frac_groups/all_right") == [1.0, 1.0]
 
 
 def test_without_dead_groups_nothing_changes(build, small_model):

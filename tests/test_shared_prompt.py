@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora, small_shape
+from conftest import PROMPTS, adapter_of, log_of, random_lora, small_shape
 from peft import PeftModel, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
@@ -13,10 +13,6 @@ from trl import GRPOTrainer
 from grpo_ext import GRPOExtTrainer
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-
-
-def log_of(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def train(build, model, **settings):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import adapter_of, random_lora
+from conftest import adapter_of, log_of, random_lora
 
 from grpo_ext.algorithm.schedules import EntropyController, linear_temperature
 
@@ -14,10 +14,6 @@ def train(build, model, **settings):
     trainer = build(copy.deepcopy(model), peft_config=random_lora(), **settings)
     trainer.train()
     return trainer
-
-
-def logged(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def test_linear_by_hand():
@@ -76,8 +72,8 @@ def test_rows_keep_the_temperature_that_they_were_drawn_at(build, small_model, l
     closest = [min(seen[i : i + 3], key=lambda pair: pair[1]) for i in range(0, len(seen), 3)]
     assert [temperature for temperature, _ in closest] == [0.6, 0.6, 1.0, 1.0, 1.4]
     assert max(gap for _, gap in closest) < 1e-4
-    assert logged(trainer, "temperature") == pytest.approx([0.6, 1.0, 1.4])
-    assert max(logged(trainer, "sampling/logp_gap")) < 1e-3
+    assert log_of(trainer, "temperature") == pytest.approx([0.6, 1.0, 1.4])
+    assert max(log_of(trainer, "sampling/logp_gap")) < 1e-3
 
 
 def test_answers_are_drawn_at_it(build, small_model):
@@ -116,7 +112,7 @@ def test_entropy_moves_towards_its_target(build, small_model, target, direction)
         max_steps=5,
         learning_rate=1e-6,
     )
-    temperatures, entropies = logged(trainer, "temperature"), logged(trainer, "entropy")
+    temperatures, entropies = log_of(trainer, "temperature"), log_of(trainer, "entropy")
     assert temperatures[0] == 0.8
     for before, after, entropy in zip(temperatures, temperatures[1:], entropies, strict=False):
         want = EntropyController(start=0.8, target=target, temperature=before).update(entropy)
@@ -134,7 +130,7 @@ def test_a_stopped_run_goes_on_at_its_temperature(build, small_model, tmp_path):
     assert again.state.global_step == 4
     want = whole._controller.temperature
     assert want < 0.7
-    assert logged(again, "temperature")[2] <= logged(whole, "temperature")[2]
+    assert log_of(again, "temperature")[2] <= log_of(whole, "temperature")[2]
 
 
 def test_refused_where_prompts_are_not_shared(build, small_model):

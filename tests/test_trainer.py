@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora, share_of_digits
+from conftest import PROMPTS, adapter_of, log_of, random_lora, share_of_digits
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -16,10 +16,6 @@ from grpo_ext.report.metrics import read_metrics
 
 TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LOSSES_AND_SCALINGS = [(loss, "group") for loss in TRL_LOSSES] + [("dapo", "batch"), ("dapo", "none")]
-
-
-def log_of(trainer, name):
-    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 def assert_moved(before, after):
