@@ -25,13 +25,12 @@ class TemperatureTrainer(DeadGroupsTrainer):
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
         super().__init__(model, reward_funcs, args, *rest, **keywords)
-        if args.temperature_schedule == "constant":
-            return
-        if not self._shares_prompts:
+        if self._temperature_moves and not self._shares_prompts:
             raise ValueError(
                 f"temperature_schedule={args.temperature_schedule!r} needs shared prompts, and here they are not "
                 f"(the log says why): TRL's plain scoring knows one temperature only. Use 'constant'."
             )
+        self._controller: EntropyController | None = None
         target = args.temperature_entropy_target
         if target is not None:
             self._controller = EntropyController(start=args.temperature, target=target, temperature=args.temperature)
@@ -50,7 +49,7 @@ class TemperatureTrainer(DeadGroupsTrainer):
         return super()._generate_and_score_completions(inputs)
 
     def _next_temperature(self) -> float:
-        if self.args.temperature_schedule == "linear":
+        if self._controller is None:
             end = self.args.temperature_end
             assert end is not None  # the config requires it
             return linear_temperature(self.args.temperature, end, self.state.global_step, self.state.max_steps)
@@ -68,13 +67,13 @@ class TemperatureTrainer(DeadGroupsTrainer):
             self.generation_kwargs["temperature"] = temperature
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.args.temperature_schedule == "entropy":
+        if self._controller is not None:
             self._written = written(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Any]:
         logps_BC, entropies_BC, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self.args.temperature_schedule == "entropy" and torch.is_grad_enabled():
+        if self._controller is not None and torch.is_grad_enabled():
             assert self._written is not None
             assert entropies_BC is not None
             sums = (entropies_BC.detach() * self._written).sum(), self._written.sum()
@@ -93,9 +92,8 @@ class TemperatureTrainer(DeadGroupsTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not self._temperature_moves or checkpoint is None:
             return
-        if not Path(checkpoint, STATE_FILE).exists():  # the run began with a constant temperature
-            return
-        temperature = json.loads(Path(checkpoint, STATE_FILE).read_text())["temperature"]
-        self._set_temperature(temperature)
-        if self.args.temperature_schedule == "entropy":
-            self._controller.temperature = temperature
+        path = Path(checkpoint, STATE_FILE)
+        if path.exists():  # else the run began with a constant temperature
+            self._set_temperature(json.loads(path.read_text())["temperature"])
+            if self._controller is not None:
+                self._controller.temperature = self.temperature
