@@ -104,6 +104,18 @@ def test_nf4_trains_for_real(build):
     assert all(torch.equal(value, frozen_bytes(trainer.model)[name]) for name, value in frozen.items())
 
 
+def test_evaluation_leaves_the_base_alone(build):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit layer when it runs in evaluation mode, and rounds it."""
+    trainer = build(str(TINY_MODEL), peft_config=random_lora(), quantization_config=NF4, max_steps=1)
+    layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    frozen = frozen_bytes(trainer.model)
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert all(torch.equal(value, frozen_bytes(trainer.model)[name]) for name, value in frozen.items())
+    assert layer.weight.quant_state.dtype == torch.float32
+
+
 @pytest.mark.parametrize("quantised", [True, False])
 def test_a_loaded_adapter_keeps_its_values_to_the_bit(build, tiny_model, tmp_path, quantised):
     """TRL 1.16 rounds the adapter of a quantised model to bfloat16 while it builds the trainer."""

@@ -12,6 +12,7 @@ from grpo_ext.config import GRPOExtConfig
 from grpo_ext.engine.groups import find_siblings, keep_together, unpadded
 from grpo_ext.engine.rows import Rows, Scores
 from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
+from grpo_ext.policy.backbone import keep_four_bits
 
 logger = get_logger(__name__)
 
@@ -40,6 +41,7 @@ class SharedPromptTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        keep_four_bits(self.model)  # before anything runs
         self._shares_prompts = self.args.share_prompt and self._set_up_sharing()
 
     def _set_up_sharing(self) -> bool:
