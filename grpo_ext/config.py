@@ -8,10 +8,7 @@ from trl import GRPOConfig
 
 from grpo_ext.algorithm.kl import KL_ESTIMATORS
 from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
-
-TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-DEAD_GROUPS = ("keep", "skip", "resample")
-TRL_SCALE_REWARDS = ("group", "batch", "none")
+from grpo_ext.refusals import DEAD_GROUPS, TRL_LOSS_TYPES, TRL_SCALE_REWARDS, refuse_impossible
 
 
 @dataclass
@@ -52,6 +49,14 @@ class GRPOExtConfig(GRPOConfig):
             `frac_dead_groups` is above one half and sampling is cheap beside the update.
         max_resample_rounds: at most so many rounds of drawing again, 1 or more; 3 by default. Each costs the sampling
             of the groups that are still dead.
+        num_generations_max: None (default), or more than `num_generations`: to prompts whose answers all earned the
+            same reward, more are drawn, up to so many, without reading the prompt again; of those, the
+            `num_generations` whose rewards differ most are trained on (max-variance down-sampling, PODS,
+            arXiv:2504.13818), with advantages from the mean and deviation of all. What that does to the estimate: the
+            gradient is no longer an unbiased one of the mean reward. Rare answers weigh more than their share (one
+            right answer of 32 has an advantage of 5.6, and 7 of its 31 rivals stand for all), and prompts that the
+            model nearly never, or nearly always, solves get steps that they would not get at `num_generations`.
+            Recommended: None; two to four times `num_generations` where most groups are all wrong.
         temperature_schedule: `"constant"` (default), `"linear"` from `temperature` before the first step to
             `temperature_end` before the last, or `"entropy"`, a controller that holds the mean token entropy near
             `temperature_entropy_target`, between half and twice `temperature`. Recommended: "constant"; the others for
@@ -59,6 +64,11 @@ class GRPOExtConfig(GRPOConfig):
         temperature_end: above 0, for the linear schedule. For example 1.0.
         temperature_entropy_target: nats a token, above 0, for the entropy schedule; start from the `entropy` that a
             run logs in its first steps.
+        replay_fraction: 0 to 1, 0 by default. Up to this share of the groups of a rollout are mixed groups of recent
+            steps, in the places of dead ones, each used once more, with the log-probs that it was drawn with as the old
+            policy. Recommended: 0; 0.25 to 0.5 where sampling takes most of a step and half of the groups are dead.
+        replay_max_age: optimizer steps, 1 or more, 4 by default. Older groups are dropped, and so are those with an
+            answer whose probability has changed by more than a factor of e.
 
     Raises:
         ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
@@ -104,6 +114,12 @@ class GRPOExtConfig(GRPOConfig):
     max_resample_rounds: int = field(
         default=3, metadata={"help": "With dead_groups='resample', draw dead groups anew at most so many times."}
     )
+    num_generations_max: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw up to so many answers where num_generations all earned the same reward, for example 32."
+        },
+    )
     temperature_schedule: str = field(
         default="constant",
         metadata={"help": f"How the temperature moves in the run: {', '.join(TEMPERATURE_SCHEDULES)}."},
@@ -117,34 +133,18 @@ class GRPOExtConfig(GRPOConfig):
     log_kl: bool = field(
         default=False, metadata={"help": "Log the KL where beta is 0, too, for one reference pass a rollout."}
     )
+    replay_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of a rollout's groups, 0 to 1, that may be mixed groups of recent steps."},
+    )
+    replay_max_age: int = field(
+        default=4, metadata={"help": "Optimizer steps after which a group is not replayed any more."}
+    )
 
     def __post_init__(self) -> None:
         self._fit_device()
         super().__post_init__()
-        _require("loss_type", self.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
-        _require("scale_rewards", self.scale_rewards, ("population", *TRL_SCALE_REWARDS))
-        _require("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _require("dead_groups", self.dead_groups, DEAD_GROUPS)
-        _require("temperature_schedule", self.temperature_schedule, TEMPERATURE_SCHEDULES)
-        if self.scale_rewards == "population" and self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r}. Use 'sum_then_normalize', or "
-                f"scale_rewards='group'."
-            )
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1, for example 4096, or None.")
-        if self.chunk_tokens is not None and not self.share_prompt:
-            raise ValueError(
-                f"chunk_tokens={self.chunk_tokens} bounds shared scoring, but share_prompt=False asks for TRL's plain "
-                f"path. Use share_prompt=True, or chunk_tokens=None."
-            )
-        if self.max_resample_rounds < 1:
-            raise ValueError(f"max_resample_rounds={self.max_resample_rounds} must be at least 1, for example 3.")
-        if self.loss_type == "grpo_sequence":
-            self._refuse_token_options()
-        self._refuse_kl_estimators()
-        self._refuse_temperatures()
+        refuse_impossible(self)
 
     def _fit_device(self) -> None:
         """Choose the precision that the device has, where the user left it open; TRL's default is bf16 everywhere."""
@@ -154,69 +154,3 @@ class GRPOExtConfig(GRPOConfig):
         elif self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()
             self.fp16 = not self.bf16 and torch.cuda.is_available()
-
-    def _refuse_token_options(self) -> None:
-        """Options of TRL that act on single tokens have no meaning for the ratio of a whole answer."""
-        token_options = {
-            "importance_sampling_level": (self.importance_sampling_level, "token"),
-            "top_entropy_quantile": (self.top_entropy_quantile, 1.0),
-            "use_adaptive_entropy": (self.use_adaptive_entropy, False),
-        }
-        for name, (received, valid) in token_options.items():
-            if received != valid:
-                raise ValueError(
-                    f"{name}={received!r} acts on TRL's token losses; loss_type='grpo_sequence' takes the ratio of the "
-                    f"whole answer. Use {name}={valid!r}, or one of TRL's losses, such as loss_type='grpo'."
-                )
-        if (
-            self.use_vllm
-            and self.vllm_importance_sampling_correction
-            and not self.vllm_importance_sampling_mode.startswith("sequence")
-        ):
-            raise ValueError(
-                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} corrects single tokens; "
-                f"loss_type='grpo_sequence' needs 'sequence_mask' or 'sequence_truncate'."
-            )
-
-    def _refuse_kl_estimators(self) -> None:
-        if self.kl_estimator != "k3" and self.loss_type not in ("grpo_sequence", "grpo"):
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator!r} is for loss_type='grpo_sequence' and 'grpo'; "
-                f"loss_type={self.loss_type!r} has TRL's own KL. Use kl_estimator='k3'."
-            )
-        if self.kl_estimator == "k1" and self.beta != 0.0 and not self.use_bias_correction_kl:
-            raise ValueError(
-                f"kl_estimator='k1' with beta={self.beta} and use_bias_correction_kl=False would not hold the policy: "
-                f"the gradient of that term is zero in the mean. Use use_bias_correction_kl=True, or kl_estimator='k2'."
-            )
-        if self.kl_estimator == "exact" and not self.share_prompt:
-            raise ValueError(
-                "kl_estimator='exact' is computed by shared scoring, but share_prompt=False asks for TRL's plain path. "
-                "Use share_prompt=True, or kl_estimator='k3'."
-            )
-
-    def _refuse_temperatures(self) -> None:
-        schedule = self.temperature_schedule
-        needs = {"linear": "temperature_end", "entropy": "temperature_entropy_target"}
-        for of, name in needs.items():
-            value = getattr(self, name)
-            if schedule == of and (value is None or value <= 0):
-                raise ValueError(f"temperature_schedule={schedule!r} needs {name} above 0, got {value}.")
-            if schedule != of and value is not None:
-                raise ValueError(
-                    f"{name}={value} is for temperature_schedule={of!r}, got {schedule!r}. Set that, or leave it out."
-                )
-        if schedule == "entropy" and self.use_adaptive_entropy:
-            raise ValueError(
-                "temperature_schedule='entropy' and use_adaptive_entropy=True would both steer the entropy. Use one."
-            )
-        if schedule != "constant" and not self.share_prompt:
-            raise ValueError(
-                f"temperature_schedule={schedule!r} needs share_prompt=True: TRL's plain scoring, share_prompt=False, "
-                f"knows one temperature only."
-            )
-
-
-def _require(name: str, received: str, valid: tuple[str, ...]) -> None:
-    if received not in valid:
-        raise ValueError(f"{name}={received!r} is unknown. Valid: {', '.join(map(repr, valid))}.")

@@ -12,7 +12,7 @@ from grpo_ext.algorithm.advantages import population_advantages
 from grpo_ext.algorithm.objective import SequenceObjective
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.reference_kl import written
-from grpo_ext.mechanisms.temperature import TemperatureTrainer
+from grpo_ext.mechanisms.replay import ReplayTrainer
 from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
@@ -34,7 +34,7 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(TemperatureTrainer):
+class GRPOExtTrainer(ReplayTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
@@ -42,14 +42,17 @@ class GRPOExtTrainer(TemperatureTrainer):
     - `share_prompt=True`: completions are drawn, and log-probs of every loss computed, with each prompt read once for
       all of its completions, see `mechanisms/shared_sampling.py` and `mechanisms/shared_prompt.py`.
     - `kl_estimator`, `log_kl` and `sync_ref_model` with adapters: `mechanisms/reference_kl.py`.
-    - `dead_groups`: `mechanisms/rounds.py` and `mechanisms/dead_groups.py`.
+    - `num_generations_max`: `mechanisms/growth.py`.
+    - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
     - `temperature_schedule`: `mechanisms/temperature.py`.
+    - `replay_fraction`: `mechanisms/replay.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
     per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`,
-    `frac_dead_groups`, `frac_groups/mixed|all_right|all_wrong`, `resampled_groups`, `temperature`,
+    `frac_dead_groups`, `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`,
+    `resampled_groups`, `replay/hit_rate|age|dropped_old|dropped_far`, `temperature`,
     `time/generate|reward|reference|update` (seconds per optimizer step).
 
     Raises:
@@ -120,7 +123,9 @@ class GRPOExtTrainer(TemperatureTrainer):
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         assert self._rewards_per_func_BF is not None
-        advantages_B = population_advantages(self._total(self._rewards_per_func_BF), num_generations)
+        advantages_B = population_advantages(
+            self._total(self._rewards_per_func_BF), num_generations, drawn_PM=self._drawn_PM
+        )
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages_B))):
             logged.pop()

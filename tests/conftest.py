@@ -133,3 +133,22 @@ def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
 def log_of(trainer: Any, name: str) -> list[float]:
     """What was logged under this name, step by step."""
     return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def count_draws(trainer: Any) -> list[int]:
+    """Rows that are drawn in each call of the sampler from now on."""
+    draws, generate = [], trainer._generate_single_turn
+
+    def counted(prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        draws.append(len(prompt_ids))
+        return generate(prompt_ids, *args, **kwargs)
+
+    trainer._generate_single_turn = counted
+    return draws
+
+
+def texts_of(trainer: Any, part: dict[str, Any]) -> list[tuple[str, str]]:
+    """Prompt and completion of each row of a micro-batch."""
+    decode = trainer.processing_class.batch_decode
+    ids = part["prompt_ids"], part["completion_ids"]
+    return list(zip(*(decode(of, skip_special_tokens=True) for of in ids), strict=True))

@@ -58,7 +58,9 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
     mask = torch.ones_like(ids)
     if how == "shared":
         siblings = find_siblings(ids, mask, C)
-        rows = Rows(completion_ids_BC=ids[:, S:], siblings=siblings, temperature=1.0, chunk_tokens=chunk_tokens)
+        rows = Rows(
+            completion_ids_BC=ids[:, S:], siblings=siblings, temperatures=[1.0] * len(ids), chunk_tokens=chunk_tokens
+        )
         scores = model(shared_rows=rows)
         logps, entropies = scores.logps_BC, scores.entropies_BC
     else:

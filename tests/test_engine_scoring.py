@@ -131,7 +131,7 @@ def plain(model, ids, mask, C):
 
 def rows_of(ids, mask, C, **settings):
     siblings = find_siblings(ids, mask, C)
-    return Rows(completion_ids_BC=ids[:, -C:], siblings=siblings, temperature=TEMPERATURE, **settings)
+    return Rows(completion_ids_BC=ids[:, -C:], siblings=siblings, temperatures=[TEMPERATURE] * len(ids), **settings)
 
 
 def shared(model, ids, mask, C, **settings):

@@ -44,17 +44,19 @@ def test_two_processes_train_as_one(two, case, tmp_path):
     alone = train(case, 1, tmp_path)
     settings = CASES[case][1]
     assert first["shares"] is second["shares"] is alone["shares"] is settings.get("share_prompt", True)
-    assert len(alone["grad_norm"]) == STEPS
+    assert len(alone["grad_norm"]) == settings.get("max_steps", STEPS)
     for name, value in alone["adapter"].items():
         torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
         moved = (value - alone["start"][name]).abs().max()
         assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 5e-6 says little about"
         torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)
-    assert min(alone["grad_norm"]) > 0
+    assert max(alone["grad_norm"]) > 0
     assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
     for name in ("reward", "reward_std"):
         assert first[name] == pytest.approx(alone[name], abs=1e-6)
-    assert min(alone["reward_std"]) > 0
+    assert max(alone["reward_std"]) > 0
+    assert first["effect"] == pytest.approx(alone["effect"], abs=1e-6)
+    assert max(alone["effect"]) > 0
     want_chunks = STEPS * settings.get("gradient_accumulation_steps", 1) if "chunk_tokens" in settings else 0
     assert first["updates_in_chunks"] == alone["updates_in_chunks"] == want_chunks
     assert second["updates_in_chunks"] == (0 if case == "one_idle" else want_chunks)

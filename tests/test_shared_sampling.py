@@ -67,7 +67,8 @@ def test_old_log_probs_are_the_samplers(build, small_model):
 def test_a_sampler_that_disagrees_is_not_believed(build, small_model, monkeypatch):
     """TRL's pass runs at every rollout, and the training stays what it is: here the sampler's temperature is wrong."""
     plain, _ = run(build, small_model, share_prompt=False)
-    monkeypatch.setattr(GroupSampler, "__init__", lambda self, temperature: setattr(self, "temperature", 2.0))
+    build_sampler = GroupSampler.__init__
+    monkeypatch.setattr(GroupSampler, "__init__", lambda self, temperature: build_sampler(self, 2.0))
     ours, counts = run(build, small_model)
     assert counts == [8, 8, 8]
     assert min(metric(ours, "sampling/logp_gap")) > 0.02

@@ -49,6 +49,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # the answers to two of six questions are worth the same, and their places go to other questions
     "resampled": (WHOLE_GROUPS, OURS | {"dead_groups": "resample"}),
     "resampled_straddling": (HALF_GROUPS, OURS | {"dead_groups": "resample", "max_resample_rounds": 2}),
+    # the answers to one of them only come alive when more are drawn, and each process draws for its own groups
+    "growing": (WHOLE_GROUPS, OURS | {"num_generations_max": 12}),
+    # the places of dead groups go to groups of earlier steps, that either process drew
+    "replayed": (WHOLE_GROUPS, OURS | {"replay_fraction": 1.0, "replay_max_age": 2}),
+    "replayed_straddling": (HALF_GROUPS, OURS | {"replay_fraction": 1.0, "num_iterations": 2, "max_steps": 4}),
     # the rows of the second process have no token that counts: it takes TRL's path while the first one shares
     "one_idle": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "mask_truncated_completions": True}),
 }
@@ -64,9 +69,10 @@ def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, 
     others = sorted(set(range(len(tokenizer))) - set(digits) - set(tokenizer.all_special_ids))
     completions = []
     first_row = trainer.accelerator.process_index * len(prompts)
+    _, times = getattr(trainer, "drawn_in", (0, 0))
     for row, prompt in enumerate(prompts, start=first_row):
         place = row % SIBLINGS
-        rng = random.Random(f"{prompt} {place} {trainer.state.global_step}")
+        rng = random.Random(f"{prompt} {place} {trainer.state.global_step} {times}")
         length = rng.randint(1, LONGEST - 1)
         ids = [rng.choice(digits if rng.random() < 0.3 * place else others) for _ in range(length)]
         completions.append([*ids, tokenizer.eos_token_id] if place < 2 else ids)
@@ -74,11 +80,24 @@ def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, 
 
 
 class GivenCompletions(GRPOExtTrainer):
-    """The same completions as those of `given_completions`, drawn where a sampler would draw them."""
+    """The same completions as those of `given_completions`, drawn where a sampler would draw them, with the policy's
+    log-probs; other ones each time that more are drawn in a step."""
+
+    drawn_in = (-1, 0)  # the step, and how often it has drawn
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        step, times = self.drawn_in
+        self.drawn_in = self.state.global_step, times + 1 if step == self.state.global_step else 0
         prompts = [self.processing_class.decode(ids) for ids in prompt_ids]
-        return given_completions(prompts, self)["completion_ids"], None
+        completion_ids = given_completions(prompts, self)["completion_ids"]
+        self._is_cut = [False] * len(prompts)
+        return completion_ids, [self.logps(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
+
+    @torch.no_grad()
+    def logps(self, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
+        logits = self.model(input_ids=torch.tensor([prompt_ids + completion_ids])).logits[0, len(prompt_ids) - 1 : -1]
+        logps = (logits / self.temperature).log_softmax(-1)
+        return logps.gather(1, torch.tensor(completion_ids).unsqueeze(1)).squeeze(1).tolist()
 
 
 def two_dead_questions(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -86,14 +105,27 @@ def two_dead_questions(prompts: list[str], completions: list[str], **columns: An
     return [0.5 if prompt in QUESTIONS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
 
 
+def rarely_good(completions: list[str], **columns: Any) -> list[float]:
+    return [score if score > 0.7 else 0.0 for score in share_of_digits(completions)]
+
+
+# Cases that draw where a sampler would: their reward, and the metric that says that something came of it.
+MECHANISMS = {
+    "num_generations_max": (rarely_good, "growth/alive"),
+    "replay_fraction": (two_dead_questions, "replay/hit_rate"),
+    "dead_groups": (two_dead_questions, "resampled_groups"),
+}
+
+
 def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     """SGD, at a rate at which the adapter moves hundreds of times further than the test tolerates."""
     rows, settings = CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    draws = settings.get("dead_groups") == "resample"
+    draws = next((mechanism for option, mechanism in MECHANISMS.items() if option in settings), None)
+    reward, effect = draws or (share_of_digits, "reward")
     trainer = (GivenCompletions if draws else GRPOExtTrainer)(
         small_llama(tokenizer),
-        reward_funcs=two_dead_questions if draws else share_of_digits,
+        reward_funcs=reward,
         args=GRPOExtConfig(
             **SETTINGS
             | {
@@ -127,6 +159,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         "grad_norm": [row["grad_norm"] for row in logs],
         # of the steps that began with a rollout
         **{name: [row[name] for row in logs if name in row] for name in ("reward", "reward_std")},
+        "effect": [row[effect] for row in logs if effect in row],
     }
 
 

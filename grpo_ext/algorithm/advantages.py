@@ -5,7 +5,7 @@ In: the reward of every completion, rows of a group next to each other. Out: one
     rewards    1 0 0 1 | 0 0 0 0        two groups of four answers
     advantages 1 -1 -1 1 | 0 0 0 0      the second group is dead: all its rewards are equal, nothing to learn
 
-Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions.
+Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M answers drawn to a prompt, G or more.
 """
 
 import torch
@@ -23,7 +23,7 @@ def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
     NaN): it is left out of the sum. A row that no function could judge is NaN.
 
     Args:
-        rewards_per_func_BF: shape (B, F), any float dtype.
+        rewards_per_func_BF: shape (B, F), or rows in more dimensions than one, any float dtype.
         weights_F: shape (F,).
 
     Returns:
@@ -31,35 +31,33 @@ def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
     """
     rewards_BF = rewards_per_func_BF.double()
     judged_BF = rewards_BF.isfinite()
-    total_B = (rewards_BF.where(judged_BF, 0.0) * weights_F.double()).sum(dim=1)
-    return total_B.where(judged_BF.any(dim=1), torch.nan)
+    total_B = (rewards_BF.where(judged_BF, 0.0) * weights_F.double()).sum(dim=-1)
+    return total_B.where(judged_BF.any(dim=-1), torch.nan)
 
 
-def alive_groups(rewards_B: Tensor, num_generations: int) -> Tensor:
+def alive_groups(rewards_PG: Tensor) -> Tensor:
     """Whether each group carries a learning signal: two answers could be judged and their rewards differ.
 
     Args:
-        rewards_B: shape (B,), the rows of a group next to each other; not finite where an answer could not be judged.
-        num_generations: G; B must be a multiple of it.
+        rewards_PG: a group a row; not finite where an answer could not be judged.
 
     Returns:
         Shape (P,), bool. The others are dead: max - min < 1e-6, or fewer than two answers could be judged.
     """
-    rewards_PG = rewards_B.double().view(-1, num_generations)
+    rewards_PG = rewards_PG.double()
     judged_PG = rewards_PG.isfinite()
     spread_P = rewards_PG.where(judged_PG, -torch.inf).amax(dim=1) - rewards_PG.where(judged_PG, torch.inf).amin(dim=1)
     return (judged_PG.sum(dim=1) >= 2) & (spread_P >= EQUAL_REWARDS)
 
 
-def kinds_of_groups(rewards_B: Tensor, num_generations: int, attainable: float) -> dict[str, float]:
+def kinds_of_groups(rewards_PG: Tensor, attainable: float) -> dict[str, float]:
     """Shares of groups that are mixed, all right and all wrong; a group that nobody could judge is none of these.
 
     Args:
-        rewards_B, num_generations: as in `alive_groups`.
+        rewards_PG: as in `alive_groups`.
         attainable: the reward of a perfect answer. A dead group is all right where its rewards are at least half of it.
     """
-    alive_P = alive_groups(rewards_B, num_generations)
-    rewards_PG = rewards_B.double().view(-1, num_generations)
+    alive_P = alive_groups(rewards_PG)
     common_P = rewards_PG.where(rewards_PG.isfinite(), -torch.inf).amax(dim=1)
     judged_P = common_P.isfinite()
     right_P = common_P >= attainable / 2
@@ -67,7 +65,9 @@ def kinds_of_groups(rewards_B: Tensor, num_generations: int, attainable: float) 
     return {kind: is_kind_P.double().mean().item() for kind, is_kind_P in kinds.items()}
 
 
-def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: float = 1e-8) -> Tensor:
+def population_advantages(
+    rewards_B: Tensor, num_generations: int, *, drawn_PM: Tensor | None = None, epsilon: float = 1e-8
+) -> Tensor:
     """A_i = (R_i - mean(R)) / (std(R) + epsilon) inside each group, with the population standard deviation.
 
     Mean and deviation are taken in float64 over the answers that could be judged. The advantage is 0 for an answer
@@ -77,6 +77,8 @@ def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: f
     Args:
         rewards_B: shape (B,), the rows of a group next to each other.
         num_generations: G; B must be a multiple of it.
+        drawn_PM: rewards of all answers that were drawn to each prompt, where the rows are a part of them only: mean
+            and deviation are then those of all, and what is dead is decided by all. None: the rows are all there is.
         epsilon: keeps the division finite; in units of reward.
 
     Returns:
@@ -84,12 +86,12 @@ def population_advantages(rewards_B: Tensor, num_generations: int, *, epsilon: f
 
     Source: DeepSeekMath (arXiv:2402.03300), equation 3 with outcome supervision; std divides by the count.
     """
-    alive_P = alive_groups(rewards_B, num_generations)
     rewards_PG = rewards_B.double().view(-1, num_generations)
-    judged_PG = rewards_PG.isfinite()
-    count_P1 = judged_PG.sum(dim=1, keepdim=True)
-    mean_P1 = rewards_PG.where(judged_PG, 0.0).sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
-    centred_PG = (rewards_PG - mean_P1).where(judged_PG, 0.0)
-    std_P1 = (centred_PG.square().sum(dim=1, keepdim=True) / count_P1.clamp(min=1)).sqrt()
-    advantages_PG = (centred_PG / (std_P1 + epsilon)).where(alive_P.unsqueeze(1), 0.0)
+    drawn_PM = rewards_PG if drawn_PM is None else drawn_PM.double()
+    judged_PM = drawn_PM.isfinite()
+    count_P1 = judged_PM.sum(dim=1, keepdim=True).clamp(min=1)
+    mean_P1 = drawn_PM.where(judged_PM, 0.0).sum(dim=1, keepdim=True) / count_P1
+    variance_P1 = (drawn_PM - mean_P1).where(judged_PM, 0.0).square().sum(dim=1, keepdim=True) / count_P1
+    counts_PG = rewards_PG.isfinite() & alive_groups(drawn_PM).unsqueeze(1)
+    advantages_PG = ((rewards_PG - mean_P1) / (variance_P1.sqrt() + epsilon)).where(counts_PG, 0.0)
     return advantages_PG.view(-1).float()

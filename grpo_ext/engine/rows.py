@@ -21,7 +21,7 @@ class Rows:
     Attributes:
         completion_ids_BC: padded on the right; what stands on padding is not read.
         siblings: the rows by prompt.
-        temperature: that the rows were drawn at.
+        temperatures: that the rows were drawn at, one each.
         apart: more rows by prompt, which are not joined with the others in one forward.
         max_rows: rows of one forward at most; None for whole groups.
         chunk_tokens: tokens that carry a graph at once; None for no bound.
@@ -33,7 +33,7 @@ class Rows:
 
     completion_ids_BC: Tensor
     siblings: list[Siblings]
-    temperature: float
+    temperatures: list[float]
     apart: list[Siblings] = field(default_factory=list)
     max_rows: int | None = None
     chunk_tokens: int | None = None

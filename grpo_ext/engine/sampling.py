@@ -10,7 +10,8 @@ its own sampling loop would have drawn from the same random state, and the log-p
 Legend: B rows, P distinct prompts, S prompt tokens, T tokens so far, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,18 @@ class GroupSampler:
 
     def __init__(self, temperature: float):
         self.temperature = temperature
+        self._keeps_prompts = False
+        self._kept: PromptStates | None = None
+
+    @contextmanager
+    def keeping_prompts(self) -> Iterator[None]:
+        """Until this is left, keep the states of the prompts that were read last: a call that asks for more answers to
+        some of them reads nothing. The weights must not change meanwhile."""
+        self._keeps_prompts = True
+        try:
+            yield
+        finally:
+            self._keeps_prompts, self._kept = False, None
 
     def __call__(
         self,
@@ -94,7 +107,10 @@ class GroupSampler:
         mask = model_kwargs["attention_mask"]
         prompts = unpadded(input_ids, torch.ones_like(input_ids) if mask is None else mask)
         options = {name: value for name, value in model_kwargs.items() if name == "logits_to_keep"}
-        states = read_prompts(model, prompts, input_ids.device, **options)
+        states = self._kept
+        if states is None or not states.row_of.keys() >= set(prompts):
+            states = read_prompts(model, prompts, input_ids.device, **options)
+        self._kept = states if self._keeps_prompts else None
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
         lanes = open_lanes(model, states, prompts, max_new_tokens=stopping_criteria.max_length - input_ids.size(1))
         del states

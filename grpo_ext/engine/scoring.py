@@ -11,6 +11,7 @@ Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c token
 all its completions, H hidden size.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,13 +122,22 @@ class Scorer:
     ) -> Chunk:
         rows, (n, c) = self.rows, is_token_nc.shape
         targets_T = targets_nc[:, :c][is_token_nc]
-        logps_T, entropies_T = self.head.score(
-            hidden_TH, targets_T, rows.temperature, with_entropies=rows.with_entropies
-        )
-        kls_T = None
+        ref_hidden_TH = None
         if rows.ref_hidden_BCH is not None:
             ref_hidden_TH = rows.ref_hidden_BCH[members, :c][is_token_nc.to(rows.ref_hidden_BCH.device)]
-            kls_T = self.head.divergence(hidden_TH, ref_hidden_TH.to(hidden_TH.device), rows.temperature)
+            ref_hidden_TH = ref_hidden_TH.to(hidden_TH.device)
+
+        def score(at: Tensor | slice, temperature: float) -> Sequence[Tensor | None]:
+            logps_T, entropies_T = self.head.score(
+                hidden_TH[at], targets_T[at], temperature, with_entropies=rows.with_entropies
+            )
+            if ref_hidden_TH is None:
+                return logps_T, entropies_T, None
+            return logps_T, entropies_T, self.head.divergence(hidden_TH[at], ref_hidden_TH[at], temperature)
+
+        temperatures = [rows.temperatures[row] for row in members]
+        logps_T, entropies_T, kls_T = _at_each_temperature(score, temperatures, is_token_nc)
+        assert logps_T is not None
 
         def spread(values_T: Tensor) -> Tensor:
             rest = values_T.shape[1:]
@@ -142,3 +152,20 @@ class Scorer:
             hidden_ncH=spread(hidden_TH).cpu() if rows.with_hidden else None,
             routed=routed,
         )
+
+
+def _at_each_temperature(
+    score: Callable[[Tensor | slice, float], Sequence[Tensor | None]], temperatures_n: list[float], is_token_nc: Tensor
+) -> Sequence[Tensor | None]:
+    """What `score` says of each token, called once a distinct temperature, with the tokens of the rows drawn at it."""
+    row_of_T = is_token_nc.nonzero()[:, 0].tolist() if len(set(temperatures_n)) > 1 else []
+    if not row_of_T:
+        return score(slice(None), temperatures_n[0])
+    tokens_at: dict[float, list[int]] = {}
+    for token, row in enumerate(row_of_T):
+        tokens_at.setdefault(temperatures_n[row], []).append(token)
+    device = is_token_nc.device
+    scored = [score(torch.tensor(tokens, device=device), at) for at, tokens in tokens_at.items()]
+    back = torch.tensor([token for tokens in tokens_at.values() for token in tokens], device=device).argsort()
+    columns = ([part for part in parts if part is not None] for parts in zip(*scored, strict=True))
+    return [torch.cat(parts)[back] if parts else None for parts in columns]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from grpo_ext.algorithm.kl import sampled_kl
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.engine.sharing import base_of
-from grpo_ext.mechanisms.rounds import RoundsTrainer
+from grpo_ext.mechanisms.resampling import ResamplingTrainer
 from grpo_ext.policy.reference import REFERENCE, ReferenceSync, why_not_mixed, why_not_the_start
 
 
-class ReferenceKLTrainer(RoundsTrainer):
+class ReferenceKLTrainer(ResamplingTrainer):
     """TRL's `GRPOTrainer` with these differences:
 
     - `kl_estimator` other than "k3" with `loss_type="grpo"`: TRL's loss without its KL term, and ours beside it.

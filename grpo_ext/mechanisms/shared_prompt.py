@@ -34,6 +34,7 @@ class SharedPromptTrainer(GRPOTrainer):
     _idle_rows: frozenset[int] = frozenset()  # prompts with no other rows in a micro-batch run apart, or not at all
     _leaves_idle_out = False
     _left_out: list[int]  # the rows that the last pass did not run
+    _temperatures: list[float] | None = None  # of the rows to be scored; None where it is the run's for all of them
     _keeps_hidden = False  # whether passes without a graph keep the last hidden states
     _hidden_BCH: Tensor | None = None  # of the last such pass
     _ref_hidden_BCH: Tensor | None = None  # of the rows to be scored, where an exact KL to it is asked for
@@ -112,7 +113,7 @@ class SharedPromptTrainer(GRPOTrainer):
         rows = Rows(
             completion_ids_BC=input_ids[:, -logits_to_keep:],
             siblings=siblings,
-            temperature=self.temperature,
+            temperatures=self._temperatures or [self.temperature] * len(input_ids),
             apart=[] if self._leaves_idle_out else idle,
             max_rows=batch_size,
             chunk_tokens=chunk_tokens,

@@ -32,6 +32,7 @@ class SharedSamplingTrainer(SharedPromptTrainer):
         self._sampled_logps: list[list[float]] | None = None
         self._sampler_agrees = False
         self._is_cut: list[bool] = []
+        self._is_replayed: list[bool] = []
         self._stop_strings: list[str] = []
         self._masks_cut = self._samples_shared = False
         if self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None:
@@ -67,15 +68,15 @@ class SharedSamplingTrainer(SharedPromptTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         rollout = super()._generate(prompts)
         _, completion_ids, _, _, logps, *_ = rollout
-        self._keep_drawn(logps, self._is_cut)
+        self._keep_drawn(logps, self._is_cut, [False] * len(completion_ids))
         if self._stop_strings:
             self._count_endings(completion_ids)
         return rollout
 
-    def _keep_drawn(self, logps: list[list[float]] | None, is_cut: list[bool]) -> None:
-        """What is needed of a rollout when it is scored."""
+    def _keep_drawn(self, logps: list[list[float]] | None, is_cut: list[bool], is_replayed: list[bool]) -> None:
+        """What is needed of a rollout when it is scored; rows that are replayed were drawn by an earlier policy."""
         self._sampled_logps = logps if self._samples_shared and not self.tools else None
-        self._is_cut = is_cut
+        self._is_cut, self._is_replayed = is_cut, is_replayed
 
     def _count_endings(self, completion_ids: list[list[int]]) -> None:
         """Put in place of TRL's metrics those that know endings by a stop string."""
@@ -116,13 +117,19 @@ class SharedSamplingTrainer(SharedPromptTrainer):
         sampled_BC = torch.zeros_like(mask_BC, dtype=torch.float32)
         for row, logps in zip(sampled_BC, sampled, strict=True):
             row[: len(logps)] = row.new_tensor(logps)
+        is_fresh_B1 = ~torch.tensor(self._is_replayed, device=mask_BC.device).unsqueeze(1)
+        temperatures = self._temperatures
 
         def score(rows: slice) -> tuple[Tensor, float]:
+            self._temperatures = temperatures and temperatures[rows]
             scored = parent(model, input_ids[rows], attention_mask[rows], logits_to_keep, *args, **kwargs)[0]
+            self._temperatures = temperatures
+            scored = scored.where(is_fresh_B1[rows], sampled_BC[rows])
             gaps = ((scored - sampled_BC[rows]) * mask_BC[rows]).sum(dim=1).abs()
             return scored, self.accelerator.gather(gaps.max()).max().item()
 
-        everything, spot = slice(None), self.state.global_step % len(input_ids)
+        fresh = [row for row, is_replayed in enumerate(self._is_replayed) if not is_replayed] or [0]
+        everything, spot = slice(None), fresh[self.state.global_step % len(fresh)]
         logps_BC, gap = score(slice(spot, spot + 1) if self._sampler_agrees else everything)
         was_agreed, self._sampler_agrees = self._sampler_agrees, gap < self.epsilon_low / 10
         if was_agreed:  # one row was scored

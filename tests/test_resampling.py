@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, log_of, random_lora
+from conftest import PROMPTS, adapter_of, count_draws, log_of, random_lora, texts_of
 from datasets import Dataset
 
 from grpo_ext import GRPOExtConfig
@@ -25,14 +25,7 @@ def alive(prompts, **columns):
 
 def train(build, model, **settings):
     trainer = build(copy.deepcopy(model), peft_config=random_lora(), **SETTINGS | settings)
-    draws = []
-    generate = trainer._generate_single_turn
-
-    def counted(prompt_ids, *args, **kwargs):
-        draws.append(len(prompt_ids))
-        return generate(prompt_ids, *args, **kwargs)
-
-    trainer._generate_single_turn = counted
+    draws = count_draws(trainer)
     trainer.train()
     return trainer, draws
 
@@ -54,16 +47,13 @@ def test_places_of_dead_groups_go_to_other_prompts(build, small_model):
     assert log_of(trainer, "frac_dead_groups")[0] == pytest.approx(1 - shares[0])
 
 
-def test_rows_stay_whole(build, small_model, tokenizer):
+def test_rows_stay_whole(build, small_model):
     """Ids, text, rewards, what reward functions logged and the sampler's log-probs are those of one answer still."""
     trainer, _ = train(build, small_model, reward=half_dead, dead_groups="resample", num_iterations=2, max_steps=3)
     (part,) = trainer._buffered_inputs
     logs = trainer._logs
     assert list(logs["extra"]["seen"]) == list(logs["completion"])
-    texts = tokenizer.batch_decode(part["completion_ids"], skip_special_tokens=True)
-    assert sorted(texts) == sorted(logs["completion"])
-    prompts = tokenizer.batch_decode(part["prompt_ids"], skip_special_tokens=True)
-    assert sorted(zip(prompts, texts, strict=True)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
+    assert sorted(texts_of(trainer, part)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
     assert max(log_of(trainer, "sampling/logp_gap")) < 1e-3
 
 
@@ -100,8 +90,8 @@ def test_refused_where_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
     args = GRPOExtConfig(str(tmp_path), dead_groups="resample", max_steps=1, **QUIET)
     data = Dataset.from_dict({"prompt": PROMPTS})
     for name, keywords in {
-        "IterableDataset": {"train_dataset": data.to_iterable_dataset()},
-        "rollout_func": {"train_dataset": data, "rollout_func": lambda prompts, trainer: {}},
+        "draws prompts at random, and .*IterableDataset": {"train_dataset": data.to_iterable_dataset()},
+        "does not work with rollout_func": {"train_dataset": data, "rollout_func": lambda prompts, trainer: {}},
     }.items():
-        with pytest.raises(ValueError, match=f"dead_groups='resample' does not work with .*{name}"):
+        with pytest.raises(ValueError, match=f"dead_groups='resample' {name}"):
             GRPOExtTrainer(tiny_model, alive, args, processing_class=tokenizer, peft_config=random_lora(), **keywords)

@@ -1,0 +1,157 @@
+"""Combinations of settings that could not be trained as asked, refused by name before anything is loaded.
+
+Each message gives what was received, what is valid, and what to type.
+"""
+
+from typing import Any
+
+from grpo_ext.algorithm.kl import KL_ESTIMATORS
+from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
+
+TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+DEAD_GROUPS = ("keep", "skip", "resample")
+TRL_SCALE_REWARDS = ("group", "batch", "none")
+# Values of sampling options with which tokens are drawn from the whole distribution.
+UNTRUNCATED = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+
+
+def refuse_impossible(config: Any) -> None:
+    """Raise ValueError where a `GRPOExtConfig` asks for what cannot be done."""
+    _require("loss_type", config.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
+    _require("scale_rewards", config.scale_rewards, ("population", *TRL_SCALE_REWARDS))
+    _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
+    _require("dead_groups", config.dead_groups, DEAD_GROUPS)
+    _require("temperature_schedule", config.temperature_schedule, TEMPERATURE_SCHEDULES)
+    if config.scale_rewards == "population" and config.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
+            f"multi_objective_aggregation={config.multi_objective_aggregation!r}. Use 'sum_then_normalize', or "
+            f"scale_rewards='group'."
+        )
+    if config.chunk_tokens is not None and config.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={config.chunk_tokens} must be at least 1, for example 4096, or None.")
+    if config.chunk_tokens is not None and not config.share_prompt:
+        raise ValueError(
+            f"chunk_tokens={config.chunk_tokens} bounds shared scoring, but share_prompt=False asks for TRL's plain "
+            f"path. Use share_prompt=True, or chunk_tokens=None."
+        )
+    if config.max_resample_rounds < 1:
+        raise ValueError(f"max_resample_rounds={config.max_resample_rounds} must be at least 1, for example 3.")
+    if config.loss_type == "grpo_sequence":
+        _refuse_token_options(config)
+    _refuse_kl_estimators(config)
+    _refuse_temperatures(config)
+    _refuse_growth(config)
+    _refuse_replay(config)
+
+
+def _refuse_token_options(config: Any) -> None:
+    """Options of TRL that act on single tokens have no meaning for the ratio of a whole answer."""
+    token_options = {
+        "importance_sampling_level": (config.importance_sampling_level, "token"),
+        "top_entropy_quantile": (config.top_entropy_quantile, 1.0),
+        "use_adaptive_entropy": (config.use_adaptive_entropy, False),
+    }
+    for name, (received, valid) in token_options.items():
+        if received != valid:
+            raise ValueError(
+                f"{name}={received!r} acts on TRL's token losses; loss_type='grpo_sequence' takes the ratio of the "
+                f"whole answer. Use {name}={valid!r}, or one of TRL's losses, such as loss_type='grpo'."
+            )
+    if (
+        config.use_vllm
+        and config.vllm_importance_sampling_correction
+        and not config.vllm_importance_sampling_mode.startswith("sequence")
+    ):
+        raise ValueError(
+            f"vllm_importance_sampling_mode={config.vllm_importance_sampling_mode!r} corrects single tokens; "
+            f"loss_type='grpo_sequence' needs 'sequence_mask' or 'sequence_truncate'."
+        )
+
+
+def _refuse_kl_estimators(config: Any) -> None:
+    if config.kl_estimator != "k3" and config.loss_type not in ("grpo_sequence", "grpo"):
+        raise ValueError(
+            f"kl_estimator={config.kl_estimator!r} is for loss_type='grpo_sequence' and 'grpo'; "
+            f"loss_type={config.loss_type!r} has TRL's own KL. Use kl_estimator='k3'."
+        )
+    if config.kl_estimator == "k1" and config.beta != 0.0 and not config.use_bias_correction_kl:
+        raise ValueError(
+            f"kl_estimator='k1' with beta={config.beta} and use_bias_correction_kl=False would not hold the policy: "
+            f"the gradient of that term is zero in the mean. Use use_bias_correction_kl=True, or kl_estimator='k2'."
+        )
+    if config.kl_estimator == "exact" and not config.share_prompt:
+        raise ValueError(
+            "kl_estimator='exact' is computed by shared scoring, but share_prompt=False asks for TRL's plain path. "
+            "Use share_prompt=True, or kl_estimator='k3'."
+        )
+
+
+def _refuse_temperatures(config: Any) -> None:
+    schedule = config.temperature_schedule
+    needs = {"linear": "temperature_end", "entropy": "temperature_entropy_target"}
+    for of, name in needs.items():
+        value = getattr(config, name)
+        if schedule == of and (value is None or value <= 0):
+            raise ValueError(f"temperature_schedule={schedule!r} needs {name} above 0, got {value}.")
+        if schedule != of and value is not None:
+            raise ValueError(
+                f"{name}={value} is for temperature_schedule={of!r}, got {schedule!r}. Set that, or leave it out."
+            )
+    if schedule == "entropy" and config.use_adaptive_entropy:
+        raise ValueError(
+            "temperature_schedule='entropy' and use_adaptive_entropy=True would both steer the entropy. Use one."
+        )
+    if schedule != "constant" and not config.share_prompt:
+        raise ValueError(
+            f"temperature_schedule={schedule!r} needs share_prompt=True: TRL's plain scoring, share_prompt=False, "
+            f"knows one temperature only."
+        )
+
+
+def _refuse_growth(config: Any) -> None:
+    most = config.num_generations_max
+    if most is None:
+        return
+    if most <= config.num_generations:
+        raise ValueError(
+            f"num_generations_max={most} must be more than num_generations={config.num_generations}, for example "
+            f"{2 * config.num_generations}, or None."
+        )
+    if config.scale_rewards != "population":
+        raise ValueError(
+            f"num_generations_max={most} takes mean and deviation from all answers that were drawn, and "
+            f"scale_rewards={config.scale_rewards!r} is TRL's, over the rows alone. Use scale_rewards='population'."
+        )
+    if not config.share_prompt:
+        raise ValueError(
+            f"num_generations_max={most} draws on prompts that shared sampling keeps, but share_prompt=False asks for "
+            f"TRL's plain path. Use share_prompt=True, or num_generations_max=None."
+        )
+
+
+def _refuse_replay(config: Any) -> None:
+    if not 0 <= config.replay_fraction <= 1:
+        raise ValueError(f"replay_fraction={config.replay_fraction} must be between 0 and 1, for example 0.25.")
+    if config.replay_max_age < 1:
+        raise ValueError(f"replay_max_age={config.replay_max_age} must be at least 1 step, for example 4.")
+    if config.replay_fraction == 0:
+        return
+    if not config.share_prompt:
+        raise ValueError(
+            f"replay_fraction={config.replay_fraction} needs the log-probs of shared sampling, but share_prompt=False "
+            f"asks for TRL's plain path. Use share_prompt=True, or replay_fraction=0."
+        )
+    sampling = {name: getattr(config, name) for name in UNTRUNCATED} | (config.generation_kwargs or {})
+    for name, valid in UNTRUNCATED.items():
+        if sampling[name] not in valid:
+            raise ValueError(
+                f"replay_fraction={config.replay_fraction} takes log-probs over the whole vocabulary for those that "
+                f"answers were drawn with, and {name}={sampling[name]} changes these. Use {name}={valid[0]}, or "
+                f"replay_fraction=0."
+            )
+
+
+def _require(name: str, received: str, valid: tuple[str, ...]) -> None:
+    if received not in valid:
+        raise ValueError(f"{name}={received!r} is unknown. Valid: {', '.join(map(repr, valid))}.")
