@@ -72,10 +72,13 @@ class RightInTheEnd:
 
     def __init__(self):
         self.judged = dict.fromkeys(PROMPTS, 0)
+        self.scores = {}
 
     def __call__(self, prompts, log_extra, completions, **columns):
         log_extra("seen", list(completions))
-        return [self.score(prompt) for prompt in prompts]
+        scores = [self.score(prompt) for prompt in prompts]
+        self.scores |= dict(zip(completions, scores, strict=True))
+        return scores
 
     def score(self, prompt):
         self.judged[prompt] += 1
@@ -140,12 +143,16 @@ def test_prompts_are_read_once(build, small_model, tokenizer):
 
 
 def test_rows_stay_whole(build, small_model):
-    """Ids, text, what reward functions logged and the sampler's log-probs are those of one answer still; TRL's own pass
-    agrees with log-probs that began at the kept prompt."""
-    trainer, draws, _ = train(build, small_model, num_iterations=2, max_steps=2)
+    """Ids, text, reward, what reward functions logged and the sampler's log-probs are those of one answer still; TRL's
+    own pass agrees with log-probs that began at the kept prompt."""
+    reward = RightInTheEnd()
+    trainer, draws, _ = train(build, small_model, reward=reward, num_iterations=2, max_steps=2)
     assert len(draws) > 2
     logs, (part,) = trainer._logs, trainer._buffered_inputs
     assert list(logs["extra"]["seen"]) == list(logs["completion"])
+    assert list(logs["rewards"]["right_in_the_end"]) == pytest.approx(
+        [reward.scores[text] for text in logs["completion"]]
+    )
     assert sorted(texts_of(trainer, part)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
     assert max(log_of(trainer, "sampling/logp_gap")) < 1e-4
     assert trainer._sampler._kept is None

@@ -162,10 +162,12 @@ def test_the_loss_of_replayed_rows_by_hand(build, small_model, settings):
         assert len(temperatures) == (2 if step and "temperature_end" in settings else 1)
 
 
-def test_several_steps_on_a_rollout(build, small_model):
+@pytest.mark.parametrize("epsilon", [0.2, 1e-8])
+def test_several_steps_on_a_rollout(build, small_model, epsilon):
     """Where TRL scores a rollout for its old log-probs, those of replayed rows stay the ones they were drawn with, the
-    sampler is not judged by them, and fresh rows keep theirs in the second step."""
-    trainer, seen = train(build, small_model, num_iterations=2, max_steps=4)
+    sampler is not judged by them, and fresh rows keep theirs in the second step. With such an epsilon the sampler is
+    never believed, and TRL scores every row."""
+    trainer, seen = train(build, small_model, num_iterations=2, max_steps=4, epsilon=epsilon)
     for inputs, _, _ in seen:
         gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs().max()
         assert gap < 1e-4
@@ -202,6 +204,13 @@ def test_what_is_far_from_the_policy_is_dropped(build, small_model):
     replayed = {name: value[second["is_replayed"]] for name, value in second.items() if value.dim()}
     assert of_prompts(trainer, replayed, PROMPTS) == of_prompts(trainer, first, close)
     assert (second["advantages"] == 0).sum() == 4  # the other place stays dead
+
+
+def test_another_temperature_is_no_distance(build, small_model):
+    """Log-probs at 0.1 and at 1.4 differ by nats; those that are compared are taken at the temperature of the row."""
+    moving = {"temperature": 0.1, "temperature_schedule": "linear", "temperature_end": 1.4, "learning_rate": 1e-9}
+    trainer, _ = train(build, small_model, **moving)
+    assert log_of(trainer, "replay/hit_rate") == [1.0]
 
 
 def test_what_is_old_is_dropped(build, small_model):
