@@ -167,7 +167,7 @@ def test_several_steps_on_a_rollout(build, small_model, epsilon):
     """Where TRL scores a rollout for its old log-probs, those of replayed rows stay the ones they were drawn with, the
     sampler is not judged by them, and fresh rows keep theirs in the second step. With such an epsilon the sampler is
     never believed, and TRL scores every row."""
-    trainer, seen = train(build, small_model, num_iterations=2, max_steps=4, epsilon=epsilon)
+    trainer, seen = train(build, small_model, num_iterations=2, max_steps=4, epsilon=epsilon, learning_rate=1e-3)
     for inputs, _, _ in seen:
         gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs().max()
         assert gap < 1e-4
