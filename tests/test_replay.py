@@ -162,12 +162,16 @@ def test_the_loss_of_replayed_rows_by_hand(build, small_model, settings):
         assert len(temperatures) == (2 if step and "temperature_end" in settings else 1)
 
 
-@pytest.mark.parametrize("epsilon", [0.2, 1e-8])
-def test_several_steps_on_a_rollout(build, small_model, epsilon):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"epsilon": 1e-8}, {"temperature": 0.3, "temperature_schedule": "linear", "temperature_end": 1.6}],
+    ids=["believed", "not_believed", "temperature"],
+)
+def test_several_steps_on_a_rollout(build, small_model, settings):
     """Where TRL scores a rollout for its old log-probs, those of replayed rows stay the ones they were drawn with, the
     sampler is not judged by them, and fresh rows keep theirs in the second step. With such an epsilon the sampler is
     never believed, and TRL scores every row."""
-    trainer, seen = train(build, small_model, num_iterations=2, max_steps=4, epsilon=epsilon, learning_rate=1e-3)
+    trainer, seen = train(build, small_model, num_iterations=2, max_steps=8, learning_rate=1e-3, **settings)
     for inputs, _, _ in seen:
         gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs().max()
         assert gap < 1e-4
