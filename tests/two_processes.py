@@ -49,6 +49,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # the answers to two of six questions are worth the same, and their places go to other questions
     "resampled": (WHOLE_GROUPS, OURS | {"dead_groups": "resample"}),
     "resampled_straddling": (HALF_GROUPS, OURS | {"dead_groups": "resample", "max_resample_rounds": 2}),
+    # a process whose only group is dead runs nothing, and takes part in the gradients all the same
+    "skipped": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0}),
+    "skipped_chunks": (WHOLE_GROUPS, {"loss_type": "dapo", "dead_groups": "skip", "beta": 0.0, "chunk_tokens": 40}),
     # the answers to one of them only come alive when more are drawn, and each process draws for its own groups
     "growing": (WHOLE_GROUPS, OURS | {"num_generations_max": 12}),
     # the places of dead groups go to groups of earlier steps, that either process drew
@@ -109,11 +112,12 @@ def rarely_good(completions: list[str], **columns: Any) -> list[float]:
     return [score if score > 0.7 else 0.0 for score in share_of_digits(completions)]
 
 
-# Cases that draw where a sampler would: their reward, and the metric that says that something came of it.
+# What draws where a sampler would: its reward, and the metric that says that something came of it.
 MECHANISMS = {
-    "num_generations_max": (rarely_good, "growth/alive"),
-    "replay_fraction": (two_dead_questions, "replay/hit_rate"),
-    "dead_groups": (two_dead_questions, "resampled_groups"),
+    ("num_generations_max", 12): (rarely_good, "growth/alive"),
+    ("replay_fraction", 1.0): (two_dead_questions, "replay/hit_rate"),
+    ("dead_groups", "resample"): (two_dead_questions, "resampled_groups"),
+    ("dead_groups", "skip"): (two_dead_questions, "frac_dead_groups"),
 }
 
 
@@ -121,7 +125,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     """SGD, at a rate at which the adapter moves hundreds of times further than the test tolerates."""
     rows, settings = CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    draws = next((mechanism for option, mechanism in MECHANISMS.items() if option in settings), None)
+    draws = next((mechanism for option, mechanism in MECHANISMS.items() if option in settings.items()), None)
     reward, effect = draws or (share_of_digits, "reward")
     trainer = (GivenCompletions if draws else GRPOExtTrainer)(
         small_llama(tokenizer),
