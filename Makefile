@@ -2,6 +2,7 @@
 # make test    the same set-up, then every test
 # make check   ruff, its formatter and the type checker
 # make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick
+# make study   learning curves of the embedded model under seven settings; options through ARGS, such as ARGS="--seeds 1"
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # `accelerate launch` gives a CPU process one thread unless told otherwise.
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 
-.PHONY: math test check fix bench clean
+.PHONY: math test check fix bench study clean
 
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
@@ -30,6 +31,9 @@ fix: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/compare_trl.py $(ARGS)
+
+study: $(INSTALLED)
+	$(BIN)/python -m recipes.tiny_math.study $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

@@ -90,7 +90,8 @@ def tiny_model():
 
 @pytest.fixture
 def build(tokenizer, tmp_path) -> Callable[..., Any]:
-    """`build(model, beta=0.0)`: a trainer on PROMPTS, ours unless `trainer=GRPOTrainer` asks for stock TRL."""
+    """`build(model, beta=0.0)`: a trainer on PROMPTS, ours unless `trainer=GRPOTrainer` asks for stock TRL; `arguments`
+    are more of the trainer's own."""
 
     def make(
         model: Any,
@@ -98,9 +99,10 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
         trainer: type[GRPOTrainer] = GRPOExtTrainer,
         reward: Any = share_of_digits,
         peft_config: Any = None,
-        prompts: list[str] = PROMPTS,
+        prompts: list[Any] = PROMPTS,
         columns: dict[str, list[Any]] | None = None,
         quantization_config: Any = None,
+        arguments: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Any:
         settings = SETTINGS | {
@@ -120,6 +122,7 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
             processing_class=tokenizer,
             peft_config=peft_config,
             quantization_config=quantization_config,
+            **(arguments or {}),
         )
 
     return make

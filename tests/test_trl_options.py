@@ -47,9 +47,12 @@ OPTIONS = {
 }
 
 
-def train(build, model, trainer, **settings):
-    trainer = build(copy.deepcopy(model), peft_config=random_lora(), trainer=trainer, **COMMON | settings)
+def train(build, model, trainer, watch=None, **settings):
+    """A trained trainer and its adapter before; `watch` is given the trainer in between."""
+    trainer = build(copy.deepcopy(model), trainer=trainer, **COMMON | {"peft_config": random_lora()} | settings)
     start = adapter_of(trainer)
+    if watch is not None:
+        watch(trainer)
     trainer.train()
     return trainer, start
 
@@ -65,15 +68,20 @@ def test_as_stock_trl(build, small_model, without_option, option):
     """Adapter, loss and every metric that both log, but for times; and all but padding make a difference."""
     stock, start = train(build, small_model, GRPOTrainer, **OPTIONS[option])
     ours, _ = train(build, small_model, GRPOExtTrainer, **OPTIONS[option])
-    assert ours._shares_prompts
-    got, want = adapter_of(ours), adapter_of(stock)
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-4, msg=name)
-    assert any(not torch.equal(value, start[name]) for name, value in want.items())
+    assert_same_training(ours, stock)
+    got = adapter_of(ours)
+    assert any(not torch.equal(value, start[name]) for name, value in got.items())
     if not without_option:
         without_option.update(adapter_of(train(build, small_model, GRPOExtTrainer)[0]))
     has_effect = any(not torch.equal(value, without_option[name]) for name, value in got.items())
     assert has_effect is (option != "padded")
+
+
+def assert_same_training(ours, stock):
+    """Adapter, loss and every metric that both log, but for times; ours on shared prompts."""
+    assert ours._shares_prompts
+    for name, value in adapter_of(stock).items():
+        torch.testing.assert_close(adapter_of(ours)[name], value, atol=1e-5, rtol=1e-4, msg=name)
     rows = zip(ours.state.log_history[:-1], stock.state.log_history[:-1], strict=True)
     for our_row, stock_row in rows:
         assert set(stock_row) <= set(our_row)

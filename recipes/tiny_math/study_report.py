@@ -1,0 +1,109 @@
+"""What a study found, as a picture and as a table: points of curves in, nothing run.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Dashes let the curve below be seen where
+two are the same.
+"""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from grpo_ext.report.curves import BLUE, GREEN, ORANGE
+from grpo_ext.report.evaluation import Estimate
+
+Points = list[dict[str, Any]]
+
+NAMES = {
+    "document": "the document's objective (k3)",
+    "token": "token-level GRPO",
+    "stock": "stock TRL, same settings as token-level",
+    "exact": "the document's objective, exact KL",
+    "keep": "keep (beta = 0)",
+    "skip": "skip (beta = 0)",
+    "resample": "resample (beta = 0)",
+}
+PANELS = {
+    "Objective": ("document", "token", "stock"),
+    "KL estimator": ("document", "exact"),
+    "Dead groups, beta = 0": ("keep", "skip", "resample"),
+}
+STYLES = [(BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":")]
+GOAL = 0.9  # share of sampled answers that are right
+
+
+def draw(points: Points, path: Path) -> Path:
+    """One panel a comparison: each seed as a thin line, their mean as a thick one."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, arms) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
+        for arm, (colour, marker, dashes) in zip(arms, STYLES, strict=False):
+            runs = _runs(points, arm)
+            for run in runs:
+                axes.plot(list(run), list(run.values()), dashes, color=colour, alpha=0.35, linewidth=0.8)
+            if runs:
+                mean = {step: statistics.fmean(run[step] for run in runs) for step in runs[0]}
+                line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.8, "label": NAMES[arm]}
+                axes.plot(list(mean), list(mean.values()), dashes, **line)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.axes[0].set_ylabel("held-out share right, sampled", fontsize=9)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def table(points: Points) -> str:
+    """A row an arm, in Markdown. The intervals are those of all seeds' answers together: they leave out how much one
+    run differs from another, which the picture shows."""
+    lines = [
+        f"| | seeds | sampled pass@1 | greedy pass@1 | steps to {GOAL:g} sampled | seconds a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, name in NAMES.items():
+        runs = _runs(points, arm)
+        if not runs:
+            continue
+        first, *_, last = runs[0]
+        change = {
+            column: " -> ".join(str(_pooled(points, arm, step, column)) for step in (first, last))
+            for column in ("right", "right_greedy")
+        }
+        steps = statistics.median(_steps_to_goal(run) for run in runs)
+        reached = f"{steps:g}" if math.isfinite(steps) else f"more than {last}"
+        seconds = statistics.fmean(p["seconds_per_step"] for p in _of(points, arm) if p["step"] == last)
+        cells = [name, len(runs), change["right"], change["right_greedy"], reached, f"{seconds:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _of(points: Points, arm: str) -> Points:
+    return [point for point in points if point["arm"] == arm]
+
+
+def _runs(points: Points, arm: str) -> list[dict[int, float]]:
+    """The curve of each seed, step -> share right."""
+    runs: dict[int, dict[int, float]] = {}
+    for point in _of(points, arm):
+        runs.setdefault(point["seed"], {})[point["step"]] = point["right"] / point["answers"]
+    return list(runs.values())
+
+
+def _pooled(points: Points, arm: str, step: int, column: str) -> Estimate:
+    there = [point for point in _of(points, arm) if point["step"] == step]
+    right, answers = (sum(point[name] for point in there) for name in (column, "answers"))
+    return Estimate.of([1.0] * right + [0.0] * (answers - right))
+
+
+def _steps_to_goal(run: dict[int, float]) -> float:
+    return next((step for step, share in run.items() if share >= GOAL), math.inf)
