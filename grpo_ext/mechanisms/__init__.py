@@ -1,4 +1,4 @@
 """What `GRPOExtTrainer` adds to TRL's trainer, one mechanism a file, each a subclass of the one before:
 
-shared_prompt -> shared_sampling -> rounds -> reference_kl -> dead_groups -> temperature -> trainer.py
+shared_prompt -> adapted_head -> shared_sampling -> rounds -> reference_kl -> dead_groups -> temperature -> trainer.py
 """
