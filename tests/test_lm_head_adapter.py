@@ -213,6 +213,7 @@ def test_the_active_adapters_are_those_that_count():
         for names in (["default"], [REFERENCE], ["default", REFERENCE], ["body"]):
             model.base_model.set_adapter(names)
             compare()
+        model.set_adapter("default")
         with model.disable_adapter():
             compare()
     assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(seen) for other in seen[:i])

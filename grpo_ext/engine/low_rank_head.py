@@ -118,18 +118,21 @@ class _LowRankScore(torch.autograd.Function):
         ctx.sum_dtype = torch.promote_types(ctx.product_dtype, torch.float32)
         ctx.logit_scale, ctx.tile = logit_scale, tile
         inputs = (hidden_TH, states_TR, factor_VR, weight_VH, bias_V)
-        sums = hidden_TH.new_zeros(len(hidden_TH), dtype=ctx.sum_dtype)
-        log_z_T, mean_T, target_T = sums - torch.inf, sums.clone(), sums.clone()
+        # Over the words so far: the largest logit, and the sums of exp(logit - largest) and of logits weighed by that.
+        largest_T = hidden_TH.new_full((len(hidden_TH),), -torch.inf, dtype=ctx.sum_dtype)
+        sum_T, weighed_T, target_T = (torch.zeros_like(largest_T) for _ in range(3))
         for tokens, words, _, logits in _tiles(ctx, *inputs):
-            before = log_z_T[tokens]
-            now = torch.logaddexp(before, logits.logsumexp(dim=1))
             is_here, places = _places(targets_T[tokens], words)
             target_T[tokens] += torch.where(is_here, logits.gather(1, places).squeeze(1), 0)
-            if with_entropies:  # the mean of the logits of the words so far, by their probabilities
-                share = (logits - now.unsqueeze(1)).exp_().mul_(logits).sum(dim=1)
-                mean_T[tokens] = mean_T[tokens] * (before - now).exp() + share
-            log_z_T[tokens] = now
-        entropies_T = log_z_T - mean_T if with_entropies else None
+            largest = torch.maximum(largest_T[tokens], logits.amax(dim=1))
+            shrink = (largest_T[tokens] - largest).exp()
+            weights = (logits - largest.unsqueeze(1)).exp_()
+            largest_T[tokens] = largest
+            sum_T[tokens] = sum_T[tokens] * shrink + weights.sum(dim=1)
+            if with_entropies:
+                weighed_T[tokens] = weighed_T[tokens] * shrink + weights.mul_(logits).sum(dim=1)
+        log_z_T = largest_T + sum_T.log()
+        entropies_T = log_z_T - weighed_T / sum_T if with_entropies else None
         ctx.save_for_backward(*inputs, targets_T, log_z_T, entropies_T)
         return target_T - log_z_T, entropies_T
 
