@@ -41,6 +41,7 @@ class GRPOExtTrainer(ReplayTrainer):
     - `scale_rewards="population"`: the document's group normalisation, computed by `algorithm/advantages.py`.
     - `share_prompt=True`: completions are drawn, and log-probs of every loss computed, with each prompt read once for
       all of its completions, see `mechanisms/shared_sampling.py` and `mechanisms/shared_prompt.py`.
+    - LoRA on the LM head is trained, tied embeddings included: `mechanisms/adapted_head.py`.
     - `kl_estimator`, `log_kl` and `sync_ref_model` with adapters: `mechanisms/reference_kl.py`.
     - `num_generations_max`: `mechanisms/growth.py`.
     - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.

@@ -3,7 +3,7 @@ the logits of the whole vocabulary.
 
 In: hidden states of tokens that are to be scored, in one row, and what comes next. Out: one number a token, float32.
 
-The tiles are TRL's kernels; on a GPU they are Triton's.
+The tiles are TRL's kernels; on a GPU they are Triton's. With an adapter on the head they are `low_rank_head.py`'s.
 
 Legend: T tokens, H hidden size.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from grpo_ext.engine.low_rank_head import LogitScale, active_low_rank, score_low_rank
 
 VOCABULARY_TILE = 32768  # as TRL has it
 DIVERGENCE_TOKENS = 512  # of a tile for the exact KL, which holds two of them in float32
@@ -50,6 +52,10 @@ class Head:
         outputs = ("log_probs", "entropy") if with_entropies else ("log_probs",)
         tile = min(VOCABULARY_TILE, lm_head.weight.size(0))
         hidden_TH = hidden_TH.to(lm_head.weight.device)
+        low_rank = active_low_rank(self.lm, hidden_TH)
+        if low_rank is not None:
+            logits = LogitScale(temperature=temperature, softcap=self.softcap, scale=self.scale)
+            return score_low_rank(hidden_TH, lm_head, low_rank, targets_T, logits, with_entropies=with_entropies)
         logps_T, entropies_T, *_ = ChunkedLogProbFunction.apply(
             hidden_TH, lm_head.weight, lm_head.bias, targets_T, temperature, tile, self.softcap, self.scale, outputs
         )

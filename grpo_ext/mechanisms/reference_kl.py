@@ -65,7 +65,7 @@ class ReferenceKLTrainer(ResamplingTrainer):
                 "kl_estimator='exact' is computed where prompts are shared, and here they are not (the log says why, "
                 "or share_prompt=False). Use kl_estimator='k3'."
             )
-        if self.ref_model is not None or lm.get_output_embeddings().weight.requires_grad:
+        if self.ref_model is not None or self._adapts_head or lm.get_output_embeddings().weight.requires_grad:
             raise ValueError(
                 "kl_estimator='exact' needs one LM head for policy and reference, and here it is trained. Train an "
                 "adapter that leaves it frozen (pass peft_config), or use kl_estimator='k3'."

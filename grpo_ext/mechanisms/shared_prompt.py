@@ -33,6 +33,7 @@ class SharedPromptTrainer(GRPOTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     _idle_rows: frozenset[int] = frozenset()  # prompts with no other rows in a micro-batch run apart, or not at all
     _leaves_idle_out = False
+    _adapts_head = False  # with an adapter that TRL's own scoring would leave out
     _left_out: list[int]  # the rows that the last pass did not run
     _temperatures: list[float] | None = None  # of the rows to be scored; None where it is the run's for all of them
     _keeps_hidden = False  # whether passes without a graph keep the last hidden states
@@ -94,6 +95,8 @@ class SharedPromptTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         siblings = find_siblings(input_ids, attention_mask, logits_to_keep) if self._shares_prompts else None
         self._hidden_BCH, self._kls_BC = None, None
+        if siblings is None and self._adapts_head:
+            raise ValueError("An adapter on the LM head needs a prompt of at least one token in every row.")
         # Experts are balanced over prompts, too: rows without a single token to score are left to TRL there.
         if siblings is None or (compute_aux_loss and not any(group.lengths[0] for group in siblings)):
             options |= {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}

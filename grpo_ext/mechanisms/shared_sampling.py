@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from grpo_ext.engine.sampling import GroupSampler
 from grpo_ext.engine.sharing import base_of, shared_sampling, why_not_sampled
-from grpo_ext.mechanisms.shared_prompt import SharedPromptTrainer
+from grpo_ext.mechanisms.adapted_head import AdaptedHeadTrainer
 
 logger = get_logger(__name__)
 
 
-class SharedSamplingTrainer(SharedPromptTrainer):
-    """`SharedPromptTrainer` with these differences, where it shares prompts and TRL would call `generate`:
+class SharedSamplingTrainer(AdaptedHeadTrainer):
+    """`AdaptedHeadTrainer` with these differences, where it shares prompts and TRL would call `generate`:
 
     - Completions are drawn by `engine/sampling.py`: the tokens that transformers would draw from the same random state.
     - Where TRL would score the completions once more for their old log-probs (`num_iterations > 1`, or accumulation
