@@ -9,7 +9,7 @@ def keep_four_bits(model: nn.Module) -> None:
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer the first time that it runs in evaluation mode, and rounds
     its constants to bfloat16 while it does: held-out accuracy would be measured on another backbone than the one that
-    training began with, and training would go on on that one.
+    training began with, training would go on on that one, and no gradient would pass through it.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
