@@ -1,0 +1,210 @@
+"""Runs a reward in worker processes, where a hang costs one answer, a crash one worker, and an exception one answer.
+
+    safe = isolated(math_answer_reward, timeout_s=10.0)
+    safe(completions=["#### 4", "#### 5"], answer=["4", "4"])  ->  [1.0, 0.0]
+
+Each answer is judged by itself: the reward is called with lists of length one, in whatever worker is free, and the
+scores come back in order. So it must not compare answers with each other, nor count on what it changed in the process
+of the training. `log_extra` and `log_metric`, which TRL gives to rewards, work; `trainer_state` is there where it is a
+parameter of the reward by name.
+
+Workers last until `close`, or until this process ends, however it ends. They do not import the main module again, so a
+script that loads a model costs nothing, and the reward may be a function of that script.
+"""
+
+import atexit
+import inspect
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cloudpickle
+from loky.backend import get_context
+from pebble import ProcessExpired, ProcessPool
+
+from rewards.worker import Judged, begin, judge, nothing
+
+Reward = Callable[..., list[float | None]]
+
+# A run stops where more than this share of the last answers could not be judged, and more than a few.
+MOST_FAILURES, FEW, LAST_ANSWERS = 0.05, 5, 1000
+SHOWN_CHARACTERS = 300  # of a completion, in an error
+
+
+@dataclass
+class Failures:
+    """What became of the answers that were judged so far.
+
+    Attributes:
+        answers: all of them.
+        timeouts: over the deadline.
+        crashes: the worker died.
+        errors: the reward raised, or did not return one score.
+    """
+
+    answers: int = 0
+    timeouts: int = 0
+    crashes: int = 0
+    errors: int = 0
+
+
+def isolated(
+    reward: Reward,
+    *,
+    timeout_s: float = 10.0,
+    workers: int | None = None,
+    on_error: Literal["none", "raise"] = "none",
+) -> "IsolatedReward":
+    """The same reward in worker processes, for any TRL trainer.
+
+    Args:
+        reward: TRL's signature, `f(completions, **columns) -> list[float | None]`; it judges each answer by itself.
+        timeout_s: seconds for one answer, from when a worker takes it up; told to a tenth of a second. Recommended: ten
+            times what the slowest answer takes.
+        workers: processes, 1 or more; None, which is recommended, for as many as this training process has cores.
+        on_error: what an answer earns that could not be judged: "none", which leaves it out of its group, or "raise" to
+            stop at the first.
+
+    Raises:
+        ValueError: a timeout or a number of workers that is not above 0, or another `on_error`.
+    """
+    if timeout_s <= 0 or (workers is not None and workers < 1):
+        raise ValueError(f"timeout_s={timeout_s} and workers={workers} must be above 0, for example 10.0 and 2.")
+    if on_error not in ("none", "raise"):
+        raise ValueError(f"on_error={on_error!r} is unknown. Valid: 'none', 'raise'.")
+    return IsolatedReward(reward, timeout_s, workers, on_error)
+
+
+class IsolatedReward:
+    """What `isolated` returns.
+
+    Attributes:
+        failures: counts since the start. Where TRL gives `log_metric`, those of each call go there, as
+            `rewards/NAME/timeouts|crashes|errors`.
+    """
+
+    def __init__(self, reward: Reward, timeout_s: float, workers: int | None, on_error: str):
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs a reward under its name
+        self.failures = Failures()
+        self._reward, self._timeout_s, self._on_error = reward, timeout_s, on_error
+        self._workers = workers or _cores()
+        self._wants_state = "trainer_state" in inspect.signature(reward).parameters
+        self._has_failed: deque[bool] = deque(maxlen=LAST_ANSWERS)
+        self._lock = threading.Lock()
+        self._pool: ProcessPool | None = None
+        self._closed = threading.Event()
+
+    def __call__(self, *, completions: list[Any], **columns: Any) -> list[float | None]:
+        """Score each completion; None where it could not be judged.
+
+        Raises:
+            RuntimeError: an answer could not be judged and `on_error` is "raise"; or more than 5% of the last 1,000
+                could not, and more than five.
+        """
+        log_extra, log_metric = columns.pop("log_extra", None), columns.pop("log_metric", None)
+        state = {"trainer_state": columns.pop("trainer_state", None)} if self._wants_state else {}
+        columns.pop("trainer_state", None)
+        pool, before = self._started(), Failures(**vars(self.failures))
+        futures = [
+            pool.schedule(
+                judge,
+                args=(
+                    _row(columns, i, len(completions)) | {"completions": [completion]} | state,
+                    log_extra is not None,
+                ),
+                timeout=self._timeout_s,
+            )
+            for i, completion in enumerate(completions)
+        ]
+        judged = [self._wait(future, completion) for future, completion in zip(futures, completions, strict=True)]
+        for column in dict.fromkeys(column for answer in judged for column in answer.extra):
+            log_extra(column, [answer.extra.get(column) for answer in judged])
+        if log_metric is not None:
+            for name, value in (pair for answer in judged for pair in answer.metrics):
+                log_metric(name, value)
+            for kind in ("timeouts", "crashes", "errors"):
+                count = getattr(self.failures, kind) - getattr(before, kind)
+                log_metric(f"rewards/{self.__name__}/{kind}", float(count))
+        return [answer.score for answer in judged]
+
+    def close(self) -> None:
+        """End the workers; the next call starts new ones."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.stop()
+                pool.join()
+                self._closed.set()
+
+    def _started(self) -> ProcessPool:
+        with self._lock:
+            if self._pool is None:
+                setup = cloudpickle.dumps(self._reward), os.getpid()
+                pool = ProcessPool(self._workers, initializer=begin, initargs=setup, context=get_context("loky"))
+                self._closed = threading.Event()
+                started: Future[None] = Future()
+                # Linux tells workers that their parent died when the thread ends that started them: this one stays.
+                threading.Thread(target=_start, args=(pool, started, self._closed), daemon=True).start()
+                try:
+                    started.result()
+                except Exception as error:
+                    raise RuntimeError(f"Reward {self.__name__!r} cannot be set up in a worker: {error!r}") from error
+                self._pool = pool
+                atexit.register(self.close)
+            return self._pool
+
+    def _wait(self, future: Future[Judged], completion: Any) -> Judged:
+        self.failures.answers += 1
+        try:
+            judged = future.result()
+        except TimeoutError:
+            self.failures.timeouts += 1
+            return self._failed(completion, f"took longer than {self._timeout_s:g} s")
+        except ProcessExpired as error:
+            self.failures.crashes += 1
+            return self._failed(completion, f"ended its process with exit code {error.exitcode}")
+        except Exception as error:
+            self.failures.errors += 1
+            return self._failed(completion, f"raised {error!r}")
+        self._has_failed.append(False)
+        return judged
+
+    def _failed(self, completion: Any, how: str) -> Judged:
+        self._has_failed.append(True)
+        failed, judged = sum(self._has_failed), len(self._has_failed)
+        what = f"Reward {self.__name__!r} {how} on the completion {str(completion)[:SHOWN_CHARACTERS]!r}"
+        if self._on_error == "raise":
+            raise RuntimeError(f"{what}. Mend the reward, or pass on_error='none' to leave such answers out.")
+        if failed > max(FEW, MOST_FAILURES * judged):
+            raise RuntimeError(
+                f"{what}, and so or similarly on {failed} of the last {judged} answers. A run would learn from noise: "
+                f"mend the reward, or raise timeout_s={self._timeout_s:g} if it is only slow."
+            )
+        return Judged(score=None)
+
+
+def _start(pool: ProcessPool, started: "Future[None]", closed: threading.Event) -> None:
+    try:
+        started.set_result(pool.schedule(nothing).result())
+    except Exception as error:
+        started.set_exception(error)
+    else:
+        closed.wait()
+
+
+def _row(columns: dict[str, Any], i: int, rows: int) -> dict[str, Any]:
+    """The columns of one answer, as lists of length one; what is no column is passed as it is."""
+    return {
+        name: [values[i]] if isinstance(values, list) and len(values) == rows else values
+        for name, values in columns.items()
+    }
+
+
+def _cores() -> int:
+    """Of this training process, where several share the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
