@@ -69,6 +69,12 @@ class GRPOExtConfig(GRPOConfig):
             policy. Recommended: 0; 0.25 to 0.5 where sampling takes most of a step and half of the groups are dead.
         replay_max_age: optimizer steps, 1 or more, 4 by default. Older groups are dropped, and so are those with an
             answer whose probability has changed by more than a factor of e.
+        reward_timeout: seconds, above 0, 10 by default, that one answer may take in a reward that runs in worker
+            processes (`rewards/pool.py`). These are rewards that say `judges_alone = True`, as ours that parse
+            mathematics do. Others are called as TRL calls them; `rewards.pool.isolated` takes any. Recommended: ten
+            times what the slowest answer takes.
+        reward_workers: worker processes of each such reward: None (default) for as many as this training process has
+            cores, or 0 to call it in the training process.
 
     Raises:
         ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
@@ -139,6 +145,13 @@ class GRPOExtConfig(GRPOConfig):
     )
     replay_max_age: int = field(
         default=4, metadata={"help": "Optimizer steps after which a group is not replayed any more."}
+    )
+    reward_timeout: float = field(
+        default=10.0, metadata={"help": "Seconds that a reward in worker processes may take for one answer, above 0."}
+    )
+    reward_workers: int | None = field(
+        default=None,
+        metadata={"help": "Worker processes of such a reward; default: one a core; 0: none, in the training process."},
     )
 
     def __post_init__(self) -> None:

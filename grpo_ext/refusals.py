@@ -43,6 +43,12 @@ def refuse_impossible(config: Any) -> None:
     _refuse_temperatures(config)
     _refuse_growth(config)
     _refuse_replay(config)
+    if config.reward_timeout <= 0:
+        raise ValueError(f"reward_timeout={config.reward_timeout} must be above 0 seconds, for example 10.")
+    if config.reward_workers is not None and config.reward_workers < 0:
+        raise ValueError(
+            f"reward_workers={config.reward_workers} must be 0 (the training process itself) or more, for example 2."
+        )
 
 
 def _refuse_token_options(config: Any) -> None:

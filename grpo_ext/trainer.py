@@ -16,6 +16,7 @@ from grpo_ext.mechanisms.replay import ReplayTrainer
 from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
+from grpo_ext.run.isolation import WorkersEnd, in_workers
 from grpo_ext.run.progress import RewardProgress
 from grpo_ext.run.timing import PhaseTimer
 
@@ -47,6 +48,7 @@ class GRPOExtTrainer(ReplayTrainer):
     - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
     - `temperature_schedule`: `mechanisms/temperature.py`.
     - `replay_fraction`: `mechanisms/replay.py`.
+    - Rewards that judge each answer by itself and say so run in worker processes: `run/isolation.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 
@@ -81,6 +83,7 @@ class GRPOExtTrainer(ReplayTrainer):
         if isinstance(model, str) and keywords.get("peft_config") is not None:
             args.model_init_kwargs = {"dtype": frozen_dtype(args), **(args.model_init_kwargs or {})}
 
+        reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
         self._phases = PhaseTimer()
         self._timed_from_step: int | None = None
         adapter_values = snapshot(model)
@@ -97,6 +100,7 @@ class GRPOExtTrainer(ReplayTrainer):
             entropy_coef=self.entropy_coef,
         )
         self.add_callback(MetricsFile())
+        self.add_callback(WorkersEnd(self.reward_funcs))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgress())

@@ -8,14 +8,16 @@ scores come back in order. So it must not compare answers with each other, nor c
 of the training. `log_extra` and `log_metric`, which TRL gives to rewards, work; `trainer_state` is there where it is a
 parameter of the reward by name.
 
+`GRPOExtTrainer` does this by itself to rewards with an attribute `judges_alone = True`.
+
 Workers last until `close`, or until this process ends, however it ends. They do not import the main module again, so a
 script that loads a model costs nothing, and the reward may be a function of that script.
 """
 
-import atexit
 import inspect
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
@@ -96,7 +98,7 @@ class IsolatedReward:
         self._has_failed: deque[bool] = deque(maxlen=LAST_ANSWERS)
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._closed = threading.Event()
+        self._stop: Callable[[], object] = lambda: None
 
     def __call__(self, *, completions: list[Any], **columns: Any) -> list[float | None]:
         """Score each completion; None where it could not be judged.
@@ -134,27 +136,24 @@ class IsolatedReward:
     def close(self) -> None:
         """End the workers; the next call starts new ones."""
         with self._lock:
-            pool, self._pool = self._pool, None
-            if pool is not None:
-                pool.stop()
-                pool.join()
-                self._closed.set()
+            self._pool = None
+            self._stop()
 
     def _started(self) -> ProcessPool:
         with self._lock:
             if self._pool is None:
                 setup = cloudpickle.dumps(self._reward), os.getpid()
                 pool = ProcessPool(self._workers, initializer=begin, initargs=setup, context=get_context("loky"))
-                self._closed = threading.Event()
                 started: Future[None] = Future()
+                ended = threading.Event()
                 # Linux tells workers that their parent died when the thread ends that started them: this one stays.
-                threading.Thread(target=_start, args=(pool, started, self._closed), daemon=True).start()
+                threading.Thread(target=_start, args=(pool, started, ended), daemon=True).start()
                 try:
                     started.result()
                 except Exception as error:
                     raise RuntimeError(f"Reward {self.__name__!r} cannot be set up in a worker: {error!r}") from error
                 self._pool = pool
-                atexit.register(self.close)
+                self._stop = weakref.finalize(self, _end, pool, ended)  # at the latest when this process ends
             return self._pool
 
     def _wait(self, future: Future[Judged], completion: Any) -> Judged:
@@ -187,13 +186,19 @@ class IsolatedReward:
         return Judged(score=None)
 
 
-def _start(pool: ProcessPool, started: "Future[None]", closed: threading.Event) -> None:
+def _start(pool: ProcessPool, started: "Future[None]", ended: threading.Event) -> None:
     try:
         started.set_result(pool.schedule(nothing).result())
     except Exception as error:
         started.set_exception(error)
     else:
-        closed.wait()
+        ended.wait()
+
+
+def _end(pool: ProcessPool, ended: threading.Event) -> None:
+    pool.stop()
+    pool.join()
+    ended.set()
 
 
 def _row(columns: dict[str, Any], i: int, rows: int) -> dict[str, Any]:

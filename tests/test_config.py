@@ -40,6 +40,8 @@ def test_only_the_named_fields_differ_from_trl():
         "num_generations_max",
         "replay_fraction",
         "replay_max_age",
+        "reward_timeout",
+        "reward_workers",
         "share_prompt",
         "temperature_end",
         "temperature_entropy_target",
@@ -104,6 +106,8 @@ def test_only_the_named_fields_differ_from_trl():
         ({"replay_fraction": 0.5, "top_p": 0.9}, "top_p=0.9", "top_p=1.0"),
         ({"replay_fraction": 0.5, "generation_kwargs": {"min_p": 0.1}}, "min_p=0.1", "min_p=None"),
         ({"replay_fraction": 0.5, "repetition_penalty": 1.1}, "repetition_penalty=1.1", "repetition_penalty=1.0"),
+        ({"reward_timeout": 0.0}, "reward_timeout=0.0", "above 0"),
+        ({"reward_workers": -1}, "reward_workers=-1", "0 (the training process itself)"),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}, "'token_mask'", "'sequence_mask'"),
     ],
 )

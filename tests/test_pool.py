@@ -10,8 +10,9 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, log_of, random_lora
-from worker_rewards import by_its_words, logged
+from worker_rewards import by_its_words, logged, process_id
 
 from rewards import math_answer_reward
 from rewards.pool import isolated
@@ -116,6 +117,7 @@ def test_off_the_main_thread(safe):
         thread.join()
     assert got == [[1, None, 3]] * 2
     workers = workers_of(os.getpid())
+    assert len(workers) == 2
     assert reward(completions=["abcd"]) == [4]
     assert workers_of(os.getpid()) == workers
 
@@ -149,6 +151,24 @@ def test_in_training(build, small_model, safe):
     assert all(score >= 0 for score in scores)
 
 
+@pytest.mark.parametrize("workers", [None, 0])
+def test_rewards_that_judge_alone_run_in_workers(build, small_model, workers):
+    """An answer that ends its process ends a worker there; other rewards stay in this process, where they may compare
+    answers. Workers end with the training."""
+
+    def in_this_process(completions, **columns):
+        return [float(os.getpid())] * len(completions)
+
+    settings = {"reward": [process_id, in_this_process], "reward_workers": workers, "max_steps": 1}
+    trainer = build(small_model, peft_config=random_lora(), **settings)
+    trainer.train()
+    rewards = trainer._logs["rewards"]
+    here = {float(torch.tensor(os.getpid()).float())}
+    assert set(rewards["in_this_process"]) == here
+    assert (set(rewards["process_id"]) == here) is (workers == 0)
+    assert not workers_of(os.getpid())
+
+
 # What is left behind
 
 
@@ -173,9 +193,7 @@ if __name__ == "__main__":
 def workers_of(process):
     """The process ids of its workers."""
     children = psutil.Process(process).children()
-    workers = {child.pid for child in children if any("pebble_pool_worker" in part for part in child.cmdline())}
-    assert workers
-    return workers
+    return {child.pid for child in children if any("pebble_pool_worker" in part for part in child.cmdline())}
 
 
 def is_alive(process):

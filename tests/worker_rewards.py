@@ -35,3 +35,10 @@ def logged(completions, answer, log_extra, log_metric, trainer_state, **columns)
     log_extra("gold", list(answer))
     log_metric("digits", float(sum(c.isdigit() for c in completions[0])))
     return [math.nan if "7" in completions[0] else float(len(completions[0]) + trainer_state.global_step)]
+
+
+def process_id(completions, **columns):
+    return [float(os.getpid())] * len(completions)
+
+
+process_id.judges_alone = True
