@@ -17,7 +17,7 @@ from rewards import math_answer_reward
 
 STEPS = 20
 # Adam divides a gradient by its own size: with its usual epsilon of 1e-8, where a gradient is nothing but rounding, it
-# would make a step of it. Gradients are 1e-3 on average here.
+# would make a step of it. Here a gradient of norm 0.4 over 163,840 parameters is 1e-3 in each.
 STOCK = {
     "loss_type": "grpo",
     "scale_rewards": "group",

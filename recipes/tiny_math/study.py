@@ -1,7 +1,7 @@
 """Does it learn, and how fast: held-out curves of the embedded model under seven settings, three seeds each.
 
-    make study                                                               # every arm, under 40 minutes on 2 cores
-    python -m recipes.tiny_math.study --arms document,stock --seeds 1        # two of them, a few minutes
+    make study                                                           # every arm, three seeds
+    python -m recipes.tiny_math.study --arms document,stock --seeds 1    # two of them, once
 
 An arm is `make math` with other flags: the same model, problems, batches and seeds. Every few steps each held-out
 problem is answered once at the training temperature. When a run is through, its points go to `curves.jsonl` in the
