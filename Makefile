@@ -2,7 +2,7 @@
 # make test    the same set-up, then every test
 # make check   ruff, its formatter and the type checker
 # make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick
-# make study   learning curves of the embedded model under seven settings; options through ARGS, such as ARGS="--seeds 1"
+# make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each
 
 PYTHON ?= python3
 VENV := .venv

@@ -89,7 +89,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def caller(tokenizer):
-    """A llama of two layers that was taught to call the tool in about half of its turns, and to answer in the rest."""
+    """A llama of two layers that was taught to call the tool in most of its turns, and to answer in the rest."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer) | {"max_position_embeddings": 2048}))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

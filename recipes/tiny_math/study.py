@@ -1,14 +1,14 @@
 """Does it learn, and how fast: held-out curves of the embedded model under seven settings, three seeds each.
 
-    make study                                                               # every arm, under 40 minutes on 2 cores
-    python -m recipes.tiny_math.study --arms document,stock --seeds 1        # two of them, a few minutes
+    make study                                                           # every arm, three seeds
+    python -m recipes.tiny_math.study --arms document,stock --seeds 1    # two of them, once
 
 An arm is `make math` with other flags: the same model, problems, batches and seeds. Every few steps each held-out
 problem is answered once at the training temperature. When a run is through, its points go to `curves.jsonl` in the
 output folder, one line each; a run that is there is not run again, so what was interrupted goes on where it was. In the
 end there are a picture, `study.png`, and a table in Markdown.
 
-    {"arm": "document", "seed": 0, "steps": 35, "step": 5, "answers": 256, "right": 167, ...}
+    {"arm": "document", "seed": 0, "steps": 35, "problems": 256, "step": 10, "answers": 256, "right": 247}
 """
 
 import argparse
@@ -110,7 +110,8 @@ def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: s
     trainer.train()
     seconds = [row["step_time"] for row in trainer.state.log_history if "step_time" in row]
     curve.points[-1]["seconds_per_step"] = sum(seconds) / len(seconds)
-    return [{"arm": arm, "seed": seed, "steps": options.steps} | point for point in curve.points]
+    run = {"arm": arm, "seed": seed, "steps": options.steps, "problems": options.problems}
+    return [run | point for point in curve.points]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,8 +124,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def points() -> Points:
         """Those of the runs that are asked for, as far as they are through."""
-        kept = {"steps": options.steps, "answers": options.problems}
-        rows = [row for row in read_metrics(path) if kept.items() <= row.items()]
+        asked = {"steps": options.steps, "problems": options.problems}
+        rows = [row for row in read_metrics(path) if asked.items() <= row.items()]
         return [row for row in rows if (row["arm"], row["seed"]) in wanted]
 
     through = {(row["arm"], row["seed"]) for row in points()}
@@ -145,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", type=_arms, default=list(ARMS), help="such as document,stock; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm; default: 3")
     parser.add_argument("--steps", type=int, default=35, help="optimizer steps of a run; default: 35")
-    parser.add_argument("--problems", type=int, default=256, help="held-out problems, at most 512; default: 256")
+    parser.add_argument("--problems", type=int, default=256, help="held-out problems, of 512; default: 256")
     parser.add_argument("--output", default="outputs/study", help="folder; default: outputs/study")
     return parser
 
