@@ -63,7 +63,7 @@ def load_problems(
         SystemExit: not on disk and not reachable on the Hub.
         ValueError: no rows, or no column that could be the prompt or the answer.
     """
-    splits = _fetch(name, config)
+    splits = fetch(name, config)
     if train_split not in splits:
         raise ValueError(f"'{name}' has no split {train_split!r}; it has: {', '.join(splits)}.")
     train = splits[train_split]
@@ -89,7 +89,12 @@ def load_problems(
     return Problems(train=train, heldout=heldout, note=note)
 
 
-def _fetch(name: str, config: str | None) -> DatasetDict:
+def fetch(name: str, config: str | None = None) -> DatasetDict:
+    """Every split of a data set of the Hub, a local file or a folder; `config` as in `load_problems`.
+
+    Raises:
+        SystemExit, ValueError: as `load_problems`.
+    """
     path = Path(name)
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
