@@ -38,7 +38,7 @@ REFUSED = {
 # These scorers run the model's text as well, or as many moves as it says: they see nothing but what they ask for.
 _ARITHMETIC = r"(?!.*(?:\*\*|//|\d{7}))[\d\s+*/()-]{1,200}"
 _LISTS_OF_NUMBERS = r"[\d\s,\[\]-]*"
-_HARMLESS = {
+HARMLESS = {
     "countdown": _ARITHMETIC,
     "puzzle24": _ARITHMETIC,
     "binary_matrix": _LISTS_OF_NUMBERS,
@@ -138,7 +138,7 @@ def _score(text: str, gold: str, task: str, metadata: str) -> float:
 
 
 def _is_harmless(task: str, answer: str) -> bool:
-    return not _NOT_A_NUMBER.search(answer) and bool(re.fullmatch(_HARMLESS.get(task, "(?s:.*)"), answer))
+    return not _NOT_A_NUMBER.search(answer) and bool(re.fullmatch(HARMLESS.get(task, "(?s:.*)"), answer))
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -140,3 +141,25 @@ def test_mutated_completions():
     assert count >= EXAMPLES * BATCH
     assert max(slowest.values())[0] < SECONDS, slowest
     assert peak_megabytes() - before < MEGABYTES
+
+
+HUGE = [
+    "9" * 1_000_000,
+    "因为" * 300_000,
+    "<think>" * 100_000 + "</think>" * 100_000,
+    "<answer>" * 100_000 + "42" + "</answer>" * 100_000,
+    r"\boxed{" * 100_000 + "42" + "}" * 100_000,
+    "word " * 200_000,
+    "(" * 500_000 + ")" * 500_000,
+    "\n" * 1_000_000,
+    "\x00" * 1_000_000,
+    "\U0001f642" * 250_000,
+    "#### 1,016\n" * 90_000,
+    "答案是 42。" * 100_000,
+]
+
+
+@pytest.mark.parametrize("case", REWARDS, ids=lambda case: case.reward.__name__)
+def test_a_megabyte_is_judged_at_once(case):
+    """A search that begins anew at every opening tag takes hours on a megabyte of them."""
+    assert max(judged(case, number, text) for number, text in enumerate(HUGE)) < SECONDS
