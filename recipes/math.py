@@ -28,8 +28,9 @@ from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.data import load_problems
 from grpo_ext.experiment import run
 from grpo_ext.policy.loading import PolicyConfig, load_tokenizer, model_init_kwargs, quantization
+from grpo_ext.run.isolation import in_workers
 from grpo_ext.run.quiet import quiet_libraries
-from rewards import math_answer_reward
+from rewards import check_gold, math_answer_reward
 
 EMBEDDED = f"{HERE}/tiny_math.yaml"  # the settings of the run without arguments
 
@@ -77,17 +78,20 @@ def main(argv: list[str]) -> None:
         max_heldout=script_args.max_eval_prompts,
         seed=args.seed,
     )
+    for rows in (problems.train, problems.heldout):
+        check_gold(rows["answer"])
+    reward = in_workers(math_answer_reward, args.reward_workers, args.reward_timeout)
     args.model_init_kwargs = model_init_kwargs(model_args, args)
     trainer = GRPOExtTrainer(
         model=model_args.model_name_or_path,
-        reward_funcs=math_answer_reward,
+        reward_funcs=reward,
         args=args,
         train_dataset=problems.train,
         processing_class=tokenizer,
         quantization_config=quantization(model_args, args),
         peft_config=get_peft_config(model_args),
     )
-    run(trainer, problems, math_answer_reward, recipe="math", eval_samples=script_args.eval_samples)
+    run(trainer, problems, reward, recipe="math", eval_samples=script_args.eval_samples)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,13 @@
+"""What TRL hands to a reward: a string, or a chat completion `[{"role": "assistant", "content": "..."}]`."""
+
+from collections.abc import Sequence
+
+Completion = str | Sequence[dict[str, object]]
+
+
+def text_of(completion: Completion) -> str:
+    """The string itself, or the content of the last message; "" where there is none (a tool call, an empty list)."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    return content if isinstance(content, str) else ""

@@ -1,0 +1,114 @@
+r"""Many ways of writing the same, brought to one: `tidy("$-½$")` and `tidy("−\\dfrac12")` are both `-\frac{1}{2}`.
+
+Nothing is evaluated here. Meant for short texts, a final answer or a question.
+"""
+
+import re
+
+_CHARACTERS = str.maketrans(
+    {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width forms
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff\ufe0f")
+    | dict.fromkeys("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # directions of writing
+    | dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u202f\u3000\n\r\t", " ")
+    | dict.fromkeys("−–—‐‑‒﹣", "-")
+    | {
+        "￥": "¥",
+        "。": ".",
+        "、": ",",
+        "∕": "/",
+        "⁄": "/",
+        "÷": "/",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "∗": "*",
+    }
+    | {"±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∞": r"\infty ", "≈": r"\approx ", "°": r"^\circ "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset "}
+    | {"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "}
+    | {"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
+)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_NAMES = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta|alpha|beta"
+
+_REPLACEMENTS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])", ""),
+        (r"\{,\}|,(?<!\\)\\!", ","),  # the comma of 1{,}000 and 1,\!000
+        (r"(?<=\d)\\,(?=\d{3})", ""),
+        (r"(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
+        (r"(?<!\\)\\[()\[\]]|(?<!\\)\\\$|\$", ""),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])", " "),  # degrees are a unit
+        (r"\\(?:tri)?angle(?![A-Za-z])", ""),
+        (r"(?<!\\)\\%", "%"),
+        (r"^[*\s]+|[*\s]+$", ""),  # **bold**
+        (r"\*\*", "^"),
+        (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty"),
+        (r"\+\s*\\infty", r"\\infty"),
+        (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"\\(?:leq|leqslant|leqq)(?![A-Za-z])|<=", r"\\le "),
+        (r"\\(?:geq|geqslant|geqq)(?![A-Za-z])|>=", r"\\ge "),
+        (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\s+", " "),
+    )
+]
+
+
+def tidy(text: str) -> str:
+    """The text in the one way of writing that the readers of numbers and expressions know."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda run: f"^{{{run.group().translate(_SUPERSCRIPTS)}}}", text)
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _REPLACEMENTS:
+        text = pattern.sub(replacement, text)
+    return text.strip().removesuffix(".").strip()
+
+
+_OPEN = re.compile(r"\\(?:begin|langle|lfloor|lceil)(?![A-Za-z])|\\?[{]|[(\[]")
+_BRACKET = re.compile(rf"(?P<open>{_OPEN.pattern})|\\(?:end|rangle|rfloor|rceil)(?![A-Za-z])|\\?[}}]|[)\]]")
+
+
+def depths(text: str) -> list[int]:
+    """How many brackets each character stands in, of any kind: `[1,2)` is a pair; a bracket stands in itself."""
+    result, depth, done = [], 0, 0
+    for bracket in _BRACKET.finditer(text):
+        result += [depth] * (bracket.start() - done)
+        depth += bool(bracket["open"])
+        result += [depth] * len(bracket.group())
+        depth -= not bracket["open"]
+        done = bracket.end()
+    return result + [depth] * (len(text) - done)
+
+
+def split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """The pieces between the separators that stand in no bracket, and these separators, all stripped."""
+    depth = depths(text)
+    found = [match for match in separator.finditer(text) if depth[match.start()] == 0]
+    starts, ends = [0, *(match.end() for match in found)], [*(match.start() for match in found), len(text)]
+    pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    return pieces, [match.group().strip() for match in found]
+
+
+def unwrap(text: str) -> tuple[str, str, str] | None:
+    """(opening bracket, inside, closing bracket) of a text that is one pair of brackets, else None."""
+    depth = 0
+    for bracket in _BRACKET.finditer(text):
+        if bracket.start() > 0 and depth == 0:
+            return None
+        depth += 1 if bracket["open"] else -1
+        if depth == 0:
+            opening = _BRACKET.match(text)
+            assert opening is not None
+            whole = bracket.end() == len(text)
+            return (opening.group(), text[opening.end() : bracket.start()].strip(), bracket.group()) if whole else None
+    return None
