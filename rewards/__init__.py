@@ -4,5 +4,6 @@
 """
 
 from rewards.math_answer import math_answer_reward
+from rewards.program import ProgramReward, program_reward
 
-__all__ = ["math_answer_reward"]
+__all__ = ["ProgramReward", "math_answer_reward", "program_reward"]
