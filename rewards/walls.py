@@ -48,7 +48,7 @@ def bubblewrap(file_mb: int) -> list[str]:
     if bwrap is None:
         raise RuntimeError(REFUSAL.format(what="bwrap", package="bubblewrap"))
     options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --die-with-parent"
-    options += " --new-session --clearenv --hostname sandbox --cap-drop ALL"
+    options += " --new-session --hostname sandbox --cap-drop ALL"
     if os.geteuid() == 0:
         options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"  # for the launcher, which then has them no more
     else:

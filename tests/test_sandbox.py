@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import uuid
@@ -26,6 +27,10 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = Limits(seconds=0.5)
+BASE_PACKAGES = [
+    Path(sysconfig.get_path("purelib", vars={"base": sys.base_prefix})),
+    Path("/usr/lib/python3/dist-packages"),
+]
 
 # What an attempt returns has escaped, what it raises was stopped.
 ATTEMPT = """
@@ -50,7 +55,8 @@ ESCAPES = {
     "users by a relative path": "return open('../' * 20 + 'etc/passwd').read()",
     "users by a link": "os.symlink('/etc', 'link'); return open('link/passwd').read()",
     "programs": "return subprocess.run(['/bin/sh', '-c', 'true'], check=True)",
-    "other packages": "sys.path.append('{packages}'); import pytest; return pytest",
+    "packages beside the training": "sys.path.append('{packages}'); import pytest; return pytest",
+    "packages of the interpreter": "return os.listdir('{base_packages}')[0]",
     "the project": "return open('{root}/README.md').read()",
     "home": "return [name for name in os.listdir('{home}') if '{home}/' + name not in sys.prefix][0]",
     "a known file": "return open('{folder}/secret').read()",
@@ -127,6 +133,7 @@ def outside(tmp_path_factory) -> dict[str, object]:
             "home": Path.home(),
             "root": ROOT,
             "packages": Path(pytest.__file__).parent.parent,
+            "base_packages": next(folder for folder in BASE_PACKAGES if folder.is_dir() and any(folder.iterdir())),
         }
 
 
@@ -302,22 +309,22 @@ def test_behaviours(program, status, stdout):
     assert time.monotonic() - started < 15
 
 
-def running(word: str) -> bool:
-    """Whether the command line of any process on this machine has the word."""
-    for process in Path("/proc").iterdir():
+def running(word: str) -> Path | None:
+    """The folder of a process on this machine whose command line ends with the word."""
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if process.name.isdigit() and word in (process / "cmdline").read_text(errors="replace"):
-                return True
+            if (process / "cmdline").read_bytes().endswith(word.encode() + b"\0"):
+                return process
         except OSError:  # it has ended
             pass
-    return False
+    return None
 
 
-def becomes(condition: Callable[[], bool]) -> bool:
+def becomes(condition: Callable[[], object]) -> bool:
     end = time.monotonic() + 20
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
-    return condition()
+    return bool(condition())
 
 
 STAYS = """
@@ -342,6 +349,21 @@ def test_nothing_is_left_running(parent):
         run.result()
     assert becomes(lambda: not running(word))
     assert time.monotonic() - started < 20
+
+
+def test_walls_from_outside():
+    """Some walls stand behind others, so that no attempt from inside would tell that they are gone."""
+    word = uuid.uuid4().hex
+    with ThreadPoolExecutor() as pool:
+        pool.submit(run_program, STAYS.format(parent="os.wait()", word=word), limits=Limits(seconds=3))
+        assert becomes(lambda: running(word))
+        process = running(word)
+        for namespace in ("net", "pid", "ipc", "uts", "mnt", "cgroup"):
+            assert (process / "ns" / namespace).readlink() != Path("/proc/self/ns", namespace).readlink(), namespace
+        status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+    assert 0 not in map(int, status["Uid"].split() + status["Gid"].split())
 
 
 def test_programs_end_with_the_training():
@@ -372,10 +394,9 @@ def test_programs_run_side_by_side():
 def test_limits_are_the_callers():
     """A limit that is ignored would only show once a program needs it."""
     limits = Limits(seconds=20, memory_mb=1024, processes=4, file_mb=2, output_kb=1)
-    program = "import resource as r; print([r.getrlimit(n) for n in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_FSIZE)])"
-    program += "; import os; s = os.statvfs('/tmp'); print(s.f_blocks * s.f_frsize)"
-    expected = f"{[(n, n) for n in (2**30, 4, 2**21)]}\n{2**21}\n"
-    assert run_program(program, limits=limits).stdout.decode() == expected
+    program = "import os, resource as r; s = os.statvfs('/tmp'); print(s.f_blocks * s.f_frsize, "
+    program += "*[r.getrlimit(n)[1] for n in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_FSIZE, r.RLIMIT_CPU)])"
+    assert run_program(program, limits=limits).stdout.split() == [b"%d" % n for n in (2**21, 2**30, 4, 2**21, 21)]
     assert run_program("print('x' * 1023)", limits=limits).status == OK
     outcome = run_program("print('x' * 1024)", limits=limits)
     assert (outcome.status, len(outcome.stdout)) == (OUTPUT, 1024)
