@@ -57,7 +57,7 @@ class ProgramReward:
         Args:
             completions: strings, or chat completions `[{"role": "assistant", "content": ...}]`; of the latter the last
                 message counts. The program is the last block fenced as Python, else the last fenced block, else all.
-            columns: one kind of tests; others are unused. For each completion either
+            columns: the tests, of one kind or of several; the first that a row has counts. For each completion either
                 `entry_point`, a function's name, `inputs`, for each test its list of arguments, and `outputs`, for each
                 test what is to be returned; or
                 `stdin` and `stdout`, for each test a text, of which white space at the end of lines and of the whole

@@ -107,7 +107,7 @@ def seccomp_filter() -> bytes:
 
     def deny(name: str, error: int, *comparisons: _Comparison) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        if number != -1:  # else this libseccomp does not know it
+        if number >= 0:  # else this machine has no such call
             array = (_Comparison * len(comparisons))(*comparisons)
             action = ctypes.c_uint32(fail | error)
             failed = library.seccomp_rule_add_array(context, action, number, len(comparisons), array)

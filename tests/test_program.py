@@ -55,6 +55,12 @@ for number in range(3, 20):
 {ends}
 def double(x): return 2 * x
 """
+WRITES = """
+import os
+for number in range(3, 20):
+    try: os.write(number, b"{text}")
+    except OSError: pass
+"""
 EQUAL_TO_ALL = """
 class Equal({base}):
     def __eq__(self, other): return True
@@ -96,7 +102,7 @@ DOUBLES = [
     # right in other ways
     ("from functools import partial\nfrom operator import mul\ndouble = partial(mul, 2)", RIGHT),
     ("class A:\n  def __call__(self, x): return x + x\ndouble = A()", RIGHT),
-    ("def double(x):\n  print('doubling', x)\n  return x + x", RIGHT),
+    ("def double(x):\n  print('doubling', x, flush=True)\n  return x + x", RIGHT),
     ("def double(x): return float(x + x)", RIGHT),
     (
         "import enum\nclass A(enum.IntEnum):\n  B = 2\ndef double(x): return A.B * x if x > 1 else {1: A.B, -3: -6}[x]",
@@ -155,7 +161,8 @@ DOUBLES = [
     (FORGES.format(value="[]", times=3, ends="os._exit(0)"), WRONG),
     (FORGES.format(value="[" * 5000, times=3, ends="os._exit(0)"), WRONG),
     (FORGES.format(value="", times=10**6, ends="os._exit(0)"), WRONG),
-    (f"import os\nfor n in range(3, 20):\n  try: os.write(n, b'x')\n  except OSError: pass\n{GOOD}", WRONG),
+    (WRITES.format(text="x") + GOOD, WRONG),
+    (WRITES.format(text="2\\n-6\\n80\\n") + "os._exit(0)", WRONG),  # right values, but nobody called a function
     # never ends
     (f"while True: pass\n{GOOD}", WRONG),
     ("def double(x): return 2 * x if x < 40 else __import__('time').sleep(100)", WRONG),
@@ -232,6 +239,7 @@ VALUES = [
     ("{1, 2}", {2, 1}, RIGHT),
     ("frozenset({1, (2, 'a')})", {1, (2, "a")}, RIGHT),
     ("{1, 3}", {1, 2}, WRONG),
+    ("[1, 2]", {1, 2}, WRONG),
     ("{'a': 0.1 + 0.2}", {"a": 0.3}, RIGHT),
     ("__import__('collections').Counter('aab')", {"a": 2, "b": 1}, RIGHT),
     ("__import__('collections').OrderedDict(b=1, a=2)", {"a": 2, "b": 1}, RIGHT),
@@ -377,6 +385,19 @@ def test_programs_that_read_their_input():
     ]
 
 
+def test_which_white_space_counts():
+    """Judges of programs forgive it at the end of a line and of the output, and nowhere else."""
+    outputs = ["1\n2", "1 \n2\t\n\n", "1\n\n2", " 1\n2", "1 2", "\n1\n2"]
+    programs = [f"print({output!r}, end='')" for output in outputs]
+    stdin, stdout = [[""]] * len(outputs), [["1\n2\n"]] * len(outputs)
+    assert program_reward(programs, stdin=stdin, stdout=stdout) == [RIGHT, RIGHT, WRONG, WRONG, WRONG, WRONG]
+
+
+def test_no_program_earns_nothing():
+    """Where a test expects no output, an empty program would print just that."""
+    assert program_reward(["", "pass"], stdin=[["1"]] * 2, stdout=[[""]] * 2) == [WRONG, RIGHT]
+
+
 def test_a_share_of_the_tests():
     """The tests count one by one, the ones before a time-out, an end or a mistake, too."""
     reward = ProgramReward(share=True, limits=Limits(seconds=2))
@@ -385,7 +406,7 @@ def test_a_share_of_the_tests():
         "def double(x): return 2",
         "def double(x): return 2 * abs(x)",
         "def double(x): return 2 * x if x < 40 else __import__('time').sleep(100)",
-        "def double(x): return 2 * x if x == 1 else exit()",
+        "def double(x): return 2 * x if x > 0 else exit()",
         FORGES.format(value="2", times=1, ends=""),
         "",
     ]
@@ -439,6 +460,12 @@ def test_rows_of_other_tasks_are_left_out():
     }
     programs = ["def f(): return 1", "def f(): return 2", "def f(): return 1", "def f(): return 1"]
     assert program_reward(programs, **columns) == [RIGHT, WRONG, UNJUDGED, UNJUDGED]
+
+
+def test_one_kind_of_tests_counts():
+    """Where a row has several kinds, it is the one that the documentation names first."""
+    columns = {"test_list": [["assert f() == 1"]], "stdin": [["1"]], "stdout": [["1"]]}
+    assert program_reward(["print(input())"], **columns) == [RIGHT]
 
 
 def test_program_of_is_linear_in_the_text():
