@@ -1,5 +1,5 @@
 # make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
-# make test    the same set-up, then every test
+# make test    the same set-up and the system's packages, then every test
 # make check   ruff, its formatter and the type checker
 # make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick
 # make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each
@@ -11,13 +11,16 @@ INSTALLED := $(VENV)/.installed
 # `accelerate launch` gives a CPU process one thread unless told otherwise.
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 
-.PHONY: math test check fix bench study clean
+# What the tests need beside Python packages, each as command:package-of-Debian.
+SYSTEM := bwrap:bubblewrap
+
+.PHONY: math test check fix bench study clean system
 
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
 
 # Small models gain nothing from a second thread; as many tests run side by side as there are cores.
-test: $(INSTALLED)
+test: $(INSTALLED) system
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 check: $(INSTALLED)
@@ -34,6 +37,14 @@ bench: $(INSTALLED)
 
 study: $(INSTALLED)
 	$(BIN)/python -m recipes.tiny_math.study $(ARGS)
+
+# Installs what is missing where that needs no password, and says elsewhere what to type.
+system:
+	@missing=$$(for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || echo "$${pair##*:}"; done); \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+	[ -z "$$missing" ] || \
+		{ command -v apt-get && $$sudo apt-get update && $$sudo apt-get install -y $$missing; } >/dev/null 2>&1 || \
+		echo "Some tests are skipped without: sudo apt install" $$missing
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

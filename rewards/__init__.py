@@ -5,6 +5,7 @@
 """
 
 from rewards.math_answer import MathAnswerReward, check_gold, math_answer_reward
+from rewards.program import ProgramReward, program_reward
 from rewards.text_shape import (
     CoherenceReward,
     FormatReward,
@@ -19,9 +20,11 @@ __all__ = [
     "FormatReward",
     "LengthReward",
     "MathAnswerReward",
+    "ProgramReward",
     "check_gold",
     "coherence_reward",
     "format_reward",
     "length_reward",
     "math_answer_reward",
+    "program_reward",
 ]

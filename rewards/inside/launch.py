@@ -1,0 +1,39 @@
+"""Runs inside the sandbox, sent there as text: give up every right, then become the program.
+
+    python -c <this file> SOURCE READY USER RLIMIT_AS=536870912 RLIMIT_CORE=0 ...
+
+SOURCE is the file descriptor of the program's text, READY the one that takes a byte when all is set, USER the user to
+become, or 0 to stay what this is.
+"""
+
+import builtins
+import os
+import resource
+import sys
+
+
+def main() -> None:
+    source_file, ready, user = map(int, sys.argv[1:4])
+    with os.fdopen(source_file, "rb") as file:
+        source = file.read()
+    for limit in sys.argv[4:]:
+        name, _, wanted = limit.partition("=")
+        kind = getattr(resource, name)
+        allowed = resource.getrlimit(kind)[1]
+        value = int(wanted) if allowed == resource.RLIM_INFINITY else min(int(wanted), allowed)
+        resource.setrlimit(kind, (value, value))
+    if user:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site` would have added them
+    sys.argv[:] = ["program.py"]
+    program = sys.modules["__main__"] = type(sys)("__main__")
+    os.write(ready, b"1")  # a fault before this byte is the sandbox's, one after it the program's
+    os.close(ready)
+    exec(compile(source, "program.py", "exec", dont_inherit=True), vars(program))
+
+
+if __name__ == "__main__":
+    main()
