@@ -7,6 +7,11 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import test_logic as logic_cases
+import test_math_answer as math_cases
+import test_program as program_cases
+import test_rewards_fuzz as fuzz
+import test_sandbox as sandbox_cases
 import trl
 import yaml
 from conftest import ROOT
@@ -146,3 +151,18 @@ def test_nothing_is_installed_twice():
     done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
     if (ROOT / ".venv" / ".installed").exists():
         assert "pip install" not in done.stdout
+
+
+def test_figures_of_the_readme_are_those_of_the_tests():
+    """Cases come and go; the table of what was tried must say how many there are."""
+    tried = [
+        f"{len(math_cases.CASES) + len(math_cases.HOSTILE) + len(math_cases.COPIES)} answers",
+        f"{len(program_cases.DOUBLES)} programs by their calls, {len(program_cases.STREAMS)} by their output, "
+        f"{len(program_cases.VALUES)} returned values, {len(program_cases.ASSERTS)} forms of asserts",
+        f"{len(sandbox_cases.ESCAPES) + len(sandbox_cases.HARMFUL)} attempts to get out of it or to do harm, "
+        f"{len(sandbox_cases.ESCAPES)} of which succeed without it, and {len(sandbox_cases.BEHAVIOURS)} behaviours",
+        f"the gold answers of {len(logic_cases.TASKS)} tasks",
+        f"{fuzz.EXAMPLES * fuzz.BATCH:,} mutated completions",
+    ]
+    readme = (ROOT / "README.md").read_text()
+    assert [figure for figure in tried if figure not in readme] == []

@@ -4,7 +4,9 @@ To put another reward to this test, add a line to REWARDS.
 """
 
 import math
+import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewards import coherence_reward, format_reward, length_reward, math_answer_reward
+from rewards import ProgramReward, coherence_reward, format_reward, length_reward, math_answer_reward
 from rewards.logic import logic_problems, logic_reward
+from rewards.sandbox import Limits
 
 EXAMPLES, BATCH = 200, 100
 SECONDS = 5.0  # for one completion; a comparison of expressions may take 2 s to read and 2 s to compare
@@ -28,10 +31,11 @@ PROBLEMS = [logic_problems(task, train=1, heldout=0)[0][0] for task in TASKS]
 
 
 class Case(NamedTuple):
-    """A reward and the columns for its n-th completion."""
+    """A reward, the columns for its n-th completion, and how many completions go by for one that it judges."""
 
     reward: Callable[..., list[float | None]]
     columns: Callable[[int], dict[str, Any]]
+    every: int = 1
 
 
 REWARDS = [
@@ -41,6 +45,10 @@ REWARDS = [
     Case(math_answer_reward, lambda n: {"answer": GOLDS[n % len(GOLDS)], "prompts": "Simplify x^2+1 and 6/8."}),
     Case(logic_reward, lambda n: {key: PROBLEMS[n % len(PROBLEMS)][key] for key in ("answer", "task", "metadata")}),
 ]
+# Each of its programs is a process in a sandbox.
+if shutil.which("bwrap") or os.environ.get("CI") == "true":
+    DOUBLE = {"entry_point": "double", "inputs": [[1], [-3]], "outputs": [2, -6]}
+    REWARDS.append(Case(ProgramReward(limits=Limits(seconds=1.0)), lambda n: DOUBLE, every=40))
 
 CORPUS = [
     r"We get $6 \cdot 7 = 42$, so \boxed{42}.",
@@ -51,7 +59,7 @@ CORPUS = [
     r"\boxed{x = \pm 2 \text{ or } -\infty < y \le 50\%}",
     '<answer>[1, 2, "B U2 R\'", (A ∧ B)]</answer>',
     "<answer>F+1 K-2 7*(6-0)/1</answer>",
-    "```python\nprint(42)\n```",
+    "```python\ndef double(x):\n    return 2 * x\n```",
     "42",
     "",
 ]
@@ -132,7 +140,7 @@ def test_mutated_completions():
     def check(batch: list[str]) -> None:
         nonlocal count
         for completion in batch:
-            for case in REWARDS:
+            for case in (case for case in REWARDS if count % case.every == 0):
                 seconds = judged(case, count, completion)
                 slowest[case.reward.__name__] = max(slowest[case.reward.__name__], (seconds, completion))
             count += 1
