@@ -21,7 +21,7 @@ math: $(INSTALLED)
 
 # Small models gain nothing from a second thread; as many tests run side by side as there are cores.
 test: $(INSTALLED) system
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
