@@ -30,6 +30,7 @@ def begin(reward: bytes, parent: int) -> None:
     """Take up a pickled reward, leave Ctrl-C to the parent, and never outlive it."""
     global _reward
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which ends a call into C at once; a handler would wait for it
     if sys.platform == "linux":  # also where a call that never returns holds the interpreter
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

@@ -62,7 +62,7 @@ def test_an_answer_that_fails_costs_itself(safe, text, kind):
     reward(completions=["warm up"])
     started = time.monotonic()
     assert reward(completions=["one", text, "three", "unknown", "fifth"]) == [3, None, 5, None, 5]
-    assert time.monotonic() - started < PATIENCE + 5
+    assert time.monotonic() - started < PATIENCE + 2.5
     failed = {"timeouts": 0, "crashes": 0, "errors": 0} | {kind: 1}
     assert vars(reward.failures) == {"answers": 6} | failed
 
