@@ -17,11 +17,13 @@ Lists, tuples, sets, intervals, equations and inequalities are taken apart here;
 import re
 from dataclasses import dataclass
 
-from rewards.expression import MAX_CHARACTERS, read, same_relation, same_value
+from rewards.expression import read, same_relation, same_value
 from rewards.notation import depths, split, tidy, unwrap
 from rewards.number import Number, read_number, same_number, without_unit
 
-MAX_NESTING = 16  # of brackets
+MAX_CHARACTERS = 256  # a final answer is short
+MAX_DEPTH = 10  # of brackets: the time of Math-Verify's grammar grows with its square
+
 _AND = r"(?<![^\s,;])(?:and|or)(?![^\s(\\])"
 _BETWEEN = rf";|\\(?:lor|vee|cup)(?![A-Za-z])|{_AND}|(?<![\u4e00-\u9fff])[或和]|[或和](?![\u4e00-\u9fff])"
 _LIST = re.compile(rf"{_BETWEEN}|(?<!\d),|,(?!\d{{3}}(?!\d))")  # a comma before three digits groups thousands
@@ -63,7 +65,7 @@ def read_answer(text: str) -> Answer | None:
     if len(text) > MAX_CHARACTERS:
         return None
     text = tidy(text)
-    return _read(text) if text and max(depths(text)) <= MAX_NESTING else None
+    return _read(text) if text and max(depths(text)) <= MAX_DEPTH else None
 
 
 def is_readable(answer: Answer | None) -> bool:

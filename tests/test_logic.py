@@ -123,6 +123,18 @@ def test_partial_scores_are_kept():
     assert score(row, "no idea") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [("complex_arithmetic", "nan"), ("number_sorting", "[NaN, NaN]"), ("coin_flip", "1e9999999")],
+)
+def test_what_is_no_number_earns_nothing(task, answer):
+    """NaN is as near to the right number as the right number, for a scorer that takes the smaller of two scores."""
+    rows, _ = logic_problems(task, train=5, heldout=0)
+    for row in rows:
+        count = row["answer"].count(",") + 1
+        assert score(row, answer.replace("NaN, NaN", ", ".join(["NaN"] * count))) == 0.0
+
+
 def test_the_options_of_the_task_are_those_of_its_scorer():
     """decimal_arithmetic forgives one unit of the last decimal place, which is an option."""
     for places, forgiven in ((1, 1.0), (4, 0.0)):
