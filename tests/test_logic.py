@@ -13,7 +13,7 @@ from datasets import Dataset
 from rewards.logic import HARMLESS, REFUSED, logic_problems, logic_reward
 
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(REFUSED))
-# What is wrong with each of these for scorers that believe it; see the table of HOSTILE answers in test_math_answer.py.
+# Each of these is trouble for a scorer that believes it.
 HOSTILE = [
     "",
     "9" * 9000,

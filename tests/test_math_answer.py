@@ -28,6 +28,7 @@ CASES = [
     (r"\boxed{\frac{1}{\frac{2}{1}}}", r"\frac{1}{\frac{2}{1}}", RIGHT),
     (r"\boxed{\left\{1, 2\right\}}", r"\{1,2\}", RIGHT),
     (r"\boxed {42}", "42", RIGHT),
+    (r"\boxed{{42}}", "42", RIGHT),
     (r"$$\boxed{42}$$", "42", RIGHT),
     (r"\boxed{42} and then \boxed{4", "42", RIGHT),  # the last one was cut off
     (r"\boxed{x = \boxed{42}}", "42", RIGHT),
@@ -153,6 +154,8 @@ CASES = [
     (r"\boxed{12.5 \%}", "1/8", RIGHT),
     ("#### 0.5%", "50%", WRONG),
     ("#### 0.5%", "50", WRONG),
+    ("#### 0.5%", "0.5", WRONG),
+    ("#### 1%", "1", RIGHT),
     ("#### 5000%", "50%", WRONG),
     # currency
     ("#### $1,016.00", "1016", RIGHT),
@@ -347,6 +350,7 @@ CASES = [
     # a list without brackets passes for a tuple in its order
     (r"\boxed{1,2}", "(1,2)", RIGHT),
     (r"\boxed{2,1}", "(1,2)", WRONG),
+    (r"\boxed{1 \text{ or } 2}", "(1,2)", WRONG),
     (r"\boxed{(1,2)}", "1,2", RIGHT),
     (r"\boxed{[1,2,3]}", "1,2,3", RIGHT),
     # sets
@@ -384,11 +388,19 @@ CASES = [
     (r"\boxed{a+b=5}", "5", RIGHT),
     (r"\boxed{\text{Area} = 5 \text{ cm}^2}", "5", RIGHT),
     (r"\boxed{x \approx 3.14}", "3.14", RIGHT),
+    (r"\boxed{\approx 3.14}", "3.14", RIGHT),
     (r"\boxed{x=\frac{10}{4}}", "2.5", RIGHT),
     (r"\boxed{(x,y)=(1,2)}", "(1,2)", RIGHT),
     (r"\boxed{x=1, y=2}", "y=2, x=1", RIGHT),
     (r"\boxed{x=1, y=2}", "(1,2)", RIGHT),
     (r"\boxed{x=2, y=1}", "(1,2)", WRONG),
+    # values without names stand in the order of the names
+    (r"\boxed{(1,2)}", "y=2, x=1", RIGHT),
+    (r"\boxed{1, 2}", "x=1, y=2", RIGHT),
+    (r"\boxed{(2,1)}", "y=2, x=1", WRONG),
+    (r"\boxed{2, 1}", "x=1, y=2", WRONG),
+    (r"\boxed{\{1,2\}}", "x=1, y=2", WRONG),
+    (r"\boxed{1, 2}", "x=2 or x=1", RIGHT),
     (r"\boxed{x=1 \text{ or } x=2}", "2, 1", RIGHT),
     (r"\boxed{x = \pm 2}", "-2, 2", RIGHT),
     (r"\boxed{x \in \{1,2\}}", r"\{1,2\}", RIGHT),
@@ -437,6 +449,7 @@ CASES = [
     (r"\boxed{2x>10}", "x>5", WRONG),
     (r"\boxed{x^2>4}", r"(-\infty,-2)\cup(2,\infty)", WRONG),
     (r"\boxed{y < 2x+1}", "y>2x+1", WRONG),
+    (r"\boxed{3<4}", "1<2", WRONG),
     #
     # SEVERAL CANDIDATES ARE NO ANSWER
     (r"\boxed{1 or 2}", "2", WRONG),
@@ -693,6 +706,8 @@ def test_chat_completions_and_columns_of_trl():
         completions=completions, answer=["42"] * 4, prompts=["q"] * 4, completion_ids=[[1]] * 4, trainer_state=None
     )
     assert rewards == [RIGHT, WRONG, WRONG, WRONG]
+    with pytest.raises(ValueError, match="shorter"):
+        math_answer_reward([chat, chat], answer=["42"])
 
 
 def test_trl_logs_it_by_name_and_other_processes_can_have_it():
