@@ -6,7 +6,8 @@ Lists, tuples, sets, intervals, equations and inequalities are taken apart here;
 (`rewards.number`), expressions (`rewards.expression`) and words.
 
 - A bare list and a set have no order; a tuple, a vector, `[...]` and an interval have. A bare list also passes for a
-  set, and in its order for `(...)` and `[...]`. Brackets otherwise have to be the same, and so does the count.
+  set, and with commas in its order for `(...)` and `[...]`; so do the values of `y = 2, x = 1` for (1, 2), by name.
+  Brackets otherwise have to be the same, and so does the count.
 - `x = 5` is 5, and 5 is `x = 5`, but `y = 5` is not `x = 5`. In a chain such as `x = 2+3 = 5` every step has to hold.
   Where an equation is the gold answer, a constant factor does not matter; but `x = 5` is not met by `5x = 25`.
 - `x > 5` is `(5,\infty)`; a union of intervals is a list of them.
@@ -16,12 +17,15 @@ Lists, tuples, sets, intervals, equations and inequalities are taken apart here;
 
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 
-from rewards.expression import MAX_CHARACTERS, read, same_relation, same_value
+from rewards.expression import read, same_relation, same_value
 from rewards.notation import depths, split, tidy, unwrap
 from rewards.number import Number, read_number, same_number, without_unit
 
-MAX_NESTING = 16  # of brackets
+MAX_CHARACTERS = 256  # a final answer is short
+MAX_DEPTH = 10  # of brackets: the time of Math-Verify's grammar grows with its square
+
 _AND = r"(?<![^\s,;])(?:and|or)(?![^\s(\\])"
 _BETWEEN = rf";|\\(?:lor|vee|cup)(?![A-Za-z])|{_AND}|(?<![\u4e00-\u9fff])[或和]|[或和](?![\u4e00-\u9fff])"
 _LIST = re.compile(rf"{_BETWEEN}|(?<!\d),|,(?!\d{{3}}(?!\d))")  # a comma before three digits groups thousands
@@ -63,7 +67,7 @@ def read_answer(text: str) -> Answer | None:
     if len(text) > MAX_CHARACTERS:
         return None
     text = tidy(text)
-    return _read(text) if text and max(depths(text)) <= MAX_NESTING else None
+    return _read(text) if text and max(depths(text)) <= MAX_DEPTH else None
 
 
 def is_readable(answer: Answer | None) -> bool:
@@ -108,9 +112,10 @@ def _read(text: str) -> Answer:
     wrapped = unwrap(text)
     if wrapped and wrapped[0] == "{":
         return _read(wrapped[1])
-    items = [item for item in split(text, _LIST)[0] if item]
+    pieces, separators = split(text, _LIST)
+    items = [item for item in pieces if item]
     if len(items) > 1:
-        return Group("", tuple(map(_read, items)))
+        return Group("" if set(separators) == {","} else "{}", tuple(map(_read, items)))  # 1 or 2 has no order
     if items and items[0] != text:
         return _read(items[0])  # a comma too many
     if wrapped and wrapped[0] in _BRACKETS and wrapped[2] in _BRACKETS:
@@ -176,6 +181,10 @@ def _evaluates_to(gold: Answer, answer: Answer) -> bool:
 
 
 def _same_items(gold: Group, answer: Group) -> bool:
+    names = [item.name for item in gold.items if isinstance(item, Relation)]
+    named = len(set(names)) > 1 and len(names) == len(gold.items)
+    if named and not any(isinstance(item, Relation) for item in answer.items):
+        gold = Group("()", tuple(item for _, item in sorted(zip(names, gold.items, strict=True), key=itemgetter(0))))
     kinds = {gold.brackets, answer.brackets}
     comparable = len(kinds) == 1 or ("" in kinds and kinds < {"", "()", "[]", "{}"})
     if not comparable or len(gold.items) != len(answer.items):

@@ -14,21 +14,25 @@ Result = TypeVar("Result")
 
 
 class DeadlinePassed(BaseException):
-    """Not an Exception, since libraries that meet one inside a computation swallow it and go on."""
+    """Not an Exception: libraries that meet one inside a computation swallow it and go on."""
 
 
 def within(seconds: float, function: Callable[[], Result]) -> Result:
-    """`function()`; in the main thread DeadlinePassed after so many seconds, and again every tenth if swallowed."""
+    """`function()`; in the main thread DeadlinePassed after so many seconds, and every tenth until it comes through."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return function()
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise DeadlinePassed
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
-        return function()
-    finally:
+        try:
+            return function()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # also where the signal came in the line above
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)

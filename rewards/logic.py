@@ -23,7 +23,7 @@ from rewards.completion import Completion, text_of
 from rewards.deadline import DeadlinePassed, within
 from rewards.final_answer import final_answer
 
-SCORING_SECONDS = 2.0  # for one answer, in the main thread; nearly all scorers take less than a millisecond
+SCORING_SECONDS = 2.0  # for one answer, in the main thread
 
 _RUNS_TEXT = "its scorer runs the model's text as Python"
 REFUSED = {
@@ -150,8 +150,8 @@ def _dataset(task: str, config: str) -> Any:
     if task in REFUSED:
         raise ValueError(f"{task!r} is not offered: {REFUSED[task]}.")
     if task not in reasoning_gym.factory.DATASETS:
-        near = ", ".join(sorted(set(reasoning_gym.factory.DATASETS) - set(REFUSED)))
-        raise ValueError(f"reasoning-gym has no task {task!r}. It has: {near}.")
+        valid = ", ".join(sorted(set(reasoning_gym.factory.DATASETS) - set(REFUSED)))
+        raise ValueError(f"reasoning-gym has no task {task!r}. It has: {valid}.")
     try:
         return reasoning_gym.create_dataset(task, **json.loads(config))
     except (TypeError, AssertionError) as error:

@@ -60,6 +60,7 @@ _REPLACEMENTS = [
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"^\s*\\approx(?![A-Za-z])", ""),
         (r"\s+", " "),
     )
 ]

@@ -109,7 +109,10 @@ def without_unit(text: str) -> str:
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """Equal, exactly. Where one of both carries a percent sign, 50% is 0.5 and also the 50 of "how many percent?"."""
+    """Equal, exactly. Where one of both carries a percent sign, 50% is 0.5 and also the 50 of "how many percent?".
+
+    Below 1 it is one reading only: 0.5% is not 0.5.
+    """
     if gold.percent == answer.percent:
         return gold.value == answer.value
-    return gold.exact == answer.exact or gold.value == answer.value
+    return gold.exact == answer.exact or (gold.value == answer.value and abs(gold.value) >= 1)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from rewards.logic import HARMLESS, REFUSED, logic_problems, logic_reward
 
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(REFUSED))
-# What is wrong with each of these for scorers that believe it; see the table of HOSTILE answers in test_math_answer.py.
+# Each of these is trouble for a scorer that believes it.
 HOSTILE = [
     "",
     "9" * 9000,
@@ -121,6 +121,18 @@ def test_partial_scores_are_kept():
     assert score(row, " + ".join(map(str, numbers))) == 0.05  # the right numbers
     assert score(row, "1 + 1") == 0.05
     assert score(row, "no idea") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [("complex_arithmetic", "nan"), ("number_sorting", "[NaN, NaN]"), ("coin_flip", "1e9999999")],
+)
+def test_what_is_no_number_earns_nothing(task, answer):
+    """NaN is as near to the right number as the right number, for a scorer that takes the smaller of two scores."""
+    rows, _ = logic_problems(task, train=5, heldout=0)
+    for row in rows:
+        count = row["answer"].count(",") + 1
+        assert score(row, answer.replace("NaN, NaN", ", ".join(["NaN"] * count))) == 0.0
 
 
 def test_the_options_of_the_task_are_those_of_its_scorer():

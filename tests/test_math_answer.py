@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -9,9 +10,11 @@ import time
 
 import pytest
 from conftest import TINY_DATA
+from latex2sympy2_extended.antlr_parser import PSParser
 
-from rewards import MathAnswerReward, check_gold, math_answer_reward
-from rewards.expression import MAX_CHARACTERS, read
+from rewards import MathAnswerReward, check_gold, expression, math_answer_reward
+from rewards.answer import MAX_CHARACTERS
+from rewards.expression import read
 from rewards.final_answer import final_answer
 
 RIGHT, WRONG, UNJUDGED = 1.0, 0.0, None
@@ -25,6 +28,7 @@ CASES = [
     (r"\boxed{\frac{1}{\frac{2}{1}}}", r"\frac{1}{\frac{2}{1}}", RIGHT),
     (r"\boxed{\left\{1, 2\right\}}", r"\{1,2\}", RIGHT),
     (r"\boxed {42}", "42", RIGHT),
+    (r"\boxed{{42}}", "42", RIGHT),
     (r"$$\boxed{42}$$", "42", RIGHT),
     (r"\boxed{42} and then \boxed{4", "42", RIGHT),  # the last one was cut off
     (r"\boxed{x = \boxed{42}}", "42", RIGHT),
@@ -150,6 +154,8 @@ CASES = [
     (r"\boxed{12.5 \%}", "1/8", RIGHT),
     ("#### 0.5%", "50%", WRONG),
     ("#### 0.5%", "50", WRONG),
+    ("#### 0.5%", "0.5", WRONG),
+    ("#### 1%", "1", RIGHT),
     ("#### 5000%", "50%", WRONG),
     # currency
     ("#### $1,016.00", "1016", RIGHT),
@@ -270,6 +276,10 @@ CASES = [
     (r"\boxed{\pi}", "3.14", WRONG),
     (r"\boxed{\frac{22}{7}}", r"\pi", WRONG),
     (r"\boxed{0.3333333333}", r"\frac{\sqrt{4}}{6}", WRONG),
+    (r"\boxed{0.5}", r"\frac{\sqrt{4}}{4}", RIGHT),
+    (r"\boxed{0.1x}", r"\frac{x}{10}", RIGHT),  # exact, too
+    (r"\boxed{6+\sqrt{2}}", r"2(3)+\sqrt{2}", RIGHT),  # no mixed number
+    (r"\boxed{? \frac{1}{2}}", r"\frac{\sqrt{4}}{4}", WRONG),  # the piece that can be read is not the answer
     # functions and constants
     (r"\boxed{\sin x}", "sin(x)", RIGHT),
     (r"\boxed{\sin^2 x + \cos^2 x}", r"\sin^2 y+\cos^2 y", RIGHT),
@@ -321,6 +331,7 @@ CASES = [
     (r"\boxed{1, 2}", "1,2,3", WRONG),
     (r"\boxed{1, 2, 3}", "1,2", WRONG),
     (r"\boxed{1, 1, 2}", "1,2", WRONG),
+    (r"\boxed{1, 2, 2}", "1,1,2", WRONG),
     (r"\boxed{\frac12, \sqrt2}", r"\sqrt{2}, 0.5", RIGHT),
     (r"\boxed{\pm 5}", "5, -5", RIGHT),
     (r"\boxed{1 \pm \sqrt{2}}", r"1-\sqrt2, 1+\sqrt2", RIGHT),
@@ -335,9 +346,11 @@ CASES = [
     (r"\boxed{(100,200)}", "(100, 200)", RIGHT),  # no thousands inside brackets
     (r"\boxed{(2,3),(0,1)}", "(0,1),(2,3)", RIGHT),
     (r"\boxed{(5)}", "5", RIGHT),
+    (r"\boxed{(1,2),}", "(1,2)", RIGHT),
     # a list without brackets passes for a tuple in its order
     (r"\boxed{1,2}", "(1,2)", RIGHT),
     (r"\boxed{2,1}", "(1,2)", WRONG),
+    (r"\boxed{1 \text{ or } 2}", "(1,2)", WRONG),
     (r"\boxed{(1,2)}", "1,2", RIGHT),
     (r"\boxed{[1,2,3]}", "1,2,3", RIGHT),
     # sets
@@ -375,11 +388,19 @@ CASES = [
     (r"\boxed{a+b=5}", "5", RIGHT),
     (r"\boxed{\text{Area} = 5 \text{ cm}^2}", "5", RIGHT),
     (r"\boxed{x \approx 3.14}", "3.14", RIGHT),
+    (r"\boxed{\approx 3.14}", "3.14", RIGHT),
     (r"\boxed{x=\frac{10}{4}}", "2.5", RIGHT),
     (r"\boxed{(x,y)=(1,2)}", "(1,2)", RIGHT),
     (r"\boxed{x=1, y=2}", "y=2, x=1", RIGHT),
     (r"\boxed{x=1, y=2}", "(1,2)", RIGHT),
     (r"\boxed{x=2, y=1}", "(1,2)", WRONG),
+    # values without names stand in the order of the names
+    (r"\boxed{(1,2)}", "y=2, x=1", RIGHT),
+    (r"\boxed{1, 2}", "x=1, y=2", RIGHT),
+    (r"\boxed{(2,1)}", "y=2, x=1", WRONG),
+    (r"\boxed{2, 1}", "x=1, y=2", WRONG),
+    (r"\boxed{\{1,2\}}", "x=1, y=2", WRONG),
+    (r"\boxed{1, 2}", "x=2 or x=1", RIGHT),
     (r"\boxed{x=1 \text{ or } x=2}", "2, 1", RIGHT),
     (r"\boxed{x = \pm 2}", "-2, 2", RIGHT),
     (r"\boxed{x \in \{1,2\}}", r"\{1,2\}", RIGHT),
@@ -428,6 +449,7 @@ CASES = [
     (r"\boxed{2x>10}", "x>5", WRONG),
     (r"\boxed{x^2>4}", r"(-\infty,-2)\cup(2,\infty)", WRONG),
     (r"\boxed{y < 2x+1}", "y>2x+1", WRONG),
+    (r"\boxed{3<4}", "1<2", WRONG),
     #
     # SEVERAL CANDIDATES ARE NO ANSWER
     (r"\boxed{1 or 2}", "2", WRONG),
@@ -473,6 +495,7 @@ CASES = [
     ("#### 1", r"\frac{1}{", UNJUDGED),
     ("#### 1", "1/0", UNJUDGED),
     ("#### 1", "x" * (MAX_CHARACTERS + 1), UNJUDGED),
+    ("#### " + "9" * 300, "9" * 300, UNJUDGED),
     ("#### 1", "9^{9^{9^9}}", UNJUDGED),
     ("#### 1", "x if x is even, 0 if not?", UNJUDGED),
     ("#### 1", None, UNJUDGED),
@@ -496,6 +519,8 @@ HOSTILE = [
     r"\boxed{(10^9)!}",
     r"\boxed{1000000000!}",
     r"\boxed{((9!)!)!}",
+    r"\boxed{(1,((((9!)!)!)!)!)\cap(2,3)}",
+    r"\boxed{(\sin(9^{99^{99}}),2)\cap(2,3)}",
     "#### 1e999999999",
     "#### " + "9" * (MAX_CHARACTERS + 1),
     "9" * 1_000_000,
@@ -519,6 +544,7 @@ HOSTILE = [
     r"\boxed{" + "(" * 10_000 + "1" + ")" * 10_000 + "}",
     r"\boxed{" + "(" * 100 + "1" + ")" * 100 + "}",
     r"\boxed{" + "[" * 100 + "1" + "]" * 100 + "}",
+    r"\boxed{1+" + "(" * 100 + "x" + ")" * 100 + "}",
     r"\boxed{" + "x^{" * 60 + "x" + "}" * 60 + "}",
     r"\boxed{" + r"\frac{1}{1+" * 18 + "x" + "}" * 18 + "}",
     r"\boxed{" + "x_" * 120 + "x}",
@@ -582,6 +608,7 @@ COPIES = [
     ("Let y = 2x+1. What is y?", "2x+1", "1+2x", WRONG),
     ("Let y = 12x+1.", "2x+1", "1+2x", RIGHT),  # a part of something longer
     ("Let y = 2x+1-z.", "2x+1", "1+2x", RIGHT),
+    ("Let y = z-2x+1.", "2x+1", "1+2x", RIGHT),
     ("Reduce 6/8.", "6/8", "3/4", WRONG),
     ("Reduce 6/8.", "3/4", "3/4", RIGHT),
     ("What is half of 1? Write 1/2 or 0.5.", "1/2", "0.5", RIGHT),  # there is nothing left to do
@@ -619,6 +646,16 @@ def test_the_table_is_bounded_off_the_main_thread():
     assert not thread.is_alive(), f"stuck after {seconds[-1]}"
     assert not failures
     assert max(seconds)[0] < 1.5, max(seconds)
+
+
+def test_the_parser_forgets(monkeypatch):
+    """ANTLR keeps every state that it has met: on text that nobody writes its memory grows for ever."""
+    monkeypatch.setattr(expression, "MAX_STATES", 1000)
+    rng = random.Random(0)
+    pieces = ["1", "x", "+", "-", "^{2}", r"\frac{1}{x}", r"\sin ", r"\sqrt{x}", "(x)", "|x|", "!", r"\log_{2}"]
+    for _ in range(60):
+        read("".join(rng.choices(pieces, k=12)))
+        assert len(PSParser.sharedContextCache.cache) < 5000
 
 
 @pytest.mark.parametrize("gold", ["42", "x^2+1", "(1,2)", "x=5", "east", r"\begin{pmatrix}1\\2\end{pmatrix}"])
@@ -663,10 +700,14 @@ def test_strict_takes_boxed_answers_only():
 def test_chat_completions_and_columns_of_trl():
     chat = [{"role": "assistant", "content": "so #### 42"}]
     tool = [{"role": "assistant", "content": None}]
+    image = [{"role": "assistant", "content": [{"type": "image"}]}]
+    completions = [chat, tool, image, []]
     rewards = math_answer_reward(
-        completions=[chat, tool, []], answer=["42"] * 3, prompts=["q"] * 3, completion_ids=[[1]] * 3, trainer_state=None
+        completions=completions, answer=["42"] * 4, prompts=["q"] * 4, completion_ids=[[1]] * 4, trainer_state=None
     )
-    assert rewards == [RIGHT, WRONG, WRONG]
+    assert rewards == [RIGHT, WRONG, WRONG, WRONG]
+    with pytest.raises(ValueError, match="shorter"):
+        math_answer_reward([chat, chat], answer=["42"])
 
 
 def test_trl_logs_it_by_name_and_other_processes_can_have_it():

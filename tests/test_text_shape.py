@@ -3,6 +3,8 @@
 import pickle
 
 import pytest
+from conftest import log_of
+from trl import GRPOTrainer
 
 from rewards import (
     CoherenceReward,
@@ -11,6 +13,7 @@ from rewards import (
     coherence_reward,
     format_reward,
     length_reward,
+    math_answer_reward,
 )
 
 FORMATS = [
@@ -127,3 +130,20 @@ def test_chat_completions_names_and_pickles(reward):
     assert reward([chat, empty, []], prompts=["q"] * 3, trainer_state=None) == reward([text, "", ""])
     assert reward.__name__ in ("format_reward", "length_reward", "coherence_reward")
     assert pickle.loads(pickle.dumps(reward)) == reward
+
+
+def test_stock_trl_takes_them_with_weights_and_logs_them_by_name(build, small_model):
+    trainer = build(
+        small_model,
+        trainer=GRPOTrainer,
+        reward=[math_answer_reward, format_reward, LengthReward(target=4)],
+        columns={"answer": ["3", "71", "4", "15"]},
+        reward_weights=[1.0, 0.1, 0.2],
+        max_steps=1,
+    )
+    trainer.train()
+    names = ("math_answer_reward", "format_reward", "length_reward")
+    means = [log_of(trainer, f"rewards/{name}/mean") for name in names]
+    assert all(len(mean) == 1 for mean in means)
+    assert means[2][0] > 0  # random text has words
+    assert log_of(trainer, "reward")[0] == pytest.approx(means[0][0] + 0.1 * means[1][0] + 0.2 * means[2][0])
