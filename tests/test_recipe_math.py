@@ -165,9 +165,8 @@ def test_offline_a_hub_name_gives_one_sentence(tmp_path):
 def test_the_default_run_learns(tmp_path, seed):
     """By GRPO alone, with the document's objective and beta > 0; then a fresh process loads the adapter with plain
     PEFT on the base and finds the same accuracy."""
-    cores = str(len(os.sched_getaffinity(0)))
     flags = ["--seed", str(seed), "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
-    code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS=cores)
+    code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # others run beside
     assert code == 0, output
     summary = json.loads((tmp_path / "summary.json").read_text())
     before, after = summary["sampled_pass_at_1_before"], summary["sampled_pass_at_1_after"]

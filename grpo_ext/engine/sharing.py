@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -40,7 +41,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """The causal language model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def add_shared_scoring(lm: PreTrainedModel) -> None:
