@@ -162,7 +162,7 @@ def test_figures_of_the_readme_are_those_of_the_tests():
         f"{len(sandbox_cases.ESCAPES) + len(sandbox_cases.HARMFUL)} attempts to get out of it or to do harm, "
         f"{len(sandbox_cases.ESCAPES)} of which succeed without it, and {len(sandbox_cases.BEHAVIOURS)} behaviours",
         f"the gold answers of {len(logic_cases.TASKS)} tasks",
-        f"{fuzz.EXAMPLES * fuzz.BATCH:,} mutated completions",
+        f"{fuzz.DIFFERENT:,} mutated completions",
     ]
     readme = (ROOT / "README.md").read_text()
     assert [figure for figure in tried if figure not in readme] == []
