@@ -7,7 +7,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 # `accelerate launch` gives a CPU process one thread unless told otherwise.
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 
@@ -20,22 +22,22 @@ math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
 
 # Small models gain nothing from a second thread; as many tests run side by side as there are cores.
-test: $(INSTALLED) system
+test: $(TOOLS) system
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-check: $(INSTALLED)
+check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(INSTALLED)
+fix: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
+bench: $(TOOLS)
 	$(BIN)/python tests/benchmarks/compare_trl.py $(ARGS)
 
-study: $(INSTALLED)
+study: $(TOOLS)
 	$(BIN)/python -m recipes.tiny_math.study $(ARGS)
 
 # Installs what is missing where that needs no password, and says elsewhere what to type.
@@ -53,5 +55,10 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'grpo-ext needs Python 3.11 or newer, this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -e .
 	@touch $(INSTALLED)
+
+# What the tests need on top; reasoning-gym, one of them, compiles a part of itself.
+$(TOOLS): $(INSTALLED)
+	$(PIP) -e ".[dev]"
+	@touch $(TOOLS)

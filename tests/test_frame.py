@@ -149,7 +149,7 @@ def test_an_old_python_gets_one_line(tmp_path):
 def test_nothing_is_installed_twice():
     """After an installation newer than the package files, make has nothing to install."""
     done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
-    if (ROOT / ".venv" / ".installed").exists():
+    if (ROOT / ".venv" / ".tools").exists():
         assert "pip install" not in done.stdout
 
 
