@@ -422,7 +422,12 @@ def test_anyone_but_root_gets_a_user_namespace():
         for path in (Path(folder), package, *package.rglob("*")):
             path.chmod(0o755)
         command, somebody = ["/usr/bin/python3", "-c", script], {"user": 61000, "group": 61000, "extra_groups": ()}
-        shown = subprocess.run(command, cwd=folder, capture_output=True, check=True, **somebody).stdout.splitlines()
+        for _ in range(3):  # the options are tested, not what a busy machine refuses for a moment
+            done = subprocess.run(command, cwd=folder, capture_output=True, check=False, **somebody)
+            if done.returncode == 0:
+                break
+    assert done.returncode == 0, done.stderr.decode()
+    shown = done.stdout.splitlines()
     assert shown[:2] == [rb"b'65534\n'", rb"b'True\n'"]
     assert b"stopped" in shown[2]
 
