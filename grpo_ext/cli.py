@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ext.data import fetch
+from grpo_ext.data import PROMPT_COLUMNS, fetch
 from grpo_ext.run.quiet import quiet_libraries
 from rewards.audit import FORMS, Check, Seconds, audit
 
@@ -51,7 +51,7 @@ def _audit(options: argparse.Namespace) -> None:
     data = splits[options.split].shuffle(seed=options.seed)
     rows = data.select(range(min(options.rows, len(data)))).to_list()
     for row in rows:
-        row.setdefault("prompt", row.get("question", row.get("problem", "")))
+        row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
     checks, seconds = audit(
         _named(options.reward), rows, gold=options.gold, forms=options.form or FORMS, seed=options.seed
     )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards.completion import text_of
+
 Row = dict[str, Any]
 
 # How a completion may state its answer: the first is taken for most checks, and all of them have to be understood.
@@ -94,7 +96,7 @@ def audit(
             [row for row, text in zip(rows, golds, strict=True) if text != common],
             [form.format(common)] * sum(text != common for text in golds),
         ),
-        judge.none_right("the prompt copied", rows, [_text(row.get("prompt", "")) for row in rows]),
+        judge.none_right("the prompt copied", rows, [text_of(row.get("prompt", "")) for row in rows]),
         judge.none_right("very long, no answer", rows, [FILLER * (LONG_CHARACTERS // len(FILLER))] * len(rows)),
         judge.none_right(
             "several candidates",
@@ -161,7 +163,3 @@ def _changed(gold: str, golds: Sequence[str], rng: random.Random) -> str:
         return gold[:place] + rng.choice([d for d in "123456789" if d != gold[place]]) + gold[place + 1 :]
     others = sorted(set(golds) - {gold})
     return rng.choice(others) if others else gold + " not"
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""

@@ -111,6 +111,7 @@ class _LowRankScore(torch.autograd.Function):
         tile: tuple[int, int],
         with_entropies: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and, where asked for, entropies, shapes (T,); of the logits nothing but their sums is kept."""
         ctx.set_materialize_grads(False)  # what nobody differentiates costs nothing
         device = hidden_TH.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -139,6 +140,7 @@ class _LowRankScore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, logp_grad_T: Tensor | None, entropy_grad_T: Tensor | None) -> Any:
+        """Gradients of hidden states, low-rank states and factor, in the shapes of these."""
         *inputs, targets_T, log_z_T, entropies_T = ctx.saved_tensors
         grads = [
             torch.zeros_like(value, dtype=ctx.sum_dtype) if needed else None
