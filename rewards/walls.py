@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
+from io import FileIO
 from pathlib import Path
 
 REFUSAL = (
@@ -117,9 +117,9 @@ def seccomp_filter() -> bytes:
         deny(name, errno.EPERM)
     deny("clone", errno.EPERM, _Comparison(0, masked_equal, CLONE_NEWUSER, CLONE_NEWUSER))
     deny("clone3", errno.ENOSYS)  # no filter can read its flags; the C library goes on with clone
-    with tempfile.TemporaryFile() as file:
+    with FileIO(os.memfd_create("filter"), "r+") as file:
         failed = library.seccomp_export_bpf(context, file.fileno())
         assert not failed, failed
         library.seccomp_release(context)
         file.seek(0)
-        return file.read()
+        return file.readall()
