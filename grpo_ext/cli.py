@@ -1,85 +1,29 @@
-"""`grpo-ext`: what there is to do around a run.
-
-grpo-ext audit --data problems.jsonl       # is the reward right on this data, and hard to cheat?
-"""
+"""`grpo-ext COMMAND`: what there is to do around a run. Each command is a file of `grpo_ext/commands/`."""
 
 import argparse
-import sys
 from importlib import import_module
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from grpo_ext.data import PROMPT_COLUMNS, fetch
-from grpo_ext.run.quiet import quiet_libraries
-from rewards.audit import FORMS, Check, Seconds, audit
-
-SHOWN_CHARACTERS = 60
+COMMANDS = {
+    "audit": "is a reward right on this data, and hard to cheat?",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; exits with 1 where it found what must be mended."""
     parser = argparse.ArgumentParser(prog="grpo-ext", description="What there is to do around a GRPO run.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser("audit", help="is a reward right on this data, and hard to cheat?")
-    check.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
-    check.add_argument("--split", default="train", help="of the data; default: train")
-    check.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
-    check.add_argument(
-        "--gold", default="answer", help="the column a right completion is written from; default: answer"
-    )
-    check.add_argument(
-        "--form", action="append", help="how, {} standing for it; again for others; default: '#### {}' ..."
-    )
-    check.add_argument("--rows", type=int, default=50, help="of the data, drawn with --seed; default: 50")
-    check.add_argument("--seed", type=int, default=0)
-    check.set_defaults(run=_audit)
-    options = parser.parse_args(argv)
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        names.add_parser(name, help=summary, add_help=False)
+    chosen, rest = parser.parse_known_args(argv)
+
+    command = import_module(f"grpo_ext.commands.{chosen.command}")
+    parser = argparse.ArgumentParser(prog=f"grpo-ext {chosen.command}", description=COMMANDS[chosen.command])
+    command.add_arguments(parser)
+    options = parser.parse_args(rest)
     try:
-        options.run(options)
+        command.run(options)
     except (ValueError, ImportError, AttributeError, FileNotFoundError) as error:
         raise SystemExit(f"grpo-ext: {error}") from None
-
-
-def _audit(options: argparse.Namespace) -> None:
-    quiet_libraries()
-    splits = fetch(options.data)
-    if options.split not in splits:
-        raise ValueError(f"'{options.data}' has no split {options.split!r}; it has: {', '.join(splits)}.")
-    data = splits[options.split].shuffle(seed=options.seed)
-    rows = data.select(range(min(options.rows, len(data)))).to_list()
-    for row in rows:
-        row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
-    checks, seconds = audit(
-        _named(options.reward), rows, gold=options.gold, forms=options.form or FORMS, seed=options.seed
-    )
-    _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
-    if any(check.is_fatal and check.failed for check in checks):
-        sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")
-
-
-def _named(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
-
-def _show(checks: list[Check], seconds: Seconds, title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("answers", "should earn", "earn, in the mean", "others"):
-        table.add_column(column)
-    for check in checks:
-        judged = [score for score in check.scores if score is not None]
-        mean = f"{sum(judged) / len(judged):.2f}" if judged else "not judged"
-        others = Text(f"{len(check.failed)} of {len(check.scores)}", "red") if check.failed else Text("none", "green")
-        table.add_row(Text(check.name), check.wanted, mean, others)
-    console = Console()
-    console.print(table)
-    for check in checks:
-        for completion, score in check.failed[:1]:
-            console.print(Text(f"{check.name}: {completion[-SHOWN_CHARACTERS:]!r} earned {score}"))
-    console.print(f"{seconds.mean * 1000:.2f} ms an answer in the mean, {seconds.slowest * 1000:.0f} ms at most")
 
 
 if __name__ == "__main__":

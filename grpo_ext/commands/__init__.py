@@ -1,0 +1,1 @@
+"""The commands of `grpo-ext`, one a file: `add_arguments(parser)` and `run(options)`."""
