@@ -69,12 +69,13 @@ class GRPOExtConfig(GRPOConfig):
             policy. Recommended: 0; 0.25 to 0.5 where sampling takes most of a step and half of the groups are dead.
         replay_max_age: optimizer steps, 1 or more, 4 by default. Older groups are dropped, and so are those with an
             answer whose probability has changed by more than a factor of e.
-        reward_timeout: seconds, above 0, 10 by default, that one answer may take in a reward that runs in worker
-            processes (`rewards/pool.py`). These are rewards that say `judges_alone = True`, as ours that parse
-            mathematics do. Others are called as TRL calls them; `rewards.pool.isolated` takes any. Recommended: ten
-            times what the slowest answer takes.
-        reward_workers: worker processes of each such reward: None (default) for as many as this training process has
-            cores, or 0 to call it in the training process.
+        reward_timeout: seconds, above 0, 10 by default, that one answer may take in a reward, which runs in worker
+            processes (`grpo_ext/run/isolation.py`); a reward that judges all answers of a call together has that for
+            each of them. Recommended: ten times what the slowest answer takes.
+        reward_workers: worker processes of each reward that judges each answer by itself and says so
+            (`judges_alone = True`): None (default) for as many as this training process has cores. Others have one,
+            which is given whole calls. 0 calls every reward in the training process: for one that changes something
+            there, a list or a model for example.
 
     Raises:
         ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
@@ -147,11 +148,11 @@ class GRPOExtConfig(GRPOConfig):
         default=4, metadata={"help": "Optimizer steps after which a group is not replayed any more."}
     )
     reward_timeout: float = field(
-        default=10.0, metadata={"help": "Seconds that a reward in worker processes may take for one answer, above 0."}
+        default=10.0, metadata={"help": "Seconds that a reward may take for one answer, above 0."}
     )
     reward_workers: int | None = field(
         default=None,
-        metadata={"help": "Worker processes of such a reward; default: one a core; 0: none, in the training process."},
+        metadata={"help": "Worker processes of a reward; default: one a core; 0: none, in the training process."},
     )
 
     def __post_init__(self) -> None:

@@ -48,7 +48,8 @@ class GRPOExtTrainer(ReplayTrainer):
     - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
     - `temperature_schedule`: `mechanisms/temperature.py`.
     - `replay_fraction`: `mechanisms/replay.py`.
-    - Rewards that judge each answer by itself and say so run in worker processes: `run/isolation.py`.
+    - Rewards run in worker processes: `run/isolation.py`; not beside an `environment_factory`, whose environments live
+      in the process of the training.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 
@@ -83,7 +84,8 @@ class GRPOExtTrainer(ReplayTrainer):
         if isinstance(model, str) and keywords.get("peft_config") is not None:
             args.model_init_kwargs = {"dtype": frozen_dtype(args), **(args.model_init_kwargs or {})}
 
-        reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
+        if keywords.get("environment_factory") is None:
+            reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
         self._phases = PhaseTimer()
         self._timed_from_step: int | None = None
         adapter_values = snapshot(model)

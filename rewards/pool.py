@@ -4,16 +4,18 @@
     safe(completions=["#### 4", "#### 5"], answer=["4", "4"])  ->  [1.0, 0.0]
 
 Each answer is judged by itself: the reward is called with lists of length one, in whatever worker is free, and the
-scores come back in order. So it must not compare answers with each other, nor count on what it changed in the process
-of the training. `log_extra` and `log_metric`, which TRL gives to rewards, work; `trainer_state` is there where it is a
-parameter of the reward by name.
+scores come back in order. A reward that compares answers with each other, or that remembers earlier ones, is given
+whole calls instead (`together=True`), in one worker that keeps what it remembers; then a failure costs the call.
+`log_extra` and `log_metric`, which TRL gives to rewards, work; `trainer_state` is there where it is a parameter of the
+reward by name, and in whole calls. Nothing that a reward changes outside itself reaches the process of the training.
 
-`GRPOExtTrainer` does this by itself to rewards with an attribute `judges_alone = True`.
+`GRPOExtTrainer` does this by itself: see `grpo_ext/run/isolation.py`.
 
 Workers last until `close`, or until this process ends, however it ends. They do not import the main module again, so a
 script that loads a model costs nothing, and the reward may be a function of that script.
 """
 
+import functools
 import inspect
 import os
 import threading
@@ -60,25 +62,30 @@ def isolated(
     timeout_s: float = 10.0,
     workers: int | None = None,
     on_error: Literal["none", "raise"] = "none",
+    together: bool = False,
 ) -> "IsolatedReward":
     """The same reward in worker processes, for any TRL trainer.
 
     Args:
-        reward: TRL's signature, `f(completions, **columns) -> list[float | None]`; it judges each answer by itself.
-        timeout_s: seconds for one answer, from when a worker takes it up; told to a tenth of a second. Recommended: ten
-            times what the slowest answer takes.
+        reward: TRL's signature, `f(completions, **columns) -> list[float | None]`.
+        timeout_s: seconds for one answer, from when a worker takes it up; told to a tenth of a second. A whole call has
+            that for each of its answers. Recommended: ten times what the slowest answer takes.
         workers: processes, 1 or more; None, which is recommended, for as many as this training process has cores.
         on_error: what an answer earns that could not be judged: "none", which leaves it out of its group, or "raise" to
             stop at the first.
+        together: False, each answer by itself; True, whole calls in one worker.
 
     Raises:
-        ValueError: a timeout or a number of workers that is not above 0, or another `on_error`.
+        ValueError: a timeout or a number of workers that is not above 0, several workers for whole calls, or another
+            `on_error`.
     """
     if timeout_s <= 0 or (workers is not None and workers < 1):
         raise ValueError(f"timeout_s={timeout_s} and workers={workers} must be above 0, for example 10.0 and 2.")
+    if together and workers not in (None, 1):
+        raise ValueError(f"workers={workers} with together=True: whole calls go to one worker. Leave workers out.")
     if on_error not in ("none", "raise"):
         raise ValueError(f"on_error={on_error!r} is unknown. Valid: 'none', 'raise'.")
-    return IsolatedReward(reward, timeout_s, workers, on_error)
+    return IsolatedReward(reward, timeout_s, 1 if together else workers or _cores(), on_error, together)
 
 
 class IsolatedReward:
@@ -89,12 +96,14 @@ class IsolatedReward:
             `rewards/NAME/timeouts|crashes|errors`.
     """
 
-    def __init__(self, reward: Reward, timeout_s: float, workers: int | None, on_error: str):
-        self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs a reward under its name
+    needs_no_worker = True
+
+    def __init__(self, reward: Reward, timeout_s: float, workers: int, on_error: str, together: bool):
+        self.__name__ = name_of(reward)  # under which TRL logs it
         self.failures = Failures()
         self._reward, self._timeout_s, self._on_error = reward, timeout_s, on_error
-        self._workers = workers or _cores()
-        self._wants_state = "trainer_state" in inspect.signature(reward).parameters
+        self._workers, self._together = workers, together
+        self._wants_state = together or "trainer_state" in inspect.signature(reward).parameters
         self._has_failed: deque[bool] = deque(maxlen=LAST_ANSWERS)
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
@@ -108,30 +117,29 @@ class IsolatedReward:
                 could not, and more than five.
         """
         log_extra, log_metric = columns.pop("log_extra", None), columns.pop("log_metric", None)
-        state = {"trainer_state": columns.pop("trainer_state", None)} if self._wants_state else {}
-        columns.pop("trainer_state", None)
+        state = columns.pop("trainer_state", None)
+        constant = {"trainer_state": state} if self._wants_state and state is not None else {}
+        size = len(completions) if self._together else 1
+        parts = [slice(start, start + size) for start in range(0, len(completions), size)]
         pool, before = self._started(), Failures(**vars(self.failures))
         futures = [
             pool.schedule(
                 judge,
-                args=(
-                    _row(columns, i, len(completions)) | {"completions": [completion]} | state,
-                    log_extra is not None,
-                ),
-                timeout=self._timeout_s,
+                args=(_rows({"completions": completions} | columns, part) | constant, log_extra is not None),
+                timeout=self._timeout_s * size,
             )
-            for i, completion in enumerate(completions)
+            for part in parts
         ]
-        judged = [self._wait(future, completion) for future, completion in zip(futures, completions, strict=True)]
-        for column in dict.fromkeys(column for answer in judged for column in answer.extra):
-            log_extra(column, [answer.extra.get(column) for answer in judged])
+        judged = [self._wait(future, completions[part]) for future, part in zip(futures, parts, strict=True)]
+        for column in dict.fromkeys(column for part in judged for column in part.extra):
+            log_extra(column, [v for part in judged for v in part.extra.get(column, [None] * len(part.scores))])
         if log_metric is not None:
-            for name, value in (pair for answer in judged for pair in answer.metrics):
+            for name, value in (pair for part in judged for pair in part.metrics):
                 log_metric(name, value)
             for kind in ("timeouts", "crashes", "errors"):
                 count = getattr(self.failures, kind) - getattr(before, kind)
                 log_metric(f"rewards/{self.__name__}/{kind}", float(count))
-        return [answer.score for answer in judged]
+        return [score for part in judged for score in part.scores]
 
     def close(self) -> None:
         """End the workers; the next call starts new ones."""
@@ -156,34 +164,46 @@ class IsolatedReward:
                 self._stop = weakref.finalize(self, _end, pool, ended)  # at the latest when this process ends
             return self._pool
 
-    def _wait(self, future: Future[Judged], completion: Any) -> Judged:
-        self.failures.answers += 1
+    def _wait(self, future: Future[Judged], completions: list[Any]) -> Judged:
+        answers = len(completions)
+        self.failures.answers += answers
         try:
             judged = future.result()
         except TimeoutError:
-            self.failures.timeouts += 1
-            return self._failed(completion, f"took longer than {self._timeout_s:g} s")
+            self.failures.timeouts += answers
+            return self._failed(completions, f"took longer than {self._timeout_s * answers:g} s")
         except ProcessExpired as error:
-            self.failures.crashes += 1
-            return self._failed(completion, f"ended its process with exit code {error.exitcode}")
+            self.failures.crashes += answers
+            return self._failed(completions, f"ended its process with exit code {error.exitcode}")
         except Exception as error:
-            self.failures.errors += 1
-            return self._failed(completion, f"raised {error!r}")
-        self._has_failed.append(False)
+            self.failures.errors += answers
+            return self._failed(completions, f"raised {error!r}")
+        self._has_failed.extend([False] * answers)
         return judged
 
-    def _failed(self, completion: Any, how: str) -> Judged:
-        self._has_failed.append(True)
+    def _failed(self, completions: list[Any], how: str) -> Judged:
+        self._has_failed.extend([True] * len(completions))
         failed, judged = sum(self._has_failed), len(self._has_failed)
-        what = f"Reward {self.__name__!r} {how} on the completion {str(completion)[:SHOWN_CHARACTERS]!r}"
+        shown = repr(str(completions[0])[:SHOWN_CHARACTERS])
+        what, alone = f"Reward {self.__name__!r} {how} on the completion {shown}", ""
+        if len(completions) > 1:
+            what = f"Reward {self.__name__!r} {how} on {len(completions)} completions, the first being {shown}"
+            alone = " If it judges each answer by itself, say so by judges_alone = True: then only one of them is lost."
         if self._on_error == "raise":
-            raise RuntimeError(f"{what}. Mend the reward, or pass on_error='none' to leave such answers out.")
+            raise RuntimeError(f"{what}. Mend the reward, or pass on_error='none' to leave such answers out.{alone}")
         if failed > max(FEW, MOST_FAILURES * judged):
             raise RuntimeError(
                 f"{what}, and so or similarly on {failed} of the last {judged} answers. A run would learn from noise: "
-                f"mend the reward, or raise timeout_s={self._timeout_s:g} if it is only slow."
+                f"mend the reward, or raise timeout_s={self._timeout_s:g} if it is only slow.{alone}"
             )
-        return Judged(score=None)
+        return Judged([None] * len(completions))
+
+
+def name_of(reward: Callable[..., Any]) -> str:
+    """What TRL calls a reward: the name of a function, also inside a `functools.partial`, or of the class."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return getattr(reward, "__name__", type(reward).__name__)
 
 
 def _start(pool: ProcessPool, started: "Future[None]", ended: threading.Event) -> None:
@@ -201,10 +221,11 @@ def _end(pool: ProcessPool, ended: threading.Event) -> None:
     ended.set()
 
 
-def _row(columns: dict[str, Any], i: int, rows: int) -> dict[str, Any]:
-    """The columns of one answer, as lists of length one; what is no column is passed as it is."""
+def _rows(columns: dict[str, Any], part: slice) -> dict[str, Any]:
+    """The columns of some answers; what is no column is passed as it is."""
+    answers = len(columns["completions"])
     return {
-        name: [values[i]] if isinstance(values, list) and len(values) == rows else values
+        name: values[part] if isinstance(values, list) and len(values) == answers else values
         for name, values in columns.items()
     }
 

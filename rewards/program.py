@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rewards.cases import Case, assert_case, returns_case
 from rewards.completion import Completion, text_of
@@ -49,6 +49,7 @@ class ProgramReward:
     limits: Limits = field(default_factory=Limits)
     workers: int | None = None
     allow_unsandboxed: bool = False
+    needs_no_worker: ClassVar[bool] = True  # see `rewards.pool`: its programs have processes of their own
     __name__ = "program_reward"  # TRL logs a reward under its name
 
     def __call__(self, completions: list[Completion], **columns: Any) -> list[float | None]:

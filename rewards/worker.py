@@ -1,4 +1,4 @@
-"""What runs in a worker of `rewards.pool`: one reward, one answer at a time."""
+"""What runs in a worker of `rewards.pool`: one reward, on one answer or on all of a call."""
 
 import ctypes
 import os
@@ -19,10 +19,10 @@ _reward: Callable[..., list[float | None]]
 
 @dataclass(frozen=True)
 class Judged:
-    """The score of an answer, and what the reward logged beside."""
+    """The scores of some answers, and what the reward logged beside: columns as long as the scores, and numbers."""
 
-    score: float | None
-    extra: dict[str, Any] = field(default_factory=dict)
+    scores: list[float | None]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
     metrics: list[tuple[str, float]] = field(default_factory=list)
 
 
@@ -48,19 +48,19 @@ def nothing() -> None:
 
 
 def judge(columns: dict[str, Any], logs: bool) -> Judged:
-    """Judge one answer.
+    """Judge some answers.
 
     Args:
-        columns: `completions` and the others, lists of length one.
+        columns: `completions` and the others.
         logs: whether the reward is given `log_extra` and `log_metric`.
 
     Raises:
-        ValueError: the reward does not return one score.
+        ValueError: the reward does not return one score an answer.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, list[Any]] = {}
     metrics: list[tuple[str, float]] = []
     loggers = {
-        "log_extra": lambda column, values: extra.update({column: values[0]}),
+        "log_extra": lambda column, values: extra.update({column: list(values)}),
         "log_metric": lambda name, value: metrics.append((name, float(value))),
     }
     try:
@@ -69,6 +69,7 @@ def judge(columns: dict[str, Any], logs: bool) -> Judged:
         raise
     except BaseException as error:  # such as SystemExit, which would pass for the parent's own there
         raise RuntimeError(repr(error)) from None
-    if len(scores) != 1:
-        raise ValueError(f"{len(scores)} scores for one completion")
-    return Judged(None if scores[0] is None else float(scores[0]), extra, metrics)
+    answers = len(columns["completions"])
+    if len(scores) != answers:
+        raise ValueError(f"{len(scores)} scores for {answers} completion{'s' if answers > 1 else ''}")
+    return Judged([None if score is None else float(score) for score in scores], extra, metrics)

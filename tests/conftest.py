@@ -119,6 +119,8 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
             "learning_rate": 1e-3,
         }
         config = GRPOExtConfig if issubclass(trainer, GRPOExtTrainer) else GRPOConfig
+        if config is GRPOExtConfig:
+            settings["reward_workers"] = 0  # a worker takes seconds to start; test_pool.py is about them
         return trainer(
             model,
             reward_funcs=reward,

@@ -1,5 +1,6 @@
 """Rewards in worker processes: right and in order, whatever single answers do to their worker; no process is left."""
 
+import functools
 import math
 import os
 import signal
@@ -12,9 +13,10 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, log_of, random_lora
-from worker_rewards import by_its_words, logged, process_id
+from worker_rewards import Counting, by_its_words, compared, logged, process_id
 
-from rewards import math_answer_reward
+from grpo_ext.run.isolation import in_workers
+from rewards import math_answer_reward, program_reward
 from rewards.pool import isolated
 
 PATIENCE = 0.5  # seconds for an answer
@@ -67,6 +69,22 @@ def test_an_answer_that_fails_costs_itself(safe, text, kind):
     assert vars(reward.failures) == {"answers": 6} | failed
 
 
+def test_whole_calls(safe):
+    """A reward may compare answers, and remember them: it has one worker. A failure costs the call, and says how to
+    make it cost one answer."""
+    reward = safe(compared, workers=None, together=True)
+    assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
+    assert reward(completions=["six"]) == [0.0]
+    started = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"took longer than 3 s on 6 completions, the first being 'a', .*judges_alone"
+    ):
+        reward(completions=["a", "hang", "abc", "b", "c", "d"])
+    assert time.monotonic() - started < 6 * PATIENCE + 2.5
+    assert vars(reward.failures) == {"answers": 10, "timeouts": 6, "crashes": 0, "errors": 0}
+    assert reward(completions=["one"]) == [1.0]
+
+
 def test_where_much_fails_the_run_stops(safe):
     """Five may fail at any time; a sixth among so few stops, with the name and a sample."""
     reward = safe()
@@ -101,7 +119,12 @@ def test_what_cannot_be_set_up_says_so(safe):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"timeout_s": 0}, "timeout_s=0"), ({"workers": 0}, "workers=0"), ({"on_error": "skip"}, "on_error='skip'")],
+    [
+        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"on_error": "skip"}, "on_error='skip'"),
+        ({"together": True, "workers": 2}, "workers=2 with together=True"),
+    ],
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -165,21 +188,57 @@ def test_in_training(build, small_model, safe):
 
 
 @pytest.mark.parametrize("workers", [None, 0])
-def test_rewards_that_judge_alone_run_in_workers(build, small_model, workers):
-    """An answer that ends its process ends a worker there; other rewards stay in this process, where they may compare
-    answers. Workers end with the training."""
+def test_where_rewards_run(build, small_model, workers, caplog):
+    """One that judges alone in several workers, another one whole in one worker, where it keeps what it remembers; a
+    sandboxed one, and what cannot be sent to a worker, in the training process. Workers end with the training."""
+    lock = threading.Lock()
 
-    def in_this_process(completions, **columns):
+    def holds_a_lock(completions, **columns):
+        with lock:
+            return [float(os.getpid())] * len(completions)
+
+    def here(completions, **columns):
         return [float(os.getpid())] * len(completions)
 
-    settings = {"reward": [process_id, in_this_process], "reward_workers": workers, "max_steps": 1}
-    trainer = build(small_model, peft_config=random_lora(), **settings)
+    here.needs_no_worker = True
+    rewards = [process_id, Counting(), holds_a_lock, here]
+    columns = {"answer": ["a", "b", "c", "d"]}
+    trainer = build(small_model, peft_config=random_lora(), reward=rewards, reward_workers=workers, columns=columns)
     trainer.train()
-    rewards = trainer._logs["rewards"]
-    here = {float(torch.tensor(os.getpid()).float())}
-    assert set(rewards["in_this_process"]) == here
-    assert (set(rewards["process_id"]) == here) is (workers == 0)
+    logged, this = trainer._logs["rewards"], {float(torch.tensor(os.getpid()).float())}
+    assert set(logged["holds_a_lock"]) == set(logged["here"]) == this
+    assert (set(logged["process_id"]) == this) is (workers == 0)
+    assert log_of(trainer, "calls") == [1.0, 2.0]
+    assert log_of(trainer, "seen_step") == [0.0, 1.0]
+    assert log_of(trainer, "process")[0] == log_of(trainer, "process")[1]
+    assert (log_of(trainer, "process")[0] == os.getpid() % 2**20) is (workers == 0)
+    longest = [0.0] * len(logged["Counting"])
+    for start in range(0, len(longest), 8):  # a call has the 8 rows of a step
+        lengths = [len(text) for text in list(trainer._logs["completion"])[start : start + 8]]
+        longest[start : start + 8] = [float(length == max(lengths)) for length in lengths]
+    assert list(logged["Counting"]) == longest
+    gold = dict(zip(trainer.train_dataset["prompt"], columns["answer"], strict=True))
+    assert list(trainer._logs["extra"]["gold"]) == [gold[prompt] for prompt in trainer._logs["prompt"]]
     assert not workers_of(os.getpid())
+    assert ("'holds_a_lock' holds what cannot be sent to a worker" in caplog.text) is (workers is None)
+
+
+def test_a_model_is_not_sent_to_a_worker(caplog):
+    """It would be held twice, on a GPU perhaps; reward models and coroutines are TRL's own affair."""
+    weights = b"x" * (17 * 2**20)
+
+    def with_a_model(completions, **columns):
+        return [float(len(weights))] * len(completions)
+
+    async def asked_elsewhere(completions, **columns):
+        return [1.0] * len(completions)
+
+    given = [with_a_model, asked_elsewhere, "a/reward-model", torch.nn.Linear(1, 1), program_reward]
+    assert in_workers(given, None, 1.0) == given
+    assert "'with_a_model' carries 17 MB, and at most 16 are sent to a worker" in caplog.text
+    sent = in_workers([functools.partial(by_its_words, unit=2), math_answer_reward], None, 1.0)
+    assert [reward.__name__ for reward in sent] == ["by_its_words", "math_answer_reward"]
+    assert in_workers(sent, None, 1.0) == sent
 
 
 # What is left behind

@@ -36,6 +36,7 @@ def trainer_on(model, folder, **options):
             report_to="none",
             use_cpu=True,
             bf16=False,
+            reward_workers=0,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),

@@ -1,6 +1,7 @@
 """Twenty thousand mutated completions through every reward: no exception, no answer over its time, no memory eaten.
 
-To put another reward to this test, add a line to REWARDS.
+To put another reward to this test, add a line to REWARDS. Programs are processes: every 40th completion is run as one,
+or every one with EVERY_PROGRAM=1 in the environment, which takes tens of minutes.
 """
 
 import math
@@ -49,7 +50,13 @@ REWARDS = [
 # Each of its programs is a process in a sandbox.
 if shutil.which("bwrap") or os.environ.get("CI") == "true":
     DOUBLE = {"entry_point": "double", "inputs": [[1], [-3]], "outputs": [2, -6]}
-    REWARDS.append(Case(ProgramReward(limits=Limits(seconds=1.0)), lambda n: DOUBLE, every=40))
+    REWARDS.append(
+        Case(
+            ProgramReward(limits=Limits(seconds=1.0)),
+            lambda n: DOUBLE,
+            every=1 if "EVERY_PROGRAM" in os.environ else 40,
+        )
+    )
 
 CORPUS = [
     r"We get $6 \cdot 7 = 42$, so \boxed{42}.",

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ours": (WHOLE_GROUPS, OURS),
     "chunks": (WHOLE_GROUPS, OURS | {"chunk_tokens": 40}),
     "plain": (WHOLE_GROUPS, OURS | {"share_prompt": False}),
+    "workers": (WHOLE_GROUPS, OURS | {"reward_workers": None}),
     "straddling": (HALF_GROUPS, OURS),
     "straddling_chunks": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "ddp_find_unused_parameters": False}),
     "straddling_plain": (HALF_GROUPS, OURS | {"share_prompt": False}),
@@ -142,6 +143,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
                 "lr_scheduler_type": "constant",
                 "optim": "sgd",
                 "entropy_coef": 0.0,
+                "reward_workers": 0,
             }
             | settings
         ),

@@ -32,6 +32,20 @@ def by_its_words(completions, **columns):
     return [float(len(text))]
 
 
+def compared(completions, **columns):
+    """1.0 for answers longer than any before them, in this call or an earlier one; "hang" hangs."""
+    scores = []
+    for text in completions:
+        if text == "hang":
+            by_its_words([text])
+        scores.append(float(len(text) > max(_lengths, default=0) and len(text) == max(map(len, completions))))
+    _lengths.extend(map(len, completions))
+    return scores
+
+
+_lengths = []
+
+
 def logged(completions, answer, log_extra, log_metric, trainer_state, **columns):
     """What TRL gives, one answer at a time."""
     log_extra("gold", list(answer))
@@ -44,3 +58,19 @@ def process_id(completions, **columns):
 
 
 process_id.judges_alone = True
+
+
+class Counting:
+    """Compares the answers of a call, and remembers how many calls there were before."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, answer, log_extra, log_metric, trainer_state, **columns):
+        self.calls += 1
+        log_extra("gold", list(answer))
+        log_metric("calls", float(self.calls))
+        log_metric("seen_step", float(trainer_state.global_step))
+        log_metric("process", float(os.getpid() % 2**20))
+        longest = max(map(len, completions))
+        return [float(len(text) == longest) for text in completions]
