@@ -1,6 +1,8 @@
 """The audit of a reward: what it finds in gullible ones, and that it fails where gold answers do not pass."""
 
 import json
+import os
+import shutil
 
 import pytest
 from conftest import TINY_DATA
@@ -99,6 +101,33 @@ def test_through_its_command_line(capsys, tmp_path):
     with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):
         cli.main(["audit", "--data", str(data), "--reward", "test_audit:likes_many_words"])
     assert "8 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    shutil.which("bwrap") is None and os.environ.get("CI") != "true",
+    reason="bwrap is missing: apt install bubblewrap",
+)
+def test_programs_through_its_command_line(capsys, tmp_path):
+    """Gold programs are run as completions are; one that fails its own tests is named."""
+    data, tests = tmp_path / "programs.jsonl", {"double": (2, 4), "square": (1, 4), "negated": (-1, -2), "cube": (1, 8)}
+    body = {"double": "2 * x", "square": "x * x", "negated": "-x", "cube": "x ** 3"}
+    rows = [
+        {
+            "prompt": f"Write {name}(x).",
+            "solution": f"def {name}(x):\n    return {body[name]}",
+            "test_list": [f"assert {name}({x}) == {y}" for x, y in zip((1, 2), outputs, strict=True)],
+        }
+        for name, outputs in tests.items()
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(data), "--reward", "rewards:program_reward", "--gold", "solution", "--form", "{}"]
+    cli.main(["audit", *flags, "--form", "```python\n{}\n```"])
+    assert capsys.readouterr().out.count("none") == 2 + len(TRICKS) + 1
+    rows[1]["solution"] = "def square(x):\n    return x * x + 1"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):
+        cli.main(["audit", *flags])
+    assert "1 of 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
