@@ -8,7 +8,14 @@ from trl import GRPOConfig
 
 from grpo_ext.algorithm.kl import KL_ESTIMATORS
 from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
-from grpo_ext.refusals import DEAD_GROUPS, TRL_LOSS_TYPES, TRL_SCALE_REWARDS, refuse_impossible
+from grpo_ext.refusals import (
+    DEAD_GROUPS,
+    OVERLONG_PROMPTS,
+    TRL_LOSS_TYPES,
+    TRL_SCALE_REWARDS,
+    explain_batch,
+    refuse_impossible,
+)
 
 
 @dataclass
@@ -76,6 +83,17 @@ class GRPOExtConfig(GRPOConfig):
             (`judges_alone = True`): None (default) for as many as this training process has cores. Others have one,
             which is given whole calls. 0 calls every reward in the training process: for one that changes something
             there, a list or a model for example.
+        max_prompt_tokens: tokens, 1 or more; None (default) for no limit but the model's own. Recommended: twice the
+            length of a usual prompt: one prompt of 3,000 tokens can end a run that the others fit in.
+        overlong_prompts: what to do with longer ones: `"error"` (default), or `"drop"` to leave these rows out, counted
+            and printed. They are never cut, which would change the question.
+        guards: True. Before the first step the settings, data, prompts and rewards are checked and one step of the
+            largest shape is rehearsed (`grpo_ext/run/preflight.py`), and the run is watched (`run/tripwires.py`).
+            False for test suites and for experiments that break these rules on purpose.
+        dry_run: False. True stops after the checks and the rehearsal: `train()` returns without a step.
+        kl_stop: nats a token, above 0: the run ends, and saves, where the KL to the reference (metric `kl`) is larger;
+            None (default) for never. Needs `beta` above 0 or `log_kl`. Recommended: None; 0.5 for long runs that
+            nobody watches.
 
     Raises:
         ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
@@ -155,9 +173,26 @@ class GRPOExtConfig(GRPOConfig):
         metadata={"help": "Worker processes of a reward; default: one a core; 0: none, in the training process."},
     )
 
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; longer ones are an error, or left out."}
+    )
+    overlong_prompts: str = field(
+        default="error", metadata={"help": f"Prompts above max_prompt_tokens: {', '.join(OVERLONG_PROMPTS)}."}
+    )
+    guards: bool = field(
+        default=True, metadata={"help": "Check before the first step, rehearse the largest one, and watch the run."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Stop after the checks and the rehearsal."})
+    kl_stop: float | None = field(
+        default=None, metadata={"help": "Nats a token, above 0: end and save where the KL is larger."}
+    )
+
     def __post_init__(self) -> None:
         self._fit_device()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ValueError(explain_batch(self) or str(error)) from error
         refuse_impossible(self)
 
     def _fit_device(self) -> None:

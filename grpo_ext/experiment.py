@@ -18,6 +18,7 @@ from grpo_ext.report.evaluation import Completion, Evaluation, Problem, Reward, 
 from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics
 from grpo_ext.report.summary import summarise, verdict, write_summary
 from grpo_ext.run import banner
+from grpo_ext.run.best import BestAdapter, read_best
 from grpo_ext.trainer import GRPOExtTrainer
 
 SHOWN_PROBLEMS = 4
@@ -36,7 +37,7 @@ def run(
         eval_samples: answers sampled per held-out problem before and after training; 0 for greedy accuracy only.
 
     Returns:
-        The contents of `summary.json`.
+        The contents of `summary.json`; nothing where `dry_run` ends the run before its first step.
     """
     args = trainer.args
     heldout = problems.heldout.to_list()
@@ -53,8 +54,13 @@ def run(
         seed=args.seed,
     )
     banner.show(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
+    trainer.preflight()
+    if args.dry_run:
+        print("dry run: the checks are through, nothing was trained")
+        return {}
     before = measure(samples=eval_samples, description="held-out accuracy before")
     during = partial(measure, samples=min(eval_samples, 1))
+    trainer.add_callback(BestAdapter(trainer))
     trainer.add_callback(HeldOutAccuracy(before, during, trainer.log_alone))
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -70,6 +76,11 @@ def run(
         draw_curves(args.output_dir)
         _show_samples(heldout, before, after)
         print(f"adapter, metrics.jsonl, curves.png and summary.json are in {args.output_dir}")
+        best = read_best(args.output_dir)
+        if best and best["pass@1"] > after.greedy.value:
+            print(
+                f"the best adapter, of step {best['step']} with held-out pass@1 {best['pass@1']:.2f}, is in its best/"
+            )
         print(verdict(summary))
     return summary
 

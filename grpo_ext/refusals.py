@@ -3,6 +3,7 @@
 Each message gives what was received, what is valid, and what to type.
 """
 
+import math
 from typing import Any
 
 from grpo_ext.algorithm.kl import KL_ESTIMATORS
@@ -10,6 +11,7 @@ from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 DEAD_GROUPS = ("keep", "skip", "resample")
+OVERLONG_PROMPTS = ("error", "drop")
 TRL_SCALE_REWARDS = ("group", "batch", "none")
 # Values of sampling options with which tokens are drawn from the whole distribution.
 UNTRUNCATED = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -22,6 +24,7 @@ def refuse_impossible(config: Any) -> None:
     _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
     _require("dead_groups", config.dead_groups, DEAD_GROUPS)
     _require("temperature_schedule", config.temperature_schedule, TEMPERATURE_SCHEDULES)
+    _require("overlong_prompts", config.overlong_prompts, OVERLONG_PROMPTS)
     if config.scale_rewards == "population" and config.multi_objective_aggregation != "sum_then_normalize":
         raise ValueError(
             f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
@@ -49,6 +52,41 @@ def refuse_impossible(config: Any) -> None:
         raise ValueError(
             f"reward_workers={config.reward_workers} must be 0 (the training process itself) or more, for example 2."
         )
+    _refuse_guards(config)
+
+
+def _refuse_guards(config: Any) -> None:
+    if config.max_prompt_tokens is not None and config.max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens={config.max_prompt_tokens} must be 1 or more, for example 512, or None.")
+    if config.dry_run and not config.guards:
+        raise ValueError("dry_run=True runs the checks that guards=False leaves out. Use guards=True.")
+    if config.kl_stop is not None and config.kl_stop <= 0:
+        raise ValueError(f"kl_stop={config.kl_stop} must be above 0 nats a token, for example 0.5, or None.")
+    if config.kl_stop is not None and config.beta == 0.0 and not config.log_kl:
+        raise ValueError(
+            f"kl_stop={config.kl_stop} needs a KL to watch, and beta=0 has none. Use log_kl=True, or kl_stop=None."
+        )
+    if config.kl_stop is not None and not config.guards:
+        raise ValueError(f"kl_stop={config.kl_stop} is one of the guards, and guards=False. Use guards=True.")
+
+
+def explain_batch(config: Any) -> str | None:
+    """What is wrong with G and the rollout batch, where something is; called after TRL has derived the batch."""
+    group, rollout = config.num_generations, config.generation_batch_size
+    if group < 2:
+        return f"num_generations={group} leaves nothing to compare. Use 2 or more; 8 is usual."
+    steps = config.steps_per_generation
+    if rollout is None or steps is None or rollout % group == 0:
+        return None
+    batch, processes = config.per_device_train_batch_size, config.world_size
+    name = "gradient_accumulation_steps" if steps == config.gradient_accumulation_steps else "steps_per_generation"
+    step = math.lcm(group, batch * processes) // (batch * processes)
+    valid = [n for n in (steps // step * step, (steps // step + 1) * step) if n]
+    return (
+        f"num_generations={group} needs a rollout batch that is a multiple of {group}, got {rollout} (batch {batch} x "
+        f"{'accumulation' if name.startswith('gradient') else 'steps per generation'} {steps} x {processes} "
+        f"process{'es' if processes > 1 else ''}). Nearest: {name}={' or '.join(map(str, valid))}."
+    )
 
 
 def _refuse_token_options(config: Any) -> None:

@@ -11,8 +11,8 @@ from trl.trainer.utils import get_config_model_id
 from grpo_ext.algorithm.advantages import population_advantages
 from grpo_ext.algorithm.objective import SequenceObjective
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.mechanisms.guards import GuardedTrainer
 from grpo_ext.mechanisms.reference_kl import written
-from grpo_ext.mechanisms.replay import ReplayTrainer
 from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
@@ -35,7 +35,7 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(ReplayTrainer):
+class GRPOExtTrainer(GuardedTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
@@ -50,6 +50,7 @@ class GRPOExtTrainer(ReplayTrainer):
     - `replay_fraction`: `mechanisms/replay.py`.
     - Rewards run in worker processes: `run/isolation.py`; not beside an `environment_factory`, whose environments live
       in the process of the training.
+    - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run: `mechanisms/guards.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
 

@@ -100,6 +100,7 @@ class IsolatedReward:
 
     def __init__(self, reward: Reward, timeout_s: float, workers: int, on_error: str, together: bool):
         self.__name__ = name_of(reward)  # under which TRL logs it
+        self.__wrapped__ = reward  # whose signature this one has, for `inspect`
         self.failures = Failures()
         self._reward, self._timeout_s, self._on_error = reward, timeout_s, on_error
         self._workers, self._together = workers, together
@@ -140,6 +141,15 @@ class IsolatedReward:
                 count = getattr(self.failures, kind) - getattr(before, kind)
                 log_metric(f"rewards/{self.__name__}/{kind}", float(count))
         return [score for part in judged for score in part.scores]
+
+    def try_out(self, **arguments: Any) -> list[float | None]:
+        """As a call, but the first failure raises and nothing is counted: is the reward set up as it should be?"""
+        kept = self._on_error, self.failures, self._has_failed
+        self._on_error, self.failures, self._has_failed = "raise", Failures(), deque()
+        try:
+            return self(**arguments)
+        finally:
+            self._on_error, self.failures, self._has_failed = kept
 
     def close(self) -> None:
         """End the workers; the next call starts new ones."""

@@ -45,6 +45,7 @@ TRL_METHODS = {
         "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
         "mm_token_type_ids image_position_ids"
     ),
+    "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     "training_step": "self model inputs num_items_in_batch",
     "log": "self logs start_time",
     "_save": "self output_dir state_dict",

@@ -37,6 +37,7 @@ def trainer_on(model, folder, **options):
             use_cpu=True,
             bf16=False,
             reward_workers=0,
+            guards=False,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),

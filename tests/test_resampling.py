@@ -87,7 +87,7 @@ def test_refused_where_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
 
     from grpo_ext import GRPOExtTrainer
 
-    args = GRPOExtConfig(str(tmp_path), dead_groups="resample", max_steps=1, reward_workers=0, **QUIET)
+    args = GRPOExtConfig(str(tmp_path), dead_groups="resample", max_steps=1, reward_workers=0, guards=False, **QUIET)
     data = Dataset.from_dict({"prompt": PROMPTS})
     for name, keywords in {
         "draws prompts at random, and .*IterableDataset": {"train_dataset": data.to_iterable_dataset()},

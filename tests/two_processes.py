@@ -144,6 +144,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
                 "optim": "sgd",
                 "entropy_coef": 0.0,
                 "reward_workers": 0,
+                "guards": False,
             }
             | settings
         ),
