@@ -7,8 +7,10 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import test_config as config_cases
 import test_logic as logic_cases
 import test_math_answer as math_cases
+import test_preflight as preflight_cases
 import test_program as program_cases
 import test_rewards_fuzz as fuzz
 import test_sandbox as sandbox_cases
@@ -164,6 +166,12 @@ def test_figures_of_the_readme_are_those_of_the_tests():
         f"{len(sandbox_cases.ESCAPES)} of which succeed without it, and {len(sandbox_cases.BEHAVIOURS)} behaviours",
         f"the gold answers of {len(logic_cases.TASKS)} tasks",
         f"{fuzz.DIFFERENT:,} mutated completions",
+        f"{len(config_cases.IMPOSSIBLE)} combinations are refused by name",
+        # and two that need more than a table: GPUs, and a vocabulary
+        f"{len(preflight_cases.REFUSED) + 2} kinds are refused before weights are loaded; "
+        f"{len(preflight_cases.UNWISE)} that are only unwise",
+        f"{len(preflight_cases.FAILING)} kinds of failure, with and without worker processes",
+        f"under {len(preflight_cases.REHEARSED)} settings",
     ]
     readme = (ROOT / "README.md").read_text()
     assert [figure for figure in tried if figure not in readme] == []

@@ -41,45 +41,45 @@ def without_weights(tmp_path, tokenizer, small_model):
 # Before weights
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"reward": takes_answers}, r"Reward 'takes_answers' needs column 'answer'; the dataset has: prompt\."),
-        (
-            {"reward": takes_no_rest},
-            r"takes \(completions, prompts\) only, .*takes_no_rest\(completions, prompts, \*\*",
-        ),
-        ({"prompts": []}, "The training data has no rows"),
-        (
-            {"prompts": PROMPTS[:1]},
-            r"has 1 prompts, and one rollout takes 2 \(8 completions / num_generations=4\)\. Add prompts, or",
-        ),
-        (
-            {"prompts": [*PROMPTS, "1+" * 30 + "1=", "2+" * 20 + "2="], "max_prompt_tokens": 30},
-            r'2 of 6 prompts are longer than max_prompt_tokens=30 \(longest \d\d\)\. Pass overlong_prompts="drop" or',
-        ),
-        (
-            {"prompts": PROMPTS, "max_prompt_tokens": 2, "overlong_prompts": "drop"},
-            r"4 of 4 prompts are longer than max_prompt_tokens=2 \(longest \d+\)\. Raise the limit\.",
-        ),
-        (
-            {"prompts": [*PROMPTS, "1+" * 60 + "1="]},
-            r"longest prompt has \d+ tokens; with max_completion_length=12 .* 128 positions.*max_prompt_tokens=116",
-        ),
-        ({"fp16": True}, "fp16=True needs a GPU"),
-        (
-            {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "peft_config": None},
-            "in 4 or 8 bits cannot be trained itself. Give a peft_config",
-        ),
-        (
-            {
-                "reward": math_answer_reward,
-                "columns": {"answer": ["4", "nobody could say what this is in the end", "5", "6"]},
-            },
-            "1 of 4 gold answers cannot be read, counted from 0: row 1: 'nobody",
-        ),
-    ],
-)
+REFUSED = [
+    ({"reward": takes_answers}, r"Reward 'takes_answers' needs column 'answer'; the dataset has: prompt\."),
+    (
+        {"reward": takes_no_rest},
+        r"takes \(completions, prompts\) only, .*takes_no_rest\(completions, prompts, \*\*",
+    ),
+    ({"prompts": []}, "The training data has no rows"),
+    (
+        {"prompts": PROMPTS[:1]},
+        r"has 1 prompts, and one rollout takes 2 \(8 completions / num_generations=4\)\. Add prompts, or",
+    ),
+    (
+        {"prompts": [*PROMPTS, "1+" * 30 + "1=", "2+" * 20 + "2="], "max_prompt_tokens": 30},
+        r'2 of 6 prompts are longer than max_prompt_tokens=30 \(longest \d\d\)\. Pass overlong_prompts="drop" or',
+    ),
+    (
+        {"prompts": PROMPTS, "max_prompt_tokens": 2, "overlong_prompts": "drop"},
+        r"4 of 4 prompts are longer than max_prompt_tokens=2 \(longest \d+\)\. Raise the limit\.",
+    ),
+    (
+        {"prompts": [*PROMPTS, "1+" * 60 + "1="]},
+        r"longest prompt has \d+ tokens; with max_completion_length=12 .* 128 positions.*max_prompt_tokens=116",
+    ),
+    ({"fp16": True}, "fp16=True needs a GPU"),
+    (
+        {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "peft_config": None},
+        "in 4 or 8 bits cannot be trained itself. Give a peft_config",
+    ),
+    (
+        {
+            "reward": math_answer_reward,
+            "columns": {"answer": ["4", "nobody could say what this is in the end", "5", "6"]},
+        },
+        "1 of 4 gold answers cannot be read, counted from 0: row 1: 'nobody",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
 def test_refused_before_weights_are_loaded(build, without_weights, settings, message):
     with pytest.raises(ValueError, match=message):
         build(without_weights, **{"guards": True, "peft_config": fresh_lora()} | settings)
@@ -107,18 +107,17 @@ def test_long_prompts_are_left_out_and_counted(build, small_model, caplog):
     assert "1 of 5 prompts are longer than max_prompt_tokens=30 and were left out (longest" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_generations": 2}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
-        ({"learning_rate": 1e-6}, "learning_rate=1e-06 is one of full fine-tuning"),
-        (
-            {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},
-            "lora_dropout=0.1 is live in sampling and in scoring",
-        ),
-        ({}, None),
-    ],
-)
+UNWISE = [
+    ({"num_generations": 2}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
+    ({"learning_rate": 1e-6}, "learning_rate=1e-06 is one of full fine-tuning"),
+    (
+        {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},
+        "lora_dropout=0.1 is live in sampling and in scoring",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), [*UNWISE, ({}, None)])
 def test_what_is_unwise_is_said(build, small_model, caplog, settings, message):
     with caplog.at_level(logging.WARNING, logger="grpo_ext.run.preflight"):
         build(small_model, **{"guards": True, "peft_config": fresh_lora()} | settings)
@@ -153,15 +152,15 @@ async def fails_elsewhere(completions, **columns):
     raise ConnectionError("no judge there")
 
 
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (raises, r"Reward 'raises' raised KeyError\('solution'\) on the first 2 rows of the data"),
-        (too_few, r"Reward 'too_few' returned \[1\.0\] for 2 completions"),
-        (words, r"Reward 'words' returned 'good' for a completion; valid: a number, or None"),
-        (fails_elsewhere, r"Reward 'fails_elsewhere' raised ConnectionError\('no judge there'\)"),
-    ],
-)
+FAILING = [
+    (raises, r"Reward 'raises' raised KeyError\('solution'\) on the first 2 rows of the data"),
+    (too_few, r"Reward 'too_few' returned \[1\.0\] for 2 completions"),
+    (words, r"Reward 'words' returned 'good' for a completion; valid: a number, or None"),
+    (fails_elsewhere, r"Reward 'fails_elsewhere' raised ConnectionError\('no judge there'\)"),
+]
+
+
+@pytest.mark.parametrize(("reward", "message"), FAILING)
 @pytest.mark.parametrize("workers", [0, None])
 def test_rewards_are_called_once(build, small_model, reward, message, workers):
     if workers is None:  # there, what failed is told by the worker
@@ -197,20 +196,19 @@ def test_templates(build, tokenizer, caplog, prompts, monkeypatch):
 # The rehearsal
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"loss_type": "dapo", "steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 2},
-        {"kl_estimator": "exact", "chunk_tokens": 24},
-        {"temperature_schedule": "entropy", "temperature_entropy_target": 4.0},
-        {"temperature_schedule": "linear", "temperature_end": 1.2, "per_device_train_batch_size": 4}
-        | {"gradient_accumulation_steps": 2},
-        {"replay_fraction": 0.5, "num_generations_max": 8, "dead_groups": "resample"},
-        {"share_prompt": False, "sync_ref_model": True, "ref_model_sync_steps": 1},
-    ],
-    ids=lambda settings: "-".join(settings) or "default",
-)
+REHEARSED = [
+    {},
+    {"loss_type": "dapo", "steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 2},
+    {"kl_estimator": "exact", "chunk_tokens": 24},
+    {"temperature_schedule": "entropy", "temperature_entropy_target": 4.0},
+    {"temperature_schedule": "linear", "temperature_end": 1.2, "per_device_train_batch_size": 4}
+    | {"gradient_accumulation_steps": 2},
+    {"replay_fraction": 0.5, "num_generations_max": 8, "dead_groups": "resample"},
+    {"share_prompt": False, "sync_ref_model": True, "ref_model_sync_steps": 1},
+]
+
+
+@pytest.mark.parametrize("settings", REHEARSED, ids=lambda settings: "-".join(settings) or "default")
 def test_it_leaves_nothing(build, tokenizer, settings):
     """The run with a rehearsal is the run without it, to the last bit of its adapter, answers and metrics."""
     runs = []
