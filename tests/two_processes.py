@@ -52,6 +52,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "resampled_straddling": (HALF_GROUPS, OURS | {"dead_groups": "resample", "max_resample_rounds": 2}),
     # a process whose only group is dead runs nothing, and takes part in the gradients all the same
     "skipped": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0}),
+    # a step is rehearsed in both before the first one, and the run is watched
+    "guarded": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0, "guards": True}),
     "skipped_chunks": (WHOLE_GROUPS, {"loss_type": "dapo", "dead_groups": "skip", "beta": 0.0, "chunk_tokens": 40}),
     # the answers to one of them only come alive when more are drawn, and each process draws for its own groups
     "growing": (WHOLE_GROUPS, OURS | {"num_generations_max": 12}),
