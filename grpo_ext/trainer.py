@@ -12,7 +12,7 @@ from grpo_ext.algorithm.advantages import population_advantages
 from grpo_ext.algorithm.objective import SequenceObjective
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.reference_kl import written
-from grpo_ext.mechanisms.replay import ReplayTrainer
+from grpo_ext.mechanisms.resume import ResumeTrainer
 from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
@@ -35,7 +35,7 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(ReplayTrainer):
+class GRPOExtTrainer(ResumeTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
@@ -48,6 +48,7 @@ class GRPOExtTrainer(ReplayTrainer):
     - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
     - `temperature_schedule`: `mechanisms/temperature.py`.
     - `replay_fraction`: `mechanisms/replay.py`.
+    - Checkpoints that are whole, and exact resume: `mechanisms/resume.py`.
     - Rewards that judge each answer by itself and say so run in worker processes: `run/isolation.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
