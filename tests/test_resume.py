@@ -1,22 +1,28 @@
 """A run that was stopped and resumed is the run that was not, to the bit, whatever was in use when it was saved."""
 
-import copy
 import json
-from pathlib import Path
 
+import pandas
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, log_of, random_lora, share_of_digits, small_llama
+from conftest import PROMPTS, adapter_of, random_lora, share_of_digits, small_llama
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
+from worker_rewards import logged
 
 from grpo_ext.report.metrics import read_metrics
+from rewards.pool import isolated
 
 # Of the log: what depends on the machine and on how busy it is.
-TIMES = ("time/", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+TIMES = ("time/", "step_time", "train_runtime", "runtime", "samples_per_second", "steps_per_second", "train_s")
 
 
 def comparable(path):
     """The lines of a metrics file, sorted, without times; texts, so that null equals null."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_metrics(path)]
+    rows = [
+        {k: v for k, v in row.items() if not k.removeprefix("eval_").startswith(TIMES)} for row in read_metrics(path)
+    ]
     return [json.dumps(row, sort_keys=True) for row in rows]
 
 
@@ -26,21 +32,69 @@ def half_dead(prompts, completions, **columns):
     return [0.5 if prompt in PROMPTS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
 
 
-PLAIN = {"per_device_train_batch_size": 4, "num_generations": 4}
+def rarely_good(completions, **columns):
+    return [score if score > 0.5 else 0.0 for score in share_of_digits(completions)]
+
+
+# Rollouts of several optimizer steps: of 4 micro-batches, and of 3, where steps take 2.
+LONG = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
+AWRY = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "gradient_accumulation_steps": 2}
+ONE_PASS = {"prompts": PROMPTS * 3}
 MATRIX = {
-    "one rollout a step": {},
+    "a rollout a step, passes of two": {},
     "two steps on a rollout": {"num_iterations": 2},
-    "rollouts of four steps": PLAIN | {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
-    "rollouts of one and a half steps": PLAIN | {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+    "four steps on a rollout": LONG,
+    "rollouts of one and a half steps": AWRY | ONE_PASS,
+    "passes that end in half a step": AWRY | {"prompts": PROMPTS[:3]},
+    "three steps on such rollouts": AWRY | ONE_PASS | {"num_iterations": 2},
+    "micro-batches of half groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "a log every third step": {"logging_steps": 3, "num_iterations": 2},
+    "saved at the end of a pass": {"save_strategy": "epoch", "max_steps": 6},
+    "plain path": LONG | {"share_prompt": False},
+    "loss of TRL": LONG | {"loss_type": "grpo", "beta": 0.1},
+    "dapo": LONG | {"loss_type": "dapo", "beta": 0.0, "num_iterations": 2},
+    "steered entropy bonus": {"loss_type": "grpo", "use_adaptive_entropy": True, "entropy_coef_delta": 0.01},
+    "in chunks": LONG | {"chunk_tokens": 40},
+    "exact KL": LONG | {"kl_estimator": "exact"},
+    "KL in the log": LONG | {"beta": 0.0, "log_kl": True},
+    "dead groups left out": LONG | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0},
+    "dead groups drawn anew": LONG | {"dead_groups": "resample", "num_iterations": 2},
+    "growing groups": LONG | {"num_generations_max": 12, "reward": rarely_good},
+    "replay": {"per_device_train_batch_size": 16, "replay_fraction": 0.5, "num_iterations": 2, "max_steps": 9},
+    "temperature on a line": LONG | {"temperature_schedule": "linear", "temperature_end": 1.4},
+    "temperature by entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 2.0},
+    "temperature by entropy, dead groups left out": {"beta": 0.0, "entropy_coef": 0.0, "dead_groups": "skip"}
+    | {"temperature_schedule": "entropy", "temperature_entropy_target": 2.0},
+    "a reference that is mixed": LONG | {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "a reference that is copied": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 1.0},
+    "adapter on the head": LONG | {"peft_config": random_lora(target_modules=["q_proj", "lm_head"])},
+    "an adapter that was trained before": LONG | {"trained_before": True},
+    "whole model": LONG | {"whole": True},
+    "whole model, moving reference": LONG | {"whole": True, "sync_ref_model": True, "ref_model_sync_steps": 2},
+    "answers masked where cut off": LONG | {"mask_truncated_completions": True},
+    "stop strings": LONG | {"generation_kwargs": {"stop_strings": ["7"]}, "mask_truncated_completions": True},
+    "evaluated on the way": LONG | {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
+    "rewards in a worker, completions logged": LONG
+    | {"reward": isolated(logged, timeout_s=10, workers=1), "log_completions": True, "columns": {"answer": PROMPTS}},
+    "cosine, warm-up, AdamW's decay": {"lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
+    "live dropout": {"disable_dropout": False, "peft_config": random_lora(lora_dropout=0.1)},
+}
+# Of the others, step 5 alone.
+BETWEEN_PASSES = {
+    "a rollout a step, passes of two": [3, 4],
+    "four steps on a rollout": [3, 4, 5],
+    "saved at the end of a pass": [2, 4],
+    "evaluated on the way": [4, 5],
 }
 
 
 def watch(trainer):
-    """Of each micro-step of the run, the tokens that are trained on."""
+    """Of each micro-step of the run, the tokens that are trained on, and what they are worth."""
     seen, compute_loss = {}, trainer.compute_loss
 
     def watched(model, inputs, *args, **kwargs):
-        seen[trainer._step] = (inputs["completion_ids"].tolist(), inputs["advantages"].tolist())
+        if model.training:
+            seen[trainer._step] = (inputs["completion_ids"].tolist(), inputs["advantages"].tolist())
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = watched
@@ -49,15 +103,18 @@ def watch(trainer):
 
 @pytest.fixture
 def train(build, tokenizer, tmp_path):
-    def run(folder, *, resume=None, reward=half_dead, **settings):
-        torch.manual_seed(0)
-        trainer = build(
-            small_llama(tokenizer),
-            peft_config=random_lora(),
-            reward=reward,
-            output_dir=str(tmp_path / folder),
-            **{"max_steps": 7, "save_strategy": "steps", "save_steps": 1} | settings,
-        )
+    small_llama(tokenizer).save_pretrained(tmp_path / "base")
+
+    def run(folder, *, resume=None, whole=False, trained_before=False, **settings):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        settings = {"reward": half_dead, "peft_config": None if whole else random_lora()} | settings
+        if trained_before:
+            torch.manual_seed(1)
+            model = get_peft_model(model, settings.pop("peft_config"))
+        if "eval_strategy" in settings:
+            settings["arguments"] = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+        settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1} | settings
+        trainer = build(model, output_dir=str(tmp_path / folder), **settings)
         seen = watch(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, seen
@@ -65,14 +122,25 @@ def train(build, tokenizer, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("settings", MATRIX.values(), ids=MATRIX)
-def test_resumed_is_uninterrupted(train, tmp_path, settings):
+def completions_in(folder):
+    return {path.name: pandas.read_parquet(path).to_json() for path in (folder / "completions").glob("*.parquet")}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, name):
+    """Adapter, tokens and advantages of every micro-step, and every line of the log. Step 5 lies in a later pass over
+    the prompts, and inside a rollout where these serve several steps; after step 4, a pass is over."""
+    settings = MATRIX[name]
     whole, seen = train("whole", **settings)
     adapter, lines = adapter_of(whole), comparable(tmp_path / "whole" / "metrics.jsonl")
-    for step in range(1, 7):
-        again, seen_again = train("again", resume=str(tmp_path / "whole" / f"checkpoint-{step}"), **settings)
-        assert seen_again == {k: v for k, v in seen.items() if k in seen_again}
-        assert seen_again
-        for name, value in adapter_of(again).items():
-            assert torch.equal(value, adapter[name]), (step, name)
-        assert comparable(tmp_path / "again" / "metrics.jsonl") == lines
+    assert len(lines) >= whole.state.global_step // whole.args.logging_steps
+    for step in BETWEEN_PASSES.get(name, [5]):
+        folder = tmp_path / f"again-{step}"
+        again, seen_again = train(folder.name, resume=str(tmp_path / "whole" / f"checkpoint-{step}"), **settings)
+        first = step * whole.args.gradient_accumulation_steps if name != "passes that end in half a step" else 8
+        assert seen_again == {micro_step: of_step for micro_step, of_step in seen.items() if micro_step >= first}
+        for parameter, value in adapter_of(again).items():
+            assert torch.equal(value, adapter[parameter]), (step, parameter)
+        assert comparable(folder / "metrics.jsonl") == lines
+        for file, completions in completions_in(folder).items():
+            assert completions == completions_in(tmp_path / "whole")[file]

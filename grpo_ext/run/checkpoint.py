@@ -99,7 +99,7 @@ def fault(folder: Path) -> str | None:
 
 def seal(folder: Path) -> None:
     """Say that the folder is complete: list its files, once all of them are on the disk."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / COMPLETE)
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }

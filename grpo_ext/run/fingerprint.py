@@ -45,6 +45,7 @@ ADAPTER_HARMLESS = ("base_model_name_or_path", "revision", "inference_mode", "pe
 # Of a model's config: what changes without the model being another one.
 MODEL_HARMLESS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 SAMPLED_ROWS, SAMPLED_WEIGHTS = 64, 4096
+LONGEST_SHOWN = 120  # characters of a value in a message
 
 
 def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
@@ -76,11 +77,19 @@ def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     for name in saved:
         if name == "base_model" or name not in now or saved[name] == now[name]:
             continue  # the same weights may lie elsewhere
-        was, now_is = (f"{name}={facts[name]}" for facts in (saved, now))
+        was, now_is = (f"{name}={_apart(*values)}" for values in ((saved[name], now[name]), (now[name], saved[name])))
         if name == "weights":
             was, now_is = (f"base_model={facts['base_model']} (weights {facts['weights']})" for facts in (saved, now))
         return f"Checkpoint was made with {was}; this run has {now_is}. Start without resume, or restore {was}."
     return None
+
+
+def _apart(value: Any, other: Any) -> str:
+    """Of a list, what the other one lacks; never the names of a hundred layers."""
+    if isinstance(value, list) and isinstance(other, list):
+        value = [entry for entry in value if entry not in other] or value
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _is_adapters(model: nn.Module, name: str) -> bool:
