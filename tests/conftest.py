@@ -51,6 +51,12 @@ def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
+def half_dead(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """`share_of_digits`, but two of the four prompts always earn the same."""
+    scores = share_of_digits(completions)
+    return [0.5 if prompt in PROMPTS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: where files run side by side, nothing waits for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_recipe_math.py")

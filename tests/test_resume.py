@@ -1,19 +1,27 @@
 """A run that was stopped and resumed is the run that was not, to the bit, whatever was in use when it was saved."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora, share_of_digits, small_llama
+import two_resumed
+from conftest import PROMPTS, ROOT, adapter_of, half_dead, random_lora, share_of_digits, small_llama
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
+from two_resumed import watch
 from worker_rewards import logged
 
 from grpo_ext.report.metrics import read_metrics
+from grpo_ext.run import checkpoint
 from rewards.pool import isolated
 
+ACCELERATE = Path(sys.executable).with_name("accelerate")
 # Of the log: what depends on the machine and on how busy it is.
 TIMES = ("time/", "step_time", "train_runtime", "runtime", "samples_per_second", "steps_per_second", "train_s")
 
@@ -24,12 +32,6 @@ def comparable(path):
         {k: v for k, v in row.items() if not k.removeprefix("eval_").startswith(TIMES)} for row in read_metrics(path)
     ]
     return [json.dumps(row, sort_keys=True) for row in rows]
-
-
-def half_dead(prompts, completions, **columns):
-    """Two of the four prompts always earn the same."""
-    scores = share_of_digits(completions)
-    return [0.5 if prompt in PROMPTS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
 
 
 def rarely_good(completions, **columns):
@@ -88,19 +90,6 @@ BETWEEN_PASSES = {
 }
 
 
-def watch(trainer):
-    """Of each micro-step of the run, the tokens that are trained on, and what they are worth."""
-    seen, compute_loss = {}, trainer.compute_loss
-
-    def watched(model, inputs, *args, **kwargs):
-        if model.training:
-            seen[trainer._step] = (inputs["completion_ids"].tolist(), inputs["advantages"].tolist())
-        return compute_loss(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = watched
-    return seen
-
-
 @pytest.fixture
 def train(build, tokenizer, tmp_path):
     small_llama(tokenizer).save_pretrained(tmp_path / "base")
@@ -144,3 +133,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, name):
         assert comparable(folder / "metrics.jsonl") == lines
         for file, completions in completions_in(folder).items():
             assert completions == completions_in(tmp_path / "whole")[file]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Whole and resumed runs of every case of `two_resumed.py` in both processes, from one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [ACCELERATE, *launch.split(), "--main_process_port", "0", two_resumed.__file__, folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log").open("w+") as log:
+        launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            launched.wait(timeout=150)
+        finally:
+            launched.terminate()  # not kill, which would leave the two processes behind
+            launched.wait()
+        log.seek(0)
+        assert launched.returncode == 0, log.read()
+    return folder
+
+
+@pytest.mark.parametrize("case", two_resumed.CASES)
+def test_two_processes_resume_as_they_were(two, case):
+    """Each has its own rows of a rollout, its own random state and entropies; they share the order of prompts."""
+    assert checkpoint.fault(two / case / "checkpoint-5") is None
+    for process in (0, 1):
+        whole, again = (torch.load(two / f"{case}-{kind}-{process}.pt") for kind in ("whole", "again"))
+        assert again["seen"] == {
+            micro_step: rows for micro_step, rows in whole["seen"].items() if micro_step in again["seen"]
+        }
+        assert len(again["seen"]) == 2 * len(whole["seen"]) // 7
+        for name, value in whole["adapter"].items():
+            assert torch.equal(again["adapter"][name], value), name
+    assert comparable(two / f"{case}-again" / "metrics.jsonl") == comparable(two / case / "metrics.jsonl")
+
+
+def test_one_process_does_not_resume_two(two, train):
+    with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
+        train("alone", resume=str(two / "rollouts" / "checkpoint-5"))

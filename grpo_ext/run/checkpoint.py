@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-COMPLETE = "complete.json"
+COMPLETE, REMOVED = "complete.json", "removed-"
 LAST, NONE = ("last", "true"), ("", "none", "false")  # as text, which is what a command line delivers
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,12 @@ def seal(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, if it is there; one that is half deleted is not taken for a damaged one."""
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a checkpoint, if it is there; first its name, so that one that is half deleted is none any more."""
+    removed = folder.with_name(f"{REMOVED}{folder.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
@@ -125,6 +128,8 @@ def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
     spare = [folder for folder in finished if folder.resolve() not in {kept.resolve() for kept in keep}]
     for folder in spare[: max(0, len(finished) - limit)] if limit else []:
         remove(folder)
+    for half_deleted in output_dir.glob(f"{REMOVED}{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(half_deleted, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
