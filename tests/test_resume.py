@@ -2,21 +2,26 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas
 import pytest
 import torch
 import two_resumed
-from conftest import PROMPTS, ROOT, adapter_of, half_dead, random_lora, share_of_digits, small_llama
+from conftest import PROMPTS, ROOT, SETTINGS, adapter_of, half_dead, random_lora, share_of_digits, small_llama
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 from two_resumed import watch
 from worker_rewards import logged
 
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from grpo_ext.report.evaluation import evaluate
+from grpo_ext.report.heldout import HeldOutAccuracy
 from grpo_ext.report.metrics import read_metrics
 from grpo_ext.run import checkpoint
 from rewards.pool import isolated
@@ -94,7 +99,7 @@ BETWEEN_PASSES = {
 def train(build, tokenizer, tmp_path):
     small_llama(tokenizer).save_pretrained(tmp_path / "base")
 
-    def run(folder, *, resume=None, whole=False, trained_before=False, **settings):
+    def run(folder, *, resume=None, before=lambda trainer: None, whole=False, trained_before=False, **settings):
         model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
         settings = {"reward": half_dead, "peft_config": None if whole else random_lora()} | settings
         if trained_before:
@@ -105,6 +110,7 @@ def train(build, tokenizer, tmp_path):
         settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1} | settings
         trainer = build(model, output_dir=str(tmp_path / folder), **settings)
         seen = watch(trainer)
+        before(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, seen
 
@@ -133,6 +139,80 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, name):
         assert comparable(folder / "metrics.jsonl") == lines
         for file, completions in completions_in(folder).items():
             assert completions == completions_in(tmp_path / "whole")[file]
+
+
+def test_the_log_is_that_of_the_checkpoint(train, tmp_path):
+    """In the output folder of the run itself, killed between a log and its save, and in the middle of a line."""
+    train("run", num_iterations=2)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = comparable(path)
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    path.write_text(path.read_text() + '{"step": 6, "loss": 9.0}\n{"step": 6, "lo')
+    train("run", resume="last", num_iterations=2)
+    assert comparable(path) == lines
+
+
+def test_a_finished_run_is_left_as_it_is(train, tmp_path):
+    """Killed after its last save, for example in the evaluation after training. Step 7 lies inside a pass, which
+    transformers would go on with."""
+    whole, _ = train("run")
+    lines = comparable(tmp_path / "run" / "metrics.jsonl")
+    again, seen = train("run", resume="last")
+    assert seen == {}
+    assert again.state.global_step == 7
+    assert comparable(tmp_path / "run" / "metrics.jsonl") == lines
+    for name, value in adapter_of(again).items():
+        assert torch.equal(value, adapter_of(whole)[name]), name
+
+
+def test_a_longer_run_goes_on(train, tmp_path):
+    """With a constant rate, where its length does not count."""
+    whole, _ = train("whole", max_steps=7, lr_scheduler_type="constant")
+    train("run", max_steps=3, lr_scheduler_type="constant")
+    again, _ = train("run", resume="last", max_steps=7, lr_scheduler_type="constant")
+    for name, value in adapter_of(again).items():
+        assert torch.equal(value, adapter_of(whole)[name]), name
+
+
+def test_held_out_accuracy_on_the_way(train, tmp_path, tokenizer):
+    """Measuring it moves nothing: the adapter is that of a run without it, and a resumed one has its lines."""
+    problems = [{"prompt": prompt} for prompt in PROMPTS]
+
+    def measured(trainer):
+        settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
+        measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
+        trainer.add_callback(HeldOutAccuracy(measure(), measure, trainer.log_alone))
+
+    plain, _ = train("plain", eval_steps=2, **LONG)
+    whole, _ = train("whole", before=measured, eval_steps=2, **LONG)
+    again, _ = train("again", before=measured, eval_steps=2, resume=str(tmp_path / "whole" / "checkpoint-5"), **LONG)
+    for name, value in adapter_of(plain).items():
+        assert torch.equal(value, adapter_of(whole)[name]), name
+        assert torch.equal(value, adapter_of(again)[name]), name
+    lines = comparable(tmp_path / "whole" / "metrics.jsonl")
+    assert sum("heldout/pass@2" in line for line in lines) == 4
+    assert comparable(tmp_path / "again" / "metrics.jsonl") == lines
+
+
+def test_streamed_data(tmp_path, tokenizer):
+    """Exact in the first pass; from then on nobody knows the place in the stream, and it is refused."""
+
+    def streamed(folder):
+        data = Dataset.from_dict({"prompt": PROMPTS * 3}).to_iterable_dataset()
+        settings = SETTINGS | {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 1}
+        settings |= LONG | {"max_steps": 14, "num_generations": 4, "max_completion_length": 8}
+        arguments = {"train_dataset": data, "processing_class": tokenizer, "peft_config": random_lora()}
+        return GRPOExtTrainer(small_llama(tokenizer), half_dead, GRPOExtConfig(**settings), **arguments)
+
+    whole = streamed("whole")
+    whole.train()
+    again = streamed("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for name, value in adapter_of(again).items():
+        assert torch.equal(value, adapter_of(whole)[name]), name
+    with pytest.raises(ValueError, match="was made in pass 2 over a streamed data set"):
+        streamed("again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-13"))
 
 
 @pytest.fixture(scope="module")
