@@ -57,6 +57,11 @@ def half_dead(prompts: list[str], completions: list[str], **columns: Any) -> lis
     return [0.5 if prompt in PROMPTS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
 
 
+def likes_step_two(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+    """A reward that is highest in the evaluation after step 2."""
+    return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: where files run side by side, nothing waits for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_recipe_math.py")

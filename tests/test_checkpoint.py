@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, random_lora, small_llama
+from conftest import PROMPTS, adapter_of, likes_step_two, random_lora, small_llama
 from datasets import Dataset
 from trl import GRPOTrainer
 
@@ -138,6 +138,14 @@ def test_where_nothing_is_whole(saved, tmp_path, caplog):
         checkpoint.find("nowhere", folder)
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(saved):
+    folder = Path(saved(max_steps=2).args.output_dir)
+    with pytest.raises(
+        ValueError, match=rf"not written to its end \(no complete\.json\)\. Use {folder}/checkpoint-2\."
+    ):
+        checkpoint.find(str(folder), folder)
+
+
 @pytest.mark.parametrize("text", ["True", "true", "last", True])
 def test_what_a_command_line_delivers(saved, text):
     """There, `True` is a text; transformers would take it for a folder."""
@@ -174,15 +182,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
     assert trainer.args.save_total_limit == 1
 
 
-class LikesStepTwo:
-    """A reward that is highest in the evaluation after step 2."""
-
-    __name__ = "likes_step_two"
-
-    def __call__(self, completions, trainer_state, **columns):
-        return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
-
-
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_the_checkpoints_that_stay_are_those_of_transformers(build, small_model, tmp_path, limit):
     """The newest and the best always do."""
@@ -200,7 +199,7 @@ def test_the_checkpoints_that_stay_are_those_of_transformers(build, small_model,
             small_model if kind is None else small_model.__class__(small_model.config),
             **({} if kind is None else {"trainer": kind}),
             peft_config=random_lora(),
-            reward=LikesStepTwo(),
+            reward=likes_step_two,
             arguments={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})},
             output_dir=str(tmp_path / str(kind)),
             **settings,
@@ -243,7 +242,7 @@ def test_another_run_is_refused_by_its_first_difference(saved, again, tmp_path, 
         r"train_dataset=4 rows \(\w{8}\); this run has train_dataset=5 rows": {"prompts": [*PROMPTS, "1+1="]},
         "train_dataset=4 rows": {"prompts": [*PROMPTS[:3], "1+1="]},
         r"reward_funcs=\['share_of_digits'\]; this run has reward_funcs=\['likes_step_two'\]": {
-            "reward": LikesStepTwo()
+            "reward": likes_step_two
         },
         "per_device_train_batch_size=8; this run has per_device_train_batch_size=4": {"per_device_train_batch_size": 4},
         "num_generations=4; this run has num_generations=2": {"num_generations": 2},

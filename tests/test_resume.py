@@ -12,7 +12,17 @@ import pandas
 import pytest
 import torch
 import two_resumed
-from conftest import PROMPTS, ROOT, SETTINGS, adapter_of, half_dead, random_lora, share_of_digits, small_llama
+from conftest import (
+    PROMPTS,
+    ROOT,
+    SETTINGS,
+    adapter_of,
+    half_dead,
+    likes_step_two,
+    random_lora,
+    share_of_digits,
+    small_llama,
+)
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
@@ -57,6 +67,14 @@ MATRIX = {
     "micro-batches of half groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "a log every third step": {"logging_steps": 3, "num_iterations": 2},
     "saved at the end of a pass": {"save_strategy": "epoch", "max_steps": 6},
+    "saved where it is best, a log every third step": {"save_strategy": "best", "metric_for_best_model": "reward"}
+    | {
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "logging_steps": 3,
+        "reward": likes_step_two,
+    },
     "plain path": LONG | {"share_prompt": False},
     "loss of TRL": LONG | {"loss_type": "grpo", "beta": 0.1},
     "dapo": LONG | {"loss_type": "dapo", "beta": 0.0, "num_iterations": 2},
@@ -91,6 +109,7 @@ BETWEEN_PASSES = {
     "a rollout a step, passes of two": [3, 4],
     "four steps on a rollout": [3, 4, 5],
     "saved at the end of a pass": [2, 4],
+    "saved where it is best, a log every third step": [2],
     "evaluated on the way": [4, 5],
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
@@ -26,7 +27,8 @@ STATE_FILE, ROLLOUT_FILE = "state_{}.json", "rollout_{}.safetensors"
 # micro-steps of the run, whether the sampler's log-probs are believed, and the entropy (nats) that is shown for rows
 # that were left out.
 CARRIED = ("_step", "_sampler_agrees", "_entropy_of_scored")
-LOGGED = ("prompt", "completion", "advantages")
+# Of TRL's table of completions.
+LOGGED, LOGGED_COLUMNS = ("prompt", "completion", "advantages"), ("rewards", "extra")
 
 
 class ResumeTrainer(ReplayTrainer):
@@ -43,7 +45,8 @@ class ResumeTrainer(ReplayTrainer):
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
         super().__init__(model, reward_funcs, args, *rest, **keywords)
-        self._fingerprint = fingerprint(self)
+        facts = [fingerprint(self) if self.accelerator.is_main_process else None]
+        self._fingerprint = broadcast_object_list(facts)[0]  # others may hold a part of the model only
         self._train_sampler: Sampler | None = None
         self._losses_before = 0.0  # logged before this session
         self.add_callback(_CarriesLosses(self))
@@ -159,13 +162,12 @@ class ResumeTrainer(ReplayTrainer):
             }
             state["rest"] = [{k: v for k, v in part.items() if not isinstance(v, torch.Tensor)} for part in buffered]
             state["on_host"] = [key for key, value in tensors.items() if value.device.type == "cpu"]
-            state["logs"] = {name: list(self._logs[name]) for name in LOGGED}
-            state["columns"] = {
-                kind: {name: list(values) for name, values in self._logs[kind].items()} for kind in ("rewards", "extra")
-            }
+            logs: dict[str, Any] = {name: list(self._logs[name]) for name in LOGGED}
+            logs |= {kind: {name: list(of) for name, of in self._logs[kind].items()} for kind in LOGGED_COLUMNS}
+            state["logs"] = json.loads(json.dumps(logs, default=str))  # rewards may log what JSON has no form for
             copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
             save_file(copies, folder / ROLLOUT_FILE.format(rank))
-        (folder / STATE_FILE.format(rank)).write_text(json.dumps(state, default=str))
+        (folder / STATE_FILE.format(rank)).write_text(json.dumps(state))
         if self.args.sync_ref_model and self.ref_model is not None and self.args.should_save:
             save_model(self.ref_model, str(folder / REFERENCE_FILE))
 
@@ -184,8 +186,8 @@ class ResumeTrainer(ReplayTrainer):
                 parts[int(i)][name] = value if key in state["on_host"] else value.to(device)
             for name in LOGGED:
                 self._logs[name].extend(state["logs"][name])
-            for kind, columns in state["columns"].items():
-                for name, values in columns.items():
+            for kind in LOGGED_COLUMNS:
+                for name, values in state["logs"][kind].items():
                     self._logs[kind][name].extend(values)
         if (folder / REFERENCE_FILE).exists():
             load_model(self.ref_model, str(folder / REFERENCE_FILE))

@@ -42,7 +42,8 @@ def find(wanted: str | bool | os.PathLike[str] | None, output_dir: str | Path) -
     folder = Path(str(wanted))
     reason = fault(folder)
     if reason is not None:
-        whole = [str(other) for other in checkpoints(folder.parent) if fault(other) is None]
+        others = checkpoints(folder) or checkpoints(folder.parent)  # a run's own folder was meant, maybe
+        whole = [str(other) for other in others if fault(other) is None]
         instead = f"Use {whole[-1]}" if whole else "Start without resume"
         raise ValueError(f"resume_from_checkpoint='{folder}' cannot be resumed: {reason}. {instead}.")
     return folder

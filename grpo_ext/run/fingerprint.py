@@ -20,8 +20,6 @@ from torch import nn
 from transformers import TrainingArguments
 from trl import GRPOTrainer
 
-from grpo_ext.policy.reference import POLICY
-
 OF_TRANSFORMERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "full_determinism", "bf16", "fp16", "tf32"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay"),
@@ -60,7 +58,7 @@ def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
         "dtype": str(base[0].dtype).removeprefix("torch."),
     }
     if hasattr(model, "peft_config"):
-        adapter = model.peft_config[POLICY].to_dict()
+        adapter = next(iter(model.peft_config.values())).to_dict()  # the others are references
         facts |= {name: adapter[name] for name in sorted(adapter, key=_r_first) if name not in ADAPTER_HARMLESS}
     facts |= {"number of processes": args.world_size, "device": trainer.accelerator.device.type}
     facts |= {"train_dataset": _rows(trainer.train_dataset), "reward_funcs": trainer.reward_func_names}
