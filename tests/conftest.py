@@ -1,5 +1,6 @@
 """What the tests share: everything offline, a tiny random llama, the embedded model, and a trainer on them."""
 
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -60,6 +61,12 @@ def half_dead(prompts: list[str], completions: list[str], **columns: Any) -> lis
 def likes_step_two(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
     """A reward that is highest in the evaluation after step 2."""
     return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
+
+
+def pytest_collection_finish() -> None:
+    """accelerate collects garbage in every train(); half a second each time, as long as every import is looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

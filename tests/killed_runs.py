@@ -10,6 +10,7 @@ FOLDER/whole, FOLDER/killed-0, ...     the output folders, each with what its se
 FOLDER/kills.json                      of each kill, the run, the phase that it was aimed at, and the one that it hit
 """
 
+import gc
 import json
 import mmap
 import os
@@ -210,4 +211,5 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.freeze()
     main()

@@ -126,7 +126,7 @@ def train(build, tokenizer, tmp_path):
             model = get_peft_model(model, settings.pop("peft_config"))
         if "eval_strategy" in settings:
             settings["arguments"] = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
-        settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1} | settings
+        settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 5} | settings
         trainer = build(model, output_dir=str(tmp_path / folder), **settings)
         seen = watch(trainer)
         before(trainer)
@@ -144,7 +144,7 @@ def completions_in(folder):
 def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, name):
     """Adapter, tokens and advantages of every micro-step, and every line of the log. Step 5 lies in a later pass over
     the prompts, and inside a rollout where these serve several steps; after step 4, a pass is over."""
-    settings = MATRIX[name]
+    settings = MATRIX[name] | ({"save_steps": 1} if name in BETWEEN_PASSES else {})
     whole, seen = train("whole", **settings)
     adapter, lines = adapter_of(whole), comparable(tmp_path / "whole" / "metrics.jsonl")
     assert len(lines) >= whole.state.global_step // whole.args.logging_steps
@@ -165,8 +165,7 @@ def test_the_log_is_that_of_the_checkpoint(train, tmp_path):
     train("run", num_iterations=2)
     path = tmp_path / "run" / "metrics.jsonl"
     lines = comparable(path)
-    for step in (6, 7):
-        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-7")
     path.write_text(path.read_text() + '{"step": 6, "loss": 9.0}\n{"step": 6, "lo')
     train("run", resume="last", num_iterations=2)
     assert comparable(path) == lines
@@ -244,7 +243,7 @@ def two(tmp_path_factory):
     with (folder / "log").open("w+") as log:
         launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            launched.wait(timeout=150)
+            launched.wait(timeout=300)
         finally:
             launched.terminate()  # not kill, which would leave the two processes behind
             launched.wait()
