@@ -1,7 +1,8 @@
 """One run from the banner to the verdict: what every recipe does around its task.
 
-banner -> held-out accuracy before -> training, with accuracy every `eval_steps` -> accuracy after
--> adapter, card, `metrics.jsonl`, `curves.png`, `summary.json` in `output_dir` -> the verdict as the last line
+banner -> held-out accuracy before, kept for sessions that resume the run -> training, with accuracy every `eval_steps`
+-> accuracy after -> adapter, card, `metrics.jsonl`, `curves.png`, `summary.json` in `output_dir` -> the verdict as the
+last line
 """
 
 import time
@@ -15,7 +16,7 @@ from rich.text import Text
 from grpo_ext.data import Problems
 from grpo_ext.report.curves import draw_curves
 from grpo_ext.report.evaluation import Completion, Evaluation, Problem, Reward, evaluate
-from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics
+from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics, load_before, save_before
 from grpo_ext.report.summary import summarise, verdict, write_summary
 from grpo_ext.run import banner
 from grpo_ext.run.best import BestAdapter, read_best
@@ -58,12 +59,17 @@ def run(
     if args.dry_run:
         print("dry run: the checks are through, nothing was trained")
         return {}
-    before = measure(samples=eval_samples, description="held-out accuracy before")
+    resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
+    before = load_before(args.output_dir, problems=len(heldout), samples=eval_samples) if resumed else None
+    if before is None:  # the policy is still the one that training began with
+        before = measure(samples=eval_samples, description="held-out accuracy before")
+        if trainer.accelerator.is_main_process:
+            save_before(args.output_dir, before)
     during = partial(measure, samples=min(eval_samples, 1))
     trainer.add_callback(BestAdapter(trainer))
     trainer.add_callback(HeldOutAccuracy(before, during, trainer.log_alone))
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resumed)
     seconds = time.monotonic() - started
     after = measure(samples=eval_samples, description="held-out accuracy after")
     trainer.log_alone(as_metrics(after))

@@ -46,6 +46,11 @@ def refuse_impossible(config: Any) -> None:
     _refuse_temperatures(config)
     _refuse_growth(config)
     _refuse_replay(config)
+    if config.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint=True saves in the middle of a step, from where a run cannot be resumed exactly. Use "
+            "save_steps: a run that is killed goes on from its last checkpoint."
+        )
     if config.reward_timeout <= 0:
         raise ValueError(f"reward_timeout={config.reward_timeout} must be above 0 seconds, for example 10.")
     if config.reward_workers is not None and config.reward_workers < 0:

@@ -1,5 +1,6 @@
 """What the tests share: everything offline, a tiny random llama, the embedded model, and a trainer on them."""
 
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -49,6 +50,23 @@ def random_lora(**changes: Any) -> LoraConfig:
 def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
     """A reward that random text spreads over: the share of digits among its characters."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+def half_dead(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """`share_of_digits`, but two of the four prompts always earn the same."""
+    scores = share_of_digits(completions)
+    return [0.5 if prompt in PROMPTS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
+
+
+def likes_step_two(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+    """A reward that is highest in the evaluation after step 2."""
+    return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
+
+
+def pytest_collection_finish() -> None:
+    """accelerate collects garbage in every train(); half a second each time, as long as every import is looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

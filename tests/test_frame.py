@@ -47,9 +47,18 @@ TRL_METHODS = {
         "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
         "mm_token_type_ids image_position_ids"
     ),
-    "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
     "training_step": "self model inputs num_items_in_batch",
     "log": "self logs start_time",
+    "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+    "_get_train_sampler": "self dataset",
+    "_run_epoch": (
+        "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+        "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
+    ),
+    "_maybe_log_save_evaluate": (
+        "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate"
+    ),
+    "_get_output_dir": "self trial",
     "_save": "self output_dir state_dict",
     "_save_checkpoint": "self model trial",
     "_load_from_checkpoint": "self resume_from_checkpoint model",

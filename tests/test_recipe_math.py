@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_resume import comparable
 from trl import get_peft_config
 
 import recipes.math as recipe
@@ -16,6 +19,7 @@ from grpo_ext import GRPOExtTrainer
 from grpo_ext.data import load_problems
 from grpo_ext.policy.loading import load_tokenizer, model_init_kwargs
 from grpo_ext.report.evaluation import evaluate
+from grpo_ext.report.heldout import load_before
 from rewards import math_answer_reward
 
 BIN = Path(sys.executable).parent
@@ -158,6 +162,34 @@ def test_offline_a_hub_name_gives_one_sentence(tmp_path):
     assert "Traceback" not in output
     with pytest.raises(SystemExit, match="Model 'nobody/nothing' is not a local path and could not be fetched"):
         recipe.main(["--model_name_or_path", "nobody/nothing", "--dataset_name", "x", "--output_dir", str(tmp_path)])
+
+
+def test_a_resumed_recipe_reports_from_its_start(tmp_path):
+    """What was found before training is that of the first session; the report and the log are those of one run."""
+    flags = [*TWO_STEPS, "--max_steps", "3", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
+    recipe.main(flags)
+
+    def left_behind():
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        return {k: v for k, v in summary.items() if k not in ("seconds", "peak_memory_mb")}, comparable(
+            tmp_path / "metrics.jsonl"
+        )
+
+    at_once = left_behind()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    recipe.main([*flags, "--resume_from_checkpoint", "True"])
+    assert left_behind() == at_once
+    before = load_before(tmp_path, problems=8, samples=2)
+    assert asdict(before.greedy) == at_once[0]["pass_at_1_before"]
+    assert load_before(tmp_path, problems=8, samples=3) is None
+    assert load_before(tmp_path, problems=9, samples=2) is None
+    kept = tmp_path / "heldout_before.json"
+    kept.write_text(kept.read_text().replace(f'"value": {before.pass_at_k.value}', '"value": 0.125'))
+    recipe.main([*flags, "--resume_from_checkpoint", "last"])
+    assert left_behind()[0]["pass_at_k_before"]["value"] == 0.125  # it is not measured again
+    kept.write_text("{")  # killed while it was written
+    assert load_before(tmp_path, problems=8, samples=2) is None
 
 
 @pytest.mark.slow

@@ -3,13 +3,17 @@
 {"step": 5, "heldout/pass@1": 0.98, "heldout/pass@1/low": 0.95, "heldout/pass@1/high": 0.99}
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grpo_ext.report.evaluation import Evaluation
+from grpo_ext.report.evaluation import Estimate, Evaluation
+
+BEFORE_FILE = "heldout_before.json"
 
 
 class HeldOutAccuracy(TrainerCallback):
@@ -54,3 +58,20 @@ def as_metrics(evaluation: Evaluation) -> dict[str, float]:
             metrics[f"heldout/{name}"] = figures.pop("value")
             metrics |= {f"heldout/{name}/{bound}": figures[bound] for bound in ("low", "high")}
     return metrics
+
+
+def save_before(output_dir: str | Path, evaluation: Evaluation) -> None:
+    """Keep what was found before training, for sessions that resume the run."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    Path(output_dir, BEFORE_FILE).write_text(json.dumps(asdict(evaluation)) + "\n")
+
+
+def load_before(output_dir: str | Path, *, problems: int, samples: int) -> Evaluation | None:
+    """What `save_before` kept; None where it is not there, or of another number of problems or samples."""
+    try:
+        kept = json.loads(Path(output_dir, BEFORE_FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # killed before it was written
+        return None
+    estimates = {name: kept[name] and Estimate(**kept[name]) for name in ("greedy", "sampled", "pass_at_k")}
+    evaluation = Evaluation(**kept | estimates)
+    return evaluation if (evaluation.greedy.n, evaluation.k) == (problems, samples) else None

@@ -16,7 +16,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to `output_dir/metrics.jsonl`.
 
-    A fresh run starts a fresh file; a resumed one keeps the lines up to the step that it resumes from.
+    A fresh run starts a fresh file; a resumed one starts from the lines that its checkpoint knows, whatever was written
+    after it.
     """
 
     def on_train_begin(
@@ -26,8 +27,9 @@ class MetricsFile(TrainerCallback):
             return
         path = metrics_path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= state.global_step] if state.global_step else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new = path.with_name(f"{path.name}.new")  # a run that is killed here keeps the old lines
+        new.write_text("".join(_line(row["step"], row) for row in state.log_history))
+        new.replace(path)
 
     def on_log(
         self,
@@ -50,11 +52,15 @@ def metrics_path(args: TrainingArguments) -> Path:
 
 def append_metrics(args: TrainingArguments, step: int, values: dict[str, Any]) -> None:
     """Add one line; numbers that JSON cannot hold (NaN, infinities) are written as null."""
+    with metrics_path(args).open("a") as file:
+        file.write(_line(step, values))
+
+
+def _line(step: int, values: dict[str, Any]) -> str:
     row = {"step": step} | {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-    with metrics_path(args).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    return json.dumps(row) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
