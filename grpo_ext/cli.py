@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "audit": "is a reward right on this data, and hard to cheat?",
+    "push": "publish what a run left behind on the Hub",
 }
 
 

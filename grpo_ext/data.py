@@ -103,9 +103,13 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
     try:
         if config is None and not path.is_dir():
             config = get_dataset_config_names(name)[0]
-        return load_dataset(name, config)
+        splits = load_dataset(name, config)
     except (ConnectionError, DatasetNotFoundError, OSError) as error:
         raise SystemExit(unreachable("Data set", name, error)) from None
+    if not path.is_dir():
+        for rows in splits.values():
+            rows.info.dataset_name = name  # `datasets` leaves the owner out
+    return splits
 
 
 def _with_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:

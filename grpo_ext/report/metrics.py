@@ -10,13 +10,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to `output_dir/metrics.jsonl`.
 
-    A fresh run starts a fresh file; a resumed one keeps the lines up to the step that it resumes from.
+    A fresh run starts a fresh file; a resumed one keeps the lines up to the step that it resumes from. The summary of
+    an earlier run in the same folder is not this one's, and goes.
     """
 
     def on_train_begin(
@@ -26,6 +27,7 @@ class MetricsFile(TrainerCallback):
             return
         path = metrics_path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(SUMMARY_FILE).unlink(missing_ok=True)
         kept = [row for row in read_metrics(path) if row["step"] <= state.global_step] if state.global_step else []
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
