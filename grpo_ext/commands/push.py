@@ -4,7 +4,7 @@ import argparse
 
 from huggingface_hub import HfApi
 
-from grpo_ext.report.hub import commit, first_line, retry_command, stage, writable_repository
+from grpo_ext.report.hub import commit, retry_command, stage, why_not, writable_repository
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,5 +30,7 @@ def run(options: argparse.Namespace) -> None:
             )
         except Exception as error:
             again = retry_command(options.folder, repository, private=private, revision=options.revision)
-            raise ValueError(f"Not pushed: {first_line(error)}. Nothing was lost; push it again: {again}") from error
+            raise ValueError(
+                f"Not pushed: {why_not(error)}. All of it is in {options.folder}; push it again: {again}"
+            ) from error
     print(f"pushed to {done.commit_url}")

@@ -69,12 +69,12 @@ def writable_repository(
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
     except Exception as error:
-        raise ValueError(f"'{name}' on the Hub cannot be pushed to: {_why(error)}.") from error
+        raise ValueError(f"'{name}' on the Hub cannot be pushed to: {why_not(error)}.") from error
     return repository
 
 
-def _why(error: Exception) -> str:
-    """What went wrong and what to do."""
+def why_not(error: Exception) -> str:
+    """What went wrong with a request and what to do, for a user."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it"
@@ -88,10 +88,10 @@ def _why(error: Exception) -> str:
             "the token may not write there. Use one that can write, from https://huggingface.co/settings/tokens, or "
             "name a repository of your own"
         )
-    return f"{first_line(error)}. Try again later"
+    return _first_line(error) + ("" if isinstance(error, ValueError) else ". Try again later")
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """`HfHubHTTPError: Server error '500 Internal Server Error' for url ...`"""
     line = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {line.partition(' (Request ID')[0].rstrip('. ')}"
@@ -190,4 +190,4 @@ class RunPushes:
         except Exception as error:
             folder = self._args.output_dir
             command = retry_command(folder, repository, private=self._args.hub_private_repo, revision=revision)
-            tqdm.write(f"Not pushed: {first_line(error)}. All of it is in {folder}; push it again: {command}")
+            tqdm.write(f"Not pushed: {why_not(error)}. All of it is in {folder}; push it again: {command}")
