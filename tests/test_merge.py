@@ -58,7 +58,9 @@ def test_merged_is_base_and_adapter(tmp_path, targets, more):
     adapter = saved(random_lora(target_modules=targets, **more), tmp_path / "adapter")
     expected = adapted(adapter)
     cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
-    assert apart(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert apart(logits_of(merged), expected) < 1e-5
+    assert merged.config.tie_word_embeddings == (targets == "all-linear")
     assert apart(logits_of(AutoModelForCausalLM.from_pretrained(TINY_MODEL)), expected) > 0.1
 
 
