@@ -48,6 +48,7 @@ class GRPOExtTrainer(ReplayTrainer):
     - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
     - `temperature_schedule`: `mechanisms/temperature.py`.
     - `replay_fraction`: `mechanisms/replay.py`.
+    - Its own card, and what is pushed to the Hub is chosen and cannot end a run: `mechanisms/publishing.py`.
     - Rewards that judge each answer by itself and say so run in worker processes: `run/isolation.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.

@@ -108,8 +108,12 @@ def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monk
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
         (["--reward", "rewards:nope"], "nope"),
+        (["--model", "mine"], "'mine' is an adapter. Type: --model the/base --adapter mine"),
     ],
 )
-def test_mistakes_give_one_sentence(flags, message):
+def test_mistakes_give_one_sentence(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
     with pytest.raises(SystemExit, match=message):
         cli.main(["eval", *TASK, *flags])

@@ -131,14 +131,16 @@ def test_when_it_is_pushed(hub, build, small_model, tmp_path, strategy, at_saves
 
 
 def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
-    """Five saves, five ways of failing: the run goes on and says how to push again, and that command does it."""
-    trainer = pushing(build, small_model, max_steps=5, hub_private_repo=True)
+    """Seven saves, seven failures: the run goes on and says how to push again, and that command does it."""
+    trainer = pushing(build, small_model, max_steps=7, hub_private_repo=True)
+    hub.fail("/preupload/", 401)
+    hub.fail("/objects/batch", 403)
     hub.fail("/commit/", 401, 403, 429, 500, "drop")
     trainer.train()
     said = capsys.readouterr().out
     command = f"grpo-ext push {trainer.args.output_dir} {REPO} --private"
     assert len(hub.commits[REPO]["main"]) == 1
-    assert said.count(f"push it again: {command}\n") == 5
+    assert said.count(f"push it again: {command}\n") == 7
     for reason in (
         "there is no token",
         "the token may not write there",
@@ -146,8 +148,8 @@ def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
         "'500 Internal",
         "disconnected",
     ):
-        assert said.count(reason) == 1
-    assert trainer.state.global_step == 5
+        assert reason in said
+    assert trainer.state.global_step == 7
     cli.main(command.split()[1:])
     assert hub.visibility[REPO] == "private"
     assert set(hub.files(REPO)) == WEIGHTS | {"README.md", "curves.png"}

@@ -1,5 +1,7 @@
 """`grpo-ext merge`: the merged model is base and adapter to rounding, tied embeddings included."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import TINY_MODEL, random_lora
@@ -57,7 +59,9 @@ def test_merged_is_base_and_adapter(tmp_path, targets, more):
     a model saved as tied would lose one of two."""
     adapter = saved(random_lora(target_modules=targets, **more), tmp_path / "adapter")
     expected = adapted(adapter)
-    cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
+    with warnings.catch_warnings(record=True) as said:
+        cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
+    assert not [warning for warning in said if "You can untie the embeddings" in str(warning.message)]  # it is done
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert apart(logits_of(merged), expected) < 1e-5
     assert merged.config.tie_word_embeddings == (targets == "all-linear")

@@ -49,6 +49,10 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate, and write one JSON object."""
     if options.samples and options.temperature <= 0:
         raise ValueError(f"--temperature {options.temperature} must be above 0 to draw samples, for example 0.8.")
+    config = Path(options.model, "adapter_config.json")
+    if config.exists():
+        base = json.loads(config.read_text())["base_model_name_or_path"] or "BASE"
+        raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
     quiet_libraries()
     model_args = PolicyConfig(model_name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     tokenizer = load_tokenizer(model_args)

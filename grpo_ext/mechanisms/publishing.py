@@ -37,15 +37,15 @@ class PublishingTrainer(GRPOTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         if self.is_world_process_zero():
-            write_card(self, self.args.output_dir, dataset_name=dataset_name)
+            write_card(self, self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_card(self, output_dir or self.args.output_dir)
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_world_process_zero():
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if self.is_world_process_zero() and self.args.push_to_hub:
             check_write_access(self.args)
         strategy = self.args.hub_strategy
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -54,7 +54,7 @@ class PublishingTrainer(GRPOTrainer):
                 f"a run is resumed from its output_dir."
             )
         with self._publishing():
-            super().init_hf_repo(*args, **kwargs)
+            super().init_hf_repo(token, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_strategy != HubStrategy.END:

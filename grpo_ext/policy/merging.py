@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -99,16 +98,14 @@ def merge(adapter: str, out: str | Path, *, base: str | None = None, dtype: str 
 
 def untie(model: PreTrainedModel) -> None:
     """Give the LM head a weight of its own where it has the embedding's, and an adapter changes one of the two: merged
-    into the weight that they share, it would change both."""
-    head, embedding = head_of(model), model.get_input_embeddings()
-    if not any(isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper) for layer in (head, embedding)):
+    into the weight that they share, it would change both. (PEFT does so for whole layers of `modules_to_save`.)"""
+    head = head_of(model)
+    if not any(isinstance(layer, BaseTunerLayer) for layer in (head, model.get_input_embeddings())):
         return
-    if isinstance(head, BaseTunerLayer):
-        head = head.get_base_layer()
-    if head is not None and not isinstance(head, ModulesToSaveWrapper):  # which is a whole head of its own
-        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    assert layer is not None
+    layer.weight = nn.Parameter(layer.get_parameter("weight").detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import LoraConfig
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from grpo_ext.policy.reference import POLICY
 from grpo_ext.report.curves import CURVES_FILE
 from grpo_ext.report.evaluation import Estimate
-from grpo_ext.report.metrics import SUMMARY_FILE
-from grpo_ext.report.summary import PACKAGES
+from grpo_ext.report.summary import PACKAGES, SUMMARY_FILE
 from grpo_ext.run.banner import describe
 
 CARD_FILE = "README.md"
+CARD_TAG = "grpo-ext"  # of ours; PEFT writes cards, too
 HERE = '"."'  # in the code of the card: the folder that it lies in
 LOCAL_BASE = "PATH/OF/THE/BASE/MODEL"
 OBJECTIVE = ("loss_type", "scale_rewards", "epsilon", "beta", "kl_estimator", "entropy_coef", "temperature")
@@ -65,25 +65,35 @@ GRPO: Shao et al., DeepSeekMath ([arXiv:2402.03300](https://arxiv.org/abs/2402.0
 """
 
 
-def write_card(trainer: GRPOTrainer, folder: str | Path, *, dataset_name: str | None = None) -> None:
+def write_card(
+    trainer: GRPOTrainer,
+    folder: str | Path,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> None:
     """Write the card into a folder that holds, or will hold, the adapter or model of this trainer.
 
     Args:
+        model_name: the title; by default the name of the repository that is pushed to, or of the output folder.
         dataset_name: on the Hub; by default the name that `grpo_ext.data` gave to the training data.
+        tags: beside those that are given in any case.
     """
     folder = Path(folder)
     path = folder / SUMMARY_FILE
     summary = json.loads(path.read_text()) if path.exists() else None
     is_adapter = _is_adapter(trainer)
     base, data = hub_name_of_base(trainer.model), dataset_name or _name_of_data(trainer)
-    title = Path(trainer.args.output_dir).absolute().name
+    title = model_name or Path(trainer.args.hub_model_id or Path(trainer.args.output_dir).absolute()).name
+    added = [tags] if isinstance(tags, str) else tags or []
     metadata = ModelCardData(
         model_name=title,
         base_model=base,
         datasets=data,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*trainer._tag_names, "grpo-ext", *(["peft"] if is_adapter else [])],
+        tags=[*trainer._tag_names, CARD_TAG, *(["peft"] if is_adapter else []), *added],
         eval_results=_results(summary, data) if summary else None,
     )
     body = BODY.format(
@@ -102,7 +112,7 @@ def read_card(folder: str | Path) -> ModelCard | None:
     """The card of a folder; None where there is none, or one that PEFT or a person wrote."""
     path = Path(folder, CARD_FILE)
     card = ModelCard.load(path) if path.exists() else None
-    return card if card is not None and "grpo-ext" in (card.data.tags or []) else None
+    return card if card is not None and CARD_TAG in (card.data.tags or []) else None
 
 
 def for_hub(card: str, repository: str) -> str:
@@ -186,8 +196,9 @@ def _settings(trainer: GRPOTrainer, base: str | None) -> dict[str, str]:
         "objective": "`" + ", ".join(f"{name}={getattr(trainer.args, name)!r}" for name in OBJECTIVE) + "`",
     }
     if _is_adapter(trainer):
-        config = trainer.model.peft_config[POLICY]
-        settings["adapter"] = f"{config.peft_type.value}, r={config.r}, alpha={config.lora_alpha}"
+        config = trainer.model.active_peft_config
+        size = f", r={config.r}, alpha={config.lora_alpha}" if isinstance(config, LoraConfig) else ""
+        settings["adapter"] = f"{config.peft_type.value}{size}"
     return settings | {label: said[label] for label in ("trains", "reference", "one step", "steps")}
 
 

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 from grpo_ext.report.card import CARD_FILE, for_hub, read_card
 from grpo_ext.report.curves import CURVES_FILE
-from grpo_ext.report.metrics import SUMMARY_FILE
+from grpo_ext.report.summary import SUMMARY_FILE
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*")

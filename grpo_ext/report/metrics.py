@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+from grpo_ext.report.summary import SUMMARY_FILE
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):

@@ -14,9 +14,9 @@ from trl import GRPOTrainer
 
 from grpo_ext.policy.adapters import share_of_trainable
 from grpo_ext.report.evaluation import Estimate, Evaluation
-from grpo_ext.report.metrics import SUMMARY_FILE
 from grpo_ext.run.machine import device_name, peak_memory_mb
 
+SUMMARY_FILE = "summary.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
