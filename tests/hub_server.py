@@ -42,6 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub.requests.append(f"{self.command} {path}")
+        hub.answers.wait(30)  # seconds; cleared by a test that wants a slow Hub
         fault = hub.fault_of(path)
         if fault == "drop":
             self.close_connection = True
@@ -172,7 +173,8 @@ class HubServer:
 
     def __init__(self):
         self.commits, self.visibility, self.blobs, self.requests, self.faults = {}, {}, {}, [], []
-        self.lock = threading.Lock()
+        self.lock, self.answers = threading.Lock(), threading.Event()
+        self.answers.set()
 
     def __enter__(self):
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -8,11 +8,12 @@ import sys
 
 import huggingface_hub.constants
 import pytest
-from conftest import ROOT, TINY_DATA, TINY_MODEL, random_lora
+from conftest import ROOT, TINY_DATA, TINY_MODEL, random_lora, share_of_digits
 from datasets import Dataset
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import close_session
+from peft import IA3Config, get_peft_model
 
 from grpo_ext import GRPOExtConfig, cli, experiment
 from grpo_ext.data import Problems
@@ -128,6 +129,28 @@ def test_when_it_is_pushed(hub, build, small_model, tmp_path, strategy, at_saves
     assert "summary.json" not in hub.files(REPO)
     beside = {name for name in hub.files(REPO) if "/" in name}
     assert beside == ({f"last-checkpoint/{name}" for name in WEIGHTS} if strategy == "checkpoint" else set())
+
+
+def test_training_goes_on_while_a_save_is_pushed(hub, build, small_model, tmp_path):
+    """And changes the files of the output folder: what is pushed of a save are its own. The Hub does not answer until
+    the third step."""
+    calls = []
+
+    def reward(completions, **columns):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            assert len(hub.commits[REPO]["main"]) == 1
+            hub.answers.set()
+        return share_of_digits(completions)
+
+    trainer = pushing(build, small_model, reward=reward, max_steps=3)
+    hub.answers.clear()
+    trainer.train()
+    _, *pushed = hub.commits[REPO]["main"]
+    name = "adapter_model.safetensors"
+    saved = [(tmp_path / f"run/checkpoint-{step}" / name).read_bytes() for step in (1, 2, 3)]
+    assert [files[name] for _, files in pushed] == saved
+    assert len(set(saved)) == 3
 
 
 def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
@@ -255,3 +278,26 @@ def test_a_whole_model_is_published_without_the_rest(hub, build, small_model):
     cli.main(["push", finished(trainer), REPO])
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(hub.files(REPO)) == model | {"README.md"}
+
+
+def test_cards_of_other_adapters_and_of_chat_models(build, small_model, tokenizer, tmp_path, monkeypatch):
+    """A card that cannot be written would end the run at its first save."""
+    modules = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    messages = [[{"role": "user", "content": f"{i}+1="}] for i in range(4)]
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    trainer = build(small_model, peft_config=IA3Config(task_type="CAUSAL_LM", **modules), prompts=messages)
+    trainer.create_model_card(model_name="chatty", dataset_name="someone/talk", tags="mine")
+    card = ModelCard.load(tmp_path / "run/README.md")
+    assert "| adapter | IA3 |" in card.text
+    assert card.text.strip().startswith("# chatty")
+    assert (card.data.datasets, card.data.tags[-1]) == ("someone/talk", "mine")
+    assert '[{"role": "user", "content": "Your question"}]' in code_of(card)
+
+
+def test_other_cards_stay_here(hub, tiny_model, tmp_path):
+    """An adapter that PEFT saved has a card with the path of its base."""
+    get_peft_model(tiny_model, random_lora()).save_pretrained(tmp_path)
+    assert str(TINY_MODEL) in (tmp_path / "README.md").read_text()
+    cli.main(["push", str(tmp_path), REPO])
+    assert set(hub.files(REPO)) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"] is None

@@ -59,6 +59,7 @@ class PublishingTrainer(GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_strategy != HubStrategy.END:
             self._draw_curves()
+            self.create_model_card()  # that shows them
         with self._publishing():
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -68,11 +69,9 @@ class PublishingTrainer(GRPOTrainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _draw_curves(self) -> None:
-        """The picture as it is now, and a card that shows it."""
         if self.is_world_process_zero():
             with suppress(ValueError):  # nothing logged yet
                 draw_curves(self.args.output_dir)
-            self.create_model_card()
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:
