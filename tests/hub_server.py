@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub.requests.append(f"{self.command} {path}")
-        hub.answers.wait(30)  # seconds; cleared by a test that wants a slow Hub
+        hub.answers.wait(5)  # seconds; cleared by a test that wants a slow Hub
         fault = hub.fault_of(path)
         if fault == "drop":
             self.close_connection = True

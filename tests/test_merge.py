@@ -59,7 +59,7 @@ def test_merged_is_base_and_adapter(tmp_path, targets, more):
     a model saved as tied would lose one of two."""
     adapter = saved(random_lora(target_modules=targets, **more), tmp_path / "adapter")
     expected = adapted(adapter)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True, action="always") as said:
         cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
     assert not [warning for warning in said if "You can untie the embeddings" in str(warning.message)]  # it is done
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
