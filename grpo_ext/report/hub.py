@@ -25,7 +25,7 @@ from grpo_ext.report.curves import CURVES_FILE
 from grpo_ext.report.summary import SUMMARY_FILE
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*")
+MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
