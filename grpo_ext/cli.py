@@ -5,6 +5,9 @@ from importlib import import_module
 
 COMMANDS = {
     "audit": "is a reward right on this data, and hard to cheat?",
+    "eval": "how many problems a model solves, with or without an adapter",
+    "merge": "make one model of a base and its adapter",
+    "push": "publish what a run left behind on the Hub",
 }
 
 

@@ -80,13 +80,26 @@ def load_problems(
         parts = train.train_test_split(test_size=size, seed=seed)
         train, heldout = parts["train"], parts["test"]
         note = f"{size} problems taken out of split '{train_split}'"
-    train, heldout = _with_prompts(train, tokenizer, name), _with_prompts(heldout, tokenizer, name)
+    train, heldout = with_prompts(train, tokenizer, name), with_prompts(heldout, tokenizer, name)
     seen = {str(prompt) for prompt in heldout["prompt"]}
     before = len(train)
     train = train.filter(lambda prompt: str(prompt) not in seen, input_columns="prompt")
     if len(train) < before:
         note += f"; {before - len(train)} training rows with the same prompt were left out"
     return Problems(train=train, heldout=heldout, note=note)
+
+
+def draw(name: str, split: str, most: int, seed: int) -> Dataset:
+    """At most so many rows of one split, in an order drawn with `seed`: that of the held-out problems of a run.
+
+    Raises:
+        SystemExit, ValueError: as `load_problems`.
+    """
+    splits = fetch(name)
+    if split not in splits:
+        raise ValueError(f"'{name}' has no split {split!r}; it has: {', '.join(splits)}. Add --split NAME.")
+    rows = splits[split].shuffle(seed=seed)
+    return rows.select(range(min(most, len(rows))))
 
 
 def fetch(name: str, config: str | None = None) -> DatasetDict:
@@ -103,27 +116,43 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
     try:
         if config is None and not path.is_dir():
             config = get_dataset_config_names(name)[0]
-        return load_dataset(name, config)
+        splits = load_dataset(name, config)
     except (ConnectionError, DatasetNotFoundError, OSError) as error:
         raise SystemExit(unreachable("Data set", name, error)) from None
+    if not path.is_dir():
+        for rows in splits.values():
+            rows.info.dataset_name = name  # `datasets` leaves the owner out
+    return splits
 
 
-def _with_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+def with_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, *, needs_answer: bool = True) -> Dataset:
+    """The rows with columns `prompt` and `answer` and whatever else they have.
+
+    Args:
+        needs_answer: False for rewards that judge by other columns; then rows may have no answer, and a chat model is
+            not told how to write one.
+
+    Raises:
+        ValueError: no column that could be the prompt or the answer.
+    """
     prompt_column = _first_of(PROMPT_COLUMNS, rows, "prompt", name)
-    answer_column = _first_of(ANSWER_COLUMNS, rows, "answer", name)
+    has_answer = needs_answer or not set(ANSWER_COLUMNS).isdisjoint(rows.column_names)
+    answer_column = _first_of(ANSWER_COLUMNS, rows, "answer", name) if has_answer else None
     is_chat, is_prompt = tokenizer.chat_template is not None, prompt_column == "prompt"
+    system = [{"role": "system", "content": SYSTEM_LINE}] if has_answer else []
 
     def write(row: dict[str, Any]) -> dict[str, Any]:
         text = row[prompt_column]
         if not isinstance(text, str):
             prompt = text  # messages already
         elif is_chat:
-            prompt = [{"role": "system", "content": SYSTEM_LINE}, {"role": "user", "content": text}]
+            prompt = [*system, {"role": "user", "content": text}]
         else:
             prompt = text if is_prompt else PLAIN_PROMPT.format(question=text)
-        return {"prompt": prompt, "answer": str(row[answer_column])}
+        return {"prompt": prompt} | ({"answer": str(row[answer_column])} if answer_column else {})
 
-    return rows.map(write, remove_columns=[prompt_column, answer_column], desc="prompts")
+    columns = [prompt_column, *([answer_column] if answer_column else [])]
+    return rows.map(write, remove_columns=columns, desc="prompts")
 
 
 def _first_of(candidates: tuple[str, ...], rows: Dataset, role: str, name: str) -> str:

@@ -75,11 +75,11 @@ def run(
     trainer.log_alone(as_metrics(after))
     summary = summarise(trainer, recipe=recipe, base_model=base_model, seconds=seconds, before=before, after=after)
 
-    trainer.save_model()
     if trainer.accelerator.is_main_process:
-        trainer.create_model_card(model_name=recipe)
         write_summary(args.output_dir, summary)
         draw_curves(args.output_dir)
+    trainer.save_model()  # with a card of both; pushed, where that was asked for
+    if trainer.accelerator.is_main_process:
         _show_samples(heldout, before, after)
         print(f"adapter, metrics.jsonl, curves.png and summary.json are in {args.output_dir}")
         best = read_best(args.output_dir)

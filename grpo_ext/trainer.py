@@ -48,6 +48,7 @@ class GRPOExtTrainer(GuardedTrainer):
     - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
     - `temperature_schedule`: `mechanisms/temperature.py`.
     - `replay_fraction`: `mechanisms/replay.py`.
+    - Its own card, and what is pushed to the Hub is chosen and cannot end a run: `mechanisms/publishing.py`.
     - Checkpoints that are whole, and exact resume: `mechanisms/resume.py`.
     - Rewards run in worker processes: `run/isolation.py`; not beside an `environment_factory`, whose environments live
       in the process of the training.

@@ -4,6 +4,7 @@ import json
 
 import pandas
 import pytest
+from datasets import load_dataset
 
 from grpo_ext.data import SYSTEM_LINE, load_problems
 
@@ -79,3 +80,11 @@ def test_bad_data_is_named(tmp_path, tokenizer):
         load_problems(write(tmp_path / "e.jsonl", ROWS), tokenizer, train_split="dev")
     with pytest.raises(SystemExit, match="Data set 'nobody/nothing' is not a local path"):
         load_problems("nobody/nothing", tokenizer)
+
+
+def test_the_name_on_the_hub_stays_with_the_rows(monkeypatch, tokenizer, tmp_path):
+    """For the card of a run; `datasets` itself keeps `gsm8k` of `openai/gsm8k`."""
+    splits = load_dataset("json", data_files={"train": write(tmp_path / "d.jsonl", ROWS)})
+    monkeypatch.setattr("grpo_ext.data.load_dataset", lambda name, config: splits)
+    problems = load_problems("openai/gsm8k", tokenizer, config="main")
+    assert problems.train.info.dataset_name == "openai/gsm8k"

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from importlib import import_module
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ext.data import PROMPT_COLUMNS, fetch
+from grpo_ext.commands import named
+from grpo_ext.data import PROMPT_COLUMNS, draw
 from grpo_ext.run.quiet import quiet_libraries
 from rewards.audit import FORMS, Check, Seconds, audit
 
@@ -34,24 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the table of `rewards.audit`; exit with 1 where gold answers do not earn 1.0."""
     quiet_libraries()
-    splits = fetch(options.data)
-    if options.split not in splits:
-        raise ValueError(f"'{options.data}' has no split {options.split!r}; it has: {', '.join(splits)}.")
-    data = splits[options.split].shuffle(seed=options.seed)
-    rows = data.select(range(min(options.rows, len(data)))).to_list()
+    rows = draw(options.data, options.split, options.rows, options.seed).to_list()
     for row in rows:
         row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
     checks, seconds = audit(
-        _named(options.reward), rows, gold=options.gold, forms=options.form or FORMS, seed=options.seed
+        named(options.reward), rows, gold=options.gold, forms=options.form or FORMS, seed=options.seed
     )
     _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
     if any(check.is_fatal and check.failed for check in checks):
         sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")
-
-
-def _named(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 def _show(checks: list[Check], seconds: Seconds, title: str) -> None:

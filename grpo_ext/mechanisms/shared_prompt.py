@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.engine.groups import find_siblings, keep_together, unpadded
 from grpo_ext.engine.rows import Rows, Scores
 from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
+from grpo_ext.mechanisms.publishing import PublishingTrainer
 from grpo_ext.policy.backbone import keep_four_bits
 
 logger = get_logger(__name__)
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 WITHOUT_GRAPH = 8  # a token that carries no graph takes less than this part of one that does: more fit in a chunk
 
 
-class SharedPromptTrainer(GRPOTrainer):
+class SharedPromptTrainer(PublishingTrainer):
     """TRL's `GRPOTrainer` with these differences, where `args.share_prompt` is on and the model allows it:
 
     - Policy, old policy and reference score a prompt once and its completions on its forked cache (`engine/`), in

@@ -3,7 +3,7 @@
 Here `get_output_embeddings` of the model returns the frozen layer below the adapter. TRL then builds its trainer and
 its fused head on that one, `engine/low_rank_head.py` adds what the adapter adds, and PEFT does not save the whole head
 beside the adapter (it still says that it will). Where the head's weight is the embedding's, the embedding stays as it
-is; untie the two before such an adapter is merged, or the merge changes both.
+is; `grpo-ext merge` unties the two, since a merge into the one weight would change both.
 """
 
 import types

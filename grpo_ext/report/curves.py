@@ -17,6 +17,7 @@ from grpo_ext.report.metrics import METRICS_FILE, read_metrics
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PHASES = {"generate": BLUE, "reward": ORANGE, "reference": GREEN, "update": PURPLE}
+CURVES_FILE = "curves.png"
 Rows = list[dict[str, Any]]
 
 
@@ -51,7 +52,7 @@ def draw_curves(output_dir: str | Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False)
-    path = Path(output_dir) / "curves.png"
+    path = Path(output_dir) / CURVES_FILE
     figure.savefig(path, dpi=110)
     return path
 

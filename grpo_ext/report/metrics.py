@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grpo_ext.report.summary import SUMMARY_FILE
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -17,7 +19,7 @@ class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to `output_dir/metrics.jsonl`.
 
     A fresh run starts a fresh file; a resumed one starts from the lines that its checkpoint knows, whatever was written
-    after it.
+    after it. The summary of an earlier run in the same folder is not this one's, and goes.
     """
 
     def on_train_begin(
@@ -27,6 +29,7 @@ class MetricsFile(TrainerCallback):
             return
         path = metrics_path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(SUMMARY_FILE).unlink(missing_ok=True)
         new = path.with_name(f"{path.name}.new")  # a run that is killed here keeps the old lines
         new.write_text("".join(_line(row["step"], row) for row in state.log_history))
         new.replace(path)

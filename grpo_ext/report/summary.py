@@ -16,6 +16,7 @@ from grpo_ext.policy.adapters import share_of_trainable
 from grpo_ext.report.evaluation import Estimate, Evaluation
 from grpo_ext.run.machine import device_name, peak_memory_mb
 
+SUMMARY_FILE = "summary.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -67,7 +68,7 @@ def summarise(
 
 def write_summary(output_dir: str | Path, summary: dict[str, Any]) -> None:
     """Write `summary.json` into the output folder of the run."""
-    (Path(output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (Path(output_dir) / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def verdict(summary: dict[str, Any]) -> str:

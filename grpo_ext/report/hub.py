@@ -1,0 +1,193 @@
+"""What of a run goes to the Hub, whether it may, and what is said where it cannot.
+
+Out of the output folder go the adapter `default` (of a full fine-tune the model), the tokenizer, the card, `curves.png`
+and `summary.json`, in one commit. Nothing else does: no checkpoint to resume from, no pickled arguments, no adapter
+`ref`, no metrics, no completions, and no local path, which PEFT and the summary write where the base is a folder.
+"""
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from grpo_ext.report.card import CARD_FILE, for_hub, read_card
+from grpo_ext.report.curves import CURVES_FILE
+from grpo_ext.report.summary import SUMMARY_FILE
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
+REPORT = (CURVES_FILE, SUMMARY_FILE)  # and the card
+# Where a file names the base model.
+NAMES_BASE = {"adapter_config.json": "base_model_name_or_path", SUMMARY_FILE: "base_model"}
+
+
+def check_write_access(args: TrainingArguments) -> str:
+    """The full name of the repository that a run with these arguments pushes to; created where there is none.
+
+    Raises:
+        ValueError: it could not be pushed to; what was received, and what to type.
+    """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        return writable_repository(
+            name, token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
+        )
+    except ValueError as error:
+        later = retry_command(args.output_dir, name, private=args.hub_private_repo, revision=args.hub_revision)
+        raise ValueError(f"{error} Or train with push_to_hub=False, and push afterwards: {later}") from error
+
+
+def writable_repository(
+    name: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
+    """The full name of this repository, created with its branch `revision` where there is none.
+
+    Creating is not enough of a check: where the repository exists already, a token that can only read passes it.
+
+    Raises:
+        ValueError: as `check_write_access`.
+    """
+    api = HfApi(library_name="grpo-ext", token=token)
+    try:
+        repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+        api.auth_check(repository, write=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+    except Exception as error:
+        raise ValueError(f"'{name}' on the Hub cannot be pushed to: {why_not(error)}.") from error
+    return repository
+
+
+def why_not(error: Exception) -> str:
+    """What went wrong with a request and what to do, for a user."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set. Unset it"
+    if status == 401:
+        return (
+            "there is no token, or it was not accepted. Log in by `hf auth login`, or set HF_TOKEN, with a token that "
+            "can write, from https://huggingface.co/settings/tokens"
+        )
+    if status == 403:
+        return (
+            "the token may not write there. Use one that can write, from https://huggingface.co/settings/tokens, or "
+            "name a repository of your own"
+        )
+    return _first_line(error) + ("" if isinstance(error, ValueError) else ". Try again later")
+
+
+def _first_line(error: Exception) -> str:
+    """`HfHubHTTPError: Server error '500 Internal Server Error' for url ...`"""
+    line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {line.partition(' (Request ID')[0].rstrip('. ')}"
+
+
+def retry_command(
+    folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None
+) -> str:
+    """`grpo-ext push outputs/math someone/math --private`"""
+    options = ["--private"] * bool(private) + (["--revision", revision] if revision is not None else [])
+    return shlex.join(["grpo-ext", "push", str(folder), repository, *options])
+
+
+def stage(folder: str | Path, *, with_report: bool = True) -> TemporaryDirectory[str]:
+    """A copy of what is published of this folder, as it is now, without local paths.
+
+    Raises:
+        ValueError: the folder has neither an adapter nor a model.
+    """
+    folder = Path(folder)
+    weights = next((files for files in (ADAPTER, MODEL) if (folder / files[0]).exists()), None)
+    if weights is None:
+        saved = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+        hint = f" The last checkpoint can be pushed: {retry_command(saved, 'REPO')}" if saved else ""
+        raise ValueError(f"'{folder}' has neither {ADAPTER[0]} nor {MODEL[0]}, so there is nothing to push.{hint}")
+    staged = TemporaryDirectory(prefix="grpo-ext-push-")
+    card = read_card(folder)
+    for pattern in (*weights, *TOKENIZER, *(REPORT if with_report else ())):
+        for path in folder.glob(pattern):
+            shutil.copy(path, staged.name)
+    base = card.data.get("base_model") if card else None
+    for name, key in NAMES_BASE.items():
+        path = Path(staged.name, name)
+        if path.exists():
+            path.write_text(json.dumps(json.loads(path.read_text()) | {key: base}, indent=2) + "\n")
+    if card and with_report:
+        card.save(Path(staged.name, CARD_FILE))
+    return staged
+
+
+def commit(staged: str, api: HfApi, repository: str, *, path_in_repo: str = "", **options: Any) -> CommitInfo:
+    """One commit of what was staged here; `options` are those of `HfApi.create_commit`."""
+    card = Path(staged, CARD_FILE)
+    if card.exists():
+        card.write_text(for_hub(card.read_text(), repository))
+    additions = [
+        CommitOperationAdd((PurePosixPath(path_in_repo) / file.name).as_posix(), file)
+        for file in Path(staged).iterdir()
+    ]
+    return api.create_commit(repository, additions, **options)
+
+
+class RunPushes:
+    """Stands in for the Hub's client in transformers' trainer: pushes what is published, and never ends a run.
+
+    transformers decides when to push and what to say of it; it asks for whole folders, this one takes out of them what
+    `stage` does. A failed push leaves everything where it is, and says by which command to push again.
+    """
+
+    def __init__(self, args: TrainingArguments):
+        self._args = args
+        self._api = HfApi(library_name="grpo-ext")
+        self.create_repo = self._api.create_repo
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: str,
+        commit_message: str,
+        token: str | None,
+        revision: str | None,
+        run_as_future: bool,
+        path_in_repo: str = "",
+        ignore_patterns: object = None,
+    ) -> CommitInfo | Future[CommitInfo | None] | None:
+        """As `HfApi.upload_folder`; None where it failed. The files are taken as they are now."""
+
+        def push(staged: TemporaryDirectory[str]) -> CommitInfo | None:
+            options = {"commit_message": commit_message, "token": token, "revision": revision}
+            with self._survived(repo_id, revision), staged as files:
+                return commit(files, self._api, repo_id, path_in_repo=path_in_repo, **options)
+            return None
+
+        with self._survived(repo_id, revision):
+            staged = stage(folder_path, with_report=not path_in_repo)
+            return self._api.run_as_future(push, staged) if run_as_future else push(staged)
+        nothing: Future[CommitInfo | None] = Future()
+        nothing.set_result(None)
+        return nothing if run_as_future else None
+
+    @contextmanager
+    def _survived(self, repository: str, revision: str | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            folder = self._args.output_dir
+            command = retry_command(folder, repository, private=self._args.hub_private_repo, revision=revision)
+            tqdm.write(f"Not pushed: {why_not(error)}. All of it is in {folder}; push it again: {command}")
