@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, adapter_of, likes_step_two, random_lora, small_llama
+from conftest import PROMPTS, adapter_of, likes_step_two, random_lora, share_of_digits, small_llama
 from datasets import Dataset
 from trl import GRPOTrainer
 
@@ -158,11 +158,19 @@ def test_what_a_command_line_delivers(saved, text):
 # Writing
 
 
-@pytest.mark.parametrize("most", [1_000, 4_000, 9_000, 40_000])
-def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, most):
-    """Files longer than `most` bytes cannot be written in the second save, whichever file is the first of them. With
-    save_total_limit=1, transformers would have deleted the first checkpoint by then."""
-    trainer = build(small_model, peft_config=random_lora(), save_strategy="steps", save_steps=1, save_total_limit=1)
+def talkative(completions, log_extra, **columns):
+    log_extra("why", ["because " * 2_000] * len(completions))
+    return share_of_digits(completions)
+
+
+@pytest.mark.parametrize(
+    ("most", "settings"), [(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})]
+)
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, most, settings):
+    """No file can be longer than `most` bytes in the second save: the card, the adapter, the optimizer or, after all of
+    transformers' own, the state. By then transformers would have deleted the first checkpoint: save_total_limit=1."""
+    settings = settings | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = build(small_model, peft_config=random_lora(), reward=talkative, **settings)
     write = trainer._save_checkpoint
 
     def on_a_full_disk(*args):
