@@ -188,6 +188,16 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
     assert trainer.args.save_total_limit == 1
 
 
+def test_a_checkpoint_is_written_anew(saved, again):
+    """In a folder that another session left, files of both would be taken for those of one."""
+    folder = Path(saved(max_steps=2).args.output_dir)
+    (folder / "checkpoint-2" / "rollout_0.safetensors").write_bytes(b"of another session")
+    again(max_steps=2).train(resume_from_checkpoint=folder / "checkpoint-1")
+    assert not (folder / "checkpoint-2" / "rollout_0.safetensors").exists()
+    assert checkpoint.find("last", folder) == folder / "checkpoint-2"
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_the_checkpoints_that_stay_are_those_of_transformers(build, small_model, tmp_path, limit):
     """The newest and the best always do."""
