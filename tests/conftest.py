@@ -63,15 +63,18 @@ def likes_step_two(completions: list[str], trainer_state: Any, **columns: Any) -
     return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
 
 
-def pytest_collection_finish() -> None:
-    """accelerate collects garbage in every train(); half a second each time, as long as every import is looked at."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: where files run side by side, nothing waits for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_recipe_math.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """accelerate collects garbage in every train(); half a second each time, as long as every import is looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

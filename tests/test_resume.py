@@ -53,8 +53,8 @@ def rarely_good(completions, **columns):
     return [score if score > 0.5 else 0.0 for score in share_of_digits(completions)]
 
 
-# Rollouts of several optimizer steps: of 4 micro-batches, and of 3, where steps take 2.
-LONG = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
+# Rollouts of several optimizer steps: of 4 micro-batches, in steps 0, 4 and 8, and of 3, where steps take 2.
+LONG = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1, "max_steps": 9}
 AWRY = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "gradient_accumulation_steps": 2}
 ONE_PASS = {"prompts": PROMPTS * 3}
 MATRIX = {
@@ -87,9 +87,9 @@ MATRIX = {
     "growing groups": LONG | {"num_generations_max": 12, "reward": rarely_good},
     "replay": {"per_device_train_batch_size": 16, "replay_fraction": 0.5, "num_iterations": 2, "max_steps": 9},
     "temperature on a line": LONG | {"temperature_schedule": "linear", "temperature_end": 1.4},
-    "temperature by entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 2.0},
+    "temperature by entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
     "temperature by entropy, dead groups left out": {"beta": 0.0, "entropy_coef": 0.0, "dead_groups": "skip"}
-    | {"temperature_schedule": "entropy", "temperature_entropy_target": 2.0},
+    | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
     "a reference that is mixed": LONG | {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "a reference that is copied": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 1.0},
     "adapter on the head": LONG | {"peft_config": random_lora(target_modules=["q_proj", "lm_head"])},
@@ -209,7 +209,7 @@ def test_held_out_accuracy_on_the_way(train, tmp_path, tokenizer):
         assert torch.equal(value, adapter_of(whole)[name]), name
         assert torch.equal(value, adapter_of(again)[name]), name
     lines = comparable(tmp_path / "whole" / "metrics.jsonl")
-    assert sum("heldout/pass@2" in line for line in lines) == 4
+    assert sum("heldout/pass@2" in line for line in lines) == 5
     assert comparable(tmp_path / "again" / "metrics.jsonl") == lines
 
 
@@ -258,10 +258,7 @@ def test_two_processes_resume_as_they_were(two, case):
     assert checkpoint.fault(two / case / "checkpoint-5") is None
     for process in (0, 1):
         whole, again = (torch.load(two / f"{case}-{kind}-{process}.pt") for kind in ("whole", "again"))
-        assert again["seen"] == {
-            micro_step: rows for micro_step, rows in whole["seen"].items() if micro_step in again["seen"]
-        }
-        assert len(again["seen"]) == 2 * len(whole["seen"]) // 7
+        assert again["seen"] == {step: rows for step, rows in whole["seen"].items() if step >= 5}
         for name, value in whole["adapter"].items():
             assert torch.equal(again["adapter"][name], value), name
     assert comparable(two / f"{case}-again" / "metrics.jsonl") == comparable(two / case / "metrics.jsonl")

@@ -26,17 +26,11 @@ OF_TRANSFORMERS = (
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"),
 )
 HARMLESS = {
-    *(
-        "log_completions",
-        "log_multimodal",
-        "num_completions_to_print",
-        "log_unique_prompts",
-        "log_completions_hub_repo",
-    ),
-    *("guards", "dry_run", "kl_stop"),
-    *("chunk_tokens", "reward_workers", "reward_timeout", "num_generations_eval", "ds3_gather_for_generation"),
-    *("trust_remote_code", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
-    *("vllm_group_port", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
+    *("log_completions", "log_multimodal", "log_unique_prompts", "log_completions_hub_repo"),
+    *("num_completions_to_print", "num_generations_eval", "trust_remote_code", "ds3_gather_for_generation"),
+    *("chunk_tokens", "reward_workers", "reward_timeout", "guards", "dry_run", "kl_stop"),
+    *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+    *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
     "model_init_kwargs",  # what it does is in the weights, the dtype and the config of the model
 }
 # Of an adapter's config: where its base was found, and what PEFT notes beside.
