@@ -11,12 +11,13 @@ from trl.trainer.utils import get_config_model_id
 from grpo_ext.algorithm.advantages import population_advantages
 from grpo_ext.algorithm.objective import SequenceObjective
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.mechanisms.recording import RecordingTrainer
 from grpo_ext.mechanisms.reference_kl import written
-from grpo_ext.mechanisms.replay import ReplayTrainer
 from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
 from grpo_ext.run.isolation import WorkersEnd, in_workers
+from grpo_ext.run.machine import peak_memory_mb
 from grpo_ext.run.progress import RewardProgress
 from grpo_ext.run.timing import PhaseTimer
 
@@ -35,7 +36,7 @@ MULTIMODAL_INPUTS = (
 )
 
 
-class GRPOExtTrainer(ReplayTrainer):
+class GRPOExtTrainer(RecordingTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
     - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
@@ -50,13 +51,14 @@ class GRPOExtTrainer(ReplayTrainer):
     - `replay_fraction`: `mechanisms/replay.py`.
     - Rewards that judge each answer by itself and say so run in worker processes: `run/isolation.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
-    - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
+    - `metrics.jsonl`, and what else a report needs, in the output folder: `mechanisms/recording.py`. Seconds per phase
+      and memory are in the metrics, reward and accuracy on the progress bar.
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
     per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`,
     `frac_dead_groups`, `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`,
     `resampled_groups`, `replay/hit_rate|age|dropped_old|dropped_far`, `temperature`,
-    `time/generate|reward|reference|update` (seconds per optimizer step).
+    `time/generate|reward|reference|update` (seconds per optimizer step), `peak_memory_mb` (the largest so far).
 
     Raises:
         TypeError: `args` is not a `GRPOExtConfig`.
@@ -207,6 +209,7 @@ class GRPOExtTrainer(ReplayTrainer):
             steps = max(1, self.state.global_step - self._timed_from_step)
             self._timed_from_step = None
             logs |= {f"time/{phase}": seconds / steps for phase, seconds in self._phases.pop().items()}
+            logs["peak_memory_mb"] = round(peak_memory_mb(self.accelerator.device))
         super().log(logs, start_time)
 
     def log_alone(self, metrics: dict[str, float]) -> None:
