@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "audit": "is a reward right on this data, and hard to cheat?",
+    "report": "what a run learned, as one page; several runs over each other",
 }
 
 
