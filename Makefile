@@ -14,7 +14,7 @@ TOOLS := $(VENV)/.tools
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 
 # What the tests need beside Python packages, each as command:package-of-Debian.
-SYSTEM := bwrap:bubblewrap
+SYSTEM := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 
 .PHONY: math test check fix bench study clean system
 
@@ -40,13 +40,15 @@ bench: $(TOOLS)
 study: $(TOOLS)
 	$(BIN)/python -m recipes.tiny_math.study $(ARGS)
 
-# Installs what is missing where that needs no password, and says elsewhere what to type.
+# Installs what is missing where that needs no password, and says elsewhere what to type. One package at a time: not
+# every distribution has each under this name.
 system:
-	@missing=$$(for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || echo "$${pair##*:}"; done); \
+	@missing() { for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || echo "$${pair##*:}"; done; }; \
 	sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
-	[ -z "$$missing" ] || \
-		{ command -v apt-get && $$sudo apt-get update && $$sudo apt-get install -y $$missing; } >/dev/null 2>&1 || \
-		echo "Some tests are skipped without: sudo apt install" $$missing
+	[ -z "$$(missing)" ] || \
+		{ command -v apt-get && $$sudo apt-get update && \
+			for package in $$(missing); do $$sudo apt-get install -y $$package; done; } >/dev/null 2>&1; \
+	[ -z "$$(missing)" ] || echo "Some tests are skipped without: sudo apt install" $$(missing)
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

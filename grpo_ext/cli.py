@@ -8,6 +8,7 @@ COMMANDS = {
     "eval": "how many problems a model solves, with or without an adapter",
     "merge": "make one model of a base and its adapter",
     "push": "publish what a run left behind on the Hub",
+    "report": "what a run learned, as one page; several runs over each other",
 }
 
 

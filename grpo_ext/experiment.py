@@ -1,8 +1,8 @@
 """One run from the banner to the verdict: what every recipe does around its task.
 
-banner -> held-out accuracy before, kept for sessions that resume the run -> training, with accuracy every `eval_steps`
--> accuracy after -> adapter, card, `metrics.jsonl`, `curves.png`, `summary.json` in `output_dir` -> the verdict as the
-last line
+banner -> checks and a rehearsal -> held-out accuracy before, kept for sessions that resume the run -> training, with
+accuracy every `eval_steps` -> accuracy after -> adapter, card, `metrics.jsonl`, `curves.png`, `report.html`,
+`summary.json` in `output_dir` -> the verdict as the last line
 """
 
 import time
@@ -16,13 +16,19 @@ from rich.text import Text
 from grpo_ext.data import Problems
 from grpo_ext.report.curves import draw_curves
 from grpo_ext.report.evaluation import Completion, Evaluation, Problem, Reward, evaluate
-from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics, load_before, save_before
+from grpo_ext.report.heldout import (
+    SHOWN_PROBLEMS,
+    HeldOutAccuracy,
+    append_evaluation,
+    as_metrics,
+    load_before,
+    save_before,
+)
+from grpo_ext.report.page import write_page
 from grpo_ext.report.summary import summarise, verdict, write_summary
 from grpo_ext.run import banner
 from grpo_ext.run.best import BestAdapter, read_best
 from grpo_ext.trainer import GRPOExtTrainer
-
-SHOWN_PROBLEMS = 4
 
 
 def run(
@@ -66,13 +72,14 @@ def run(
         if trainer.accelerator.is_main_process:
             save_before(args.output_dir, before)
     during = partial(measure, samples=min(eval_samples, 1))
+    record = partial(_record, trainer, heldout)
     trainer.add_callback(BestAdapter(trainer))
-    trainer.add_callback(HeldOutAccuracy(before, during, trainer.log_alone))
+    trainer.add_callback(HeldOutAccuracy(before, during, record))
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resumed)
     seconds = time.monotonic() - started
     after = measure(samples=eval_samples, description="held-out accuracy after")
-    trainer.log_alone(as_metrics(after))
+    record(after)
     summary = summarise(trainer, recipe=recipe, base_model=base_model, seconds=seconds, before=before, after=after)
 
     if trainer.accelerator.is_main_process:
@@ -81,7 +88,7 @@ def run(
     trainer.save_model()  # with a card of both; pushed, where that was asked for
     if trainer.accelerator.is_main_process:
         _show_samples(heldout, before, after)
-        print(f"adapter, metrics.jsonl, curves.png and summary.json are in {args.output_dir}")
+        print(f"adapter, report.html, curves.png, metrics.jsonl and summary.json are in {args.output_dir}")
         best = read_best(args.output_dir)
         if best and best["pass@1"] > after.greedy.value:
             print(
@@ -89,6 +96,14 @@ def run(
             )
         print(verdict(summary))
     return summary
+
+
+def _record(trainer: GRPOExtTrainer, heldout: list[Problem], evaluation: Evaluation) -> None:
+    """Log an evaluation at the step that the run is at, and write the report as it is by then."""
+    trainer.log_alone(as_metrics(evaluation))
+    if trainer.accelerator.is_main_process:
+        append_evaluation(trainer.args.output_dir, trainer.state.global_step, evaluation, heldout)
+        write_page(trainer.args.output_dir)
 
 
 def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation) -> None:

@@ -17,6 +17,7 @@ from grpo_ext.policy.adapters import restore_float32, snapshot
 from grpo_ext.policy.loading import frozen_dtype
 from grpo_ext.report.metrics import MetricsFile
 from grpo_ext.run.isolation import WorkersEnd, in_workers
+from grpo_ext.run.machine import peak_memory_mb
 from grpo_ext.run.progress import RewardProgress
 from grpo_ext.run.timing import PhaseTimer
 
@@ -54,13 +55,14 @@ class GRPOExtTrainer(GuardedTrainer):
       in the process of the training.
     - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run: `mechanisms/guards.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
-    - `metrics.jsonl` in the output folder, seconds per phase in the metrics, reward and accuracy on the progress bar.
+    - `metrics.jsonl`, and what else a report needs, in the output folder: `mechanisms/recording.py`. Seconds per phase
+      and memory are in the metrics, reward and accuracy on the progress bar.
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
     per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`,
     `frac_dead_groups`, `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`,
     `resampled_groups`, `replay/hit_rate|age|dropped_old|dropped_far`, `temperature`,
-    `time/generate|reward|reference|update` (seconds per optimizer step).
+    `time/generate|reward|reference|update` (seconds per optimizer step), `peak_memory_mb` (the largest so far).
 
     Raises:
         TypeError: `args` is not a `GRPOExtConfig`.
@@ -212,6 +214,7 @@ class GRPOExtTrainer(GuardedTrainer):
             steps = max(1, self.state.global_step - self._timed_from_step)
             self._timed_from_step = None
             logs |= {f"time/{phase}": seconds / steps for phase, seconds in self._phases.pop().items()}
+            logs["peak_memory_mb"] = round(peak_memory_mb(self.accelerator.device))
         super().log(logs, start_time)
 
     def log_alone(self, metrics: dict[str, float]) -> None:

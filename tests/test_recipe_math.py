@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,10 @@ SUMMARY_FIELDS = (
     "recipe base_model device steps seconds prompts_seen completions_seen pass_at_1_before pass_at_1_after "
     "pass_at_k_before pass_at_k_after k peak_memory_mb trainable_parameters total_parameters versions seed"
 ).split()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def launch(command, cwd=ROOT, **environment):
@@ -84,6 +89,13 @@ def test_two_processes(tmp_path):
     assert "2 prompts x 8 answers = 16 completions" in output
     assert output.count("held-out pass@1: ") == 2  # greedy and sampled
     assert json.loads((tmp_path / "summary.json").read_text())["pass_at_1_after"]["n"] == 8
+    rollouts = lines_of(tmp_path / "completions.jsonl")
+    assert [(row["step"], len(row["groups"])) for row in rollouts] == [(1, 2), (2, 2)]
+    for group in (group for row in rollouts for group in row["groups"]):
+        assert len(group["answers"]) == 8
+        assert int(group["gold"]) == sum(map(int, re.findall(r"\d+", group["prompt"])))  # not of the other process
+        for answer in group["answers"]:
+            assert answer["rewards"]["math_answer_reward"] == float(answer["found"] == group["gold"])
 
 
 def test_what_a_run_says_and_leaves(tmp_path):
@@ -107,15 +119,25 @@ def test_what_a_run_says_and_leaves(tmp_path):
     assert "FutureWarning" not in output
     left = {path.name for path in tmp_path.iterdir()}
     assert left >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "checkpoint-1", "checkpoint-2"}
-    assert left >= {"metrics.jsonl", "curves.png", "summary.json"}
+    assert left >= {"metrics.jsonl", "curves.png", "report.html", "summary.json", "completions.jsonl", "run.json"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) >= set(SUMMARY_FIELDS)
     assert (summary["steps"], summary["prompts_seen"], summary["completions_seen"], summary["k"]) == (2, 2, 16, 2)
     assert set(summary["pass_at_1_before"]) == {"value", "low", "high", "n"}
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(summary["pass_at_1_difference"]) == {"value", "low", "high", "n", "better", "worse", "p_value"}
+    assert list(summary["pass_at_after"]) == ["2"]
+    metrics = lines_of(tmp_path / "metrics.jsonl")
     for name in ("heldout/pass@1", "heldout/sampled_pass@1"):
         assert [row["step"] for row in metrics if name in row] == [0, 1, 2]
     assert [row["step"] for row in metrics if "loss" in row] == [1, 2]
+    assert [row["step"] for row in lines_of(tmp_path / "completions.jsonl")] == [1, 2]
+    heldout = lines_of(tmp_path / "heldout.jsonl")
+    assert [row["step"] for row in heldout] == [0, 1, 2]
+    assert {(len(row["right"]), len(row["answers"])) for row in heldout} == {(8, 4)}
+    page = (tmp_path / "report.html").read_text()
+    assert "of 8 held-out problems" in page
+    assert "python recipes/math.py --max_steps 2" in page
+    assert str(tmp_path.parent) not in page
 
 
 @pytest.mark.parametrize(

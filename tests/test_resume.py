@@ -38,7 +38,16 @@ from rewards.pool import isolated
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 # Of the log: what depends on the machine and on how busy it is.
-TIMES = ("time/", "step_time", "train_runtime", "runtime", "samples_per_second", "steps_per_second", "train_s")
+TIMES = (
+    "time/",
+    "step_time",
+    "peak_memory",
+    "train_runtime",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "train_s",
+)
 
 
 def comparable(path):

@@ -8,14 +8,14 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.mechanisms.resume import ResumeTrainer
+from grpo_ext.mechanisms.recording import RecordingTrainer
 from grpo_ext.run.preflight import before_training, before_weights
 from grpo_ext.run.tripwires import Tripwires
 
 _POSITIONAL = ("model", "reward_funcs", "args")
 
 
-class GuardedTrainer(ResumeTrainer):
+class GuardedTrainer(RecordingTrainer):
     """TRL's `GRPOTrainer` with these differences, where `args.guards` is on:
 
     - Settings, data, prompts and rewards are checked before the weights are loaded, and a step of the largest shape is

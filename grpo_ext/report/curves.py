@@ -1,24 +1,23 @@
-"""`curves.png`: what happened in a run, in nine panels, drawn from `metrics.jsonl` alone.
+"""`curves.png`: what happened in a run, drawn from `metrics.jsonl` alone.
 
-Raw values are dots, the line is their running mean over a tenth of the run, held-out accuracy has its 95% band.
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Dots are raw values, lines their running mean over a tenth of the run, bands 95% intervals or the shortest and longest.
+What is drawn, and in which order, is in `report/panels.py`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from grpo_ext.report.metrics import METRICS_FILE, read_metrics
+from grpo_ext.report.panels import PALETTE, Line, Panel, panels_of
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-PHASES = {"generate": BLUE, "reward": ORANGE, "reference": GREEN, "update": PURPLE}
 CURVES_FILE = "curves.png"
-Rows = list[dict[str, Any]]
+COLUMNS = 3
+FEW = 60  # points that can be told apart
+GREY = "#666666"
 
 
 def draw_curves(output_dir: str | Path) -> Path:
@@ -27,98 +26,70 @@ def draw_curves(output_dir: str | Path) -> Path:
     Raises:
         ValueError: the folder has no metrics.
     """
-    rows = read_metrics(Path(output_dir) / METRICS_FILE)
-    if not rows:
+    panels = panels_of(read_metrics(Path(output_dir) / METRICS_FILE))
+    if not panels:
         raise ValueError(f"'{output_dir}' has no {METRICS_FILE} with a logged step.")
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(3.5 * COLUMNS, 2.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels: list[tuple[str, Callable[[Axes, Rows], None]]] = [
-        ("Held-out pass@1", _accuracy),
-        ("Mean raw reward", lambda axes, rows: _series(axes, rows, "reward", BLUE)),
-        ("Dead groups (all rewards equal)", _dead_groups),
-        ("Mean normalised reward (0 by construction)", _normalised),
-        ("Completion length and share cut off", _lengths),
-        ("KL towards the reference", _kl),
-        ("Token entropy", lambda axes, rows: _series(axes, rows, "entropy", GREEN, "nats per token")),
-        ("Total loss (not a measure of progress)", lambda axes, rows: _series(axes, rows, "loss", RED)),
-        ("Time per step", _phases),
-    ]
-    for axes, (title, draw) in zip(figure.subplots(3, 3).flat, panels, strict=True):
-        draw(axes, rows)
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8, frameon=False)
+    cells = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axes, panel in zip(cells, panels, strict=False):
+        _draw(axes, panel)
+    for axes in cells[len(panels) :]:
+        axes.set_axis_off()
     path = Path(output_dir) / CURVES_FILE
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
     return path
 
 
-def _values(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have this metric."""
-    present = [row for row in rows if row.get(name) is not None]
-    return np.array([row["step"] for row in present]), np.array([row[name] for row in present], dtype=float)
+def _draw(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel(panel.x_label, fontsize=8.5, color=GREY)
+    axes.set_ylabel(panel.unit, fontsize=8.5, color=GREY)
+    _tidy(axes)
+    if panel.x_label == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if panel.stacked:
+        layers = [line.mean for line in panel.lines]
+        colours = [PALETTE[line.colour] for line in panel.lines]
+        axes.stackplot(panel.lines[0].x, layers, labels=[line.label for line in panel.lines], colors=colours, alpha=0.8)
+        axes.margins(x=0)
+    second = axes.twinx() if panel.right else axes
+    for line in () if panel.stacked else panel.lines:
+        _plot(second if line.is_right else axes, line)
+    if panel.is_share:
+        axes.set_ylim(0, 1.02)
+    elif not panel.stacked:
+        axes.margins(y=0.12)
+    if panel.right:
+        second.set_ylabel(panel.right, fontsize=8.5, color=GREY)
+        highest = max(max(line.y) for line in panel.lines if line.is_right)
+        second.set_ylim(0, max(1.02, 1.1 * highest))
+        _tidy(second)
+    handles, labels = axes.get_legend_handles_labels()
+    if panel.right:
+        handles, labels = (a + b for a, b in zip((handles, labels), second.get_legend_handles_labels(), strict=True))
+    if handles:
+        legend = axes.legend(handles, labels, fontsize=7.5, handlelength=1.4, labelspacing=0.25, edgecolor="none")
+        legend.get_frame().set_alpha(0.85 if panel.stacked else 0.0)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a tenth of the run; at the ends over the part of the window that exists."""
-    half = max(1, len(values) // 20)
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+def _plot(axes: Axes, line: Line) -> None:
+    colour = PALETTE[line.colour]
+    if line.low:
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if line.mean:
+        axes.plot(line.x, line.y, ".", color=colour, alpha=0.4, markersize=7, markeredgewidth=0)
+        axes.plot(line.x, line.mean, color=colour, linewidth=1.8, label=line.label)
+    else:
+        is_few = len(line.x) <= FEW
+        style = {"linestyle": "--"} if line.is_dashed else {"marker": "o" if is_few else "", "markersize": 3}
+        axes.plot(line.x, line.y, color=colour, linewidth=1.5, label=line.label, **style)
 
 
-def _series(axes: Axes, rows: Rows, name: str, colour: str, unit: str = "", label: str | None = None) -> None:
-    steps, values = _values(rows, name)
-    if len(steps):
-        axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4)
-        axes.plot(steps, _running_mean(values), color=colour, linewidth=1.8, label=label)
-    axes.set_ylabel(unit, fontsize=9)
-
-
-def _accuracy(axes: Axes, rows: Rows) -> None:
-    for name, colour, label in (("pass@1", BLUE, "greedy"), ("sampled_pass@1", ORANGE, "sampled")):
-        steps, values = _values(rows, f"heldout/{name}")
-        if len(steps):
-            low, high = _values(rows, f"heldout/{name}/low")[1], _values(rows, f"heldout/{name}/high")[1]
-            axes.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.8, label=label)
-            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set_ylim(0, 1.02)
-    axes.set_ylabel("share right, 95% interval", fontsize=9)
-
-
-def _dead_groups(axes: Axes, rows: Rows) -> None:
-    name = "frac_dead_groups" if any("frac_dead_groups" in row for row in rows) else "frac_reward_zero_std"
-    _series(axes, rows, name, RED, "share of groups")
-    axes.set_ylim(0, 1.02)
-
-
-def _normalised(axes: Axes, rows: Rows) -> None:
-    _series(axes, rows, "advantages/mean", BLUE, "advantage", "mean")
-    _series(axes, rows, "advantages/mean_abs", SKY, "advantage", "mean of |advantage|")
-
-
-def _lengths(axes: Axes, rows: Rows) -> None:
-    _series(axes, rows, "completions/mean_length", BLUE, "tokens", "mean length")
-    steps, values = _values(rows, "completions/clipped_ratio")
-    share = axes.twinx()
-    share.plot(steps, values, color=RED, linewidth=1.2, linestyle="--")
-    share.set_ylim(0, 1.02)
-    share.set_ylabel("share cut off (dashed)", fontsize=9, color=RED)
-    share.tick_params(labelsize=8)
-    share.spines[["top"]].set_visible(False)
-
-
-def _kl(axes: Axes, rows: Rows) -> None:
-    _series(axes, rows, "kl_sequence", PURPLE, "nats", "per answer")
-    _series(axes, rows, "kl", SKY, "nats", "per token")
-
-
-def _phases(axes: Axes, rows: Rows) -> None:
-    timed = [row for row in rows if row.get("time/update") is not None]
-    if timed:
-        steps = [row["step"] for row in timed]
-        layers = [[row.get(f"time/{phase}", 0.0) for row in timed] for phase in PHASES]
-        axes.stackplot(steps, layers, labels=list(PHASES), colors=list(PHASES.values()), alpha=0.8)
-    axes.set_ylabel("seconds", fontsize=9)
+def _tidy(axes: Axes) -> None:
+    axes.tick_params(labelsize=8, colors=GREY)
+    axes.grid(alpha=0.2)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)

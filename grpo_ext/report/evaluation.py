@@ -1,53 +1,32 @@
-"""Held-out accuracy with 95% intervals: greedy pass@1, sampled pass@1 and pass@k.
+"""Held-out accuracy with 95% intervals: greedy pass@1, sampled pass@1 and pass@k, and by difficulty or category.
 
 In: a model, problems (rows with `prompt` and the columns of the reward) and a reward that gives 1.0 for a right answer.
 Out: an `Evaluation`, for example greedy 0.12 [0.08, 0.16], sampled 0.41 [0.36, 0.48], pass@8 0.98 on 256 problems.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from scipy.special import comb
-from statsmodels.stats.proportion import proportion_confint
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
+
+from grpo_ext.report.estimates import Estimate, pass_at_k
 
 Problem = dict[str, Any]
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float | None]]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A share of problems with its 95% interval.
-
-    Attributes:
-        value: mean over problems, in [0, 1].
-        low, high: Wilson score interval over problems. Where several samples a problem give shares between 0 and 1,
-            it is wider than needed, never narrower.
-        n: number of problems.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """The mean of per-problem values in [0, 1]."""
-        total, n = sum(values), len(values)
-        low, high = proportion_confint(total, n, alpha=0.05, method="wilson")
-        return cls(value=total / n, low=float(low), high=float(high), n=n)
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+# Columns of the problems that accuracy is split by, where they have from 2 to MOST_KINDS different values.
+KIND_COLUMNS = ("difficulty", "level", "category", "subject", "type")
+MOST_KINDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +40,9 @@ class Evaluation:
         k: samples drawn per problem.
         completions: the greedy completion of each problem.
         right: whether it was right.
+        shares: of each problem, the share of its samples that are right; empty where `k` is 0.
+        pass_at: k -> pass@k, for the powers of two above 1 and below the number of samples, and for that number.
+        kinds: column -> value -> greedy pass@1 of the problems that have it, for `KIND_COLUMNS`.
     """
 
     greedy: Estimate
@@ -69,14 +51,9 @@ class Evaluation:
     k: int
     completions: list[Completion]
     right: list[bool]
-
-
-def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is right) from `correct` right ones of `samples` >= k.
-
-    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv:2107.03374), equation 1.
-    """
-    return 1.0 - float(comb(samples - correct, k) / comb(samples, k))
+    shares: list[float] = field(default_factory=list)
+    pass_at: dict[int, Estimate] = field(default_factory=dict)
+    kinds: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -186,7 +163,7 @@ def evaluate(
     seed: int = 0,
     description: str | None = None,
 ) -> Evaluation:
-    """Greedy pass@1; with `samples` > 0 also sampled pass@1, and from 2 samples on pass@k with k = samples.
+    """Greedy pass@1; with `samples` > 0 also sampled pass@1, and from 2 samples on pass@k for k up to `samples`.
 
     Args:
         problems: rows with `prompt` and the columns that `reward` takes; at least one.
@@ -198,19 +175,46 @@ def evaluate(
     settings["description"] = description
     completions = complete(model, tokenizer, prompts, **settings)
     right = judge(reward, problems, completions)
-    sampled = at_k = None
+    shares: list[float] = []
+    pass_at: dict[int, Estimate] = {}
     if samples:
         repeated = [problem for problem in problems for _ in range(samples)]
         drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
         hits = torch.tensor(judge(reward, repeated, drawn)).view(-1, samples).sum(dim=1).tolist()
-        sampled = Estimate.of([hit / samples for hit in hits])
-        if samples > 1:
-            at_k = Estimate.of([pass_at_k(hit, samples, samples) for hit in hits])
+        shares = [hit / samples for hit in hits]
+        pass_at = {k: Estimate.of([pass_at_k(hit, samples, k) for hit in hits]) for k in _ks(samples)}
     return Evaluation(
-        greedy=Estimate.of([float(hit) for hit in right]),
-        sampled=sampled,
-        pass_at_k=at_k,
+        greedy=Estimate.of(right),
+        sampled=Estimate.of(shares) if samples else None,
+        pass_at_k=pass_at.get(samples),
         k=samples,
         completions=completions,
         right=right,
+        shares=shares,
+        pass_at=pass_at,
+        kinds=by_kind(problems, right),
     )
+
+
+def by_kind(problems: Sequence[Problem], right: Sequence[bool]) -> dict[str, dict[str, Estimate]]:
+    """Share right by the value of each of `KIND_COLUMNS`, values in their order; columns with one value or with many
+    are left out."""
+    kinds = {}
+    for column in KIND_COLUMNS:
+        hits = defaultdict(list)
+        for problem, hit in zip(problems, right, strict=True):
+            if problem.get(column) is not None:
+                hits[str(problem[column])].append(hit)
+        if 2 <= len(hits) <= MOST_KINDS:
+            kinds[column] = {value: Estimate.of(hits[value]) for value in sorted(hits, key=_natural)}
+    return kinds
+
+
+def _natural(value: str) -> list[str | int]:
+    """Sorts "Level 2" before "Level 10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", value)]
+
+
+def _ks(samples: int) -> list[int]:
+    """Powers of two above 1 and below the number of samples, and that number."""
+    return [*(2**i for i in range(1, samples.bit_length()) if 2**i < samples), samples] if samples > 1 else []

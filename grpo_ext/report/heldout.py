@@ -1,56 +1,93 @@
-"""Held-out accuracy while a run goes on: a point at step 0 and one every `eval_steps`, in the metrics and on the bar.
+"""Held-out accuracy while a run goes on: at step 0, every `eval_steps` and at the end, in the metrics and on the bar.
 
-{"step": 5, "heldout/pass@1": 0.98, "heldout/pass@1/low": 0.95, "heldout/pass@1/high": 0.99}
+    metrics.jsonl  {"step": 5, "heldout/pass@1": 0.98, "heldout/pass@1/low": 0.95, "heldout/pass@1/high": 0.99}
+    heldout.jsonl  {"step": 5, "right": [1, 0, ...], "shares": [...], "kinds": {...}, "answers": [{"text": ...}, ...]}
+
+The second has what the report needs beside: of each problem whether it was solved, and the greedy answers to the first
+four, the same ones every time.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grpo_ext.report.evaluation import Estimate, Evaluation
+from grpo_ext.report.estimates import Estimate
+from grpo_ext.report.evaluation import Evaluation, Problem
+from grpo_ext.report.lines import append_line, keep_lines
+from grpo_ext.report.texts import clipped, found_in, gold_of, readable
 
-BEFORE_FILE = "heldout_before.json"
+BEFORE_FILE, HELDOUT_FILE = "heldout_before.json", "heldout.jsonl"
+SHOWN_PROBLEMS = 4
 
 
 class HeldOutAccuracy(TrainerCallback):
-    """Logs held-out accuracy with its interval: what was found before training, then every `eval_steps` steps.
+    """Records held-out accuracy: what was found before training, then every `eval_steps` steps.
 
     Args:
-        before: the evaluation of the starting policy; logged as step 0, unless the run resumes.
+        before: the evaluation of the starting policy; recorded as step 0, unless the run resumes.
         measure: evaluates the policy as it is now.
-        log: takes the metrics, for example `GRPOExtTrainer.log_alone`.
+        record: takes an evaluation and the step that it belongs to.
     """
 
     def __init__(
-        self, before: Evaluation, measure: Callable[[], Evaluation], log: Callable[[dict[str, float]], None]
+        self,
+        before: Evaluation,
+        measure: Callable[[], Evaluation],
+        record: Callable[[Evaluation], None],
     ) -> None:
         self._before = before
         self._measure = measure
-        self._log = log
+        self._record = record
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.is_world_process_zero:
+            assert args.output_dir is not None
+            keep_lines(Path(args.output_dir, HELDOUT_FILE), state.global_step)
         if state.global_step == 0:
-            self._log(as_metrics(self._before))
+            self._record(self._before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps  # measured after training, with samples
         if args.eval_steps and state.global_step % args.eval_steps == 0 and not is_last:
-            self._log(as_metrics(self._measure()))
+            self._record(self._measure())
+
+
+def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, problems: Sequence[Problem]) -> None:
+    """Add what one evaluation found at this step to `heldout.jsonl`."""
+    answers = [
+        {
+            "prompt": clipped(readable(problems[i]["prompt"])),
+            "gold": gold_of(problems[i]),
+            "text": clipped(readable(evaluation.completions[i])),
+            "found": found_in(readable(evaluation.completions[i])),
+            "right": evaluation.right[i],
+        }
+        for i in range(min(SHOWN_PROBLEMS, len(problems)))
+    ]
+    row = {
+        "step": step,
+        "right": [int(hit) for hit in evaluation.right],
+        "shares": [round(share, 4) for share in evaluation.shares],
+        "pass_at": {str(k): asdict(estimate) for k, estimate in evaluation.pass_at.items()},
+        "kinds": {
+            column: {value: asdict(estimate) for value, estimate in values.items()}
+            for column, values in evaluation.kinds.items()
+        },
+        "answers": answers,
+    }
+    append_line(Path(output_dir, HELDOUT_FILE), row)
 
 
 def as_metrics(evaluation: Evaluation) -> dict[str, float]:
     """The figures of an evaluation under the names that they have in `metrics.jsonl`."""
-    named = [
-        ("pass@1", evaluation.greedy),
-        ("sampled_pass@1", evaluation.sampled),
-        (f"pass@{evaluation.k}", evaluation.pass_at_k),
-    ]
+    named: list[tuple[str, Estimate | None]] = [("pass@1", evaluation.greedy), ("sampled_pass@1", evaluation.sampled)]
+    named += [(f"pass@{k}", estimate) for k, estimate in evaluation.pass_at.items()]
     metrics: dict[str, float] = {}
     for name, estimate in named:
         if estimate is not None:
@@ -72,6 +109,13 @@ def load_before(output_dir: str | Path, *, problems: int, samples: int) -> Evalu
         kept = json.loads(Path(output_dir, BEFORE_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # killed before it was written
         return None
-    estimates = {name: kept[name] and Estimate(**kept[name]) for name in ("greedy", "sampled", "pass_at_k")}
-    evaluation = Evaluation(**kept | estimates)
+    figures: dict[str, Any] = {
+        name: kept[name] and Estimate(**kept[name]) for name in ("greedy", "sampled", "pass_at_k")
+    }
+    figures["pass_at"] = {int(k): Estimate(**estimate) for k, estimate in kept["pass_at"].items()}
+    figures["kinds"] = {
+        column: {value: Estimate(**estimate) for value, estimate in values.items()}
+        for column, values in kept["kinds"].items()
+    }
+    evaluation = Evaluation(**kept | figures)
     return evaluation if (evaluation.greedy.n, evaluation.k) == (problems, samples) else None

@@ -13,7 +13,8 @@ from typing import Any
 from trl import GRPOTrainer
 
 from grpo_ext.policy.adapters import share_of_trainable
-from grpo_ext.report.evaluation import Estimate, Evaluation
+from grpo_ext.report.estimates import Difference, Estimate
+from grpo_ext.report.evaluation import Evaluation
 from grpo_ext.run.machine import device_name, peak_memory_mb
 
 SUMMARY_FILE = "summary.json"
@@ -39,10 +40,8 @@ def summarise(
     trainable, total = share_of_trainable(trainer.model)
     rollouts = state.global_step * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
     completions = round(rollouts * args.generation_batch_size)
-
-    def figures(estimate: Estimate | None) -> dict[str, float] | None:
-        return None if estimate is None else asdict(estimate)
-
+    was, now = asdict(before), asdict(after)
+    sampled = Difference.of(before.shares, after.shares) if before.shares else None
     return {
         "recipe": recipe,
         "base_model": base_model,
@@ -51,13 +50,19 @@ def summarise(
         "seconds": round(seconds, 1),
         "prompts_seen": completions // args.num_generations,
         "completions_seen": completions,
-        "pass_at_1_before": figures(before.greedy),
-        "pass_at_1_after": figures(after.greedy),
-        "sampled_pass_at_1_before": figures(before.sampled),
-        "sampled_pass_at_1_after": figures(after.sampled),
-        "pass_at_k_before": figures(before.pass_at_k),
-        "pass_at_k_after": figures(after.pass_at_k),
+        "pass_at_1_before": was["greedy"],
+        "pass_at_1_after": now["greedy"],
+        "pass_at_1_difference": asdict(Difference.of(before.right, after.right)),
+        "sampled_pass_at_1_before": was["sampled"],
+        "sampled_pass_at_1_after": now["sampled"],
+        "sampled_pass_at_1_difference": sampled and asdict(sampled),
+        "pass_at_k_before": was["pass_at_k"],
+        "pass_at_k_after": now["pass_at_k"],
         "k": before.k,
+        "pass_at_before": was["pass_at"],
+        "pass_at_after": now["pass_at"],
+        "pass_at_1_by_kind_before": was["kinds"],
+        "pass_at_1_by_kind_after": now["kinds"],
         "peak_memory_mb": round(peak_memory_mb(trainer.accelerator.device)),
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -72,13 +77,16 @@ def write_summary(output_dir: str | Path, summary: dict[str, Any]) -> None:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """`held-out pass@1: 0.39 [0.33, 0.45] -> 0.97 [0.94, 0.99]  (n=256, 1 min 40 s)`, greedy and sampled."""
+    """One line each for greedy and sampled answers:
+
+    held-out pass@1: 0.39 [0.33, 0.45] -> 0.93 [0.89, 0.95], +0.54 [+0.47, +0.60], p < 0.001  (greedy, n=256, 46 s)
+    """
     minutes, seconds = divmod(round(summary["seconds"]), 60)
     duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     lines = []
     for label, name in (("greedy", "pass_at_1"), ("sampled", "sampled_pass_at_1")):
-        before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+        before, after, change = (summary[f"{name}_{part}"] for part in ("before", "after", "difference"))
         if before and after:
-            change = f"{Estimate(**before)} -> {Estimate(**after)}"
-            lines.append(f"held-out pass@1: {change}  ({label}, n={before['n']}, {duration})")
+            figures = f"{Estimate(**before)} -> {Estimate(**after)}, {Difference(**change)}"
+            lines.append(f"held-out pass@1: {figures}  ({label}, n={before['n']}, {duration})")
     return "\n".join(lines)

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grpo_ext.report.curves import BLUE, GREEN, ORANGE
-from grpo_ext.report.evaluation import Estimate
+from grpo_ext.report.panels import PALETTE
+from grpo_ext.report.estimates import Estimate
 
 Points = list[dict[str, Any]]
 
@@ -32,7 +32,7 @@ PANELS = {
     "KL estimator": ("document", "exact"),
     "Dead groups, beta = 0": ("keep", "skip", "resample"),
 }
-STYLES = [(BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":")]
+STYLES = [(PALETTE["blue"], "o", "-"), (PALETTE["orange"], "s", "--"), (PALETTE["green"], "^", ":")]
 GOAL = 0.9  # share of sampled answers that are right
 
 

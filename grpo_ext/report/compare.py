@@ -1,0 +1,94 @@
+"""Several runs beside each other: their curves in one picture each, and what differs between them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from grpo_ext.report.findings import Run, results, written
+from grpo_ext.report.panels import PALETTE, Line, Panel, panels_of
+
+OWN = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # settings that differ between any two runs
+
+
+def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
+    """Every panel once, with one line a run: the first of its lines, the sum of a stack, or the mixed of its groups."""
+    colours = list(PALETTE)
+    panels: dict[str, Panel] = {}
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for panel in panels_of(run.rows):
+            line = replace(_main(panel), label=name, colour=colours[i % len(colours)], is_dashed=i >= len(colours))
+            before = panels.get(panel.title, replace(panel, lines=[], right="", stacked=False))
+            panels[panel.title] = replace(before, lines=[*before.lines, line])
+    return [replace(panel, title=_title(panel)) for panel in panels.values()]
+
+
+def _main(panel: Panel) -> Line:
+    if not panel.stacked:
+        line = next((line for line in panel.lines if line.label == "mean size"), panel.lines[0])
+        return replace(line, low=(), high=()) if line.mean else line
+    parts = [line for line in panel.lines if line.label == "mixed"] or panel.lines
+    total, mean = (np.sum(values, axis=0) for values in zip(*((line.y, line.mean) for line in parts), strict=True))
+    return replace(parts[0], y=total.tolist(), mean=tuple(mean))
+
+
+def _title(panel: Panel) -> str:
+    """What is left of a panel that had more lines."""
+    return {
+        "Held-out problems solved": "Held-out problems solved (greedy)",
+        "Groups by their rewards": "Groups whose rewards differ",
+        "Mean normalised reward": "Mean size of the normalised reward",
+    }.get(panel.title, panel.title)
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Names that tell the runs apart: of their folders, with the folder above or a number where that is not enough."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(runs):
+        names = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
+    if len(set(names)) < len(runs):
+        names = [f"{i} {name}" for i, name in enumerate(names, start=1)]
+    return names
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings, versions and the like that are not the same in all runs: name -> a value a run, "" where not there."""
+    flat = [_flat(run.settings) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    table = {name: [settings.get(name, "") for settings in flat] for name in names}
+    return {name: values for name, values in table.items() if len(set(values)) > 1}
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for part, values in settings.items():
+        if part == "changed":
+            continue
+        inner = values if isinstance(values, dict) else {"": values}
+        prefix = "" if part == "settings" else part
+        for name, value in inner.items():
+            if name not in OWN:
+                flat[f"{prefix} {name}".strip()] = written(value)
+    return flat
+
+
+def outcomes(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What came of each run: name -> a value a run, "" where it was not measured."""
+    tables = [results(run) for run in runs]
+    table = {"steps": [f"{run.step:,}" for run in runs]}
+    for name in dict.fromkeys(name for results_of in tables for name in results_of):
+        for place, part in enumerate(("before", "after", "change")):
+            values = [results_of[name][place] if name in results_of else "" for results_of in tables]
+            if any(values):
+                table[f"{name}, {part}"] = values
+    for label, metric, form in (
+        ("mean reward at last", "reward", "{:.2f}"),
+        ("KL at last", "kl", "{:.3g}"),
+        ("seconds of training", "train_runtime", "{:,.0f}"),
+        ("peak memory, MB", "peak_memory_mb", "{:,.0f}"),
+    ):
+        last = [run.last(metric) for run in runs]
+        if any(value is not None for value in last):
+            table[label] = ["" if value is None else form.format(value) for value in last]
+    return table

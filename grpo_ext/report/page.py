@@ -1,0 +1,156 @@
+"""`report.html`: a run in one file that opens anywhere, without a network, from what is in its folder so far.
+
+The verdict in one sentence, the curves of `report/panels.py`, what the policy wrote in each group and what it earned,
+the same held-out problems over time, settings, versions, and the command to repeat it. Of several runs: their curves
+over each other, and what differs.
+
+What the model wrote is not to be trusted: it is text inside JSON, which `page.js` shows as text. A policy in the page
+itself forbids every script and style but its own, by their hashes, and every request.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from grpo_ext.report.compare import differences, names_of, outcomes, overlaid
+from grpo_ext.report.completions import COMPLETIONS_FILE
+from grpo_ext.report.findings import Run, provenance, reliability, results, status, verdict, written
+from grpo_ext.report.heldout import HELDOUT_FILE
+from grpo_ext.report.panels import PALETTE, Panel, panels_of
+from grpo_ext.report.thinning import NEWEST, read_thinned
+
+PAGE_FILE = "report.html"
+MOST_BYTES = 5_000_000
+ROOM = 3_500_000  # bytes of completions; less where the page would still be too large
+
+TEMPLATES = Path(__file__).parent / "template"
+# Signs that turn the order of the text around them, and those that show nothing or move the cursor.
+_UNSEEN = re.compile(
+    "[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u200b\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+)
+
+
+def write_page(output_dir: str | Path) -> Path:
+    """Write `output_dir/report.html` and return its path; works on a run that is still going or that died.
+
+    Raises:
+        ValueError: the folder has no metrics.
+    """
+    run = Run.read(output_dir)
+    room = ROOM
+    while len(page := _page_of(run, room).encode()) > MOST_BYTES and room > 1:
+        room //= 2
+    return _put(page, Path(output_dir, PAGE_FILE))
+
+
+def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
+    """Write a page that lays the runs of these folders over each other, and return its path.
+
+    Raises:
+        ValueError: a folder has no metrics.
+    """
+    runs = [Run.read(folder) for folder in folders]
+    names = names_of(runs)
+    context = {
+        "title": f"{len(runs)} runs",
+        "names": names,
+        "verdicts": [verdict(run) for run in runs],
+        "outcomes": outcomes(runs),
+        "differences": differences(runs),
+    }
+    page = render("comparison.html", context, {"panels": _data(overlaid(runs, names))})
+    return _put(page.encode(), Path(path))
+
+
+def _put(page: bytes, path: Path) -> Path:
+    """Whoever reloads the page meanwhile has the old one or the new one."""
+    new = path.with_name(f"{path.name}.part")
+    new.write_bytes(page)
+    return new.replace(path)
+
+
+def _page_of(run: Run, room: int) -> str:
+    rollouts, every = read_thinned(run.folder / COMPLETIONS_FILE, room)
+    evaluations, _ = read_thinned(run.folder / HELDOUT_FILE, room // 4)
+    context = {
+        "title": run.name,
+        "verdict": verdict(run),
+        "status": status(run),
+        "results": results(run),
+        "reliability": {name: [f"{count:,}"] for name, count in reliability(run).items()},
+        "command": run.settings.get("command"),
+        "provenance": {name: [value] for name, value in provenance(run).items()},
+        "settings": {name: [written(value)] for name, value in run.settings.get("settings", {}).items()},
+        "every": every,
+        "newest": NEWEST,
+        "rollouts": len(rollouts),
+        "evaluations": len(evaluations),
+    }
+    data = {
+        "panels": _data(panels_of(run.rows)),
+        "rollouts": rollouts,
+        "evaluations": [{"step": row["step"], "answers": row["answers"]} for row in evaluations],
+    }
+    return render("page.html", context, data)
+
+
+def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
+    """A page from a template of this folder.
+
+    Args:
+        context: what the template names; it is escaped.
+        data: what `page.js` finds as JSON in the element `data`.
+    """
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    colours = "".join(f"--{name}: {value};" for name, value in PALETTE.items())
+    style = f":root {{{colours}}}\n{(TEMPLATES / 'page.css').read_text()}"
+    script = (TEMPLATES / "page.js").read_text()
+    policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'"
+    text = json.dumps(visible(data), ensure_ascii=False, separators=(",", ":"))
+    return environment.get_template(template).render(
+        **visible(context),
+        style=Markup(style),
+        script=Markup(script),
+        policy=Markup(policy),
+        data=Markup(text.replace("<", "\\u003c")),  # so that no end of a script, and no comment, can stand in it
+    )
+
+
+def visible(value: Any) -> Any:
+    """The same data, with signs that are not to be seen, or that turn text around, written as their numbers."""
+    if isinstance(value, str):
+        return _UNSEEN.sub(lambda sign: f"⟨U+{ord(sign.group()):04X}⟩", value)
+    if isinstance(value, dict):
+        return {visible(name): visible(item) for name, item in value.items()}
+    return [visible(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _data(panels: list[Panel]) -> list[dict[str, Any]]:
+    """Panels as `page.js` draws them, numbers cut to five digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [rounded(item) for item in value]
+        if isinstance(value, float):
+            return int(value) if value.is_integer() else float(f"{value:.5g}")
+        return value
+
+    return [rounded(asdict(panel)) for panel in panels]
+
+
+def _hash(text: str) -> str:
+    """As a content security policy names an inline script or style."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
