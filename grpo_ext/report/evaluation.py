@@ -88,7 +88,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
 
 
 @contextmanager
-def _sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """No graph, no dropout, key-value cache on, and the random state of the run as it was afterwards."""
     was_training = model.training
     device = model.device
@@ -103,7 +103,7 @@ def _sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
             model.train(was_training)
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """Plain sampling or greedy, as TRL trains: a model's own top-p or penalty, from its files, is set aside."""
@@ -144,8 +144,8 @@ def complete(
         Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL hands to rewards.
     """
     state = PartialState()
-    config = _generation_config(model, tokenizer, max_new_tokens, temperature)
-    with state.split_between_processes(list(prompts)) as mine, _sampling_only(model, seed + state.process_index):
+    config = generation_config(model, tokenizer, max_new_tokens, temperature)
+    with state.split_between_processes(list(prompts)) as mine, sampling_only(model, seed + state.process_index):
         ids = [render(tokenizer, prompt) for prompt in mine]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
         texts = [""] * len(ids)
@@ -198,11 +198,24 @@ def evaluate(
     settings["description"] = description
     completions = complete(model, tokenizer, prompts, **settings)
     right = judge(reward, problems, completions)
+    repeated = [problem for problem in problems for _ in range(samples)]
+    if not samples:
+        return summed_up(completions, right, [])
+    drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
+    return summed_up(completions, right, judge(reward, repeated, drawn))
+
+
+def summed_up(completions: list[Completion], right: list[bool], drawn_right: list[bool]) -> Evaluation:
+    """An evaluation from what was found problem by problem.
+
+    Args:
+        completions, right: greedy answers, and whether each was right.
+        drawn_right: of as many samples of each problem, next to each other; empty where none were drawn.
+    """
+    samples = len(drawn_right) // len(right)
     sampled = at_k = None
     if samples:
-        repeated = [problem for problem in problems for _ in range(samples)]
-        drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
-        hits = torch.tensor(judge(reward, repeated, drawn)).view(-1, samples).sum(dim=1).tolist()
+        hits = torch.tensor(drawn_right).view(-1, samples).sum(dim=1).tolist()
         sampled = Estimate.of([hit / samples for hit in hits])
         if samples > 1:
             at_k = Estimate.of([pass_at_k(hit, samples, samples) for hit in hits])
