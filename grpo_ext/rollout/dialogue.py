@@ -152,6 +152,8 @@ class Dialogue:
         for episode, row in zip(episodes, rows, strict=True):
             with episode.at_its_own_risk():
                 episode.prompt_ids = turns.opening(episode.env.reset(dict(row)))
+                if not episode.prompt_ids:
+                    raise ValueError("reset must return at least a word")
             if not episode.prompt_ids:
                 episode.prompt_ids, episode.is_over = [eos_token_id], True
                 episode.add([eos_token_id], [0.0], is_own=False)
