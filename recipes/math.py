@@ -9,8 +9,8 @@ What to expect, and the figures that were measured, stand in recipes/README.md.
     accelerate launch recipes/math.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k \
         --load_in_4bit --max_steps 500
 
-Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, or a line of a YAML file that
-`--config` names; flags win.
+Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, or a line of a
+YAML file that `--config` names; flags win.
 """
 
 import sys

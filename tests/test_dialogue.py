@@ -32,7 +32,7 @@ class Digits(TextEnv):
 
     def step(self, text):
         self.heard.append(text)
-        return f"{MARK}{'.' * (len(text) % 4)}{len(self.heard)}{MARK}", any(c in 'XYZ' for c in text)
+        return f"{MARK}{'.' * (len(text) % 4)}{len(self.heard)}{MARK}", any(c in "XYZ" for c in text)
 
     def reward(self):
         text = "".join(self.heard)
@@ -239,7 +239,7 @@ def test_what_raises_costs_its_own_episode(build_player, tokenizer, fault):
     assert sum(reward != reward for reward in rewards.values()) == 1  # NaN
     assert (part["completion_mask"].sum(dim=1) >= 1).all()
     many = {"columns": {"fault": [fault] * 4}, "num_iterations": 1}
-    with pytest.raises(RuntimeError, match="Fragile raised .* in 8 of the last 8 episodes"):
+    with pytest.raises(RuntimeError, match=r"Fragile raised .* in 8 of the last 8 episodes"):
         build_player(Fragile, max_steps=1, **many).train()
 
 

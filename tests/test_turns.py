@@ -59,14 +59,11 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
 
 
 class Recorded(GuessNumber):
-    """Remembers what was said, of all games."""
-
-    played: list["Recorded"] = []
+    """Remembers what was said."""
 
     def reset(self, row):
         first = super().reset(row)
         self.said = [{"role": "user", "content": first}]
-        self.played.append(self)
         return first
 
     def step(self, text):
@@ -79,13 +76,19 @@ def test_a_chat_model_plays(build, tokenizer, monkeypatch):
     """What every row has read is the template's rendering of what was said in its game."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     tokenizer.chat_template = qwen2_5_chat_template
+    played = []
+
+    def game():
+        played.append(Recorded())
+        return played[-1]
+
     no_specials = [tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "<eos>", "<unk>", "<|im_start|>")]
     trainer = build(
         small_llama(tokenizer),
         peft_config=random_lora(),
         reward=dialogue_reward,
-        columns={"secret": [5, 50, 77, 90]},
-        arguments={"rollout_func": Dialogue(Recorded, max_turns=3, max_turn_tokens=20)},
+        columns={"answer": ["5", "50", "77", "90"]},
+        arguments={"rollout_func": Dialogue(game, max_turns=3, max_turn_tokens=20)},
         max_completion_length=600,
         max_steps=1,
         beta=0.0,
@@ -98,7 +101,7 @@ def test_a_chat_model_plays(build, tokenizer, monkeypatch):
         for ids, mask in zip(rows["completion_ids"], rows["completion_mask"], strict=True)
     }
     rendered = set()
-    for game in Recorded.played:
+    for game in played:
         whole = tokenizer.apply_chat_template(game.said[:-1], tokenize=False)
         first = tokenizer.apply_chat_template(game.said[:1], tokenize=False, add_generation_prompt=True)
         rendered.add(whole.removeprefix(first).removesuffix("\n").removesuffix("<|im_end|>"))

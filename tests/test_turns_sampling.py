@@ -1,10 +1,9 @@
-"""Rows that go on, turn after turn, from the states that they left, against reading every history anew for each token."""
+"""Rows that go on, turn after turn, from the states that they left, against reading all of it anew for each token."""
 
 import pytest
 import torch
-from test_engine_sampling import EOS, generate, prompts_of
+from test_engine_sampling import EOS, prompts_of
 from test_engine_scoring import make
-from torch.nn.utils.rnn import pad_sequence
 
 from grpo_ext.engine.groups import unpadded
 from grpo_ext.engine.sampling import GroupSampler
@@ -18,7 +17,7 @@ def observation(tokens):
 
 
 def play(draw, prompts, turns=3):
-    """Every row's tokens and log-probs, turn by turn. `draw(histories, limits)` gives both for one turn of some rows."""
+    """Every row's tokens and log-probs, turn by turn; `draw(histories, limits)` gives both for a turn of some rows."""
     histories = [list(prompt) for prompt in prompts]
     drawn = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -28,9 +27,11 @@ def play(draw, prompts, turns=3):
         replies = dict(zip(alive, map(observation, tokens), strict=True))
         for row, ids, values in zip(alive, tokens, logps, strict=True):
             drawn[row].append((ids, values))
-            histories[row] += ids + (replies[row] or [])
-        alive = [row for row in alive if replies[row] is not None]
-    return drawn
+            histories[row] += ids
+        alive = [row for row in alive if replies[row] is not None and turn < turns - 1]
+        for row in alive:
+            histories[row] += replies[row]
+    return drawn, histories
 
 
 def padded(histories):
@@ -75,20 +76,47 @@ def slow_draw(model):
     return draw
 
 
+@pytest.mark.parametrize("lengths", [(60, 60, 33, 1), (60, 60)], ids=["ragged", "siblings in lanes"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"])
 @torch.no_grad()
-def test_as_if_every_history_were_read_anew(architecture):
+def test_as_if_every_history_were_read_anew(architecture, lengths):
+    """Tokens and log-probs of three turns, of rows that end at different times, whose turns and observations have
+    different lengths, and which share lanes in the first one where the prompts are long. A window of 40 tokens, a
+    convolution or a recurrent state that is lost or padded between turns changes them."""
     model = make(architecture, "eager" if architecture == "gemma2" else "sdpa")
-    ids, mask = prompts_of(60, 60, 33, 1, siblings=3)
-    prompts = unpadded(ids, mask)
+    prompts = unpadded(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
-    slow = play(slow_draw(model), prompts)
+    slow, _ = play(slow_draw(model), prompts)
     sampler = GroupSampler(TEMPERATURE)
     torch.manual_seed(0)
     with sampler.keeping_rows():
-        ours = play(shared_draw(model, sampler), prompts)
+        ours, _ = play(shared_draw(model, sampler), prompts)
     for row, (turns, wanted) in enumerate(zip(ours, slow, strict=True)):
         assert [ids for ids, _ in turns] == [ids for ids, _ in wanted], row
         for (_, logps), (_, wanted_logps) in zip(turns, wanted, strict=True):
             assert logps == pytest.approx(wanted_logps, abs=2e-6)
     assert len({len(turns) for turns in ours}) > 1
+
+
+@torch.no_grad()
+def test_every_token_is_read_once():
+    """Through the embedding go each distinct prompt once, and of every row all tokens but its last. Without keeping,
+    every turn reads its history again."""
+    model = make("llama", "sdpa")
+    prompts = unpadded(*prompts_of(60, 9, siblings=4))
+    counted = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: counted.append(inputs[0].numel()))
+    sampler = GroupSampler(TEMPERATURE)
+    torch.manual_seed(0)
+    with sampler.keeping_rows():
+        kept, histories = play(shared_draw(model, sampler), prompts)
+    tokens = sum(counted)
+    assert sampler._kept_rows == {}
+    assert tokens == 60 + 9 + sum(len(row) - len(prompt) - 1 for row, prompt in zip(histories, prompts, strict=True))
+    counted.clear()
+    torch.manual_seed(0)
+    assert [[ids for ids, _ in row] for row in play(shared_draw(model, sampler), prompts)[0]] == [
+        [ids for ids, _ in row] for row in kept
+    ]
+    hook.remove()
+    assert sum(counted) > 2 * tokens

@@ -137,9 +137,10 @@ def join(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
 
 
 def row_alone(cache: DynamicCache, row: int, is_own_T: Tensor) -> DynamicCache:
-    """A cache that holds one row of `cache` and nothing else: of its T tokens those where `is_own_T`, shape (T,), holds.
+    """A cache that holds one row of `cache` and nothing else: of its T tokens those that are its own.
 
-    What is left out, as padding or the tokens of others, must not be among the last tokens of a sliding window.
+    Args:
+        is_own_T: which these are, shape (T,). In sliding windows nothing may stand between them.
     """
     alone = fork(cache, [row])
     own_of: dict[int, Tensor] = {}  # of the last n tokens, the indices of those that are its own

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_ext.engine.sampling import Drawn, GroupSampler
 from grpo_ext.engine.sharing import base_of, shared_sampling
@@ -34,6 +33,7 @@ def evaluate_dialogue(
     seed: int = 0,
     description: str | None = None,
     stop_strings: Sequence[str] = (),
+    template_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Success of greedy play; with `samples` > 0 also of sampled play, and from 2 samples on that of the best of them.
 
@@ -44,17 +44,20 @@ def evaluate_dialogue(
         batch_size: episodes played at once on each process.
         description: label of the progress bar; None for no bar.
         stop_strings: with which a turn of the model ends, beside the end of sequence.
+        template_kwargs: further arguments of the chat template.
     """
     state = PartialState()
 
     def play(rows: Sequence[Problem], temperature: float) -> list[tuple[str, bool]]:
         """Of each episode, everything said after its first words, and whether it was right."""
+        config = generation_config(model, tokenizer, max_new_tokens, temperature)
+        turns = Turns(tokenizer, config.eos_token_id, **(template_kwargs or {}))
         played: list[tuple[str, bool]] = []
         silent = description is None or not state.is_main_process
         with (
             state.split_between_processes(list(rows)) as mine,
             sampling_only(model, seed + state.process_index),
-            _drawing(model, tokenizer, max_new_tokens, temperature, list(stop_strings)) as (turns, draw),
+            _drawing(model, tokenizer, config, list(stop_strings)) as draw,
         ):
             for start in tqdm(range(0, len(mine), batch_size), desc=description, disable=silent, leave=False):
                 batch = mine[start : start + batch_size]
@@ -70,14 +73,9 @@ def evaluate_dialogue(
 
 @contextmanager
 def _drawing(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    temperature: float,
-    stop_strings: list[str],
-) -> Iterator[tuple[Turns, Draw]]:
-    config = generation_config(model, tokenizer, max_new_tokens, temperature)
-    sampler = GroupSampler(temperature or 1.0)
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, stop_strings: list[str]
+) -> Iterator[Draw]:
+    lm, sampler = base_of(model), GroupSampler(config.temperature)
 
     def draw(histories: list[list[int]], limits: list[int]) -> Drawn:
         sampler.limits = limits
@@ -85,6 +83,5 @@ def _drawing(
         lm.generate(**inputs, generation_config=config)
         return sampler.drawn
 
-    lm = base_of(model)
     with sampler.keeping_rows(), shared_sampling(lm, sampler, stop_strings, tokenizer):
-        yield Turns(tokenizer, config.eos_token_id), draw
+        yield draw

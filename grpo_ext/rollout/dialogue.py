@@ -161,8 +161,10 @@ class Dialogue:
             left = [max_tokens - len(episode.completion_ids) for episode in going_on]
             limits = [min(tokens, self.max_turn_tokens or tokens) for tokens in left]
             drawn = draw([episode.prompt_ids + episode.completion_ids for episode in going_on], limits)
-            for episode, *turn in zip(going_on, drawn.tokens, drawn.logps, drawn.is_cut, strict=True):
-                self._take_turn(episode, turns, *turn, max_tokens=max_tokens)
+            for i, episode in enumerate(going_on):
+                episode.is_cut = drawn.is_cut[i]
+                episode.add(drawn.tokens[i], drawn.logps[i], is_own=True)
+                self._answer(episode, turns, drawn.tokens[i], max_tokens)
         for episode in episodes:
             if episode.error is None:
                 with episode.at_its_own_risk():
@@ -170,13 +172,9 @@ class Dialogue:
         self._stop_where_too_many_failed(episodes)
         return episodes
 
-    def _take_turn(
-        self, episode: Episode, turns: Turns, tokens: list[int], logps: list[float], is_cut: bool, *, max_tokens: int
-    ) -> None:
-        """The model's turn and, where the episode goes on, the environment's."""
-        episode.add(tokens, logps, is_own=True)
+    def _answer(self, episode: Episode, turns: Turns, tokens: list[int], max_tokens: int) -> None:
+        """What the environment says to a turn of the model, where the episode goes on."""
         episode.turns += 1
-        episode.is_cut = is_cut
         with episode.at_its_own_risk():
             answer, episode.is_over = episode.env.step(turns.text(tokens))
             episode.is_over |= episode.turns == self.max_turns

@@ -1,10 +1,9 @@
 """Two environments to start from: a calculator that is asked in the middle of an answer, and a number to be guessed.
 
-    Question: 538+478=?
-    Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016          in brackets what the calculator says
+Question: 538+478=?
+Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016          in brackets what the calculator says
 """
 
-import random
 import re
 from typing import Any
 
@@ -41,12 +40,14 @@ class Calculator(TextEnv):
 class GuessNumber(TextEnv):
     """Think of a number from 1 to 100; the model guesses, and hears whether it is higher or lower.
 
-    For a chat model. Rows: `secret`. 1.0 where it was guessed; bisection needs no more than 7 turns.
+    For a chat model. Rows: `answer`, the number. 1.0 where it was guessed; bisection needs no more than 7 turns.
     """
 
+    rules = "I think of a whole number from 1 to 100. Guess it: answer with a number, and I say higher or lower."
+
     def reset(self, row: dict[str, Any]) -> str | Messages:
-        self.secret, self.is_guessed = int(row["secret"]), False
-        return "I think of a whole number from 1 to 100. Guess it; I will say higher or lower. Answer with a number."
+        self.secret, self.is_guessed = int(row["answer"]), False
+        return self.rules
 
     def step(self, text: str) -> tuple[str | None, bool]:
         guesses = re.findall(r"\d{1,9}", text)
