@@ -1,14 +1,15 @@
 """Problems for a run: a data set of the Hub or of local files, with a prompt and a gold answer a row.
 
 In: `openai/gsm8k`, `problems.jsonl`, or a folder with train and test files; columns `prompt`, `question` or `problem`,
-and `answer` or `solution`. Out: train and held-out `Dataset`s with `prompt` and `answer`, ready for TRL. A base model
-gets a text of column `prompt` as it is.
+and `answer`, `solution` or `code`. Out: train and held-out `Dataset`s with `prompt` and `answer`, ready for TRL. A base
+model gets a text of column `prompt` as it is.
 
     {"question": "538+478=?", "answer": "1016"}
     -> {"prompt": "Question: 538+478=?\\nAnswer:", "answer": "1016"}                                a base model
     -> {"prompt": [{"role": "system", ...}, {"role": "user", "content": "538+478=?"}], ...}        a chat model
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,25 @@ from transformers import PreTrainedTokenizerBase
 from grpo_ext.policy.loading import unreachable
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution")
+ANSWER_COLUMNS = ("answer", "solution", "code")
 SYSTEM_LINE = "Reason step by step, and put the final answer within \\boxed{}."
 PLAIN_PROMPT = "Question: {question}\nAnswer:"
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """How a problem is put to the model.
+
+    Attributes:
+        system: of a chat model.
+        plain: what a base model reads, with `{question}` in it.
+        question: the question itself, from the text of its column and the whole row; None for the text as it is.
+    """
+
+    system: str = SYSTEM_LINE
+    plain: str = PLAIN_PROMPT
+    question: Callable[[str, dict[str, Any]], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +65,7 @@ def load_problems(
     test_split: str = "test",
     max_heldout: int = 256,
     seed: int = 0,
+    wording: Wording = Wording(),
 ) -> Problems:
     """Load, name the columns, write the prompts, and keep held-out problems apart.
 
@@ -58,6 +75,7 @@ def load_problems(
         config: of a Hub data set; the first one (`main` of gsm8k) where the data has several.
         max_heldout: at most so many held-out rows, drawn with `seed`. Without a `test_split`, so many rows, but at
             most a fifth, are taken out of the training data.
+        wording: how the prompts are written.
 
     Raises:
         SystemExit: not on disk and not reachable on the Hub.
@@ -80,7 +98,7 @@ def load_problems(
         parts = train.train_test_split(test_size=size, seed=seed)
         train, heldout = parts["train"], parts["test"]
         note = f"{size} problems taken out of split '{train_split}'"
-    train, heldout = with_prompts(train, tokenizer, name), with_prompts(heldout, tokenizer, name)
+    train, heldout = (with_prompts(rows, tokenizer, name, wording) for rows in (train, heldout))
     seen = {str(prompt) for prompt in heldout["prompt"]}
     before = len(train)
     train = train.filter(lambda prompt: str(prompt) not in seen, input_columns="prompt")
@@ -125,10 +143,18 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
     return splits
 
 
-def with_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, *, needs_answer: bool = True) -> Dataset:
+def with_prompts(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    wording: Wording = Wording(),
+    *,
+    needs_answer: bool = True,
+) -> Dataset:
     """The rows with columns `prompt` and `answer` and whatever else they have.
 
     Args:
+        name: of the data, for errors.
         needs_answer: False for rewards that judge by other columns; then rows may have no answer, and a chat model is
             not told how to write one.
 
@@ -139,16 +165,18 @@ def with_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, *
     has_answer = needs_answer or not set(ANSWER_COLUMNS).isdisjoint(rows.column_names)
     answer_column = _first_of(ANSWER_COLUMNS, rows, "answer", name) if has_answer else None
     is_chat, is_prompt = tokenizer.chat_template is not None, prompt_column == "prompt"
-    system = [{"role": "system", "content": SYSTEM_LINE}] if has_answer else []
+    system = [{"role": "system", "content": wording.system}] if has_answer else []
 
     def write(row: dict[str, Any]) -> dict[str, Any]:
         text = row[prompt_column]
+        if isinstance(text, str) and wording.question is not None:
+            text = wording.question(text, row)
         if not isinstance(text, str):
             prompt = text  # messages already
         elif is_chat:
             prompt = [*system, {"role": "user", "content": text}]
         else:
-            prompt = text if is_prompt else PLAIN_PROMPT.format(question=text)
+            prompt = text if is_prompt else wording.plain.format(question=text)
         return {"prompt": prompt} | ({"answer": str(row[answer_column])} if answer_column else {})
 
     columns = [prompt_column, *([answer_column] if answer_column else [])]

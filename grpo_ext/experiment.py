@@ -6,8 +6,10 @@ accuracy every `eval_steps` -> accuracy after -> adapter, card, `metrics.jsonl`,
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from grpo_ext.data import Problems
 from grpo_ext.report.curves import draw_curves
-from grpo_ext.report.evaluation import Completion, Evaluation, Problem, Reward, evaluate
+from grpo_ext.report.evaluation import Completion, Evaluation, Problem, evaluate
 from grpo_ext.report.heldout import (
     SHOWN_PROBLEMS,
     HeldOutAccuracy,
@@ -32,16 +34,23 @@ from grpo_ext.trainer import GRPOExtTrainer
 
 
 def run(
-    trainer: GRPOExtTrainer, problems: Problems, reward: Reward, *, recipe: str, eval_samples: int = 0
+    trainer: GRPOExtTrainer,
+    problems: Problems,
+    reward: Any,
+    *,
+    recipe: str,
+    eval_samples: int = 0,
+    evaluate: Callable[..., Evaluation] = evaluate,
 ) -> dict[str, object]:
     """Train and report.
 
     Args:
         trainer: built, not yet trained.
         problems: its held-out rows are evaluated; they must not be trained on.
-        reward: judges held-out answers, 1.0 for a right one.
+        reward: what `evaluate` judges held-out answers by: a reward function, 1.0 for a right answer.
         recipe: name of the recipe, for the summary.
         eval_samples: answers sampled per held-out problem before and after training; 0 for greedy accuracy only.
+        evaluate: `report.evaluation.evaluate`, or what takes the same arguments.
 
     Returns:
         The contents of `summary.json`; nothing where `dry_run` ends the run before its first step.

@@ -5,6 +5,7 @@
 writes FOLDER/<case>-<process>.pt for every case, with the adapter and the log of that process.
 """
 
+import itertools
 import os
 import random
 import sys
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 import grpo_ext
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.engine import sharing
+from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 
 STEPS, SIBLINGS, LONGEST = 3, 4, 12
 QUESTIONS = [f"Question: {sum_}=?\nAnswer:" for sum_ in ("1+2", "30+41", "7+8", "12+30", "9+9", "500+1")]
@@ -60,6 +62,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # the places of dead groups go to groups of earlier steps, that either process drew
     "replayed": (WHOLE_GROUPS, OURS | {"replay_fraction": 1.0, "replay_max_age": 2}),
     "replayed_straddling": (HALF_GROUPS, OURS | {"replay_fraction": 1.0, "num_iterations": 2, "max_steps": 4}),
+    # the environments of one process may speak longer than those of the other
+    "dialogue": (HALF_GROUPS, OURS | {"max_completion_length": 24}),
     # the rows of the second process have no token that counts: it takes TRL's path while the first one shares
     "one_idle": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "mask_truncated_completions": True}),
 }
@@ -83,6 +87,37 @@ def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, 
         ids = [rng.choice(digits if rng.random() < 0.3 * place else others) for _ in range(length)]
         completions.append([*ids, tokenizer.eos_token_id] if place < 2 else ids)
     return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
+
+
+class Numbered(TextEnv):
+    """Says first which of its group it is, and then how much it has heard, for one to three turns."""
+
+    def __init__(self, place: int):
+        self.place, self.heard, self.turns = place, "", 0
+
+    def reset(self, row: dict[str, Any]) -> str:
+        return f"{row['prompt']}{self.place}"
+
+    def step(self, text: str) -> tuple[str, bool]:
+        self.heard, self.turns = self.heard + text, self.turns + 1
+        return f" {len(self.heard)} ", self.turns > self.place % 3
+
+    def reward(self) -> float:
+        return share_of_digits([self.heard])[0]
+
+
+class GivenTurns(GRPOExtTrainer):
+    """Turns of one to four characters that what was said before decides."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        texts = [self.processing_class.decode(ids) for ids in prompt_ids]
+        turns = []
+        for text in texts:
+            rng = random.Random(f"{text} {self.state.global_step}")
+            turns.append("".join(rng.choice("0123abc") for _ in range(rng.randint(1, 4))))
+        self._is_cut = [False] * len(turns)
+        completion_ids = self.processing_class(turns)["input_ids"]
+        return completion_ids, [[0.0] * len(ids) for ids in completion_ids]
 
 
 class GivenCompletions(GRPOExtTrainer):
@@ -130,7 +165,14 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     draws = next((mechanism for option, mechanism in MECHANISMS.items() if option in settings.items()), None)
     reward, effect = draws or (share_of_digits, "reward")
-    trainer = (GivenCompletions if draws else GRPOExtTrainer)(
+    kind, rollout_func = (GivenCompletions, None) if draws else (GRPOExtTrainer, given_completions)
+    if case == "dialogue":
+        here = rows * 2 // processes
+        first = here * int(os.environ.get("RANK", "0"))
+        places = itertools.cycle(row % SIBLINGS for row in range(first, first + here))
+        kind, rollout_func = GivenTurns, Dialogue(lambda: Numbered(next(places)))
+        reward, effect = dialogue_reward, "dialogue/turns"
+    trainer = kind(
         small_llama(tokenizer),
         reward_funcs=reward,
         args=GRPOExtConfig(
@@ -153,7 +195,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
         processing_class=tokenizer,
         peft_config=random_lora(),
-        rollout_func=None if draws else given_completions,
+        rollout_func=rollout_func,
     )
     assert trainer.accelerator.num_processes == processes
     start = adapter_of(trainer)

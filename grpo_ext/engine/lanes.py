@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from grpo_ext.engine.prompt_cache import join, read_states, write_states
+from grpo_ext.engine.prompt_cache import join, read_states, row_alone, write_states
 
 PROMPT, NOBODY = -1, -2  # owners of a cached token, beside the rows: every row of its lane, none of them
 NO_ROW = -3  # a place in a lane without a row
@@ -55,6 +55,11 @@ class Lanes:
         self._rows_Rn = torch.tensor(padded, device=self._device)
         self._is_row_Rn = self._rows_Rn >= 0
 
+    @property
+    def rows(self) -> list[int]:
+        """Those that are left."""
+        return [row for lane in self._rows for row in lane]
+
     def advance(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Feed one token of every row that is left.
 
@@ -85,6 +90,12 @@ class Lanes:
         sees_RnT = (owners_R1T == PROMPT) | (owners_R1T == self._rows_Rn.unsqueeze(2))
         mask_RnT = torch.zeros_like(sees_RnT, dtype=lm.dtype).masked_fill(~sees_RnT, torch.finfo(lm.dtype).min)
         return mask_RnT.unsqueeze(1)
+
+    def alone(self, row: int) -> DynamicCache:
+        """The states of a row that is left: of its prompt and of its tokens that were fed, without padding."""
+        lane = next(i for i, rows in enumerate(self._rows) if row in rows)
+        owners_T = self._owners_RT[lane]
+        return _settled(row_alone(self._cache, lane, (owners_T == PROMPT) | (owners_T == row)))
 
     def keep(self, is_alive: Sequence[bool]) -> None:
         """Let finished rows leave, and lanes without rows with them."""
@@ -135,6 +146,15 @@ def _with_room(states: Tensor, capacity: int) -> Tensor:
     room = states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
     room[..., : states.shape[-2], :] = states
     return room
+
+
+def _settled(cache: DynamicCache) -> DynamicCache:
+    """The cache itself, its layers those of transformers again."""
+    for layer in cache.layers:
+        if type(layer) is _Growing:
+            layer.__class__ = DynamicLayer
+            del layer.room
+    return cache
 
 
 def _growing(cache: DynamicCache) -> DynamicCache:

@@ -136,6 +136,25 @@ def join(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
     return write_states(longest, joined)
 
 
+def row_alone(cache: DynamicCache, row: int, is_own_T: Tensor) -> DynamicCache:
+    """A cache that holds one row of `cache` and nothing else: of its T tokens those that are its own.
+
+    Args:
+        is_own_T: which these are, shape (T,). In sliding windows nothing may stand between them.
+    """
+    alone = fork(cache, [row])
+    own_of: dict[int, Tensor] = {}  # of the last n tokens, the indices of those that are its own
+    for layer in alone.layers:
+        if _has_keys(layer):
+            tokens = layer.keys.shape[-2]
+            if tokens not in own_of:
+                own_of[tokens] = is_own_T[len(is_own_T) - tokens :].nonzero().flatten()
+            layer.keys, layer.values = (states[..., own_of[tokens], :] for states in (layer.keys, layer.values))
+            if layer.is_sliding:
+                layer.cumulative_length = int(is_own_T.sum())
+    return alone
+
+
 def _has_keys(layer: object) -> bool:
     return isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None
 

@@ -29,8 +29,7 @@ from transformers import (
 
 from grpo_ext.engine.groups import unpadded
 from grpo_ext.engine.lanes import Lanes, can_pack
-
-Prompt = tuple[int, ...]
+from grpo_ext.engine.prompts import Prompt, PromptStates, read_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +48,6 @@ class Drawn:
     is_cut: list[bool]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptStates:
-    """Prompts that were read: `caches`, a batch of equal lengths each, and of each prompt its row in them all, and the
-    logits after it."""
-
-    caches: list[DynamicCache]
-    row_of: dict[Prompt, int]
-    logits_PV: Tensor
-
-
 class GroupSampler:
     """A decoding loop for `generate(custom_generate=...)`, for one sequence a row, sampled or greedy.
 
@@ -67,6 +56,8 @@ class GroupSampler:
 
     Attributes:
         temperature: as given; it may be set anew between calls.
+        limits: tokens that each row of the next call may have at most, where `generate` allows more; None for no more
+            than its own bound.
         drawn: of the last call.
     """
 
@@ -74,8 +65,10 @@ class GroupSampler:
 
     def __init__(self, temperature: float):
         self.temperature = temperature
-        self._keeps_prompts = False
+        self.limits: Sequence[int] | None = None
+        self._keeps_prompts = self._keeps_rows = False
         self._kept: PromptStates | None = None
+        self._kept_rows: dict[Prompt, DynamicCache] = {}  # of the last call, by the tokens that they have read
 
     @contextmanager
     def keeping_prompts(self) -> Iterator[None]:
@@ -86,6 +79,16 @@ class GroupSampler:
             yield
         finally:
             self._keeps_prompts, self._kept = False, None
+
+    @contextmanager
+    def keeping_rows(self) -> Iterator[None]:
+        """Until this is left, keep the states of the rows that were drawn last: a prompt of the next call that begins
+        with such a row goes on from it, in any order of rows. The weights must not change meanwhile."""
+        self._keeps_rows = True
+        try:
+            yield
+        finally:
+            self._keeps_rows, self._kept_rows = False, {}
 
     def __call__(
         self,
@@ -109,15 +112,20 @@ class GroupSampler:
         options = {name: value for name, value in model_kwargs.items() if name == "logits_to_keep"}
         states = self._kept
         if states is None or not states.row_of.keys() >= set(prompts):
-            states = read_prompts(model, prompts, input_ids.device, **options)
+            states = read_prompts(model, prompts, input_ids.device, self._kept_rows, **options)
         self._kept = states if self._keeps_prompts else None
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
-        lanes = open_lanes(model, states, prompts, max_new_tokens=stopping_criteria.max_length - input_ids.size(1))
+        most = stopping_criteria.max_length - input_ids.size(1)
+        limits = [most] * len(prompts) if self.limits is None else [min(most, limit) for limit in self.limits]
+        lanes = open_lanes(model, states, prompts, max_new_tokens=max(limits))
         del states
+        self._kept_rows = {}
         prompt_tokens = input_ids.size(1)
         is_alive_B = torch.ones(len(prompts), dtype=torch.bool, device=input_ids.device)
         is_cut_B = torch.zeros_like(is_alive_B)
         lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=input_ids.device)
+        limits_B = torch.tensor(limits, device=input_ids.device)
+        ended: dict[int, DynamicCache] = {}
         logps: list[Tensor] = []
         with model._optimize_model_for_decode():
             while True:
@@ -127,16 +135,22 @@ class GroupSampler:
                 input_ids = torch.cat([input_ids, tokens_B.unsqueeze(1)], dim=1)
                 lengths_B += is_alive_B
                 stops_B, cuts_B = _stops(stopping_criteria, input_ids)
+                cuts_B |= lengths_B >= limits_B
                 is_cut_B |= is_alive_B & cuts_B & ~stops_B
                 is_alive_B &= ~(stops_B | cuts_B)
                 alive = is_alive_B.tolist()
+                if self._keeps_rows:
+                    ended |= {row: lanes.alone(row) for row in lanes.rows if not alive[row]}
                 if not any(alive):
                     break
                 lanes.keep(alive)
                 rows, logits = lanes.advance(model, tokens_B, **options)
                 logits_BV = logits.new_zeros(len(prompts), logits.size(1)).index_copy_(0, rows, logits)
+        tokens = _cut(input_ids[:, prompt_tokens:], lengths_B)
+        # The last token of a row was drawn, and not read.
+        self._kept_rows = {prompts[row] + tuple(tokens[row][:-1]): cache for row, cache in ended.items()}
         self.drawn = Drawn(
-            tokens=_cut(input_ids[:, prompt_tokens:], lengths_B),
+            tokens=tokens,
             logps=_cut(torch.stack(logps, dim=1), lengths_B),
             is_cut=is_cut_B.tolist(),
         )
@@ -156,23 +170,6 @@ class GroupSampler:
         else:
             tokens_B = scores_BV.argmax(dim=-1)
         return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
-
-
-def read_prompts(lm: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device, **options: Any) -> PromptStates:
-    """Read each distinct prompt once, those of one length in one forward: nothing is padded, on any architecture."""
-    of_length: dict[int, list[Prompt]] = {}
-    for prompt in dict.fromkeys(prompts):
-        of_length.setdefault(len(prompt), []).append(prompt)
-    caches, logits = [], []
-    row_of: dict[Prompt, int] = {}
-    for batch in of_length.values():
-        ids = torch.tensor(batch, device=device)
-        positions = torch.arange(ids.size(1), device=device).unsqueeze(0)
-        output = lm(input_ids=ids, position_ids=positions, use_cache=True, return_dict=True, **options)
-        caches.append(output.past_key_values)
-        logits.append(output.logits[:, -1])
-        row_of |= {prompt: len(row_of) + i for i, prompt in enumerate(batch)}
-    return PromptStates(caches=caches, row_of=row_of, logits_PV=torch.cat(logits))
 
 
 def open_lanes(lm: PreTrainedModel, states: PromptStates, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Lanes:

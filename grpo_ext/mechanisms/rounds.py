@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from grpo_ext.algorithm.advantages import combine_rewards, kinds_of_groups
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.mechanisms.shared_sampling import SharedSamplingTrainer
+from grpo_ext.mechanisms.dialogues import DialogueTrainer
 from grpo_ext.rollout.answers import Answer, Rollout
 
 
-class RoundsTrainer(SharedSamplingTrainer):
+class RoundsTrainer(DialogueTrainer):
     """TRL's `GRPOTrainer` with this difference:
 
     - Shares of the groups that were drawn, in the metrics: `frac_groups/mixed`, `frac_groups/all_right`,

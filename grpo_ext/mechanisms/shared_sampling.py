@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from grpo_ext.engine.sampling import GroupSampler
 from grpo_ext.engine.sharing import base_of, shared_sampling, why_not_sampled
 from grpo_ext.mechanisms.adapted_head import AdaptedHeadTrainer
+from grpo_ext.rollout.dialogue import Dialogue
 
 logger = get_logger(__name__)
 
@@ -35,7 +36,8 @@ class SharedSamplingTrainer(AdaptedHeadTrainer):
         self._is_replayed: list[bool] = []
         self._stop_strings: list[str] = []
         self._masks_cut = self._samples_shared = False
-        if self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None:
+        is_drawn_elsewhere = self.rollout_func is not None and not isinstance(self.rollout_func, Dialogue)
+        if self.use_vllm or self.use_transformers_continuous_batching or is_drawn_elsewhere:
             return
         configs = self.generation_config, base_of(self.model).generation_config
         self._stop_strings = _as_list(next((c.stop_strings for c in configs if c.stop_strings), None))
@@ -67,15 +69,16 @@ class SharedSamplingTrainer(AdaptedHeadTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         rollout = super()._generate(prompts)
-        _, completion_ids, _, _, logps, *_ = rollout
-        self._keep_drawn(logps, self._is_cut, [False] * len(completion_ids))
+        _, completion_ids, mask, _, logps, *_ = rollout
+        # Between turns stand tokens that nobody drew: TRL's pass has the old log-probs of such rows.
+        self._keep_drawn(logps if mask is None else None, self._is_cut, [False] * len(completion_ids))
         if self._stop_strings:
             self._count_endings(completion_ids)
         return rollout
 
     def _keep_drawn(self, logps: list[list[float]] | None, is_cut: list[bool], is_replayed: list[bool]) -> None:
         """What is needed of a rollout when it is scored; rows that are replayed were drawn by an earlier policy."""
-        self._sampled_logps = logps if self._samples_shared and not self.tools else None
+        self._sampled_logps = logps if self._samples_shared else None
         self._is_cut, self._is_replayed = is_cut, is_replayed
 
     def _count_endings(self, completion_ids: list[list[int]]) -> None:

@@ -65,7 +65,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
 
 
 @contextmanager
-def _sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """No graph, no dropout, key-value cache on, and the random state of the run as it was afterwards."""
     was_training = model.training
     device = model.device
@@ -80,7 +80,7 @@ def _sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
             model.train(was_training)
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """Plain sampling or greedy, as TRL trains: a model's own top-p or penalty, from its files, is set aside."""
@@ -121,8 +121,8 @@ def complete(
         Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL hands to rewards.
     """
     state = PartialState()
-    config = _generation_config(model, tokenizer, max_new_tokens, temperature)
-    with state.split_between_processes(list(prompts)) as mine, _sampling_only(model, seed + state.process_index):
+    config = generation_config(model, tokenizer, max_new_tokens, temperature)
+    with state.split_between_processes(list(prompts)) as mine, sampling_only(model, seed + state.process_index):
         ids = [render(tokenizer, prompt) for prompt in mine]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
         texts = [""] * len(ids)
@@ -175,12 +175,28 @@ def evaluate(
     settings["description"] = description
     completions = complete(model, tokenizer, prompts, **settings)
     right = judge(reward, problems, completions)
+    repeated = [problem for problem in problems for _ in range(samples)]
+    drawn_right: list[bool] = []
+    if samples:
+        drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
+        drawn_right = judge(reward, repeated, drawn)
+    return summed_up(problems, completions, right, drawn_right)
+
+
+def summed_up(
+    problems: Sequence[Problem], completions: list[Completion], right: list[bool], drawn_right: list[bool]
+) -> Evaluation:
+    """An evaluation from what was found problem by problem.
+
+    Args:
+        completions, right: greedy answers, and whether each was right.
+        drawn_right: of as many samples of each problem, next to each other; empty where none were drawn.
+    """
+    samples = len(drawn_right) // len(right)
     shares: list[float] = []
     pass_at: dict[int, Estimate] = {}
     if samples:
-        repeated = [problem for problem in problems for _ in range(samples)]
-        drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
-        hits = torch.tensor(judge(reward, repeated, drawn)).view(-1, samples).sum(dim=1).tolist()
+        hits = torch.tensor(drawn_right).view(-1, samples).sum(dim=1).tolist()
         shares = [hit / samples for hit in hits]
         pass_at = {k: Estimate.of([pass_at_k(hit, samples, k) for hit in hits]) for k in _ks(samples)}
     return Evaluation(
