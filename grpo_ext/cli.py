@@ -4,6 +4,7 @@ import argparse
 from importlib import import_module
 
 COMMANDS = {
+    "plan": "does a model fit on a card, and with what settings?",
     "audit": "is a reward right on this data, and hard to cheat?",
 }
 
