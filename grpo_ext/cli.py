@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "plan": "does a model fit on a card, and with what settings?",
+    "doctor": "what is missing on this machine, and what to type",
     "audit": "is a reward right on this data, and hard to cheat?",
 }
 

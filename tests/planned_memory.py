@@ -1,7 +1,7 @@
 """Peak memory of two real training steps; run by test_plan.py as a program of its own.
 
 python tests/planned_memory.py '[["folder of a model", {"prompt": 256, ...}, {"load_in_4bit": true}], ...]'
-[12345678, ...]     bytes at the peak of each case, beside what its process held before it loaded the model
+12345678            bytes at the peak, a line a case, beside what its process held before it loaded the model
 """
 
 import json
@@ -98,4 +98,5 @@ def warm_up() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
-    print(json.dumps([in_a_fork(*case) for case in json.loads(sys.argv[1])]))
+    for case in json.loads(sys.argv[1]):
+        print(in_a_fork(*case), flush=True)
