@@ -4,6 +4,8 @@ import argparse
 from importlib import import_module
 
 COMMANDS = {
+    "plan": "does a model fit on a card, and with what settings?",
+    "doctor": "what is missing on this machine, and what to type",
     "audit": "is a reward right on this data, and hard to cheat?",
     "eval": "how many problems a model solves, with or without an adapter",
     "merge": "make one model of a base and its adapter",

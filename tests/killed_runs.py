@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.report.evaluation import evaluate
-from grpo_ext.report.heldout import HeldOutAccuracy
+from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics
 
 KILLS, MOST_KILLS = 20, 60  # more than KILLS where a phase was not hit yet
 PHASES = ("other", "generate", "backward", "save")
@@ -58,6 +58,7 @@ RUN: dict[str, Any] = {
     "sync_ref_model": True,
     "ref_model_sync_steps": 5,
     "eval_steps": 7,
+    "guards": False,
 }
 
 
@@ -151,7 +152,7 @@ def session(output_dir: Path, marks: Marks) -> None:
     problems = [{"prompt": prompt} for prompt in PROMPTS]
     settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
     measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
-    trainer.add_callback(HeldOutAccuracy(measure(), measure, trainer.log_alone))
+    trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
     trainer.add_callback(Began(trainer))
     trainer.train(resume_from_checkpoint="last")
     trainer.save_model()

@@ -31,7 +31,7 @@ from worker_rewards import logged
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.report.evaluation import evaluate
-from grpo_ext.report.heldout import HeldOutAccuracy
+from grpo_ext.report.heldout import HeldOutAccuracy, as_metrics
 from grpo_ext.report.metrics import read_metrics
 from grpo_ext.run import checkpoint
 from rewards.pool import isolated
@@ -209,7 +209,7 @@ def test_held_out_accuracy_on_the_way(train, tmp_path, tokenizer):
     def measured(trainer):
         settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
         measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
-        trainer.add_callback(HeldOutAccuracy(measure(), measure, trainer.log_alone))
+        trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
 
     plain, _ = train("plain", eval_steps=2, **LONG)
     whole, _ = train("whole", before=measured, eval_steps=2, **LONG)
@@ -228,7 +228,7 @@ def test_streamed_data(tmp_path, tokenizer):
     def streamed(folder):
         data = Dataset.from_dict({"prompt": PROMPTS * 3}).to_iterable_dataset()
         settings = SETTINGS | {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 1}
-        settings |= LONG | {"max_steps": 14, "num_generations": 4, "max_completion_length": 8}
+        settings |= LONG | {"max_steps": 14, "num_generations": 4, "max_completion_length": 8, "guards": False}
         arguments = {"train_dataset": data, "processing_class": tokenizer, "peft_config": random_lora()}
         return GRPOExtTrainer(small_llama(tokenizer), half_dead, GRPOExtConfig(**settings), **arguments)
 

@@ -44,7 +44,13 @@ def watch(trainer: GRPOExtTrainer) -> dict[int, Any]:
 
 def train(case: str, output_dir: Path, resume: Path | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    settings = SETTINGS | {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "output_dir": str(output_dir)}
+    settings = SETTINGS | {
+        "guards": False,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "output_dir": str(output_dir),
+    }
     settings |= {"num_generations": 4, "max_completion_length": 12, "learning_rate": 1e-2, "ref_model_sync_steps": 2}
     trainer = GRPOExtTrainer(
         small_llama(tokenizer),

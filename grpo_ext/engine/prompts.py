@@ -53,7 +53,7 @@ def read_prompts(
         starts_k = torch.tensor([start for _, start in batch], device=device)
         ids_kS = torch.tensor([prompt[start:] for prompt, start in batch], device=device)
         cache = mask_kT = None
-        if starts_k.any():
+        if any(start for _, start in batch):
             cache = join([kept[prompt[:start]] for prompt, start in batch], torch.arange(len(batch), device=device))
             padding_k = starts_k.max() - starts_k
             if padding_k.any():
