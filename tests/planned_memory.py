@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def in_a_fork(model: str, step: dict[str, Any], policy: dict[str, Any]) -> int:
         try:
             measured = measure(model, Step(**step), PolicyConfig(model_name_or_path=model, **policy))
             os.write(write, str(measured).encode())
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(write)
@@ -101,4 +104,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
     for case in json.loads(sys.argv[1]):
-        print(in_a_fork(*case), flush=True)
+        print(f"\nmeasured {in_a_fork(*case)}", flush=True)
