@@ -6,15 +6,19 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import killed_runs
 import pytest
+import test_checkpoint as checkpoint_cases
 import test_config as config_cases
 import test_logic as logic_cases
 import test_math_answer as math_cases
 import test_preflight as preflight_cases
 import test_program as program_cases
+import test_resume as resume_cases
 import test_rewards_fuzz as fuzz
 import test_sandbox as sandbox_cases
 import trl
+import two_resumed
 import yaml
 from conftest import ROOT
 
@@ -29,6 +33,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "recipes/README.md",
+    "recipes/FAQ.md",
     "recipes/tiny_math/README.md",
     "tests/benchmarks/README.md",
 )
@@ -185,6 +190,8 @@ def test_figures_of_the_readme_are_those_of_the_tests():
         f"{len(preflight_cases.UNWISE)} that are only unwise",
         f"{len(preflight_cases.FAILING)} kinds of failure, with and without worker processes",
         f"under {len(preflight_cases.REHEARSED)} settings",
+        f"{killed_runs.KILLS} kills at random moments, {checkpoint_cases.DAMAGED} damages to the files",
+        f"{len(resume_cases.MATRIX)} settings resumed in one process and {len(two_resumed.CASES)} in two",
     ]
     readme = (ROOT / "README.md").read_text()
     assert [figure for figure in tried if figure not in readme] == []

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from grpo_ext.policy.adapters import trainable_parameters
+from grpo_ext.report.hub import check_write_access
 from grpo_ext.run import check_prompts, check_rewards
 from grpo_ext.run.rehearsal import Rehearsal, rehearse, why_not_rehearsed
 
@@ -47,6 +48,8 @@ def before_weights(given: dict[str, Any]) -> Any:
     data, peft_config = given.get("train_dataset"), given.get("peft_config")
     is_quantized = given.get("quantization_config") is not None or getattr(model, "is_quantized", False)
     warnings = _check_settings(model, args, peft_config, is_quantized=is_quantized)
+    if args.push_to_hub and args.process_index == 0:
+        check_write_access(args)
     if isinstance(data, Dataset):
         check_prompts.check_count(len(data), args.generation_batch_size, args.num_generations)
         if given.get("rollout_func") is None and given.get("environment_factory") is None:
