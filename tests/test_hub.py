@@ -247,6 +247,10 @@ def test_tokens_that_cannot_write(hub, tmp_path, monkeypatch, build, small_model
         check_write_access(args)
     with pytest.raises(ValueError, match="the token may not write there"):
         pushing(build, small_model)
+    nowhere = tmp_path / "without_weights"
+    small_model.config.save_pretrained(nowhere)
+    with pytest.raises(ValueError, match="the token may not write there"):  # before there are weights to load
+        pushing(build, str(nowhere), guards=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="there is no token"):
         check_write_access(args)
