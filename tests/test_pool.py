@@ -75,6 +75,7 @@ def test_whole_calls(safe):
     reward = safe(compared, workers=None, together=True)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
+    assert len(workers_of(os.getpid())) == 1
     started = time.monotonic()
     with pytest.raises(
         RuntimeError, match=r"took longer than 3 s on 6 completions, the first being 'a', .*judges_alone"

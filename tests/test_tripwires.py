@@ -180,3 +180,5 @@ def test_a_new_run_does_not_inherit_the_best_of_another(build, small_model, toke
     train_with_accuracies(build, small_model, [0.1, 0.9])
     trainer, _ = train_with_accuracies(build, small_llama(tokenizer), [0.1, 0.2])
     assert read_best(trainer.args.output_dir) == {"step": 1, "pass@1": 0.2}
+    trainer, _ = train_with_accuracies(build, small_llama(tokenizer), [0.5, 0.2])
+    assert read_best(trainer.args.output_dir) is None

@@ -6,14 +6,12 @@ gradient, no metric, no random number.
 """
 
 import copy
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
@@ -120,9 +118,8 @@ def _update(trainer: GRPOTrainer, rollout: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _leaving_nothing(trainer: GRPOTrainer) -> Iterator[None]:
-    """Put back whatever the rehearsal changes: attributes, gradients, random states."""
+    """Put back whatever the rehearsal changes: attributes, gradients, torch's random state."""
     attributes = dict(vars(trainer))
-    numbers, arrays = random.getstate(), np.random.get_state()
     device = trainer.accelerator.device
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
     was_training = trainer.model.training
@@ -136,5 +133,3 @@ def _leaving_nothing(trainer: GRPOTrainer) -> Iterator[None]:
         trainer.model.zero_grad(set_to_none=True)
         vars(trainer).clear()
         vars(trainer).update(attributes)
-        random.setstate(numbers)
-        np.random.set_state(arrays)
