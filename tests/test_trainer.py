@@ -152,6 +152,7 @@ def test_metrics_file_holds_every_step(build, small_model):
 def test_works_without_arguments_of_ours_and_refuses_stock_ones(build, small_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_model.config._name_or_path = "someone/small"
+    small_model.config.max_position_embeddings = 1024  # by default answers have up to 512 tokens
     rows = Dataset.from_dict({"prompt": PROMPTS})
     trainer = GRPOExtTrainer(small_model, share_of_digits, None, rows, None, tokenizer, peft_config=random_lora())
     assert trainer.args.output_dir == "small-GRPO"
