@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import PROMPTS, log_of, random_lora
+from conftest import log_of, random_lora, texts_of
 from test_tools import loss_by_hand
 from trl import GRPOTrainer
 
@@ -105,6 +105,7 @@ def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenize
             assert want.norm() > 0
             assert (grad - want).norm() < 1e-4 * want.norm()
     assert log_of(trainer, "dialogue/turns")[0] > 1.5
+    assert log_of(trainer, "sampling/logp_gap") == []  # no sampled log-probs are taken for tokens that nobody drew
 
 
 def test_no_history_is_read_twice(build_player, tokenizer):
@@ -131,14 +132,17 @@ def test_no_history_is_read_twice(build_player, tokenizer):
 
 
 def test_rewards_and_rows_stay_together(build_player, tokenizer):
-    """Each row's reward is that of what stands in its completion, whatever order rows end in."""
+    """Each row's reward is that of what stands in its completion, whatever order rows end in; and each rollout plays
+    its own rows of the data, not those of one before."""
     trainer = build_player(max_steps=2, num_iterations=1)
     trainer.train()
     logs = trainer._logs
     for text, reward in zip(logs["completion"], logs["rewards"]["dialogue_reward"], strict=True):
         own = ANSWERS.sub("", text)
         assert reward == pytest.approx(sum(c.isdigit() for c in own) / max(1, len(own)))
-    assert set(logs["prompt"]) <= set(PROMPTS)
+    (part,) = trainer._buffered_inputs
+    played = texts_of(trainer, part)
+    assert sorted(played) == sorted(zip(logs["prompt"], logs["completion"], strict=True))  # those of the last rollout
     lengths = {len(ANSWERS.findall(text)) for text in logs["completion"]}
     assert len(lengths) > 1
 
@@ -183,6 +187,13 @@ def test_turns_and_tokens_have_limits(tokenizer):
     assert (first.turns, first.is_cut, second.turns, second.is_cut) == (3, True, 1, False)
     assert tokenizer.decode(second.completion_ids) == "xyzZ"
     assert (first.reward, second.reward) == (1 / 9, 0.0)
+
+
+def test_the_last_turn_is_the_last(tokenizer):
+    """With room for more tokens, it is the number of turns that ends the episode, and no answer follows."""
+    (episode,) = play(tokenizer, Script(tokenizer, ["ab"], ["cd"], ["ef"]), [{"prompt": "p"}], max_turns=2)
+    assert tokenizer.decode(episode.completion_ids) == "ab~..1~cd"
+    assert episode.turns == 2
 
 
 def test_an_answer_that_leaves_no_room_is_not_given(tokenizer):
