@@ -102,7 +102,6 @@ def test_estimates_are_those_of_real_steps(folders):
         footprint = planned(folders[model], sizes, device_type="cpu", **policy).footprint
         error = footprint.total / measured - 1
         print(f"| {name} | {footprint.total / 2**20:.0f} MiB | {measured / 2**20:.0f} MiB | {error:+.1%} |")
-        # There, the libraries of a CPU multiply in buffers of their own, which differ by CPU.
         if not (-0.15 if policy == FP32 else -0.4) < error < 0.15:
             far[name] = error, footprint
     assert not far
