@@ -42,6 +42,9 @@ class Wording:
     question: Callable[[str, dict[str, Any]], str] | None = None
 
 
+USUAL_WORDING = Wording()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problems:
     """The rows to train on and the rows to evaluate on; no prompt is in both.
@@ -65,7 +68,7 @@ def load_problems(
     test_split: str = "test",
     max_heldout: int = 256,
     seed: int = 0,
-    wording: Wording = Wording(),
+    wording: Wording = USUAL_WORDING,
 ) -> Problems:
     """Load, name the columns, write the prompts, and keep held-out problems apart.
 
@@ -147,7 +150,7 @@ def with_prompts(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    wording: Wording = Wording(),
+    wording: Wording = USUAL_WORDING,
     *,
     needs_answer: bool = True,
 ) -> Dataset:

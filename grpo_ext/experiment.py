@@ -17,7 +17,7 @@ from rich.text import Text
 
 from grpo_ext.data import Problems
 from grpo_ext.report.curves import draw_curves
-from grpo_ext.report.evaluation import Completion, Evaluation, Problem, evaluate
+from grpo_ext.report.evaluation import Evaluation, Problem, evaluate
 from grpo_ext.report.heldout import (
     SHOWN_PROBLEMS,
     HeldOutAccuracy,
@@ -31,6 +31,7 @@ from grpo_ext.report.summary import summarise, verdict, write_summary
 from grpo_ext.run import banner
 from grpo_ext.run.best import BestAdapter, read_best
 from grpo_ext.trainer import GRPOExtTrainer
+from rewards.completion import text_of
 
 
 def run(
@@ -122,11 +123,11 @@ def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation)
         table.add_column(column, overflow="fold")
     for i, problem in enumerate(heldout[:SHOWN_PROBLEMS]):
         answers = [
-            Text(_text(e.completions[i])[:300].strip(), "green" if e.right[i] else "red")
+            Text(text_of(e.completions[i])[:300].strip(), "green" if e.right[i] else "red")
             + Text("  (right)" if e.right[i] else "  (wrong)")
             for e in (before, after)
         ]
-        table.add_row(Text(_text(problem["prompt"])[-300:].strip()), *answers)
+        table.add_row(Text(text_of(problem["prompt"])[-300:].strip()), *answers)
     Console().print(table)
 
 
@@ -134,7 +135,3 @@ def _short_name(name_or_path: str) -> str:
     """A Hub id as it is; a local folder relative to the current one where it lies below it."""
     path = Path(name_or_path)
     return str(path.relative_to(Path.cwd())) if path.is_dir() and path.is_relative_to(Path.cwd()) else name_or_path
-
-
-def _text(message: Completion) -> str:
-    return message if isinstance(message, str) else message[-1]["content"]

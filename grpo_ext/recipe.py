@@ -1,4 +1,4 @@
-"""What recipes share beside the run itself (`experiment.py`): their flags, and a trainer made from them.
+"""What recipes share beside the run itself (`experiment.py`): their flags, and problems and a trainer made from them.
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
 that `--config` names; flags win. `$RECIPES` in a model or data set is the folder of the recipes.
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, TrlParser, get_peft_config
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.data import Problems
+from grpo_ext.data import USUAL_WORDING, Problems, Wording, load_problems
 from grpo_ext.policy.loading import PolicyConfig, model_init_kwargs, quantization
 from grpo_ext.run.quiet import quiet_libraries
 from grpo_ext.trainer import GRPOExtTrainer
@@ -63,6 +63,29 @@ def parse(
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
     return script_args, args, model_args
+
+
+def find_problems(
+    script_args: RecipeArguments,
+    args: GRPOExtConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wording: Wording = USUAL_WORDING,
+) -> Problems:
+    """The problems that these flags name, put as `wording` says.
+
+    Raises:
+        SystemExit, ValueError: as `data.load_problems`.
+    """
+    return load_problems(
+        script_args.dataset_name,
+        tokenizer,
+        config=script_args.dataset_config,
+        train_split=script_args.dataset_train_split,
+        test_split=script_args.dataset_test_split,
+        max_heldout=script_args.max_eval_prompts,
+        seed=args.seed,
+        wording=wording,
+    )
 
 
 def build_trainer(

@@ -23,10 +23,10 @@ sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/
 from dataclasses import replace
 from typing import Any
 
-from grpo_ext.data import Problems, Wording, load_problems
+from grpo_ext.data import Problems, Wording
 from grpo_ext.experiment import run
 from grpo_ext.policy.loading import load_tokenizer
-from grpo_ext.recipe import RecipeArguments, begin, build_trainer, parse
+from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems, parse
 from rewards import program_reward
 
 
@@ -66,18 +66,7 @@ def main(argv: list[str]) -> None:
     begin()
     script_args, args, model_args = parse(argv, "coding", HERE, embedded="tiny_coding.yaml", arguments=RecipeArguments)
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
-    problems = judged(
-        load_problems(
-            script_args.dataset_name,
-            tokenizer,
-            config=script_args.dataset_config,
-            train_split=script_args.dataset_train_split,
-            test_split=script_args.dataset_test_split,
-            max_heldout=script_args.max_eval_prompts,
-            seed=args.seed,
-            wording=WORDING,
-        )
-    )
+    problems = judged(find_problems(script_args, args, tokenizer, WORDING))
     trainer = build_trainer(program_reward, problems, tokenizer, args, model_args)
     run(trainer, problems, program_reward, recipe="coding", eval_samples=script_args.eval_samples)
 

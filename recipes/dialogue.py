@@ -27,10 +27,10 @@ from functools import partial
 
 from datasets import Dataset
 
-from grpo_ext.data import Problems, load_problems
+from grpo_ext.data import Problems
 from grpo_ext.experiment import run
 from grpo_ext.policy.loading import load_tokenizer
-from grpo_ext.recipe import RecipeArguments, begin, build_trainer, parse
+from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems, parse
 from grpo_ext.report.dialogues import evaluate_dialogue
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.rollout.games import Calculator, GuessNumber
@@ -66,16 +66,7 @@ def main(argv: list[str]) -> None:
     if script_args.dataset_name == GUESS_NUMBER:
         environment, problems = GuessNumber, numbers(args.seed)
     else:
-        environment = Calculator
-        problems = load_problems(
-            script_args.dataset_name,
-            tokenizer,
-            config=script_args.dataset_config,
-            train_split=script_args.dataset_train_split,
-            test_split=script_args.dataset_test_split,
-            max_heldout=script_args.max_eval_prompts,
-            seed=args.seed,
-        )
+        environment, problems = Calculator, find_problems(script_args, args, tokenizer)
     dialogue = Dialogue(environment, max_turns=script_args.max_turns, max_turn_tokens=script_args.max_turn_tokens)
     trainer = build_trainer(dialogue_reward, problems, tokenizer, args, model_args, rollout_func=dialogue)
     evaluate = partial(

@@ -20,10 +20,9 @@ HERE = __file__.replace("\\", "/").rpartition("/")[0]
 sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
 
 from grpo_ext import GRPOExtConfig
-from grpo_ext.data import load_problems
 from grpo_ext.experiment import run
 from grpo_ext.policy.loading import PolicyConfig, load_tokenizer
-from grpo_ext.recipe import RecipeArguments, begin, build_trainer
+from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems
 from grpo_ext.recipe import parse as parse_flags
 from grpo_ext.run.isolation import in_workers
 from rewards import check_gold, math_answer_reward
@@ -38,15 +37,7 @@ def main(argv: list[str]) -> None:
     begin()
     script_args, args, model_args = parse(argv)
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
-    problems = load_problems(
-        script_args.dataset_name,
-        tokenizer,
-        config=script_args.dataset_config,
-        train_split=script_args.dataset_train_split,
-        test_split=script_args.dataset_test_split,
-        max_heldout=script_args.max_eval_prompts,
-        seed=args.seed,
-    )
+    problems = find_problems(script_args, args, tokenizer)
     for rows in (problems.train, problems.heldout):
         check_gold(rows["answer"])
     reward = in_workers(math_answer_reward, args.reward_workers, args.reward_timeout)

@@ -1,8 +1,8 @@
 """What TRL hands to a reward: a string, or a chat completion `[{"role": "assistant", "content": "..."}]`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-Completion = str | Sequence[dict[str, object]]
+Completion = str | Sequence[Mapping[str, object]]
 
 
 def text_of(completion: Completion) -> str:

@@ -1,7 +1,11 @@
 """What the tests share: everything offline, a tiny random llama, the embedded model, and a trainer on them."""
 
 import gc
+import itertools
 import os
+import re
+import subprocess
+import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
@@ -185,6 +189,39 @@ def count_draws(trainer: Any) -> list[int]:
 
     trainer._generate_single_turn = counted
     return draws
+
+
+def own_words_of(inputs: dict[str, Any], tokenizer: Any, of_others: re.Pattern[str]) -> torch.Tensor:
+    """1 on the tokens of each completion that the model wrote, shape (B, C): all but those that the pattern finds."""
+    mask_BC = inputs["completion_mask"].clone()
+    found = 0
+    for row, ids in enumerate(inputs["completion_ids"]):
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        starts = list(itertools.accumulate(map(len, pieces), initial=0))
+        for words in of_others.finditer("".join(pieces)):
+            mask_BC[row, starts.index(words.start()) : starts.index(words.end())] = 0
+            found += 1
+    assert found > 0
+    return mask_BC
+
+
+def in_two_processes(script: str, folder: Path, *, seconds: float) -> None:
+    """Run a script of the tests in two processes on the CPU; what they say is in `folder/log`.
+
+    `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
+    """
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", *options.split(), "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log").open("w+") as log:
+        launched = subprocess.Popen([*launcher, script, folder], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            launched.wait(timeout=seconds)
+        finally:
+            launched.terminate()  # not kill, which would leave the two processes behind
+            launched.wait()
+        log.seek(0)
+        assert launched.returncode == 0, log.read()
 
 
 def texts_of(trainer: Any, part: dict[str, Any]) -> list[tuple[str, str]]:

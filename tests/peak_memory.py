@@ -8,7 +8,9 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,21 @@ def peak_above(action: Callable[[], None]) -> int:
 
 
 def measure(model: Any, case: tuple[Any, ...]) -> int:
-    """In a fork of this process, so that no case finds memory that another one left behind."""
+    how, chunk_tokens = case[0], case[-1]
+    update(model, how, 64, 16, 4, chunk_tokens and 160)  # what a first call loads and allocates for good
+    model.zero_grad()
+    return peak_above(lambda: update(model, *case))
+
+
+def in_a_fork(measure: Callable[[], int]) -> int:
+    """What it finds in a fork of this process, so that no case finds memory that another one left behind."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            how, chunk_tokens = case[0], case[-1]
-            update(model, how, 64, 16, 4, chunk_tokens and 160)  # what a first call loads and allocates for good
-            model.zero_grad()
-            os.write(write, str(peak_above(lambda: update(model, *case))).encode())
+            os.write(write, str(measure()).encode())
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(write)
@@ -115,4 +123,4 @@ def measure(model: Any, case: tuple[Any, ...]) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model = build()
-    print(json.dumps([measure(model, tuple(case)) for case in json.loads(sys.argv[1])]))
+    print(json.dumps([in_a_fork(partial(measure, model, tuple(case))) for case in json.loads(sys.argv[1])]))

@@ -1,14 +1,14 @@
 """Peak memory of two real training steps; run by test_plan.py as a program of its own.
 
 python tests/planned_memory.py '[["folder of a model", {"prompt": 256, ...}, {"load_in_4bit": true}], ...]'
-12345678            bytes at the peak, a line a case, beside what its process held before it loaded the model
+measured 12345678   bytes at the peak, a line a case, beside what its process held before it loaded the model
 """
 
 import json
 import os
 import sys
 import tempfile
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from conftest import SETTINGS, small_llama
 from datasets import Dataset
 from meters import peak_meter, release_free_memory
 from models import word_tokenizer
+from peak_memory import in_a_fork
 from transformers import AutoConfig
 from trl import get_peft_config
 
@@ -60,7 +61,8 @@ def trainer(model: Any, policy: PolicyConfig, step: Step, tokenizer: Any, folder
     )
 
 
-def measure(model: str, step: Step, policy: PolicyConfig) -> int:
+def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
+    step, policy = Step(**sizes), PolicyConfig(model_name_or_path=model, **settings)
     tokenizer = word_tokenizer(AutoConfig.from_pretrained(model).vocab_size)
     peak = peak_meter()
     release_free_memory()
@@ -71,25 +73,6 @@ def measure(model: str, step: Step, policy: PolicyConfig) -> int:
         peak.reset()
         training.train()
     return peak.highest() - before
-
-
-def in_a_fork(model: str, step: dict[str, Any], policy: dict[str, Any]) -> int:
-    """So that no case finds memory that another one left behind."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            measured = measure(model, Step(**step), PolicyConfig(model_name_or_path=model, **policy))
-            os.write(write, str(measured).encode())
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as answer:
-        value = answer.read()
-    os.waitpid(child, 0)
-    return int(value)
 
 
 def warm_up() -> None:
@@ -104,4 +87,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
     for case in json.loads(sys.argv[1]):
-        print(f"\nmeasured {in_a_fork(*case)}", flush=True)
+        print(f"\nmeasured {in_a_fork(partial(measure, *case))}", flush=True)

@@ -1,12 +1,11 @@
 """Text environments of several turns: what is read, what is trained, what a broken environment costs."""
 
 import copy
-import itertools
 import re
 
 import pytest
 import torch
-from conftest import log_of, random_lora, texts_of
+from conftest import log_of, own_words_of, random_lora, texts_of
 from test_tools import loss_by_hand
 from trl import GRPOTrainer
 
@@ -58,20 +57,6 @@ def build_player(build, small_model, tokenizer):
     return make
 
 
-def own_words_of(inputs, tokenizer):
-    """1 on the tokens of each completion that no environment wrote, shape (B, C)."""
-    mask_BC = inputs["completion_mask"].clone()
-    answers = 0
-    for row, ids in enumerate(inputs["completion_ids"]):
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        starts = list(itertools.accumulate(map(len, pieces), initial=0))
-        for answer in ANSWERS.finditer("".join(pieces)):
-            mask_BC[row, starts.index(answer.start()) : starts.index(answer.end())] = 0
-            answers += 1
-    assert answers > 0
-    return mask_BC
-
-
 @pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
 def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenizer, loss_type):
     """The loss of every update and each gradient against the document's formula on TRL's rows and full logits, or the
@@ -81,7 +66,7 @@ def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenize
     updates, compute_loss = [], trainer._compute_loss
 
     def compared(model, inputs):
-        mask_BC = own_words_of(inputs, tokenizer)
+        mask_BC = own_words_of(inputs, tokenizer, ANSWERS)
         assert torch.equal(inputs["completion_mask"] * inputs["tool_mask"], mask_BC)
         loss = compute_loss(model, inputs)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

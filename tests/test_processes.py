@@ -1,36 +1,17 @@
 """Two processes train what one process trains on the same completions, however groups are spread over them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import two_processes
-from conftest import ROOT
+from conftest import in_two_processes
 from two_processes import CASES, STEPS, train
-
-ACCELERATE = Path(sys.executable).with_name("accelerate")
-# `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
-LAUNCH = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The results of every case in both processes, from one launch."""
     folder = tmp_path_factory.mktemp("two")
-    command = [ACCELERATE, *LAUNCH.split(), "--main_process_port", "0", two_processes.__file__, folder]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (folder / "log").open("w+") as log:
-        launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            launched.wait(timeout=150)
-        finally:
-            launched.terminate()  # not kill, which would leave the two processes behind
-            launched.wait()
-        log.seek(0)
-        assert launched.returncode == 0, log.read()
+    in_two_processes(two_processes.__file__, folder, seconds=150)
     return {case: [torch.load(folder / f"{case}-{process}.pt") for process in (0, 1)] for case in CASES}
 
 

@@ -1,9 +1,7 @@
 """A run that was stopped and resumed is the run that was not, to the bit, whatever was in use when it was saved."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,10 +12,10 @@ import torch
 import two_resumed
 from conftest import (
     PROMPTS,
-    ROOT,
     SETTINGS,
     adapter_of,
     half_dead,
+    in_two_processes,
     likes_step_two,
     random_lora,
     share_of_digits,
@@ -246,18 +244,7 @@ def test_streamed_data(tmp_path, tokenizer):
 def two(tmp_path_factory):
     """Whole and resumed runs of every case of `two_resumed.py` in both processes, from one launch."""
     folder = tmp_path_factory.mktemp("two")
-    launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [ACCELERATE, *launch.split(), "--main_process_port", "0", two_resumed.__file__, folder]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (folder / "log").open("w+") as log:
-        launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            launched.wait(timeout=300)
-        finally:
-            launched.terminate()  # not kill, which would leave the two processes behind
-            launched.wait()
-        log.seek(0)
-        assert launched.returncode == 0, log.read()
+    in_two_processes(two_resumed.__file__, folder, seconds=300)
     return folder
 
 

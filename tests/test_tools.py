@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY_MODEL, adapter_of, log_of, random_lora, small_shape
+from conftest import TINY_MODEL, adapter_of, log_of, own_words_of, random_lora, small_shape
 from test_trl_options import assert_same_training, train
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -171,7 +171,10 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
         compute_loss = trainer._compute_loss
 
         def compared(model, inputs):
-            loss, by_hand = compute_loss(model, inputs), loss_by_hand(trainer, inputs, own_words_of(inputs, tokenizer))
+            loss, by_hand = (
+                compute_loss(model, inputs),
+                loss_by_hand(trainer, inputs, own_words_of(inputs, tokenizer, BETWEEN_TURNS)),
+            )
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             grads, wanted = (torch.autograd.grad(of, parameters, retain_graph=True) for of in (loss, by_hand))
             updates.append((loss.item(), by_hand.item(), grads, wanted))
@@ -188,20 +191,6 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
         for grad, want in zip(grads, wanted, strict=True):
             assert want.norm() > 0
             assert (grad - want).norm() < 1e-4 * want.norm()
-
-
-def own_words_of(inputs, tokenizer):
-    """1 on the tokens of each completion that do not stand between two turns, shape (B, C)."""
-    mask_BC = inputs["completion_mask"].clone()
-    turns = 0
-    for row, ids in enumerate(inputs["completion_ids"]):
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        starts = list(itertools.accumulate(map(len, pieces), initial=0))
-        for between in BETWEEN_TURNS.finditer("".join(pieces)):
-            mask_BC[row, starts.index(between.start()) : starts.index(between.end())] = 0
-            turns += 1
-    assert turns > 0
-    return mask_BC
 
 
 def loss_by_hand(trainer, inputs, mask_BC):

@@ -54,7 +54,13 @@ def equal(completions, **columns):
 @pytest.mark.parametrize("settings", [{"warmup_steps": 1}, {"beta": 0.0, "entropy_coef": 0.0, "reward": equal}])
 def test_a_step_that_should_not_move_anything(build, small_model, settings):
     """A learning rate that warms up from 0, and groups without a signal, are no errors."""
-    guarded(build, small_model, **settings).train()
+    trainer, adapters = guarded(build, small_model, **settings), []
+    step = trainer.training_step
+    trainer.training_step = lambda *args: (adapters.append(adapter_of(trainer)), step(*args))[1]
+    trainer.train()
+    assert trainer.state.global_step == len(adapters) == 2
+    before, after_first = adapters
+    assert all(torch.equal(after_first[name], value) for name, value in before.items())
 
 
 class Blows:

@@ -20,8 +20,6 @@ NAMES = {
     "completion": "answer tokens",
     "chunk_tokens": "chunk_tokens",
 }
-
-
 REMARKS = {"nf4": "with its constants; head, embeddings and norms are not quantised"}
 
 

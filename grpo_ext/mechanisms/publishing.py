@@ -6,9 +6,11 @@ from typing import Any
 
 import transformers.trainer
 from accelerate.logging import get_logger
+from torch import nn
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
+from grpo_ext.config import GRPOExtConfig
 from grpo_ext.report.card import write_card
 from grpo_ext.report.curves import draw_curves
 from grpo_ext.report.hub import RunPushes, check_write_access
@@ -20,7 +22,7 @@ class PublishingTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with these differences:
 
     - The card is that of `report/card.py`, in every folder that weights are saved to; PEFT writes its own beside them.
-    - With `push_to_hub=True`, whether the token can write is found out before the first step.
+    - With `push_to_hub=True`, whether the token can write is found out before weights are loaded.
     - What is pushed is the adapter, tokenizer, card, curves and summary, in the background while training goes on, and
       a push that fails does not end the run. When, is transformers' `hub_strategy`:
         "every_save": at every save, and by `save_model` and `push_to_hub`;
@@ -29,9 +31,11 @@ class PublishingTrainer(GRPOTrainer):
         `last-checkpoint` or `checkpoint-N` of the repository as well. What resumes a run stays in `output_dir`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
         self._run_pushes: RunPushes | None = None
-        super().__init__(*args, **kwargs)
+        if args.push_to_hub and args.process_index == 0:
+            check_write_access(args)
+        super().__init__(model, reward_funcs, args, *rest, **keywords)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -45,8 +49,7 @@ class PublishingTrainer(GRPOTrainer):
             write_card(self, output_dir or self.args.output_dir)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        if self.is_world_process_zero() and self.args.push_to_hub:
-            check_write_access(self.args)
+        """Transformers' own, which is called where `push_to_hub` is on, with a word on what is pushed."""
         strategy = self.args.hub_strategy
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             logger.warning(

@@ -30,7 +30,7 @@ class HeldOutAccuracy(TrainerCallback):
     Args:
         before: the evaluation of the starting policy; recorded as step 0, unless the run resumes.
         measure: evaluates the policy as it is now.
-        record: takes an evaluation and the step that it belongs to.
+        record: takes an evaluation, at the step that it belongs to.
     """
 
     def __init__(

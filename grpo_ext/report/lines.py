@@ -4,7 +4,7 @@ A process that is killed may leave half a line behind. Reading passes over it.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,16 @@ def append_line(path: Path, row: Row) -> None:
     """Add one line."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Row]) -> None:
+    """Put these rows in place of what the file holds; a process that is killed meanwhile leaves it as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    new.replace(path)
 
 
 def read_lines(path: Path) -> Iterator[Row]:
@@ -38,10 +48,4 @@ def parsed(line: str | bytes) -> Row | None:
 
 def keep_lines(path: Path, step: int) -> None:
     """Begin where a run begins: keep the rows up to the step that it resumes from, and none in a fresh run (step 0)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.with_suffix(".part")
-    with kept.open("w") as file:
-        for row in read_lines(path) if step else ():
-            if row["step"] <= step:
-                file.write(json.dumps(row) + "\n")
-    kept.replace(path)
+    write_lines(path, (row for row in read_lines(path) if row["step"] <= step) if step else ())

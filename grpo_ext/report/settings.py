@@ -40,6 +40,7 @@ class SettingsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Write it, on the main process."""
         if not state.is_world_process_zero:
             return
         assert args.output_dir is not None

@@ -8,19 +8,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from grpo_ext.report.evaluation import render
+
 # Of the prompts with most characters, so many are tokenised to find the one with most tokens.
 CANDIDATES = 32
 TURN = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, template: dict[str, Any]) -> list[int]:
-    """A prompt as TRL tokenises it; `template` are the config's `chat_template_kwargs`."""
-    if isinstance(prompt, str):
-        return list(tokenizer(text=prompt)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template
-    )
-    return list(rendered["input_ids"])
 
 
 def check_count(prompts: int, rollout: int, num_generations: int) -> None:
@@ -49,7 +41,7 @@ def without_overlong(
         ValueError: there are such prompts and `action` is "error", or nothing else is left.
     """
     lengths = data.map(
-        lambda row: {"tokens": len(token_ids(tokenizer, row["prompt"], template))},
+        lambda row: {"tokens": len(render(tokenizer, row["prompt"], **template))},
         remove_columns=data.column_names,
         desc="prompt lengths",
     )["tokens"]
@@ -67,7 +59,7 @@ def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: di
     """Row and token ids of the longest prompt; among many, of those with most characters."""
     prompts = data["prompt"][:]
     rows = sorted(range(len(prompts)), key=lambda row: -len(str(prompts[row])))[:CANDIDATES]
-    return max(((row, token_ids(tokenizer, prompts[row], template)) for row in rows), key=lambda found: len(found[1]))
+    return max(((row, render(tokenizer, prompts[row], **template)) for row in rows), key=lambda found: len(found[1]))
 
 
 def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int) -> None:

@@ -31,10 +31,8 @@ from grpo_ext.run.device_kernels import HeadPass, Kernels
 from grpo_ext.run.tally import Tally
 
 META = torch.device("meta")
-GROWTH = (
-    64,
-    16,
-)  # tokens, and parts of what is there, that a lane grows by at once here; the sampler adds token by token
+# Tokens, and parts of what is there, that a lane grows by at once here; the sampler adds token by token.
+GROWTH = (64, 16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from grpo_ext.policy.adapters import trainable_parameters
-from grpo_ext.report.hub import check_write_access
+from grpo_ext.report.evaluation import render
 from grpo_ext.run import check_prompts, check_rewards
 from grpo_ext.run.rehearsal import Rehearsal, rehearse, why_not_rehearsed
 
@@ -48,8 +48,6 @@ def before_weights(given: dict[str, Any]) -> Any:
     data, peft_config = given.get("train_dataset"), given.get("peft_config")
     is_quantized = given.get("quantization_config") is not None or getattr(model, "is_quantized", False)
     warnings = _check_settings(model, args, peft_config, is_quantized=is_quantized)
-    if args.push_to_hub and args.process_index == 0:
-        check_write_access(args)
     if isinstance(data, Dataset):
         check_prompts.check_count(len(data), args.generation_batch_size, args.num_generations)
         if given.get("rollout_func") is None and given.get("environment_factory") is None:
@@ -127,11 +125,9 @@ def _check_prompts(
     return data, warnings
 
 
-def before_training(trainer: GRPOTrainer) -> Rehearsal | None:
-    """Check the trainer as it was built, call each reward once, and rehearse a step; print what a step takes.
-
-    Returns:
-        What the rehearsal found; None where there can be none, which the log says.
+def before_training(trainer: GRPOTrainer) -> None:
+    """Check the trainer as it was built, call each reward once, rehearse a step and print what it takes. Where none can
+    be rehearsed, the log says why.
 
     Raises:
         ValueError: nothing trains, or a reward fails on two rows of the data.
@@ -149,16 +145,14 @@ def before_training(trainer: GRPOTrainer) -> Rehearsal | None:
     reason = why_not_rehearsed(trainer)
     if reason is not None:
         logger.warning(f"No step is rehearsed before the run: {reason}.")
-        return None
+        return
     row, _ = check_prompts.find_longest(data, trainer._tokenizer, template)
     ends = set(trainer.eos_token_ids)
     for warning in check_prompts.warnings_of_template(trainer._tokenizer, data[0]["prompt"], template, ends):
         logger.warning(warning)
-    first = check_prompts.token_ids(trainer._tokenizer, data[0]["prompt"], template)
-    rehearsal = rehearse(trainer, data[row], first)
+    rehearsal = rehearse(trainer, data[row], render(trainer._tokenizer, data[0]["prompt"], **template))
     if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
         _show(rehearsal, scores)
-    return rehearsal
 
 
 def _show(rehearsal: Rehearsal, scores: dict[str, list[float | None]]) -> None:
