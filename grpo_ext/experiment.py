@@ -69,6 +69,7 @@ def run(
         temperature=args.temperature,
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
+        template_kwargs=args.chat_template_kwargs,
     )
     banner.show(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
     trainer.preflight()

@@ -69,11 +69,7 @@ def main(argv: list[str]) -> None:
         environment, problems = Calculator, find_problems(script_args, args, tokenizer)
     dialogue = Dialogue(environment, max_turns=script_args.max_turns, max_turn_tokens=script_args.max_turn_tokens)
     trainer = build_trainer(dialogue_reward, problems, tokenizer, args, model_args, rollout_func=dialogue)
-    evaluate = partial(
-        evaluate_dialogue,
-        stop_strings=(args.generation_kwargs or {}).get("stop_strings", []),
-        template_kwargs=args.chat_template_kwargs,
-    )
+    evaluate = partial(evaluate_dialogue, stop_strings=(args.generation_kwargs or {}).get("stop_strings", []))
     run(trainer, problems, dialogue, recipe="dialogue", eval_samples=script_args.eval_samples, evaluate=evaluate)
 
 

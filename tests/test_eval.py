@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from conftest import TINY_DATA, TINY_MODEL
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+import recipes.math as recipe
 from grpo_ext import cli
 from grpo_ext.data import load_problems
 from grpo_ext.policy.backbone import keep_four_bits
 from grpo_ext.report.evaluation import complete, evaluate
+from grpo_ext.report.heldout import load_before
 from recipes.tiny_math import build
 from rewards import math_answer_reward
+from rewards.completion import text_of
 
 TASK = ["--model", str(TINY_MODEL), "--data", str(TINY_DATA), "--max_new_tokens", "40", "--batch_size", "256"]
 
@@ -98,6 +103,33 @@ def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monk
     found = evaluated(capsys, *flags, "--load_in_4bit")
     assert (found["pass_at_1"]["value"], found["pass_at_1"]["n"]) == (1.0, 16)
     assert evaluated(capsys, *flags)["pass_at_1"]["value"] < 1.0
+
+
+def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model, tokenizer):
+    """Else a model trained without thinking is measured with it: by a recipe, and by the command afterwards. Here the
+    template asks as the model was taught only where it is given `ending`."""
+    chat, questions, out = (str(tmp_path / name) for name in ("chat", "questions", "out"))
+    shutil.copytree(TINY_MODEL, chat)
+    chatting = AutoTokenizer.from_pretrained(TINY_MODEL)
+    chatting.chat_template = "{{ messages[-1].content }}{{ ending }}"
+    chatting.save_pretrained(chat)
+    Path(questions).mkdir()
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (TINY_DATA / f"{split}.jsonl").read_text().splitlines()[:12]]
+        rows = [row | {"question": f"Question: {row['question']}"} for row in rows]
+        Path(questions, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [f"{row['question']}\nAnswer:" for row in rows]
+    expected = complete(tiny_model, tokenizer, prompts, max_new_tokens=40)
+    unasked = complete(tiny_model, tokenizer, [row["question"] for row in rows], max_new_tokens=40)
+    ending = '{"ending": "\\nAnswer:"}'
+    flags = ["--model_name_or_path", chat, "--dataset_name", questions, "--max_steps", "1"]
+    flags += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--guards", "false"]
+    flags += ["--max_completion_length", "40", "--output_dir", out, "--chat_template_kwargs", ending]
+    recipe.main(flags)
+    before = load_before(out, problems=len(rows), samples=0)
+    assert sorted(map(text_of, before.completions)) == sorted(expected) != sorted(unasked)
+    found = evaluated(capsys, "--model", chat, "--data", questions, "--chat_template_kwargs", ending)
+    assert found["pass_at_1"]["value"] == before.greedy.value > 0
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_problems", type=int, default=256, help="default: 256, an interval of +-0.06 at most")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="of an answer; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=64, help="answers written at once; default: %(default)s")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json.loads,
+        metavar="JSON",
+        help="of the run, for example '{\"enable_thinking\": false}'",
+    )
     parser.add_argument("--load_in_4bit", action="store_true", help="the model, as a QLoRA run does")
     parser.add_argument("--seed", type=int, default=42, help="of problems and samples; default: 42, as of a run")
     parser.add_argument("--json", metavar="FILE", help="where the result goes; default: standard output")
@@ -74,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             seed=options.seed,
             description="evaluation",
+            template_kwargs=options.chat_template_kwargs,
         )
     finally:
         if isinstance(reward, IsolatedReward):

@@ -114,6 +114,7 @@ def complete(
     batch_size: int = 64,
     seed: int = 0,
     description: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> list[Completion]:
     """One completion a prompt, in order; the work is shared between processes where there are several.
 
@@ -122,6 +123,7 @@ def complete(
         batch_size: prompts decoded at once on each process.
         seed: of the sampling; the random state of the caller is left as it was.
         description: label of the progress bar; None for no bar.
+        template_kwargs: further arguments of the chat template.
 
     Returns:
         Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL hands to rewards.
@@ -129,7 +131,7 @@ def complete(
     state = PartialState()
     config = generation_config(model, tokenizer, max_new_tokens, temperature)
     with state.split_between_processes(list(prompts)) as mine, sampling_only(model, seed + state.process_index):
-        ids = [render(tokenizer, prompt) for prompt in mine]
+        ids = [render(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
         texts = [""] * len(ids)
         silent = description is None or not state.is_main_process
@@ -168,6 +170,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     description: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Greedy pass@1; with `samples` > 0 also sampled pass@1, and from 2 samples on pass@k for k up to `samples`.
 
@@ -175,10 +178,11 @@ def evaluate(
         problems: rows with `prompt` and the columns that `reward` takes; at least one.
         reward: TRL's signature; 1.0 or more means right.
         temperature: of the samples, above 0.
+        batch_size, seed, description, template_kwargs: as `complete`.
     """
     prompts = [problem["prompt"] for problem in problems]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    settings["description"] = description
+    settings |= {"description": description, "template_kwargs": template_kwargs}
     completions = complete(model, tokenizer, prompts, **settings)
     right = judge(reward, problems, completions)
     repeated = [problem for problem in problems for _ in range(samples)]
