@@ -13,10 +13,12 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from grpo_ext import cli
+from grpo_ext.report.figures import IN_THE_DARK, shown
 from grpo_ext.report.page import MOST_BYTES, visible, write_comparison, write_page
+from grpo_ext.report.panels import PALETTE
 from grpo_ext.report.thinning import chosen
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +55,7 @@ def browser(tmp_path_factory):
 
 
 def look(browser, path, width=1200, dark=False):
-    """Open a page; what it said in the console, and what it asked the network for beside itself."""
+    """Open a page; warnings and errors in the console, and what it asked the network for beside itself."""
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -62,9 +64,12 @@ def look(browser, path, width=1200, dark=False):
     browser.get_log("browser")
     url = path.resolve().as_uri()
     browser.get(url)
+    drawn = "return [...document.querySelectorAll('.plot')].every(plot => plot.firstElementChild)"
+    WebDriverWait(browser, 20).until(lambda browser: browser.execute_script(drawn))
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return browser.get_log("browser"), [request for request in requests if request != url]
+    said = [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
+    return said, [request for request in requests if request != url]
 
 
 def answer(text, reward, **changes):
@@ -199,26 +204,76 @@ def test_groups_by_keyboard(browser, hostile):
     for _ in range(60):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.add(browser.execute_script("return document.activeElement.id || document.activeElement.tagName"))
-    assert {"step", "prompt", "problem", "svg", "SUMMARY"} <= reached
+    assert {"step", "prompt", "problem", "moment", "SUMMARY"} <= reached
+
+
+# Bokeh draws below shadow roots.
+INSIDE = """
+    const inside = (root) =>
+        [...root.querySelectorAll("*")].flatMap((e) => [e, ...(e.shadowRoot ? inside(e.shadowRoot) : [])]);
+"""
+
+
+def tooltip(browser):
+    """What stands beside the pointer."""
+    script = """
+        const tips = inside(document).filter((e) => e.matches(".bk-Tooltip") && e.getClientRects().length);
+        const texts = (tip) => inside(tip.shadowRoot).filter((e) => !e.children.length && !e.matches("style"));
+        return tips.map((tip) => texts(tip).map((e) => e.textContent).join(" "));
+    """
+    return [" ".join(text.split()) for text in browser.execute_script(INSIDE + script)]
+
+
+def colours(browser, figure):
+    """What a figure is drawn with, as `#rrggbb`."""
+    script = """
+        const found = new Set(), hex = (n) => n.toString(16).padStart(2, "0");
+        for (const canvas of inside(arguments[0]).filter((e) => e.tagName === "CANVAS" && e.width)) {
+            const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            for (let i = 0; i < pixels.length; i += 4)
+                if (pixels[i + 3] === 255) found.add(`#${hex(pixels[i])}${hex(pixels[i + 1])}${hex(pixels[i + 2])}`);
+        }
+        return [...found];
+    """
+    return {colour.upper() for colour in browser.execute_script(INSIDE + script, figure)}
+
+
+def figure_of(browser, title):
+    return next(f for f in browser.find_elements(By.TAG_NAME, "figure") if f.text.startswith(title))
 
 
 def test_curves_give_their_values(browser, hostile):
-    """Under the pointer and the arrow keys: the value that was logged at that step."""
+    """Under the pointer, and by the keys: the value that was logged at that step."""
     look(browser, write_page(hostile))
-    figure = next(f for f in browser.find_elements(By.TAG_NAME, "figure") if f.text.startswith("Mean raw reward"))
-    picture = figure.find_element(By.TAG_NAME, "svg")
+    figure, moment = figure_of(browser, "Mean raw reward"), browser.find_element(By.ID, "moment")
     values = figure.find_element(By.CLASS_NAME, "values")
-    assert values.text.split() == ["step", "5", "1"]
-    picture.send_keys(Keys.ARROW_LEFT)
-    assert values.text.split() == ["step", "4", "0.8"]
-    picture.send_keys(Keys.HOME)
-    assert values.text.split() == ["step", "1", "0.2"]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
-    ActionChains(browser).move_to_element(picture).perform()
-    assert values.text.split() == ["step", "3", "0.6"]
-    browser.execute_script("document.activeElement.blur()")
+    assert (browser.find_element(By.ID, "moment-name").text, values.text) == ("step 5", "1")
+    moment.send_keys(Keys.ARROW_LEFT)
+    assert values.text == "0.8"
+    assert figure_of(browser, "Held-out").find_element(By.CLASS_NAME, "values").text == "0.5 [0.4, 0.6]"  # of step 2
+    moment.send_keys(Keys.HOME)
+    assert (browser.find_element(By.ID, "moment-name").text, values.text) == ("step 0", "")
+    plot = figure.find_element(By.CLASS_NAME, "plot")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    ActionChains(browser).move_to_element_with_offset(plot, 20, 0).perform()
+    WebDriverWait(browser, 5).until(tooltip)
+    assert tooltip(browser) == ["step: 3 mean of all answers: 0.6"]
     ActionChains(browser).move_to_element(figure.find_element(By.TAG_NAME, "figcaption")).perform()
-    assert values.text.split() == ["step", "5", "1"]
+    WebDriverWait(browser, 5).until_not(tooltip)
+
+
+def test_curves_in_the_dark(browser, hostile):
+    """The same lines in colours that can be seen there; the page is drawn anew where the setting changes."""
+    page = write_page(hostile)
+    look(browser, page)
+    light = colours(browser, figure_of(browser, "Mean raw reward"))
+    assert PALETTE["blue"] in light
+    scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    WebDriverWait(browser, 5).until(
+        lambda b: IN_THE_DARK[PALETTE["blue"]].upper() in colours(b, figure_of(b, "Mean raw"))
+    )
+    assert PALETTE["blue"] not in colours(browser, figure_of(browser, "Mean raw reward"))
 
 
 def test_the_same_problems_over_time(browser, hostile):
@@ -296,8 +351,9 @@ def test_several_runs_over_each_other(browser, tmp_path):
     figure = browser.find_element(By.TAG_NAME, "figure")
     assert "Held-out problems solved (greedy)" in figure.text
     assert all(name in figure.text for name in ("one", "two", "<i>three"))
-    assert len(figure.find_elements(By.CSS_SELECTOR, "path.line")) == 3
+    assert len(figure.find_elements(By.CSS_SELECTOR, ".values li")) == 3
     look(browser, page)
+    assert {PALETTE[name] for name in ("blue", "orange", "green")} <= colours(browser, figure_of(browser, "Total"))
     rows = [
         [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")]
         for row in browser.find_elements(By.CSS_SELECTOR, "section:nth-of-type(2) tr")
@@ -325,3 +381,20 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 def test_what_is_visible():
     assert visible({"\u202ea": ["x\n\ty", 1, None, True]}) == {"⟨U+202E⟩a": ["x\n\ty", 1, None, True]}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (-0.5164, "-0.516"),
+        (1.2e-5, "1.2e-05"),
+        (3, "3"),
+        (12.34, "12.3"),
+        (100, "100"),
+        (999.6, "1,000"),
+        (123456.7, "123,457"),
+    ],
+)
+def test_numbers_are_shown_in_a_few_digits(number, text):
+    assert shown(number) == text

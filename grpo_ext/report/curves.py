@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grpo_ext.report.metrics import METRICS_FILE, read_metrics
-from grpo_ext.report.panels import PALETTE, Line, Panel, panels_of
+from grpo_ext.report.panels import FEW, PALETTE, Line, Panel, panels_of
 
 CURVES_FILE = "curves.png"
 COLUMNS = 3
-FEW = 60  # points that can be told apart
 GREY = "#666666"
 
 

@@ -5,7 +5,8 @@ the same held-out problems over time, settings, versions, and the command to rep
 over each other, and what differs.
 
 What the model wrote is not to be trusted: it is text inside JSON, which `page.js` shows as text. A policy in the page
-itself forbids every script and style but its own, by their hashes, and every request.
+itself forbids every script but Bokeh's and its own, by their hashes, and every request. Styles are allowed, since Bokeh
+writes them as it draws: none can run a script or load anything.
 """
 
 import base64
@@ -22,6 +23,7 @@ from markupsafe import Markup
 
 from grpo_ext.report.compare import differences, names_of, outcomes, overlaid
 from grpo_ext.report.completions import COMPLETIONS_FILE
+from grpo_ext.report.figures import IN_THE_DARK, drawn, library
 from grpo_ext.report.findings import Run, provenance, reliability, results, status, verdict, written
 from grpo_ext.report.heldout import HELDOUT_FILE
 from grpo_ext.report.panels import PALETTE, Panel, panels_of
@@ -29,7 +31,7 @@ from grpo_ext.report.thinning import NEWEST, read_thinned
 
 PAGE_FILE = "report.html"
 MOST_BYTES = 5_000_000
-ROOM = 3_500_000  # bytes of completions; less where the page would still be too large
+ROOM = 2_500_000  # bytes of completions; less where the page would still be too large
 
 TEMPLATES = Path(__file__).parent / "template"
 # Signs that turn the order of the text around them, and those that show nothing or move the cursor.
@@ -45,8 +47,9 @@ def write_page(output_dir: str | Path) -> Path:
         ValueError: the folder has no metrics.
     """
     run = Run.read(output_dir)
+    panels = _data(panels_of(run.rows))
     room = ROOM
-    while len(page := _page_of(run, room).encode()) > MOST_BYTES and room > 1:
+    while len(page := _page_of(run, panels, room).encode()) > MOST_BYTES and room > 1:
         room //= 2
     return _put(page, Path(output_dir, PAGE_FILE))
 
@@ -77,7 +80,7 @@ def _put(page: bytes, path: Path) -> Path:
     return new.replace(path)
 
 
-def _page_of(run: Run, room: int) -> str:
+def _page_of(run: Run, panels: list[dict[str, Any]], room: int) -> str:
     rollouts, every = read_thinned(run.folder / COMPLETIONS_FILE, room)
     evaluations, _ = read_thinned(run.folder / HELDOUT_FILE, room // 4)
     context = {
@@ -95,7 +98,7 @@ def _page_of(run: Run, room: int) -> str:
         "evaluations": len(evaluations),
     }
     data = {
-        "panels": _data(panels_of(run.rows)),
+        "panels": panels,
         "rollouts": rollouts,
         "evaluations": [{"step": row["step"], "answers": row["answers"]} for row in evaluations],
     }
@@ -115,13 +118,14 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
     )
     colours = "".join(f"--{name}: {value};" for name, value in PALETTE.items())
     style = f":root {{{colours}}}\n{(TEMPLATES / 'page.css').read_text()}"
-    script = (TEMPLATES / "page.js").read_text()
-    policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'"
-    text = json.dumps(visible(data), ensure_ascii=False, separators=(",", ":"))
+    scripts = [library(), (TEMPLATES / "page.js").read_text()]
+    hashes = " ".join(f"'{_hash(script)}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    text = json.dumps(visible(data | {"inTheDark": IN_THE_DARK}), ensure_ascii=False, separators=(",", ":"))
     return environment.get_template(template).render(
         **visible(context),
         style=Markup(style),
-        script=Markup(script),
+        scripts=[Markup(script) for script in scripts],
         policy=Markup(policy),
         data=Markup(text.replace("<", "\\u003c")),  # so that no end of a script, and no comment, can stand in it
     )
@@ -137,20 +141,10 @@ def visible(value: Any) -> Any:
 
 
 def _data(panels: list[Panel]) -> list[dict[str, Any]]:
-    """Panels as `page.js` draws them, numbers cut to five digits."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: rounded(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [rounded(item) for item in value]
-        if isinstance(value, float):
-            return int(value) if value.is_integer() else float(f"{value:.5g}")
-        return value
-
-    return [rounded(asdict(panel)) for panel in panels]
+    """Panels as `page.js` shows them."""
+    return [asdict(drawn(panel)) for panel in panels]
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline script or style."""
+    """As a content security policy names an inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

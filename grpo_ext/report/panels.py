@@ -19,6 +19,7 @@ PALETTE = {
     "purple": "#CC79A7",
     "sky": "#56B4E9",
 }
+FEW = 60  # points that can be told apart
 MOST_POINTS = 1000  # of a line; longer runs are drawn as means of so many neighbours
 # A reward with one of these words in its name pays for the shape of a text, not for being right.
 SHAPE_WORDS = ("format", "length", "coherence", "tag", "language")
