@@ -82,9 +82,8 @@ def folders(tmp_path_factory):
 
 @pytest.mark.slow
 def test_estimates_are_those_of_real_steps(folders):
-    """In float32 within 15% of the peak of two steps of the trainer itself, beside what the process held before:
-    whatever is forgotten, counted twice or freed too early shows in one of these settings. In bfloat16 and NF4 up to
-    40% too little, and never more than 15% too much."""
+    """Within 15% of the peak of two steps of the trainer itself, beside what the process held before: whatever is
+    forgotten, counted twice or freed too early shows in one of these settings."""
     cases = [[folders[model], asdict(sizes), policy] for model, policy, sizes in CASES.values()]
     done = subprocess.run(
         [sys.executable, planned_memory.__file__, json.dumps(cases)],
@@ -102,7 +101,7 @@ def test_estimates_are_those_of_real_steps(folders):
         footprint = planned(folders[model], sizes, device_type="cpu", **policy).footprint
         error = footprint.total / measured - 1
         print(f"| {name} | {footprint.total / 2**20:.0f} MiB | {measured / 2**20:.0f} MiB | {error:+.1%} |")
-        if not (-0.15 if policy == FP32 else -0.4) < error < 0.15:
+        if abs(error) > 0.15:
             far[name] = error, footprint
     assert not far
 
@@ -122,7 +121,7 @@ def small_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    LlamaConfig(**sizes, **heads, **TOKENS).save_pretrained(folder)
+    LlamaConfig(**sizes, **heads, **TOKENS | {"max_position_embeddings": 1024}).save_pretrained(folder)
     return str(folder)
 
 
@@ -239,7 +238,19 @@ def test_changes_where_it_does_not_fit(small_folder):
 
 def test_through_its_command_line(capsys, small_folder):
     """The table fits one screen and adds up; the JSON says the same."""
-    command = ["plan", "--model", small_folder, "--gpu", "8GB", "--prompt", "64", "--completion", "32"]
+    command = [
+        "plan",
+        "--model",
+        small_folder,
+        "--gpu",
+        "8GB",
+        "--prompt",
+        "32",
+        "--completion",
+        "16",
+        "--generations",
+        "4",
+    ]
     cli.main(command)
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 24
@@ -252,7 +263,7 @@ def test_through_its_command_line(capsys, small_folder):
     assert sum(answer["lines"].values()) == pytest.approx(answer["total"], abs=10)
     assert answer["total"] == max(answer["phases"].values()) <= answer["room"]
     assert set(answer["largest"]) == set(UNIT)
-    cli.main(["plan", "--model", small_folder, "--cpu", "0.001"])
+    cli.main(["plan", "--model", small_folder, "--cpu", "0.001", "--prompt", "16", "--completion", "72"])
     said = capsys.readouterr().out
     assert "It does not fit" in said
     assert "--load_in_4bit" in said
