@@ -26,7 +26,7 @@ from trl import get_peft_config
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.policy.loading import PolicyConfig, model_init_kwargs, quantization
-from grpo_ext.run.dry_step import Step
+from grpo_ext.run.passes import Step
 
 PROMPTS = 8
 

@@ -19,7 +19,8 @@ import yaml
 from trl import TrlParser
 
 from grpo_ext.policy.loading import PolicyConfig
-from grpo_ext.run.memory import RESERVE, Planner, Step
+from grpo_ext.run.memory import RESERVE, Planner
+from grpo_ext.run.passes import Step
 
 AUTO = "auto"
 CHOICES = (32, 16, 8, 4)
