@@ -1,4 +1,8 @@
-"""Configs of models that recipes name, as their publishers give them, for tests without the Hub."""
+"""Configs of models that recipes name, for tests without the Hub.
+
+Sizes are those of each model's config.json on the Hub, compared number by number with torchtune's builders, which give
+the same files as their source (pytorch/torchtune, torchtune/models/qwen2_5/_model_builders.py).
+"""
 
 from transformers import Qwen2Config
 

@@ -13,6 +13,7 @@ from grpo_ext.commands import plan as command
 from grpo_ext.run.memory import plan
 
 PRESETS = sorted((ROOT / "recipes").glob("gpu_*gb.yaml"))
+README = ROOT / "recipes" / "README.md"
 GIB = 2**30
 
 
@@ -22,11 +23,14 @@ def test_there_is_one_for_every_size():
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_fits_its_card_by_the_plan_it_names(preset, tmp_path):
-    """A preset that was changed without its plan, or does not leave the reserve free, would end out of memory."""
-    text = preset.read_text()
-    first, *others = text.splitlines()
-    assert f"accelerate launch recipes/math.py --config recipes/{preset.name}" in first
-    assert "planned with grpo-ext plan, not measured yet" in first
+    """A preset that was changed without its plan, or does not leave the reserve free, would end out of memory; the
+    numbers of its comment are those of the plan."""
+    about, launch, plan_says, *others = preset.read_text().splitlines()
+    gigabytes = int(re.search(r"\d+", preset.name)[0])
+    assert about.endswith(f"for one GPU of {gigabytes} GB. Planned: not yet measured on such a card.")
+    assert launch.split("accelerate launch ")[1] == (
+        f"--config_file accelerate_configs/single_gpu.yaml recipes/math.py --config recipes/{preset.name}"
+    )
     comment = " ".join(line.removeprefix("#").removesuffix("\\").strip() for line in others if line.startswith("#"))
     words = shlex.split(re.search(r"grpo-ext plan (--model .*?--gradient_accumulation_steps \d+)", comment)[1])
     parser = argparse.ArgumentParser()
@@ -43,11 +47,16 @@ def test_a_preset_fits_its_card_by_the_plan_it_names(preset, tmp_path):
     assert step.beta == args.beta
     assert args.per_device_eval_batch_size <= step.rows * step.accumulation  # held-out answers take no more than these
 
-    gigabytes = int(re.search(r"\d+", preset.name)[0])
     assert options.gpu == gigabytes * GIB
     CONFIGS[policy.model_name_or_path].save_pretrained(tmp_path)
     policy.model_name_or_path = str(tmp_path)
     made = plan(policy, step, device_type="cuda", memory=options.gpu, with_largest=False)
     assert made.fits, made.footprint
-    assert made.room < made.memory
-    assert made.footprint.total > made.memory / 4  # the plan is of this model, not of its shadow
+    total, room = (f"{amount / GIB:.2f}" for amount in (made.footprint.total, made.room))
+    assert plan_says.startswith(
+        f"# The plan: {total} GB of {room} (a tenth is left free), for prompts of up to 512 tok"
+    )
+    assert step.prompt == 512
+    (row,) = (line for line in README.read_text().splitlines() if line.startswith(f"| [{preset.name}]"))
+    assert row.endswith(f"| {total} GB |")
+    assert made.room == pytest.approx(0.9 * made.memory)
