@@ -15,6 +15,7 @@ from grpo_ext.refusals import (
     TRL_SCALE_REWARDS,
     explain_batch,
     refuse_impossible,
+    refuse_words,
 )
 
 
@@ -188,6 +189,7 @@ class GRPOExtConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        refuse_words(self)
         self._fit_device()
         try:
             super().__post_init__()

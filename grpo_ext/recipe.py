@@ -1,7 +1,8 @@
 """What recipes share beside the run itself (`experiment.py`): their flags, and problems and a trainer made from them.
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
-that `--config` names; flags win. `$RECIPES` in a model or data set is the folder of the recipes.
+that `--config` names; flags win. `$RECIPES` in a model or data set is the folder of the recipes, and
+`--num_generations auto` is decided before the run (`run/generations.py`).
 """
 
 import os
@@ -14,6 +15,7 @@ from trl import ScriptArguments, TrlParser, get_peft_config
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.data import USUAL_WORDING, Problems, Wording, load_problems
 from grpo_ext.policy.loading import PolicyConfig, model_init_kwargs, quantization
+from grpo_ext.run.generations import asked_for, resolved
 from grpo_ext.run.quiet import quiet_libraries
 from grpo_ext.trainer import GRPOExtTrainer
 
@@ -57,9 +59,10 @@ def parse(
     parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50, max_steps=500)
     if not {"--model_name_or_path", "--dataset_name", "--config"} & {flag.partition("=")[0] for flag in argv}:
         argv = ["--config", f"{folder}/{embedded}", *argv]
-    script_args, args, model_args = parser.parse_args_and_config(argv)
-    if not (model_args.model_name_or_path and script_args.dataset_name):
+    asked = asked_for(parser, argv)
+    if not (asked.model_name_or_path and asked.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither for the embedded run")
+    script_args, args, model_args = parser.parse_args_and_config(resolved(argv, asked, folder=folder))
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
     return script_args, args, model_args

@@ -60,6 +60,15 @@ def refuse_impossible(config: Any) -> None:
     _refuse_guards(config)
 
 
+def refuse_words(config: Any) -> None:
+    """`num_generations="auto"` outside of a recipe, before TRL calculates with it."""
+    if isinstance(config.num_generations, str):
+        raise ValueError(
+            f"num_generations={config.num_generations!r} must be a number of 2 or more, for example 8. `auto` is known "
+            f"to recipes alone, as a flag or a line of their YAML; for your own script ask `grpo-ext plan`."
+        )
+
+
 def _refuse_guards(config: Any) -> None:
     if config.max_prompt_tokens is not None and config.max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens={config.max_prompt_tokens} must be 1 or more, for example 512, or None.")

@@ -26,7 +26,7 @@ from trl import get_peft_config
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.policy.loading import PolicyConfig, model_init_kwargs, quantization
-from grpo_ext.run.dry_step import Step
+from grpo_ext.run.passes import Step
 
 PROMPTS = 8
 
@@ -63,12 +63,15 @@ def trainer(model: Any, policy: PolicyConfig, step: Step, tokenizer: Any, folder
 
 def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
     step, policy = Step(**sizes), PolicyConfig(model_name_or_path=model, **settings)
+    warm_up()
     tokenizer = word_tokenizer(AutoConfig.from_pretrained(model).vocab_size)
     peak = peak_meter()
     release_free_memory()
     before = peak.now()
     with tempfile.TemporaryDirectory() as folder:
         training = trainer(model, policy, step, tokenizer, folder)
+        for tensor in (*training.model.parameters(), *training.model.buffers()):
+            tensor.data = tensor.data.clone()  # else a view into the whole file, with what was quantised since
         release_free_memory()
         peak.reset()
         training.train()
@@ -76,7 +79,7 @@ def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
 
 
 def warm_up() -> None:
-    """What a first training loads and allocates for good."""
+    """What a first training loads and allocates for good, and the pages of libraries that it touches."""
     step = Step(prompt=8, completion=4, generations=4, rows=4)
     tokenizer = word_tokenizer(64)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +88,5 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    warm_up()
     for case in json.loads(sys.argv[1]):
         print(f"\nmeasured {in_a_fork(partial(measure, *case))}", flush=True)

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_ext.policy.loading import PolicyConfig
-from grpo_ext.run.dry_step import Step
 from grpo_ext.run.memory import RESERVE, Footprint, Plan, plan
+from grpo_ext.run.passes import Step
 from grpo_ext.run.quiet import quiet_libraries
 
 GIB = 2**30
@@ -58,6 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the plan."""
     quiet_libraries()
+    policy, step = settings(options)
+    device_type = "cuda" if options.gpu else "cpu"
+    made = plan(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
+    if options.json:
+        print(json.dumps(_as_json(made)))
+    else:
+        _show(
+            made, f"{options.model} on a {'GPU' if options.gpu else 'CPU'} of {made.memory / GIB:.3g} GB", device_type
+        )
+
+
+def settings(options: argparse.Namespace) -> tuple[PolicyConfig, Step]:
+    """What is to be planned, from the command line."""
     step = Step(
         prompt=options.prompt,
         completion=options.completion,
@@ -70,14 +83,7 @@ def run(options: argparse.Namespace) -> None:
     )
     names = ["load_in_4bit", "use_bnb_nested_quant", "dtype", "lora_r", "lora_target_modules"]
     policy = PolicyConfig(model_name_or_path=options.model, **{name: getattr(options, name) for name in names})
-    device_type = "cuda" if options.gpu else "cpu"
-    made = plan(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
-    if options.json:
-        print(json.dumps(_as_json(made)))
-    else:
-        _show(
-            made, f"{options.model} on a {'GPU' if options.gpu else 'CPU'} of {made.memory / GIB:.3g} GB", device_type
-        )
+    return policy, step
 
 
 def size(text: str) -> float:

@@ -6,7 +6,8 @@ checked on no GPU.
 """
 
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
@@ -46,9 +48,11 @@ class Kernels:
     device_type: str
     autocast: torch.dtype | None
 
-    def functions(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def functions(self) -> Iterator[None]:
         """Inside, PyTorch's functions take the way on meta tensors that they take on the device's."""
-        return _Functions(self)
+        with _Functions(self), _PackedProducts() if self.device_type == "cpu" else nullcontext():
+            yield
 
     def tile(self, lm: PreTrainedModel, passed: HeadPass) -> int:
         """Bytes that the LM head takes for a moment, beside its inputs and outputs."""
@@ -90,6 +94,18 @@ def _tile_of_cpu(passed: HeadPass, words: int, hidden: int, dtype: torch.dtype, 
         with Tally() as tally:
             torch.autograd.grad(outputs, hidden_TH, [torch.empty_like(output) for output in outputs])
         return tally.peak
+
+
+class _PackedProducts(TorchDispatchMode):
+    """A CPU copies the second factor of a batch of products in 16 bits: the whole LM head, where a prompt was read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        copied = None
+        if func is aten.bmm.default and args[1].dtype in (torch.bfloat16, torch.float16):
+            copied = args[1].new_empty(args[1].shape)
+        output = func(*args, **(kwargs or {}))
+        del copied
+        return output
 
 
 class _Functions(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """A training step without data: the engine itself runs on the meta device while a `Tally` counts what its tensors hold.
 
-In: a policy from `skeleton.py` and the sizes of a step. Out: bytes at most in each phase, beside weights and optimizer.
+In: a policy from `skeleton.py` and what a step computes (`passes.py`). Out: bytes at most in each phase, beside weights
+and optimizer.
 What is kept, copied and freed is decided by the code that trains, so nothing of it is written down here a second time;
 what differs by device stands in `device_kernels.py`.
 
@@ -8,6 +9,7 @@ Legend: P prompts, G completions per prompt, S prompt tokens, C completion token
 """
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,42 +28,13 @@ from grpo_ext.engine.rows import Rows
 from grpo_ext.engine.sampling import GroupSampler, PromptStates, open_lanes, read_prompts
 from grpo_ext.engine.scoring import score
 from grpo_ext.engine.sharing import base_of
-from grpo_ext.mechanisms.shared_prompt import WITHOUT_GRAPH
 from grpo_ext.run.device_kernels import HeadPass, Kernels
+from grpo_ext.run.passes import Pass
 from grpo_ext.run.tally import Tally
 
 META = torch.device("meta")
 # Tokens, and parts of what is there, that a lane grows by at once here; the sampler adds token by token.
 GROWTH = (64, 16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """The sizes of an optimizer step, as the fields of `GRPOExtConfig` give them.
-
-    Attributes:
-        prompt: tokens of the longest prompt.
-        completion: `max_completion_length`; every completion is taken to be as long.
-        generations: `num_generations`.
-        rows: `per_device_train_batch_size`, completions of a micro-batch.
-        accumulation: `gradient_accumulation_steps`, micro-batches of a rollout.
-        chunk_tokens, gradient_checkpointing, beta: as there.
-    """
-
-    prompt: int
-    completion: int
-    generations: int
-    rows: int
-    accumulation: int = 1
-    chunk_tokens: int | None = None
-    gradient_checkpointing: bool = True
-    beta: float = 0.1
-
-    @property
-    def graph_tokens(self) -> int | None:
-        """Tokens that carry a graph at once; None for no bound. `mechanisms/shared_prompt.py` decides it likewise."""
-        one_row = self.prompt + self.completion if self.gradient_checkpointing else None
-        return one_row if self.chunk_tokens is None else self.chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,21 +104,18 @@ class _MarkedScore(torch.autograd.Function):
         return torch.empty_like(hidden_TH), None, None
 
 
-def rehearse(model: PeftModel, step: Step, kernels: Kernels) -> dict[str, Phase]:
-    """The phases of a step: `sampling`, `reference` where there is one, and `update`, whose gradients count."""
-    phases = {"sampling": _sampling(model, step, kernels)}
-    if step.beta:
-        with model.disable_adapter():
-            phases["reference"] = _scoring(model, step, kernels, with_graph=False)
-    phases["update"] = _scoring(model, step, kernels, with_graph=True)
-    return phases
+def rehearse(model: PeftModel, passed: Pass, kernels: Kernels) -> Phase:
+    """A phase of a step; the gradients of the update count."""
+    if passed.phase == "sampling":
+        return _sampling(model, passed, kernels)
+    with model.disable_adapter() if passed.phase == "reference" else nullcontext():
+        return _scoring(model, passed, kernels)
 
 
-def _sampling(model: PeftModel, step: Step, kernels: Kernels) -> Phase:
+def _sampling(model: PeftModel, passed: Pass, kernels: Kernels) -> Phase:
     """Every prompt of a rollout is read, its rows are decoded side by side, up to their last token."""
     lm = base_of(model)
-    rows = step.rows * step.accumulation
-    prompts = [(row // step.generations, *[0] * (step.prompt - 1)) for row in range(rows)]
+    prompts = [(row // passed.each, *[0] * (passed.prompt - 1)) for row in range(passed.rows)]
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
     sampler = GroupSampler(temperature=1.0)
     with torch.no_grad(), Tally() as tally, kernels.functions():
@@ -153,13 +123,13 @@ def _sampling(model: PeftModel, step: Step, kernels: Kernels) -> Phase:
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
         # The bookkeeping of lanes reads values: it goes by the device of the logits.
         on_cpu = PromptStates(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
-        lanes = open_lanes(lm, on_cpu, prompts, max_new_tokens=step.completion)
+        lanes = open_lanes(lm, on_cpu, prompts, max_new_tokens=passed.completion)
         del states, on_cpu
-        _fill(lanes, step.completion - 1)
-        _, logits = lanes.advance(lm, torch.zeros(rows, dtype=torch.long), **options)
+        _fill(lanes, passed.completion - 1)
+        _, logits = lanes.advance(lm, torch.zeros(passed.rows, dtype=torch.long), **options)
         logits_BV = torch.zeros_like(logits)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
-        sampler._draw(torch.zeros(rows, 1, dtype=torch.long), logits_BV, tempered, True)
+        sampler._draw(torch.zeros(passed.rows, 1, dtype=torch.long), logits_BV, tempered, True)
         held = sum(_bytes(layer) for layer in lanes._cache.layers)
     return Phase(states=held, without_head=tally.peak)
 
@@ -191,29 +161,28 @@ def _bytes(layer: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def _scoring(model: PeftModel, step: Step, kernels: Kernels, *, with_graph: bool) -> Phase:
+def _scoring(model: PeftModel, passed: Pass, kernels: Kernels) -> Phase:
     """The update of a micro-batch, or the reference pass over a rollout."""
     lm = base_of(model)
-    budget = step.graph_tokens
-    count = step.rows * (1 if with_graph else step.accumulation)
-    if budget is not None and not with_graph:
-        budget *= WITHOUT_GRAPH
-    prompts = [(prompt, *[0] * (step.prompt - 1)) for prompt in range(max(1, count // step.generations))]
-    each = min(step.generations, count)
-    in_chunks = with_graph and budget is not None and budget < _tokens(step, len(prompts), each)
-    if in_chunks and budget is not None:  # two chunks of a prompt hold as much as all of them
-        each = min(each, 2 * max(1, budget // (step.prompt + step.completion)))
+    with_graph = passed.phase == "update"
+    in_chunks = with_graph and passed.chunk_tokens is not None
+    each = passed.each
     siblings = [
-        Siblings((prompt,), tuple(range(i * each, (i + 1) * each)), (step.completion,) * each, (0,) * each)
-        for i, prompt in enumerate(prompts)
+        Siblings(
+            ((i, *[0] * (passed.prompt - 1)),),
+            tuple(range(i * each, (i + 1) * each)),
+            (passed.completion,) * each,
+            (0,) * each,
+        )
+        for i in range(passed.prompts)
     ]
     with Tally() as tally, kernels.functions(), META:
         rows = Rows(
-            completion_ids_BC=torch.zeros(each * len(prompts), step.completion, dtype=torch.long),
+            completion_ids_BC=torch.zeros(passed.rows, passed.completion, dtype=torch.long),
             siblings=siblings,
-            temperatures=[1.0] * each * len(prompts),
-            max_rows=None if with_graph else step.rows,
-            chunk_tokens=budget,
+            temperatures=[1.0] * passed.rows,
+            max_rows=passed.max_rows,
+            chunk_tokens=passed.chunk_tokens,
             with_entropies=with_graph,
         )
         head = _MarkingHead(lm=lm, softcap=None, scale=1.0, tally=tally)
@@ -223,19 +192,13 @@ def _scoring(model: PeftModel, step: Step, kernels: Kernels, *, with_graph: bool
             assert scores.entropies_BC is not None
             torch.autograd.backward([scores.logps_BC, scores.entropies_BC], [torch.empty_like(scores.logps_BC)] * 2)
     model.zero_grad()
-    states = read(lm, torch.zeros(1, step.prompt, dtype=torch.long, device=META))
+    states = read(lm, torch.zeros(1, passed.prompt, dtype=torch.long, device=META))
     held = sum(map(_bytes, states.layers)) if states else 0
-    at_once = len(prompts) if with_graph else max(1, step.rows // step.generations)
-    tiles = {passed: kernels.tile(lm, passed) for passed in tally.marked}
-    worst = max(tiles, key=lambda passed: tally.marked[passed] + tiles[passed])
+    tiles = {at_work: kernels.tile(lm, at_work) for at_work in tally.marked}
+    worst = max(tiles, key=lambda at_work: tally.marked[at_work] + tiles[at_work])
     return Phase(
-        states=held * at_once,
+        states=held * passed.at_once,
         without_head=tally.peak,
         with_head=tally.marked[worst] + tiles[worst],
         tile=tiles[worst],
     )
-
-
-def _tokens(step: Step, prompts: int, each: int) -> int:
-    """That `Rows.fit_one_chunk` counts."""
-    return prompts * ((1 + each) * step.prompt + each * step.completion)

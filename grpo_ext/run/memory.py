@@ -8,6 +8,7 @@ on models of the first layers: what each further layer adds is the same. On a CP
 measurements in tests/test_plan.py; on a GPU it was not measured.
 """
 
+import bisect
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ import torch
 
 from grpo_ext.policy.loading import PolicyConfig
 from grpo_ext.run.device_kernels import Kernels
-from grpo_ext.run.dry_step import Phase, Step, rehearse
+from grpo_ext.run.dry_step import Phase, rehearse
+from grpo_ext.run.passes import Pass, Step, passes
 from grpo_ext.run.search import largest_multiple
 from grpo_ext.run.skeleton import bytes_by_kind, config_of, period, skeleton, with_layers
 
@@ -27,7 +29,7 @@ RESERVE = 0.1
 OVERHEAD = {"cuda": 600 * 2**20, "cpu": 16 * 2**20}
 ADAM_STATES = 2  # float32 numbers a trained parameter
 MOST_GENERATIONS = 256
-UNIT = {"generations": 1, "prompt": 16, "completion": 16, "chunk_tokens": 64}  # to which the largest is found
+UNIT = {"generations": 1, "prompt": 64, "completion": 64, "chunk_tokens": 128}  # to which the largest is found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,8 @@ class Plan:
 
     Attributes:
         memory: of the device, bytes.
-        largest: the largest `generations`, `prompt`, `completion` and `chunk_tokens` that fit, each with the others as
-            they are; None where none does, and for `chunk_tokens` 0 where no bound is needed.
+        largest: where it fits, the largest `generations`, `prompt`, `completion` and `chunk_tokens` that do, each with
+            the others as they are; for `chunk_tokens` None where none does, and 0 where no bound is needed.
         changes: where it does not fit, what to change, the cheapest first, and the bytes needed after each, all those
             before it included; the last one fits unless none does.
     """
@@ -121,39 +123,46 @@ class Planner:
         self._short, self._longer = (
             skeleton(with_layers(self.config, layers), policy, self.dtype) for layers in self._layers
         )
-        self.footprint = functools.cache(self._footprint)
+        self._phase = functools.cache(self._stretched)
 
-    def _footprint(self, step: Step) -> Footprint:
-        short, longer = self._layers
-        phases = rehearse(self._short, step, self.kernels)
-        if longer > short:
-            more = rehearse(self._longer, step, self.kernels)
-            times = (self.config.num_hidden_layers - short) / (longer - short)
-            phases = {name: phase.stretched(more[name], times) for name, phase in phases.items()}
+    def footprint(self, step: Step) -> Footprint:
+        """What a step needs."""
         return Footprint(
             weights=self._weights,
             adapter=self._adapter,
-            phases=phases,
+            phases={passed.phase: self._phase(passed) for passed in passes(step)},
             keeps_gradients=step.accumulation > 1,
             overhead=OVERHEAD[self.device_type],
         )
 
+    def _stretched(self, passed: Pass) -> Phase:
+        """A phase of the whole model, from that of its first layers."""
+        short, longer = self._layers
+        phase = rehearse(self._short, passed, self.kernels)
+        if longer == short:
+            return phase
+        times = (self.config.num_hidden_layers - short) / (longer - short)
+        return phase.stretched(rehearse(self._longer, passed, self.kernels), times)
+
     def largest(self, step: Step, name: str, room: float) -> int | None:
-        """See `Plan.largest`."""
+        """See `Plan.largest`; in multiples of `UNIT`, and None where not even one fits."""
         bounds = {
             "generations": MOST_GENERATIONS,
             "prompt": self.config.max_position_embeddings - step.completion,
             "completion": self.config.max_position_embeddings - step.prompt,
             "chunk_tokens": (1 + step.rows) * step.prompt + step.rows * step.completion,
         }
-        if name == "chunk_tokens" and self.footprint(without_bound(step)).total <= room:
+        without_bound = replace(step, chunk_tokens=None, gradient_checkpointing=False)
+        if name == "chunk_tokens" and self.footprint(without_bound).total <= room:
             return 0
-        start = getattr(step, name) or step.prompt + step.completion
 
         def bytes_of(n: int) -> float:
             return self.footprint(changed(step, name, n)).total
 
-        return largest_multiple(bytes_of, room, start, bounds[name], UNIT[name])
+        if name == "chunk_tokens":  # bytes grow in steps
+            sizes = range(UNIT[name], bounds[name] + 1, UNIT[name])
+            return UNIT[name] * bisect.bisect_right(sizes, room, key=bytes_of) or None
+        return largest_multiple(bytes_of, room, getattr(step, name), bounds[name], UNIT[name])
 
 
 def plan(policy: PolicyConfig, step: Step, *, device_type: str, memory: float, with_largest: bool = True) -> Plan:
@@ -169,8 +178,17 @@ def plan(policy: PolicyConfig, step: Step, *, device_type: str, memory: float, w
     _refuse_impossible(step)
     planner = Planner(policy, device_type)
     made = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
-    largest = {name: planner.largest(step, name, made.room) for name in UNIT} if with_largest else {}
-    return replace(made, largest=largest, changes=[] if made.fits else _changes(planner, step, made.room))
+    if not made.fits:
+        return replace(made, changes=_changes(planner, step, made.room))
+    if not with_largest:
+        return made
+    largest = {name: planner.largest(step, name, made.room) for name in UNIT}
+    return replace(made, largest={name: _no_less(found, getattr(step, name)) for name, found in largest.items()})
+
+
+def _no_less(found: int | None, asked: int | None) -> int | None:
+    """What was asked for fits, too, where it is between two multiples; 0 stands for no bound."""
+    return found if found == 0 or asked is None else max(found or 0, asked)
 
 
 def _refuse_impossible(step: Step) -> None:
@@ -193,10 +211,6 @@ def changed(step: Step, name: str, value: int) -> Step:
     rows = max(1, step.rows * value // step.generations) if name == "generations" else step.rows
     sizes: dict[str, Any] = {name: value, "rows": rows}
     return replace(step, **sizes)
-
-
-def without_bound(step: Step) -> Step:
-    return replace(step, chunk_tokens=None, gradient_checkpointing=False)
 
 
 def _changes(planner: Planner, step: Step, room: float) -> list[tuple[str, float]]:

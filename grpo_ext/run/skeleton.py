@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
@@ -58,7 +59,8 @@ def skeleton(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype)
     """The policy on the meta device: the frozen base in `dtype` or in 4 bits, and its adapter in float32.
 
     Raises:
-        ValueError: the policy is not a LoRA adapter on a frozen base that is whole or in 4 bits.
+        ValueError: the policy is not a LoRA adapter on a frozen base that is whole or in 4 bits; or there are experts,
+            which are adapted, or in float32.
     """
     if not policy.use_peft or policy.load_in_8bit:
         raise ValueError(
@@ -71,11 +73,27 @@ def skeleton(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype)
         _quantise(lm, policy, dtype)
     with torch.device("meta"):
         model = get_peft_model(lm, get_peft_config(policy))
+    _refuse_experts(model, policy, dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     keep_four_bits(model)
     return model
+
+
+def _refuse_experts(model: PeftModel, policy: PolicyConfig, dtype: torch.dtype) -> None:
+    """Of what a mixture of experts does, tensors without data cannot do all."""
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        raise ValueError(
+            f"Plans are not made for adapters on experts, which lora_target_modules={policy.lora_target_modules} and "
+            f"lora_target_parameters={policy.lora_target_parameters} ask for. Plan an adapter on attention alone, for "
+            f"example --lora_target_modules q_proj k_proj v_proj o_proj; a recipe's --dry_run rehearses any run."
+        )
+    if dtype == torch.float32 and any("experts" in name and p.dim() == 3 for name, p in model.named_parameters()):
+        raise ValueError(
+            "Plans of a mixture of experts are made in 16 bits, got dtype=float32. Use --dtype bfloat16; a recipe's "
+            "--dry_run rehearses any run."
+        )
 
 
 def _quantise(lm: PreTrainedModel, policy: PolicyConfig, dtype: torch.dtype) -> None:

@@ -10,13 +10,13 @@ but for dequantised weights; and whatever the allocator keeps.
 """
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
@@ -47,14 +47,17 @@ class Tally(TorchDispatchMode):
         self.marked[moment] = max(self.marked.get(moment, 0), self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = _all_on_meta(args, kwargs or {})
-        given = {_key(value) for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)}
+        kwargs = kwargs or {}
+        given = list(_tensors((args, kwargs)))
+        if len({tensor.is_meta for tensor in given}) > 1:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            given = list(_tensors((args, kwargs)))
         output = _with_true_masks(func, args, kwargs)
-        for value in tree_flatten(output)[0]:
-            if isinstance(value, Tensor) and _key(value) not in given:
-                self._count(value)
-        inside = _inside(func, args)
-        self.peak = max(self.peak, self.now + inside)
+        keys = {_key(tensor) for tensor in given}
+        for tensor in _tensors(output):
+            if _key(tensor) not in keys:
+                self._count(tensor)
+        self.peak = max(self.peak, self.now + _inside(func, args))
         return output
 
     def _count(self, tensor: Tensor) -> None:
@@ -75,12 +78,14 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _all_on_meta(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    values, form = tree_flatten((args, kwargs))
-    on_meta = {value.is_meta for value in values if isinstance(value, Tensor)}
-    if on_meta != {True, False}:
-        return args, kwargs
-    return tree_unflatten([value.to("meta") if isinstance(value, Tensor) else value for value in values], form)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _with_true_masks(func: Any, args: Any, kwargs: Any) -> Any:
