@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from grpo_ext.policy.adapters import trainable_parameters
+from grpo_ext.policy.adapters import part_here, trainable_parameters
 
 logger = get_logger(__name__)
 
@@ -62,7 +62,8 @@ class Tripwires(TrainerCallback):
         """
         trainer, step = self._trainer, state.global_step + 1
         self._rate = max(group["lr"] for group in trainer.optimizer.param_groups)
-        gradients = [p.grad for p in trainable_parameters(trainer.model).values() if p.grad is not None]
+        parameters = trainable_parameters(trainer.model).values()
+        gradients = [part_here(p.grad) for p in parameters if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else self._is_bad.new_zeros(1)
         self._had_gradient = bool(norms.any())
         is_bad = self._is_bad
@@ -71,7 +72,7 @@ class Tripwires(TrainerCallback):
         self._is_bad = torch.zeros_like(self._is_bad)
         if not trainer.accelerator.reduce(is_bad).item():
             return
-        for parameter in trainable_parameters(trainer.model).values():
+        for parameter in parameters:
             parameter.grad = None
         self._had_gradient = False
         self._skipped += 1
@@ -174,6 +175,7 @@ class Tripwires(TrainerCallback):
 
 
 def _marks(trainer: GRPOTrainer) -> Tensor:
-    """Two sums of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever otherwise."""
-    values = [p.detach().double() for p in trainable_parameters(trainer.model).values()]
+    """Two sums of what is here of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever
+    otherwise."""
+    values = [part_here(p.detach()).double() for p in trainable_parameters(trainer.model).values()]
     return torch.stack([torch.stack([v.sum(), v.abs().sum()]) for v in values])
