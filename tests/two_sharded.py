@@ -53,7 +53,7 @@ def train(processes: int, folder: Path) -> dict[str, Any]:
                 "num_generations": SIBLINGS,
                 "per_device_train_batch_size": ROWS // processes,
                 "max_completion_length": LONGEST,
-                "learning_rate": 0.01,
+                "learning_rate": 0.5,
                 "lr_scheduler_type": "constant",
                 "optim": "sgd",
                 "reward_workers": 0,
