@@ -205,12 +205,14 @@ def own_words_of(inputs: dict[str, Any], tokenizer: Any, of_others: re.Pattern[s
     return mask_BC
 
 
-def in_two_processes(script: str, folder: Path, *, seconds: float) -> None:
+DDP = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def in_two_processes(script: str, folder: Path, *, seconds: float, options: str = DDP) -> None:
     """Run a script of the tests in two processes on the CPU; what they say is in `folder/log`.
 
     `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
     """
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launcher = [Path(sys.executable).with_name("accelerate"), "launch", *options.split(), "--main_process_port", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (folder / "log").open("w+") as log:

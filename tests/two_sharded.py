@@ -1,10 +1,10 @@
-"""What test_sharded.py trains with parameters that are spread over two processes, each running this file.
+"""What test_sharded.py trains in two processes that share out parameters, or what belongs to them; each runs this file.
 
     accelerate launch --config_file accelerate_configs/fsdp2.yaml tests/two_sharded.py FOLDER
 
-writes FOLDER/given-<process>.pt, and the folders of a whole run and of one that was resumed. accelerate shards on
-accelerators only, and would silently run DDP here: told that these are processes of GPUs, it shards on the CPU, over
-gloo, by the same code.
+writes FOLDER/given-<process>.pt, and the folders of a whole run and of one that was resumed. FSDP runs on accelerators
+only, and accelerate would silently take DDP here: told that these are processes of GPUs, it shards on the CPU, over
+gloo, by the same code. DeepSpeed has a CPU backend of its own, which `use_cpu` would keep accelerate from.
 """
 
 import os
@@ -25,13 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_processes import LONGEST, QUESTIONS, SIBLINGS, STEPS, given_completions
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from grpo_ext.policy.adapters import part_here, trainable_parameters
 from recipes import math
 
 ROWS = 8  # of all processes
+USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # Nine problems in batches of four are two batches on one process, and one on the other.
 RECIPE = "--max_steps 4 --save_steps 2 --eval_steps 2 --max_eval_prompts 9 --per_device_eval_batch_size 4"
-RECIPE += " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --use_cpu true --bf16 false"
-RECIPE += " --disable_tqdm true --report_to none"
+RECIPE += " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --eval_samples 0 --bf16 false"
+RECIPE += f" --use_cpu {str(not USES_DEEPSPEED).lower()} --disable_tqdm true --report_to none"
 
 
 def full(adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -49,6 +51,7 @@ def train(processes: int, folder: Path) -> dict[str, Any]:
             **SETTINGS
             | {
                 "output_dir": str(folder),
+                "use_cpu": not USES_DEEPSPEED,
                 "max_steps": STEPS,
                 "num_generations": SIBLINGS,
                 "per_device_train_batch_size": ROWS // processes,
@@ -69,12 +72,11 @@ def train(processes: int, folder: Path) -> dict[str, Any]:
     start = adapter_of(trainer)
     trainer.train()
     trainer.save_model()
-    trained = adapter_of(trainer)
     logs = [row for row in trainer.state.log_history if "loss" in row]
     return {
         "start": start,
-        "adapter": full(trained),
-        "held_here": {name: getattr(p, "to_local", lambda p=p: p)().numel() for name, p in trained.items()},
+        "adapter": full(adapter_of(trainer)),
+        "held_here": {name: part_here(p).numel() for name, p in trainable_parameters(trainer.model).items()},
         "shares": trainer._shares_prompts,
         **{name: [row[name] for row in logs] for name in ("loss", "grad_norm", "kl", "reward")},
     }

@@ -17,8 +17,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def part_here(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard where FSDP2 spreads it over processes, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this process holds of a tensor: its shard where FSDP2 or ZeRO-3 spreads it over processes, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
 def snapshot(model: nn.Module | str) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from torch import nn
 from transformers import TrainingArguments
 from trl import GRPOTrainer
 
+from grpo_ext.policy.adapters import part_here
+
 OF_TRANSFORMERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "full_determinism", "bf16", "fp16", "tf32"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay"),
@@ -48,7 +50,7 @@ def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
     base = [p for name, p in model.named_parameters() if not _is_adapters(model, name)]
     facts = {
         "base_model": model.config.name_or_path,
-        "weights": _digest(*(_some(parameter) for parameter in base)),
+        "weights": _digest(*(_some(part_here(parameter)) for parameter in base)),
         "model_config": _digest(json.dumps(model_config, sort_keys=True, default=str)),
         "dtype": str(base[0].dtype).removeprefix("torch."),
     }
