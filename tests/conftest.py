@@ -224,7 +224,8 @@ def in_two_processes(script: str, folder: Path, *more: str, seconds: float, opti
         for of_one in ([options] if isinstance(options, str) else options)
     ]
     with (folder / "log").open("w+") as log:
-        launched = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log) for command in commands]
+        shared = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
+        launched = [subprocess.Popen(command, **shared) for command in commands]
         try:
             for launch in launched:
                 launch.wait(timeout=seconds)

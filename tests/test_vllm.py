@@ -86,8 +86,7 @@ class Client:
 
 
 class Colocated(Client):
-    """As `vllm.LLM` in the process of the trainer, which has one weight loaded at a time and is asked for one completion
-    of each row."""
+    """As `vllm.LLM` in the process of the trainer, which has one weight loaded at a time and answers each row once."""
 
     @property
     def llm_engine(self):

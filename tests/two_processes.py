@@ -2,7 +2,7 @@
 
     accelerate launch --multi_gpu --num_processes 2 tests/two_processes.py FOLDER [CASE ...]
 
-writes FOLDER/<case>-<process>.pt for every case, or for those that are named, with the adapter and the log of that process.
+writes FOLDER/<case>-<process>.pt for every case, or those that are named, with the adapter and the log of that process.
 """
 
 import itertools

@@ -95,8 +95,8 @@ def main() -> None:
     with patch.object(PartialState, "__init__", on_accelerators):
         torch.save(train(2, folder / "given"), folder / f"given-{process}.pt")
         math.main([*RECIPE.split(), "--output_dir", str(folder / "whole")])
-        resumed = ["--output_dir", str(folder / "again"), "--resume_from_checkpoint", str(folder / "whole/checkpoint-2")]
-        math.main([*RECIPE.split(), *resumed])
+        resumed = ["--resume_from_checkpoint", str(folder / "whole" / "checkpoint-2")]
+        math.main([*RECIPE.split(), "--output_dir", str(folder / "again"), *resumed])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def part_here(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard where FSDP2 or ZeRO-3 spreads it over processes, else all of it."""
+    """What this process holds of a tensor: its shard where FSDP2 or ZeRO-3 spreads it, else all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import GRPOTrainer
 
@@ -95,7 +95,7 @@ def _r_first(name: str) -> tuple[bool, str]:
     return name != "r", name
 
 
-def _some(parameter: nn.Parameter) -> str:
+def _some(parameter: Tensor) -> str:
     """Shape and first values: of any two models, some of them differ."""
     first = parameter.detach().flatten()[:SAMPLED_WEIGHTS].cpu().contiguous()
     return f"{tuple(parameter.shape)} {hashlib.sha256(first.view(torch.uint8).numpy().tobytes()).hexdigest()}"
