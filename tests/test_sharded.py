@@ -64,6 +64,14 @@ def test_shards_train_what_one_process_trains(two, tmp_path):
         assert first[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
+def test_what_needs_whole_parameters_is_refused(two):
+    """A reference that follows the policy would be mixed of shards, or of nothing."""
+    refused = [two / f"refused-{process}" for process in (0, 1)]
+    assert [path.exists() for path in refused] == [shards(two)] * 2
+    for path in filter(Path.exists, refused):
+        assert "Use sync_ref_model=False, or accelerate_configs/multi_gpu.yaml" in path.read_text()
+
+
 def greedy(model) -> list[str]:
     """What one process answers to the problems that the run holds out."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)

@@ -2,9 +2,9 @@
 
     accelerate launch --config_file accelerate_configs/fsdp2.yaml tests/two_sharded.py FOLDER
 
-writes FOLDER/given-<process>.pt, and the folders of a whole run and of one that was resumed. FSDP runs on accelerators
-only, and accelerate would silently take DDP here: told that these are processes of GPUs, it shards on the CPU, over
-gloo, by the same code. DeepSpeed has a CPU backend of its own, which `use_cpu` would keep accelerate from.
+writes FOLDER/given-<process>.pt, the folders of a whole run and of one that was resumed, and what is refused. FSDP runs
+on accelerators only, and accelerate would silently take DDP here: told that these are processes of GPUs, it shards on
+the CPU, over gloo, by the same code. DeepSpeed has a CPU backend of its own, which `use_cpu` would keep accelerate from.
 """
 
 import os
@@ -41,7 +41,7 @@ def full(adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in adapter.items()}
 
 
-def train(processes: int, folder: Path) -> dict[str, Any]:
+def train(processes: int, folder: Path, **changes: Any) -> dict[str, Any]:
     """The embedded model on completions that are given, with SGD, whose steps are as large as the gradients."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     trainer = GRPOExtTrainer(
@@ -62,6 +62,7 @@ def train(processes: int, folder: Path) -> dict[str, Any]:
                 "reward_workers": 0,
                 "guards": False,  # the adapter changes the model from the start
             }
+            | changes
         ),
         train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
         processing_class=tokenizer,
@@ -94,6 +95,10 @@ def main() -> None:
 
     with patch.object(PartialState, "__init__", on_accelerators):
         torch.save(train(2, folder / "given"), folder / f"given-{process}.pt")
+        try:
+            train(2, folder / "followed", sync_ref_model=True, ref_model_sync_steps=1)
+        except ValueError as error:
+            (folder / f"refused-{process}").write_text(str(error))
         math.main([*RECIPE.split(), "--output_dir", str(folder / "whole")])
         resumed = ["--resume_from_checkpoint", str(folder / "whole" / "checkpoint-2")]
         math.main([*RECIPE.split(), "--output_dir", str(folder / "again"), *resumed])
