@@ -4,7 +4,7 @@
 
 writes FOLDER/given-<process>.pt, the folders of a whole run and of one that was resumed, and what is refused. FSDP runs
 on accelerators only, and accelerate would silently take DDP here: told that these are processes of GPUs, it shards on
-the CPU, over gloo, by the same code. DeepSpeed has a CPU backend of its own, which `use_cpu` would keep accelerate from.
+the CPU, over gloo, by the same code. DeepSpeed has a CPU backend of its own, which accelerate uses without `use_cpu`.
 """
 
 import os
