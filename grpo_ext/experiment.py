@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from trl.distributed import DistributedBackend
 
 from grpo_ext.data import Problems
 from grpo_ext.report.curves import draw_curves
@@ -79,7 +80,8 @@ def run(
     resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
     before = load_before(args.output_dir, problems=len(heldout), samples=eval_samples) if resumed else None
     if before is None:  # the policy is still the one that training began with
-        before = measure(samples=eval_samples, description="held-out accuracy before")
+        with DistributedBackend(trainer.accelerator).gather_params(list(trainer.model.parameters())):
+            before = measure(samples=eval_samples, description="held-out accuracy before")
         if trainer.accelerator.is_main_process:
             save_before(args.output_dir, before)
     during = partial(measure, samples=min(eval_samples, 1))

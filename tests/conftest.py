@@ -205,23 +205,36 @@ def own_words_of(inputs: dict[str, Any], tokenizer: Any, of_others: re.Pattern[s
     return mask_BC
 
 
-def in_two_processes(script: str, folder: Path, *, seconds: float) -> None:
+DDP = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+
+
+def in_two_processes(script: str, folder: Path, *more: str, seconds: float, options: str | list[str] = DDP) -> None:
     """Run a script of the tests in two processes on the CPU; what they say is in `folder/log`.
 
     `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
+
+    Args:
+        more: arguments of the script, after the folder.
+        options: of `accelerate launch`; a list starts it as often, side by side, as on several machines.
     """
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launcher = [Path(sys.executable).with_name("accelerate"), "launch", *options.split(), "--main_process_port", "0"]
+    launcher = Path(sys.executable).with_name("accelerate")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    commands = [
+        [launcher, "launch", *of_one.split(), script, folder, *more]
+        for of_one in ([options] if isinstance(options, str) else options)
+    ]
     with (folder / "log").open("w+") as log:
-        launched = subprocess.Popen([*launcher, script, folder], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        shared = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
+        launched = [subprocess.Popen(command, **shared) for command in commands]
         try:
-            launched.wait(timeout=seconds)
+            for launch in launched:
+                launch.wait(timeout=seconds)
         finally:
-            launched.terminate()  # not kill, which would leave the two processes behind
-            launched.wait()
+            for launch in launched:
+                launch.terminate()  # not kill, which would leave its processes behind
+                launch.wait()
         log.seek(0)
-        assert launched.returncode == 0, log.read()
+        assert not any(launch.returncode for launch in launched), log.read()
 
 
 def texts_of(trainer: Any, part: dict[str, Any]) -> list[tuple[str, str]]:

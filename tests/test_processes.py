@@ -1,9 +1,11 @@
 """Two processes train what one process trains on the same completions, however groups are spread over them."""
 
+import socket
+
 import pytest
 import torch
 import two_processes
-from conftest import in_two_processes
+from conftest import ROOT, in_two_processes
 from two_processes import CASES, STEPS, train
 
 
@@ -43,3 +45,21 @@ def test_two_processes_train_as_one(two, case, tmp_path):
     if settings.get("dead_groups") != "skip":  # a process with nothing to run takes no chunks
         assert first["updates_in_chunks"] == want_chunks
         assert second["updates_in_chunks"] == (0 if case == "one_idle" else want_chunks)
+
+
+def test_two_machines_train_as_one_process(tmp_path):
+    """One launcher a machine, with the line of recipes/README.md: a rank or an address that does not get through leaves
+    each machine with a run of its own, or waiting for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ROOT / "accelerate_configs" / "multi_gpu.yaml"
+    line = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
+    lines = [f"{line} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
+    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", seconds=120, options=lines)
+    first, second = (torch.load(tmp_path / f"straddling_chunks-{process}.pt") for process in (0, 1))
+    alone = train("straddling_chunks", 1, tmp_path)
+    for name, value in alone["adapter"].items():
+        assert torch.equal(first["adapter"][name], second["adapter"][name]), f"{name} differs between the machines"
+        assert (value - alone["start"][name]).abs().max() > 5e-4
+        torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)

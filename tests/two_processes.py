@@ -1,8 +1,8 @@
 """What test_processes.py trains: in two processes, each running this file, and in one, which imports it.
 
-    accelerate launch --multi_gpu --num_processes 2 tests/two_processes.py FOLDER
+    accelerate launch --multi_gpu --num_processes 2 tests/two_processes.py FOLDER [CASE ...]
 
-writes FOLDER/<case>-<process>.pt for every case, with the adapter and the log of that process.
+writes FOLDER/<case>-<process>.pt for every case, or those that are named, with the adapter and the log of that process.
 """
 
 import itertools
@@ -219,7 +219,7 @@ def main() -> None:
     assert Path(grpo_ext.__file__).parent.parent == Path(__file__).resolve().parent.parent, grpo_ext.__file__
     process = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    for case in CASES:
+    for case in sys.argv[2:] or CASES:
         torch.save(train(case, 2, folder / str(process)), folder / f"{case}-{process}.pt")
 
 

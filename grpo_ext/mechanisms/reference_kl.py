@@ -50,6 +50,11 @@ class ReferenceKLTrainer(ResamplingTrainer):
             self._require_shared_head()
 
     def _let_reference_follow(self) -> None:
+        if self._is_sharded:
+            raise ValueError(
+                "sync_ref_model mixes adapters that are in one piece, and here parameters are sharded (FSDP, ZeRO-3). "
+                "Use sync_ref_model=False, or accelerate_configs/multi_gpu.yaml."
+            )
         reason = why_not_mixed(self.model) if self.args.ref_model_mixup_alpha < 1.0 else None
         if reason is not None:
             raise ValueError(

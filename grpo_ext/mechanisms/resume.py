@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from grpo_ext.config import GRPOExtConfig
@@ -21,6 +21,7 @@ from grpo_ext.run import checkpoint as files
 from grpo_ext.run.fingerprint import fingerprint, first_difference
 
 RUN_FILE, REFERENCE_FILE = "run.json", "reference.safetensors"
+OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # of one piece, of FSDP in shards, of DeepSpeed
 # Of each process, by its number.
 STATE_FILE, ROLLOUT_FILE = "state_{}.json", "rollout_{}.safetensors"
 # What one optimizer step leaves to the next, beside what transformers, TRL and the mechanisms before save themselves:
@@ -75,7 +76,7 @@ class ResumeTrainer(ReplayTrainer):
         difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)
         if difference is not None:
             raise ValueError(difference)
-        if not (folder / OPTIMIZER_NAME).exists():
+        if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
             raise ValueError(
                 f"{folder} holds no optimizer: it was made with save_only_model=True. Start without resume, and make "
                 f"checkpoints with save_only_model=False."

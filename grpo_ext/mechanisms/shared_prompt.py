@@ -46,10 +46,14 @@ class SharedPromptTrainer(PublishingTrainer):
         keep_four_bits(self.model)  # before anything runs
         self._shares_prompts = self.args.share_prompt and self._set_up_sharing()
 
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether each process holds a part of every parameter only."""
+        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3)
+
     def _set_up_sharing(self) -> bool:
         """Teach the model to score rows that share prompts; where it cannot, say why, once."""
-        is_sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3)
-        reason = why_not_shared(self.model, self.args, is_multimodal=self._is_vlm, is_sharded=is_sharded)
+        reason = why_not_shared(self.model, self.args, is_multimodal=self._is_vlm, is_sharded=self._is_sharded)
         if reason is not None:
             logger.warning(f"Prompts are not shared between completions, TRL's plain path is taken: {reason}.")
             return False

@@ -7,12 +7,18 @@ loaded from disk change before the first step.
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, for those that an optimizer would update."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard where FSDP2 or ZeRO-3 spreads it, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
 def snapshot(model: nn.Module | str) -> dict[str, Tensor]:

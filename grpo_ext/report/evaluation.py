@@ -130,7 +130,9 @@ def complete(
     """
     state = PartialState()
     config = generation_config(model, tokenizer, max_new_tokens, temperature)
-    with state.split_between_processes(list(prompts)) as mine, sampling_only(model, seed + state.process_index):
+    # As many on each process: where parameters are sharded, all of them run every batch together.
+    even = [*prompts, *list(prompts[-1:]) * (-len(prompts) % state.num_processes)]
+    with state.split_between_processes(even) as mine, sampling_only(model, seed + state.process_index):
         ids = [render(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
         texts = [""] * len(ids)
@@ -146,7 +148,7 @@ def complete(
     everyone = gather_object(texts) if state.num_processes > 1 else texts
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, everyone, strict=True)
+        for prompt, text in zip(prompts, everyone, strict=False)  # the last few may be repeated
     ]
 
 

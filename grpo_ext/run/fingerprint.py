@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import GRPOTrainer
+
+from grpo_ext.policy.adapters import part_here
 
 OF_TRANSFORMERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "full_determinism", "bf16", "fp16", "tf32"),
@@ -48,7 +50,7 @@ def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
     base = [p for name, p in model.named_parameters() if not _is_adapters(model, name)]
     facts = {
         "base_model": model.config.name_or_path,
-        "weights": _digest(*(_some(parameter) for parameter in base)),
+        "weights": _digest(*(_some(part_here(parameter)) for parameter in base)),
         "model_config": _digest(json.dumps(model_config, sort_keys=True, default=str)),
         "dtype": str(base[0].dtype).removeprefix("torch."),
     }
@@ -93,7 +95,7 @@ def _r_first(name: str) -> tuple[bool, str]:
     return name != "r", name
 
 
-def _some(parameter: nn.Parameter) -> str:
+def _some(parameter: Tensor) -> str:
     """Shape and first values: of any two models, some of them differ."""
     first = parameter.detach().flatten()[:SAMPLED_WEIGHTS].cpu().contiguous()
     return f"{tuple(parameter.shape)} {hashlib.sha256(first.view(torch.uint8).numpy().tobytes()).hexdigest()}"

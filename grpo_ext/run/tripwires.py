@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from grpo_ext.policy.adapters import trainable_parameters
+from grpo_ext.policy.adapters import part_here, trainable_parameters
 
 logger = get_logger(__name__)
 
@@ -58,12 +58,12 @@ class Tripwires(TrainerCallback):
         """Leave out an update that is not finite, on all processes alike.
 
         Raises:
-            RuntimeError: it is the third one.
+            RuntimeError: it is the third one, or DeepSpeed has made it already.
         """
         trainer, step = self._trainer, state.global_step + 1
         self._rate = max(group["lr"] for group in trainer.optimizer.param_groups)
-        gradients = [p.grad for p in trainable_parameters(trainer.model).values() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else self._is_bad.new_zeros(1)
+        parameters = trainable_parameters(trainer.model).values()
+        norms = self._norms([part_here(p.grad) for p in parameters if p.grad is not None])
         self._had_gradient = bool(norms.any())
         is_bad = self._is_bad
         if not args.fp16:  # there, transformers' scaler looks for overflows itself, and expects some
@@ -71,18 +71,30 @@ class Tripwires(TrainerCallback):
         self._is_bad = torch.zeros_like(self._is_bad)
         if not trainer.accelerator.reduce(is_bad).item():
             return
-        for parameter in trainable_parameters(trainer.model).values():
+        for parameter in parameters:
             parameter.grad = None
         self._had_gradient = False
         self._skipped += 1
         folder = self._save_batch(step)
-        what = f"Step {step}: the loss or its gradient is not finite. The update is skipped, its batch is in {folder}"
+        what = f"Step {step}: the loss or its gradient is not finite"
+        if trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                f"{what}, and DeepSpeed has made the update. Its batch is in {folder}. Lower learning_rate (now "
+                f"{args.learning_rate:g}), and resume from the last checkpoint."
+            )
+        what = f"{what}. The update is skipped, its batch is in {folder}"
         if self._skipped >= SKIPPED_AT_MOST:
             raise RuntimeError(
                 f"{what}; it is the third one. Lower learning_rate (now {args.learning_rate:g}), use bf16 in place of "
                 f"fp16, or look for weights or rewards that are not finite in that batch."
             )
         logger.warning(f"{what}; the run stops at the {SKIPPED_AT_MOST}rd one.")
+
+    def _norms(self, gradients: list[Tensor]) -> Tensor:
+        """Of each gradient that is here; DeepSpeed, which keeps them to itself, knows the norm of all."""
+        if self._trainer.is_deepspeed_enabled:
+            return self._is_bad.new_tensor([float(self._trainer.model_wrapped.get_global_grad_norm() or 0.0)])
+        return torch.stack(torch._foreach_norm(gradients)) if gradients else self._is_bad.new_zeros(1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at the KL, and at the first update.
@@ -174,6 +186,7 @@ class Tripwires(TrainerCallback):
 
 
 def _marks(trainer: GRPOTrainer) -> Tensor:
-    """Two sums of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever otherwise."""
-    values = [p.detach().double() for p in trainable_parameters(trainer.model).values()]
+    """Two sums of what is here of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever
+    otherwise."""
+    values = [part_here(p).detach().double() for p in trainable_parameters(trainer.model).values()]
     return torch.stack([torch.stack([v.sum(), v.abs().sum()]) for v in values])
