@@ -242,22 +242,37 @@ def figure_of(browser, title):
     return next(f for f in browser.find_elements(By.TAG_NAME, "figure") if f.text.startswith(title))
 
 
-def test_curves_give_their_values(browser, hostile):
-    """Under the pointer, and by the keys: the value that was logged at that step."""
+def test_values_by_the_keys(browser, hostile):
+    """What was logged last up to the step that is chosen, with its interval."""
     look(browser, write_page(hostile))
-    figure, moment = figure_of(browser, "Mean raw reward"), browser.find_element(By.ID, "moment")
-    values = figure.find_element(By.CLASS_NAME, "values")
+    values = figure_of(browser, "Mean raw reward").find_element(By.CLASS_NAME, "values")
+    moment = browser.find_element(By.ID, "moment")
     assert (browser.find_element(By.ID, "moment-name").text, values.text) == ("step 5", "1")
     moment.send_keys(Keys.ARROW_LEFT)
     assert values.text == "0.8"
     assert figure_of(browser, "Held-out").find_element(By.CLASS_NAME, "values").text == "0.5 [0.4, 0.6]"  # of step 2
     moment.send_keys(Keys.HOME)
     assert (browser.find_element(By.ID, "moment-name").text, values.text) == ("step 0", "")
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_values_under_the_pointer(browser, hostile, width):
+    """Of the nearest step, from the first to the last one, inside the screen; gone when the pointer goes."""
+    look(browser, write_page(hostile), width)
+    figure = figure_of(browser, "Length of completions")
     plot = figure.find_element(By.CLASS_NAME, "plot")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
-    ActionChains(browser).move_to_element_with_offset(plot, 20, 0).perform()
-    WebDriverWait(browser, 5).until(tooltip)
-    assert tooltip(browser) == ["step: 3 mean of all answers: 0.6"]
+    script = "return Bokeh.index.roots.find((view) => arguments[0].contains(view.el)).frame.bbox"
+    left, right = (browser.execute_script(f"{script}.{side}", plot) for side in ("left", "right"))
+    lengths = browser.execute_script("return data.panels.find((p) => p.title.startsWith('Length')).values[0]")
+    for across, step in ((0.02, 1), (0.5, 3), (0.98, 5)):
+        x = left + across * (right - left) - plot.size["width"] / 2
+        ActionChains(browser).move_to_element_with_offset(plot, round(x), 0).perform()
+        length = f"mean, shortest to longest: {lengths[step - 1]}"
+        WebDriverWait(browser, 5).until(lambda b, words=f"step: {step} {length} cut off: 0.1": tooltip(b) == [words])
+        box = "const tip = inside(document).find((e) => e.matches('.bk-Tooltip')).getBoundingClientRect();"
+        low, high = browser.execute_script(f"{INSIDE} {box} return [tip.left, tip.right]")
+        assert 0 <= low < high <= width
     ActionChains(browser).move_to_element(figure.find_element(By.TAG_NAME, "figcaption")).perform()
     WebDriverWait(browser, 5).until_not(tooltip)
 

@@ -327,6 +327,10 @@ def test_through_its_command_line(capsys, two_layers):
         (["--prompt", "0"], "prompt=0 must be at least 2"),
         (["--per_device_train_batch_size", "12"], "needs a rollout that is a multiple of 8, got 12"),
         (["--chunk_tokens", "0"], "chunk_tokens=0 must be at least 1, for example 4096"),
+        (
+            ["--prompt", "2000", "--completion", "100"],
+            r"prompt=2000 and completion=100 are 2100 tokens, .* for 2048\. Use",
+        ),
     ],
 )
 def test_mistakes_give_one_sentence(small_folder, flags, message):

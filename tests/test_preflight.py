@@ -2,6 +2,7 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import PROMPTS, TINY_MODEL, adapter_of, random_lora, small_llama
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import BitsAndBytesConfig
+from trl.extras import profiling
 
 from rewards import math_answer_reward
 
@@ -228,6 +230,21 @@ def test_it_leaves_nothing(build, tokenizer, settings):
     assert answers == plain_answers
     assert history == plain_history
     assert all(torch.equal(adapter[name], value) for name, value in plain_adapter.items())
+
+
+def test_no_tracker_hears_of_it(build, small_model, monkeypatch):
+    """TRL sends its timings to Trackio whether a run has begun there or not, and before that Trackio raises."""
+    heard = []
+    monkeypatch.setattr(profiling, "is_trackio_available", lambda: True)
+    monkeypatch.setattr(
+        profiling, "trackio", SimpleNamespace(log=lambda *row, **step: heard.append(row)), raising=False
+    )
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), max_steps=1)
+    trainer.args.report_to = ["trackio"]
+    trainer.preflight()
+    assert heard == []
+    trainer.train()
+    assert heard
 
 
 def test_it_has_the_largest_shape(build, small_model, tokenizer):

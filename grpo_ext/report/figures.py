@@ -131,10 +131,19 @@ def _point_at_step(plot: figure, panel: Panel, steps: list[float], values: list[
     heights = np.interp(steps, main.x, main.mean or main.y).tolist()
     columns = {f"line{i}": [text or "-" for text in texts] for i, texts in enumerate(values)}
     source = ColumnDataSource({"x": steps, "y": heights, **columns})
-    unseen = plot.scatter("x", "y", source=source, alpha=0, **_axis(main))
+    if len(steps) > 1:
+        unseen = plot.line("x", "y", source=source, alpha=0, **_axis(main))
+    else:
+        unseen = plot.scatter("x", "y", source=source, alpha=0, size=20, **_axis(main))
     named = [(line.label or panel.unit, f"@line{i}") for i, line in enumerate(panel.lines)]
     plot.add_tools(
-        HoverTool(renderers=[unseen], mode="vline", tooltips=[("step", "@x{0,0}"), *named], attachment="horizontal"),
+        HoverTool(
+            renderers=[unseen],
+            mode="vline",
+            line_policy="nearest",
+            tooltips=[("step", "@x{0,0}"), *named],
+            attachment="horizontal",
+        ),
         CrosshairTool(dimensions="height", line_color=SOFT),
     )
 

@@ -19,7 +19,7 @@ import torch
 from grpo_ext.policy.loading import PolicyConfig
 from grpo_ext.run.device_kernels import Kernels
 from grpo_ext.run.dry_step import Phase, rehearse
-from grpo_ext.run.passes import Pass, Step, passes
+from grpo_ext.run.passes import Pass, Step, passes, refuse_impossible
 from grpo_ext.run.search import largest_multiple
 from grpo_ext.run.skeleton import bytes_by_kind, config_of, period, skeleton, with_layers
 
@@ -175,8 +175,8 @@ def plan(policy: PolicyConfig, step: Step, *, device_type: str, memory: float, w
     Raises:
         SystemExit, ValueError: as `Planner`.
     """
-    _refuse_impossible(step)
     planner = Planner(policy, device_type)
+    refuse_impossible(step, planner.config.max_position_embeddings)
     made = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
     if not made.fits:
         return replace(made, changes=_changes(planner, step, made.room))
@@ -189,21 +189,6 @@ def plan(policy: PolicyConfig, step: Step, *, device_type: str, memory: float, w
 def _no_less(found: int | None, asked: int | None) -> int | None:
     """What was asked for fits, too, where it is between two multiples; 0 stands for no bound."""
     return found if found == 0 or asked is None else max(found or 0, asked)
-
-
-def _refuse_impossible(step: Step) -> None:
-    for name, least in (("prompt", 2), ("completion", 2), ("generations", 2), ("rows", 1), ("accumulation", 1)):
-        if getattr(step, name) < least:
-            raise ValueError(f"{name}={getattr(step, name)} must be at least {least}.")
-    if step.chunk_tokens is not None and step.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={step.chunk_tokens} must be at least 1, for example 4096, or left out.")
-    rollout = step.rows * step.accumulation
-    if rollout % step.generations:
-        raise ValueError(
-            f"num_generations={step.generations} needs a rollout that is a multiple of {step.generations}, got "
-            f"{rollout} (batch {step.rows} x accumulation {step.accumulation}). Use for example "
-            f"per_device_train_batch_size={step.generations}."
-        )
 
 
 def changed(step: Step, name: str, value: int) -> Step:

@@ -109,3 +109,29 @@ def _pass(step: Step, phase: str, rows: int) -> Pass:
 def _two_chunks(step: Step, budget: int | None) -> int:
     """Rows of two chunks of a prompt, which hold as much as all of its chunks do."""
     return step.generations if budget is None else 2 * max(1, budget // (step.prompt + step.completion))
+
+
+def refuse_impossible(step: Step, positions: int) -> None:
+    """Whether a model with so many positions can take such a step.
+
+    Raises:
+        ValueError: it cannot; the message says what was received and what is valid.
+    """
+    for name, least in (("prompt", 2), ("completion", 2), ("generations", 2), ("rows", 1), ("accumulation", 1)):
+        if getattr(step, name) < least:
+            raise ValueError(f"{name}={getattr(step, name)} must be at least {least}.")
+    if step.chunk_tokens is not None and step.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={step.chunk_tokens} must be at least 1, for example 4096, or left out.")
+    rollout = step.rows * step.accumulation
+    if rollout % step.generations:
+        raise ValueError(
+            f"num_generations={step.generations} needs a rollout that is a multiple of {step.generations}, got "
+            f"{rollout} (batch {step.rows} x accumulation {step.accumulation}). Use for example "
+            f"per_device_train_batch_size={step.generations}."
+        )
+    tokens = step.prompt + step.completion
+    if tokens > positions:
+        raise ValueError(
+            f"prompt={step.prompt} and completion={step.completion} are {tokens} tokens, and the model has "
+            f"positions for {positions}. Use for example a prompt and a completion of {positions // 2}."
+        )

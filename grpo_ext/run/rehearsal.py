@@ -118,8 +118,10 @@ def _update(trainer: GRPOTrainer, rollout: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _leaving_nothing(trainer: GRPOTrainer) -> Iterator[None]:
-    """Put back whatever the rehearsal changes: attributes, gradients, torch's random state."""
+    """Put back whatever the rehearsal changes: attributes, gradients, torch's random state. No tracker hears of it: the
+    run that they would add it to has not begun."""
     attributes = dict(vars(trainer))
+    trackers, trainer.args.report_to = trainer.args.report_to, []
     device = trainer.accelerator.device
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
     was_training = trainer.model.training
@@ -129,6 +131,7 @@ def _leaving_nothing(trainer: GRPOTrainer) -> Iterator[None]:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             yield
     finally:
+        trainer.args.report_to = trackers
         trainer.model.train(was_training)
         trainer.model.zero_grad(set_to_none=True)
         vars(trainer).clear()
