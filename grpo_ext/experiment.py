@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +34,8 @@ from grpo_ext.run import banner
 from grpo_ext.run.best import BestAdapter, read_best
 from grpo_ext.trainer import GRPOExtTrainer
 from rewards.completion import text_of
+
+logger = get_logger(__name__)
 
 
 def run(
@@ -97,7 +100,7 @@ def run(
 
     if trainer.accelerator.is_main_process:
         write_summary(args.output_dir, summary)
-        draw_curves(args.output_dir)
+        _draw(draw_curves, args.output_dir)
     trainer.save_model()  # with a card of both; pushed, where that was asked for
     if trainer.accelerator.is_main_process:
         _show_samples(heldout, before, after)
@@ -116,7 +119,17 @@ def _record(trainer: GRPOExtTrainer, heldout: list[Problem], evaluation: Evaluat
     trainer.log_alone(as_metrics(evaluation))
     if trainer.accelerator.is_main_process:
         append_evaluation(trainer.args.output_dir, trainer.state.global_step, evaluation, heldout)
-        write_page(trainer.args.output_dir)
+        _draw(write_page, trainer.args.output_dir)
+
+
+def _draw(picture: Callable[[str], Path], output_dir: str) -> None:
+    """What goes wrong in a picture of the run does not end the run."""
+    try:
+        picture(output_dir)
+    except Exception as error:
+        logger.warning(
+            f"A picture of the run is missing ({error!r}). Once that is mended: grpo-ext report {output_dir}"
+        )
 
 
 def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation) -> None:

@@ -186,6 +186,17 @@ def test_offline_a_hub_name_gives_one_sentence(tmp_path):
         recipe.main(["--model_name_or_path", "nobody/nothing", "--dataset_name", "x", "--output_dir", str(tmp_path)])
 
 
+def test_a_picture_that_fails_does_not_end_the_run(tmp_path):
+    """Here both names are taken by folders: the adapter and the summary are there all the same."""
+    for name in ("report.html", "curves.png"):
+        (tmp_path / name / "taken").mkdir(parents=True)
+    code, output = launch([sys.executable, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
+    assert code == 0, output
+    assert f"Once that is mended: grpo-ext report {tmp_path}" in output
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
 def test_a_resumed_recipe_reports_from_its_start(tmp_path):
     """What was found before training is that of the first session; the report and the log are those of one run."""
     flags = [*TWO_STEPS, "--max_steps", "3", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
