@@ -4,6 +4,7 @@ In: panels of `report/panels.py`. Out: what `Bokeh.embed.embed_item` takes, and 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,10 +132,8 @@ def _point_at_step(plot: figure, panel: Panel, steps: list[float], values: list[
     heights = np.interp(steps, main.x, main.mean or main.y).tolist()
     columns = {f"line{i}": [text or "-" for text in texts] for i, texts in enumerate(values)}
     source = ColumnDataSource({"x": steps, "y": heights, **columns})
-    if len(steps) > 1:
-        unseen = plot.line("x", "y", source=source, alpha=0, **_axis(main))
-    else:
-        unseen = plot.scatter("x", "y", source=source, alpha=0, size=20, **_axis(main))
+    glyph = plot.line if len(steps) > 1 else partial(plot.scatter, size=20)  # a line of one point has no length
+    unseen = glyph("x", "y", source=source, alpha=0, **_axis(main))
     named = [(line.label or panel.unit, f"@line{i}") for i, line in enumerate(panel.lines)]
     plot.add_tools(
         HoverTool(
