@@ -94,6 +94,7 @@ def test_presets_hold_flags_that_exist(preset, tmp_path):
         "guess_number": recipes.dialogue.DialogueArguments,
         "tiny_dialogue": recipes.dialogue.DialogueArguments,
         "knights_knaves": recipes.logic.LogicArguments,
+        "smollm2_sums": recipes.logic.LogicArguments,
         "tiny_logic": recipes.logic.LogicArguments,
     }.get(preset.stem, RecipeArguments)
     (tmp_path / "preset.yaml").write_text(preset.read_text())

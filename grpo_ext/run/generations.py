@@ -21,7 +21,7 @@ from trl import TrlParser
 
 from grpo_ext.policy.loading import PolicyConfig
 from grpo_ext.run.memory import Plan, Planner
-from grpo_ext.run.passes import Step, refuse_impossible
+from grpo_ext.run.passes import Step
 
 AUTO = "auto"
 CHOICES = (32, 16, 8, 4)
@@ -98,7 +98,6 @@ def choose(asked: Namespace) -> tuple[int, str]:
         gradient_checkpointing=asked.gradient_checkpointing,
         beta=asked.beta,
     )
-    refuse_impossible(step, planner.config.max_position_embeddings)
     made = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
     planned = (
         f"{made.footprint.total / GIB:.2f} GB are planned for prompts of at most {step.prompt} tokens, of "

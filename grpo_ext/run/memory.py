@@ -19,7 +19,7 @@ import torch
 from grpo_ext.policy.loading import PolicyConfig
 from grpo_ext.run.device_kernels import Kernels
 from grpo_ext.run.dry_step import Phase, rehearse
-from grpo_ext.run.passes import Pass, Step, passes, refuse_impossible
+from grpo_ext.run.passes import Pass, Step, passes, refuse_impossible_step
 from grpo_ext.run.search import largest_multiple
 from grpo_ext.run.skeleton import bytes_by_kind, config_of, period, skeleton, with_layers
 
@@ -176,7 +176,7 @@ def plan(policy: PolicyConfig, step: Step, *, device_type: str, memory: float, w
         SystemExit, ValueError: as `Planner`.
     """
     planner = Planner(policy, device_type)
-    refuse_impossible(step, planner.config.max_position_embeddings)
+    refuse_impossible_step(step, planner.config.max_position_embeddings)
     made = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
     if not made.fits:
         return replace(made, changes=_changes(planner, step, made.room))

@@ -111,7 +111,7 @@ def _two_chunks(step: Step, budget: int | None) -> int:
     return step.generations if budget is None else 2 * max(1, budget // (step.prompt + step.completion))
 
 
-def refuse_impossible(step: Step, positions: int) -> None:
+def refuse_impossible_step(step: Step, positions: int) -> None:
     """Whether a model with so many positions can take such a step.
 
     Raises:
