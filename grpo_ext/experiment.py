@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from trl.distributed import DistributedBackend
 
 from grpo_ext.data import Problems
+from grpo_ext.report.attempt import attempt
 from grpo_ext.report.curves import draw_curves
 from grpo_ext.report.evaluation import Evaluation, Problem, evaluate
 from grpo_ext.report.heldout import (
@@ -34,8 +34,6 @@ from grpo_ext.run import banner
 from grpo_ext.run.best import BestAdapter, read_best
 from grpo_ext.trainer import GRPOExtTrainer
 from rewards.completion import text_of
-
-logger = get_logger(__name__)
 
 
 def run(
@@ -100,7 +98,7 @@ def run(
 
     if trainer.accelerator.is_main_process:
         write_summary(args.output_dir, summary)
-        _draw(draw_curves, args.output_dir)
+        attempt(draw_curves, args.output_dir)
     trainer.save_model()  # with a card of both; pushed, where that was asked for
     if trainer.accelerator.is_main_process:
         _show_samples(heldout, before, after)
@@ -119,17 +117,7 @@ def _record(trainer: GRPOExtTrainer, heldout: list[Problem], evaluation: Evaluat
     trainer.log_alone(as_metrics(evaluation))
     if trainer.accelerator.is_main_process:
         append_evaluation(trainer.args.output_dir, trainer.state.global_step, evaluation, heldout)
-        _draw(write_page, trainer.args.output_dir)
-
-
-def _draw(picture: Callable[[str], Path], output_dir: str) -> None:
-    """What goes wrong in a picture of the run does not end the run."""
-    try:
-        picture(output_dir)
-    except Exception as error:
-        logger.warning(
-            f"A picture of the run is missing ({error!r}). Once that is mended: grpo-ext report {output_dir}"
-        )
+        attempt(write_page, trainer.args.output_dir)
 
 
 def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation) -> None:

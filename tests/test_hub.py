@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from hashlib import sha256
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -177,6 +178,16 @@ def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
     cli.main(command.split()[1:])
     assert hub.visibility[REPO] == "private"
     assert set(hub.files(REPO)) == WEIGHTS | {"README.md", "curves.png"}
+
+
+def test_a_picture_that_fails_does_not_end_the_run(hub, build, small_model, caplog):
+    """Here the picture cannot be written: what else is published goes out all the same."""
+    trainer = pushing(build, small_model, max_steps=1)
+    Path(trainer.args.output_dir, "curves.png").symlink_to("/nowhere/curves.png")
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert f"Once that is mended: grpo-ext report {trainer.args.output_dir}" in caplog.text
+    assert set(hub.files(REPO)) == WEIGHTS | {"README.md"}
 
 
 def finished(trainer):

@@ -1,7 +1,7 @@
 """What is saved carries a card of ours, and what is pushed is what `report/hub.py` publishes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import transformers.trainer
@@ -11,9 +11,11 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.report.attempt import attempt
 from grpo_ext.report.card import write_card
 from grpo_ext.report.curves import draw_curves
 from grpo_ext.report.hub import RunPushes, check_write_access
+from grpo_ext.report.metrics import metrics_path
 
 logger = get_logger(__name__)
 
@@ -72,9 +74,8 @@ class PublishingTrainer(GRPOTrainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _draw_curves(self) -> None:
-        if self.is_world_process_zero():
-            with suppress(ValueError):  # nothing logged yet
-                draw_curves(self.args.output_dir)
+        if self.is_world_process_zero() and metrics_path(self.args).exists():  # else nothing is logged yet
+            attempt(draw_curves, self.args.output_dir)
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:
