@@ -171,6 +171,7 @@ def with_prompts(
     system = [{"role": "system", "content": wording.system}] if has_answer else []
 
     def write(row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its prompt as the model reads it, and its answer as text where it has one."""
         text = row[prompt_column]
         if isinstance(text, str) and wording.question is not None:
             text = wording.question(text, row)

@@ -26,11 +26,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import is_torch_bf16_gpu_available
 
-from grpo_ext.run.machine import device_name
+from grpo_ext.run.machine import GIB, device_name
 from grpo_ext.run.quiet import quiet_libraries
 from rewards.sandbox import run_program
 
-GIB = 2**30
 SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 LITTLE_GB, TOO_LITTLE_GB = 10, 1  # of disk: below a small model and a few checkpoints; below anything
 HUB_TIMEOUT_S = 3

@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_ext.policy.loading import PolicyConfig
+from grpo_ext.run.machine import GIB
 from grpo_ext.run.memory import RESERVE, Footprint, Plan, plan
 from grpo_ext.run.passes import Step
 from grpo_ext.run.quiet import quiet_libraries
 
-GIB = 2**30
 NAMES = {
     "generations": "answers to a prompt",
     "prompt": "prompt tokens",

@@ -69,6 +69,7 @@ def append_completions(
     columns = {name: newest(logs["extra"][name]) for name in extra}
 
     def answer(i: int) -> dict[str, Any]:
+        """What is kept of a completion."""
         text = readable(completions[i])
         return {
             "text": clipped(text),

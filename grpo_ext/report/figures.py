@@ -4,7 +4,7 @@ In: panels of `report/panels.py`. Out: what `Bokeh.embed.embed_item` takes, and 
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ class Drawn:
     values: list[list[str]]
 
 
+@cache
 def library() -> str:
     """The JavaScript that draws them."""
     return Resources(mode="inline", components=["bokeh"]).js_raw[0]

@@ -20,13 +20,13 @@ import yaml
 from trl import TrlParser
 
 from grpo_ext.policy.loading import PolicyConfig
+from grpo_ext.run.machine import GIB
 from grpo_ext.run.memory import Plan, Planner
 from grpo_ext.run.passes import Step
 
 AUTO = "auto"
 CHOICES = (32, 16, 8, 4)
 PROMPT_TOKENS = 512  # that are planned for where `max_prompt_tokens` is not set: no data is read yet
-GIB = 2**30
 
 
 def asked_for(parser: TrlParser, argv: list[str]) -> Namespace:
@@ -75,11 +75,12 @@ def choose(asked: Namespace) -> tuple[int, str]:
     accumulation = asked.steps_per_generation or asked.gradient_accumulation_steps
     rollout = asked.generation_batch_size or asked.per_device_train_batch_size * accumulation * processes
     dividing = [choice for choice in CHOICES if rollout % choice == 0]
+    least = CHOICES[-1]
     if not dividing:
         raise ValueError(
-            f"num_generations=auto needs a rollout that is a multiple of {CHOICES[-1]}, got {rollout} (batch "
+            f"num_generations=auto needs a rollout that is a multiple of {least}, got {rollout} (batch "
             f"{asked.per_device_train_batch_size} x accumulation {accumulation} x {processes} process"
-            f"{'es' if processes > 1 else ''}). Nearest: per_device_train_batch_size={-(-rollout // 4) * 4}."
+            f"{'es' if processes > 1 else ''}). Nearest: per_device_train_batch_size={-(-rollout // least) * least}."
         )
     device_type, memory, of_what = _here(asked.use_cpu)
     policy = PolicyConfig(**{field.name: getattr(asked, field.name) for field in fields(PolicyConfig) if field.init})

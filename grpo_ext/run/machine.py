@@ -7,6 +7,8 @@ import sys
 import psutil
 import torch
 
+GIB = 2**30
+
 
 def device_name(device: torch.device) -> str:
     """`NVIDIA GeForce RTX 4070`, or `CPU, 2 threads (x86_64)`."""
@@ -19,8 +21,8 @@ def memory_in_use(device: torch.device) -> str:
     """What the process holds now: memory of the GPU, of its size, or resident memory on a CPU."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        return f"{torch.cuda.memory_allocated(device) / 2**30:.2f} of {total / 2**30:.0f} GB on the GPU"
-    return f"{psutil.Process().memory_info().rss / 2**30:.2f} GB resident"
+        return f"{torch.cuda.memory_allocated(device) / GIB:.2f} of {total / GIB:.0f} GB on the GPU"
+    return f"{psutil.Process().memory_info().rss / GIB:.2f} GB resident"
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 
 def main() -> None:
+    """Load the program of the job on standard input, make its calls, and write what each returned."""
     job = marshal.loads(sys.stdin.buffer.read())
     results = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is no result

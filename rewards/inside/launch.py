@@ -13,6 +13,7 @@ import sys
 
 
 def main() -> None:
+    """Read the program, set its limits, drop what is left of rights, and run it."""
     source_file, ready, user = map(int, sys.argv[1:4])
     with os.fdopen(source_file, "rb") as file:
         source = file.read()

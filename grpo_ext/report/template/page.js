@@ -1,4 +1,4 @@
-// Draws the curves of the report, and lets people look through what the policy wrote.
+// Lets Bokeh draw the curves of the report, and people look through what the policy wrote.
 // In: the JSON in the element `data`, made by page.py. Text of the model only ever becomes text nodes, never markup.
 "use strict";
 
