@@ -140,7 +140,6 @@ def _point_at_step(plot: figure, panel: Panel, steps: list[float], values: list[
         HoverTool(
             renderers=[unseen],
             mode="vline",
-            line_policy="nearest",
             tooltips=[("step", "@x{0,0}"), *named],
             attachment="horizontal",
         ),
