@@ -6,8 +6,8 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from grpo_ext.algorithm.kl import KL_ESTIMATORS
-from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
+from grpo_ext.losses.kl import KL_ESTIMATORS
+from grpo_ext.losses.temperature import TEMPERATURE_SCHEDULES
 from grpo_ext.refusals import (
     DEAD_GROUPS,
     OVERLONG_PROMPTS,
@@ -25,7 +25,7 @@ class GRPOExtConfig(GRPOConfig):
 
     Redeclared, so that the defaults are the document's (G=8 and epsilon=0.2 are TRL's defaults already):
         loss_type: `"grpo_sequence"` (default) is the document's objective, the ratio of whole answers, see
-            `grpo_ext/algorithm/objective.py`. `"grpo"` and every other loss of TRL is computed by TRL itself.
+            `grpo_ext/losses/sequence_grpo.py`. `"grpo"` and every other loss of TRL is computed by TRL itself.
         scale_rewards: `"population"` (default) divides by the standard deviation of the group with the count in the
             denominator. `"group"`, `"batch"` and `"none"` are TRL's.
         temperature: 0.8.
@@ -46,7 +46,7 @@ class GRPOExtConfig(GRPOConfig):
             taken one at a time in its place. Recommended: None where a step fits, else prompt + completion tokens of
             as many rows as do; the result is the same for every value.
         kl_estimator: how the KL to the reference is estimated, for `loss_type` "grpo_sequence" and "grpo": `"k1"`,
-            `"k2"`, `"k3"` (default) or `"exact"`, see `grpo_ext/algorithm/kl.py`. Recommended: "k3"; "exact" has no
+            `"k2"`, `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. Recommended: "k3"; "exact" has no
             sampling noise, and costs one more pass of the answers through the LM head. TRL's `use_bias_correction_kl`
             (on) keeps its meaning.
         log_kl: False. Log `kl` where `beta` is 0 as well, for one reference pass a rollout.
@@ -78,8 +78,8 @@ class GRPOExtConfig(GRPOConfig):
         replay_max_age: optimizer steps, 1 or more, 4 by default. Older groups are dropped, and so are those with an
             answer whose probability has changed by more than a factor of e.
         reward_timeout: seconds, above 0, 10 by default, that one answer may take in a reward, which runs in worker
-            processes (`grpo_ext/run/isolation.py`); a reward that judges all answers of a call together has that for
-            each of them. Recommended: ten times what the slowest answer takes.
+            processes (`grpo_ext/rollout/reward_workers.py`); a reward that judges all answers of a call together has
+            that for each of them. Recommended: ten times what the slowest answer takes.
         reward_workers: worker processes of each reward that judges each answer by itself and says so
             (`judges_alone = True`): None (default) for as many as this training process has cores. Others have one,
             which is given whole calls. 0 calls every reward in the training process: for one that changes something
@@ -89,7 +89,7 @@ class GRPOExtConfig(GRPOConfig):
         overlong_prompts: what to do with longer ones: `"error"` (default), or `"drop"` to leave these rows out, counted
             and printed. They are never cut, which would change the question.
         guards: True. Before the first step the settings, data, prompts and rewards are checked and one step of the
-            largest shape is rehearsed (`grpo_ext/run/preflight.py`), and the run is watched (`run/tripwires.py`).
+            largest shape is rehearsed (`grpo_ext/checks/preflight.py`), and the run is watched (`checks/watch.py`).
             False for test suites and for experiments that break these rules on purpose.
         dry_run: False. True stops after the checks and the rehearsal: `train()` returns without a step.
         kl_stop: nats a token, above 0: the run ends, and saves, where the KL to the reference (metric `kl`) is larger;

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, get_dataset_config_names, load_datase
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from grpo_ext.policy.loading import unreachable
+from grpo_ext.model.load import unreachable
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "code")

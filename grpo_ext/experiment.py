@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from trl.distributed import DistributedBackend
 
+from grpo_ext.checkpoints.best import BestAdapter, read_best
+from grpo_ext.console import banner
 from grpo_ext.data import Problems
-from grpo_ext.report.attempt import attempt
-from grpo_ext.report.curves import draw_curves
-from grpo_ext.report.evaluation import Evaluation, Problem, evaluate
-from grpo_ext.report.heldout import (
+from grpo_ext.evaluation.callback import (
     SHOWN_PROBLEMS,
     HeldOutAccuracy,
     append_evaluation,
@@ -28,10 +27,11 @@ from grpo_ext.report.heldout import (
     load_before,
     save_before,
 )
+from grpo_ext.evaluation.complete import Evaluation, Problem, evaluate
 from grpo_ext.report.page import write_page
+from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.summary import summarise, verdict, write_summary
-from grpo_ext.run import banner
-from grpo_ext.run.best import BestAdapter, read_best
+from grpo_ext.report.warn_on_error import attempt
 from grpo_ext.trainer import GRPOExtTrainer
 from rewards.completion import text_of
 

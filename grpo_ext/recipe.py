@@ -2,7 +2,7 @@
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
 that `--config` names; flags win. `$RECIPES` in a model or data set is the folder of the recipes, and
-`--num_generations auto` is decided before the run (`run/generations.py`).
+`--num_generations auto` is decided before the run (`memory/auto_group_size.py`).
 """
 
 import os
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, TrlParser, get_peft_config
 
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.data import USUAL_WORDING, Problems, Wording, load_problems
-from grpo_ext.policy.loading import PolicyConfig, model_init_kwargs, quantization
-from grpo_ext.run.generations import asked_for, resolved
-from grpo_ext.run.quiet import quiet_libraries
+from grpo_ext.memory.auto_group_size import asked_for, resolved
+from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
 from grpo_ext.trainer import GRPOExtTrainer
 
 

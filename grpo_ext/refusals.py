@@ -6,8 +6,8 @@ Each message gives what was received, what is valid, and what to type.
 import math
 from typing import Any
 
-from grpo_ext.algorithm.kl import KL_ESTIMATORS
-from grpo_ext.algorithm.schedules import TEMPERATURE_SCHEDULES
+from grpo_ext.losses.kl import KL_ESTIMATORS
+from grpo_ext.losses.temperature import TEMPERATURE_SCHEDULES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 DEAD_GROUPS = ("keep", "skip", "resample")

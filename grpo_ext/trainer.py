@@ -8,18 +8,18 @@ from transformers import ProgressCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from grpo_ext.algorithm.advantages import population_advantages
-from grpo_ext.algorithm.objective import SequenceObjective
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.console.phase_timer import PhaseTimer
+from grpo_ext.console.progress import RewardProgress
+from grpo_ext.losses.advantages import population_advantages
+from grpo_ext.losses.sequence_grpo import SequenceObjective
+from grpo_ext.machine import peak_memory_mb
 from grpo_ext.mechanisms.guards import GuardedTrainer
 from grpo_ext.mechanisms.reference_kl import written
-from grpo_ext.policy.adapters import restore_float32, snapshot
-from grpo_ext.policy.loading import frozen_dtype
-from grpo_ext.report.metrics import MetricsFile
-from grpo_ext.run.isolation import WorkersEnd, in_workers
-from grpo_ext.run.machine import peak_memory_mb
-from grpo_ext.run.progress import RewardProgress
-from grpo_ext.run.timing import PhaseTimer
+from grpo_ext.model.adapters import restore_float32, snapshot
+from grpo_ext.model.load import frozen_dtype
+from grpo_ext.report.metrics_file import MetricsFile
+from grpo_ext.rollout.reward_workers import WorkersEnd, in_workers
 
 # Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
 MULTIMODAL_INPUTS = (
@@ -39,8 +39,8 @@ MULTIMODAL_INPUTS = (
 class GRPOExtTrainer(GuardedTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
-    - `loss_type="grpo_sequence"`: the document's objective, computed by `algorithm/objective.py`.
-    - `scale_rewards="population"`: the document's group normalisation, computed by `algorithm/advantages.py`.
+    - `loss_type="grpo_sequence"`: the document's objective, computed by `losses/sequence_grpo.py`.
+    - `scale_rewards="population"`: the document's group normalisation, computed by `losses/advantages.py`.
     - `share_prompt=True`: completions are drawn, and log-probs of every loss computed, with each prompt read once for
       all of its completions, see `mechanisms/shared_sampling.py` and `mechanisms/shared_prompt.py`.
     - LoRA on the LM head is trained, tied embeddings included: `mechanisms/adapted_head.py`.
@@ -51,8 +51,8 @@ class GRPOExtTrainer(GuardedTrainer):
     - `replay_fraction`: `mechanisms/replay.py`.
     - Its own card, and what is pushed to the Hub is chosen and cannot end a run: `mechanisms/publishing.py`.
     - Checkpoints that are whole, and exact resume: `mechanisms/resume.py`.
-    - Rewards run in worker processes: `run/isolation.py`; not beside an `environment_factory`, whose environments live
-      in the process of the training.
+    - Rewards run in worker processes: `rollout/reward_workers.py`; not beside an `environment_factory`, whose
+      environments live in the process of the training.
     - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run: `mechanisms/guards.py`.
     - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
     - `metrics.jsonl`, and what else a report needs, in the output folder: `mechanisms/recording.py`. Seconds per phase

@@ -3,15 +3,15 @@
     accelerate launch recipes/coding.py --config recipes/mbpp_qlora.yaml
 
 One GPU of 12 GB or more; planned, and not measured yet, so there is no number to expect. It needs bubblewrap
-(`apt install bubblewrap`): what the sandbox stops and what it does not stands in rewards/sandbox.py.
+(`apt install bubblewrap`): what the sandbox stops and what it does not stands in rewards/code/sandbox.py.
 
 Without arguments the embedded model is set on the 40 problems of recipes/tiny_coding.jsonl. That shows that everything
 is installed and runs, offline and in a minute; the model only knows sums, so every program is wrong and nothing is
 learnt (held-out pass@1: 0.00). For anything real give a model.
 
 Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`, see
-rewards/program.py. Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a
-flag, or a line of a YAML file that `--config` names; flags win.
+rewards/code/program.py. Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py)
+is a flag, or a line of a YAML file that `--config` names; flags win.
 """
 
 import sys
@@ -25,7 +25,7 @@ from typing import Any
 
 from grpo_ext.data import Problems, Wording
 from grpo_ext.experiment import run
-from grpo_ext.policy.loading import load_tokenizer
+from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems, parse
 from rewards import program_reward
 
@@ -57,7 +57,9 @@ def judged(problems: Problems) -> Problems:
     train, heldout = (rows.filter(can_be_judged) for rows in (problems.train, problems.heldout))
     dropped = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
     if not len(train) or not len(heldout):
-        raise SystemExit("No problem has tests that can be judged; rewards/program.py says which columns hold them.")
+        raise SystemExit(
+            "No problem has tests that can be judged; rewards/code/program.py says which columns hold them."
+        )
     note = f"; {dropped} problems whose tests cannot be judged were left out" if dropped else ""
     return replace(problems, train=train, heldout=heldout, note=problems.note + note)
 

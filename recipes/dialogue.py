@@ -11,8 +11,9 @@ Held-out success: greedy 0.12 -> 1.00, sampled 0.40 -> 0.98 (n=256, seed 0), hal
 Guess a number from hints, with a chat model on one GPU of 8 GB or more; planned, and not measured yet, so there is no
 number to expect.
 
-The environments are in grpo_ext/rollout/games.py; copy one and put yours in its place. Every field of GRPOExtConfig, of
-TRL's ModelConfig and of DialogueArguments below is a flag, or a line of a YAML file that `--config` names; flags win.
+The environments are in grpo_ext/rollout/example_envs.py; copy one and put yours in its place. Every field of
+GRPOExtConfig, of TRL's ModelConfig and of DialogueArguments below is a flag, or a line of a YAML file that `--config`
+names; flags win.
 """
 
 import sys
@@ -29,11 +30,11 @@ from datasets import Dataset
 
 from grpo_ext.data import Problems
 from grpo_ext.experiment import run
-from grpo_ext.policy.loading import load_tokenizer
+from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems, parse
-from grpo_ext.report.dialogues import evaluate_dialogue
+from grpo_ext.evaluation.dialogue import evaluate_dialogue
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
-from grpo_ext.rollout.games import Calculator, GuessNumber
+from grpo_ext.rollout.example_envs import Calculator, GuessNumber
 
 GUESS_NUMBER = "guess_number"
 

@@ -29,9 +29,9 @@ from datasets import Dataset
 
 from grpo_ext.data import PLAIN_PROMPT, Problems, Wording, with_prompts
 from grpo_ext.experiment import run
-from grpo_ext.policy.loading import load_tokenizer
+from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import RecipeArguments, begin, build_trainer, parse
-from grpo_ext.run.isolation import in_workers
+from grpo_ext.rollout.reward_workers import in_workers
 from rewards.logic import logic_problems, logic_reward
 
 SYSTEM_LINE = "Reason step by step, and put the final answer between <answer> and </answer>."

@@ -21,10 +21,10 @@ sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/
 
 from grpo_ext import GRPOExtConfig
 from grpo_ext.experiment import run
-from grpo_ext.policy.loading import PolicyConfig, load_tokenizer
+from grpo_ext.model.load import PolicyConfig, load_tokenizer
 from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems
 from grpo_ext.recipe import parse as parse_flags
-from grpo_ext.run.isolation import in_workers
+from grpo_ext.rollout.reward_workers import in_workers
 from rewards import check_gold, math_answer_reward
 
 

@@ -4,8 +4,8 @@
 `rewards.logic` stands apart, since it needs reasoning-gym: `from rewards.logic import logic_problems, logic_reward`.
 """
 
-from rewards.math_answer import MathAnswerReward, check_gold, math_answer_reward
-from rewards.program import ProgramReward, program_reward
+from rewards.code.program import ProgramReward, program_reward
+from rewards.math.reward import MathAnswerReward, check_gold, math_answer_reward
 from rewards.text_shape import (
     CoherenceReward,
     FormatReward,

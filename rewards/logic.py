@@ -4,10 +4,10 @@
     train[0]  ->  {"question": "What is 4 + 3?", "answer": "7", "task": "chain_sum", "metadata": "{...}"}
     logic_reward(["<answer>7</answer>"], answer=["7"], task=["chain_sum"], metadata=["{...}"])  ->  [1.0]
 
-The answer is the final answer as in `rewards.final_answer`, else the last line that is not blank; an answer of several
-lines has to stand in `<answer>` tags. Scores stay as reasoning-gym gives them, partial ones too: many scorers pay a
-little for any answer in the right form, or for the right answer inside a longer one, so look at the held-out share of
-full scores, not at the mean reward alone.
+The answer is the final answer as in `rewards.math.final_answer`, else the last line that is not blank; an answer of
+several lines has to stand in `<answer>` tags. Scores stay as reasoning-gym gives them, partial ones too: many scorers
+pay a little for any answer in the right form, or for the right answer inside a longer one, so look at the held-out
+share of full scores, not at the mean reward alone.
 """
 
 import json
@@ -20,8 +20,8 @@ from typing import Any
 import reasoning_gym
 
 from rewards.completion import Completion, text_of
-from rewards.deadline import DeadlinePassed, within
-from rewards.final_answer import final_answer
+from rewards.math.final_answer import final_answer
+from rewards.workers.deadline import DeadlinePassed, within
 
 SCORING_SECONDS = 2.0  # for one answer, in the main thread
 
@@ -119,7 +119,7 @@ def logic_reward(
     return [_score(text, *row) for text, *row in rows]
 
 
-vars(logic_reward)["judges_alone"] = True  # see `rewards.pool`: it runs in worker processes
+vars(logic_reward)["judges_alone"] = True  # see `rewards.workers.pool`: it runs in worker processes
 
 
 def _score(text: str, gold: str, task: str, metadata: str) -> float:

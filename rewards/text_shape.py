@@ -33,7 +33,7 @@ class FormatReward:
 
     tags: tuple[str, ...] = ("think", "answer")
     partial: bool = False
-    needs_no_worker: ClassVar[bool] = True  # see `rewards.pool`
+    needs_no_worker: ClassVar[bool] = True  # see `rewards.workers.pool`
 
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) < len(self.tags) or not all(map(str.isidentifier, self.tags)):
@@ -75,7 +75,7 @@ class LengthReward:
 
     target: int = 50
     unit: str = "words"
-    needs_no_worker: ClassVar[bool] = True  # see `rewards.pool`
+    needs_no_worker: ClassVar[bool] = True  # see `rewards.workers.pool`
 
     def __post_init__(self) -> None:
         if self.target <= 0:
@@ -107,7 +107,7 @@ class CoherenceReward:
 
     connectives: tuple[str, ...] = ("因为", "所以", "然而", "但是")
     each: float = 0.2
-    needs_no_worker: ClassVar[bool] = True  # see `rewards.pool`
+    needs_no_worker: ClassVar[bool] = True  # see `rewards.workers.pool`
 
     def __post_init__(self) -> None:
         if not self.connectives or not all(self.connectives):

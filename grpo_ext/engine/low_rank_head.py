@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from grpo_ext.model.unwrap import head_of
+
 TILE = (1024, 32768)  # tokens x words; TRL has four times the tokens, without copies of a tile in float32
 
 
@@ -52,12 +54,6 @@ class LogitScale(NamedTuple):
         if self.softcap is None:
             return slope
         return (1 - (logits * (self.temperature / self.softcap)) ** 2) * slope
-
-
-def head_of(lm: PreTrainedModel) -> nn.Module | None:
-    """What stands at the LM head: the adapter's layer where there is one, whatever `lm.get_output_embeddings` was
-    made to return."""
-    return type(lm).get_output_embeddings(lm)
 
 
 def active_low_rank(lm: PreTrainedModel, hidden_TH: Tensor) -> LowRank | None:

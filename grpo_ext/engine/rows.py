@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from grpo_ext.engine.groups import Siblings, cut_rows, of_one_length
-from grpo_ext.engine.routing import RouterSums
+from grpo_ext.engine.moe_aux_loss import RouterSums
 
 
 @dataclass(frozen=True, kw_only=True)

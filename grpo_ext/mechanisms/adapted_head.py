@@ -7,13 +7,14 @@ from torch import nn
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.shared_prompt import SharedPromptTrainer
-from grpo_ext.policy.lm_head import frozen_head_shown, has_adapter_on_head, why_head_not_trained
+from grpo_ext.model.lm_head_lora import frozen_head_shown, has_adapter_on_head, why_head_not_trained
 
 
 class AdaptedHeadTrainer(SharedPromptTrainer):
     """`SharedPromptTrainer` with this difference:
 
-    - LoRA on the LM head is trained, also where the head's weight is the embedding's: `policy/lm_head.py`. TRL raises.
+    - LoRA on the LM head is trained, also where the head's weight is the embedding's: `model/lm_head_lora.py`. TRL
+      raises.
     """
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):

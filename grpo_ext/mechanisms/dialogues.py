@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from grpo_ext.engine.sampling import Drawn
+from grpo_ext.engine.decode import Drawn
 from grpo_ext.mechanisms.shared_sampling import SharedSamplingTrainer
+from grpo_ext.rollout.chat_turns import Turns
 from grpo_ext.rollout.dialogue import Dialogue
-from grpo_ext.rollout.turns import Turns
 
 
 class DialogueTrainer(SharedSamplingTrainer):

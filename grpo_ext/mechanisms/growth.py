@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.algorithm.advantages import alive_groups
-from grpo_ext.algorithm.subsets import max_variance_subset
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.losses.advantages import alive_groups
+from grpo_ext.losses.subset import max_variance_subset
 from grpo_ext.mechanisms.rounds import RoundsTrainer
-from grpo_ext.rollout.answers import Rollout
+from grpo_ext.rollout.types import Rollout
 
 
 class GrowthTrainer(RoundsTrainer):
@@ -18,7 +18,7 @@ class GrowthTrainer(RoundsTrainer):
 
     - `num_generations_max`: to prompts whose answers are all worth the same, more are drawn, as many again as a group
       has, on the states of the prompt that the sampler kept. Of a group that came alive, the answers whose rewards
-      differ most are trained on (`algorithm/subsets.py`), with advantages from the mean and deviation of all.
+      differ most are trained on (`losses/subset.py`), with advantages from the mean and deviation of all.
       Metrics: `growth/groups`, those that were dead after G answers, and `growth/alive`, those of them that came alive.
     """
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
+from grpo_ext.checks.preflight import before_training, before_weights
+from grpo_ext.checks.watch import Tripwires
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.recording import RecordingTrainer
-from grpo_ext.run.preflight import before_training, before_weights
-from grpo_ext.run.tripwires import Tripwires
 
 _POSITIONAL = ("model", "reward_funcs", "args")
 
@@ -19,8 +19,8 @@ class GuardedTrainer(RecordingTrainer):
     """TRL's `GRPOTrainer` with these differences, where `args.guards` is on:
 
     - Settings, data, prompts and rewards are checked before the weights are loaded, and a step of the largest shape is
-      rehearsed before the first one (`run/preflight.py`); with `args.dry_run` the run ends there.
-    - The run is watched (`run/tripwires.py`).
+      rehearsed before the first one (`checks/preflight.py`); with `args.dry_run` the run ends there.
+    - The run is watched (`checks/watch.py`).
     """
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
@@ -38,7 +38,7 @@ class GuardedTrainer(RecordingTrainer):
         """Check the run and rehearse its largest step, once; `train` does so where nobody did.
 
         Raises:
-            ValueError, RuntimeError: as `before_training` in `run/preflight.py`.
+            ValueError, RuntimeError: as `before_training` in `checks/preflight.py`.
         """
         if not self._is_checked:
             before_training(self)

@@ -11,11 +11,11 @@ from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.report.attempt import attempt
 from grpo_ext.report.card import write_card
-from grpo_ext.report.curves import draw_curves
 from grpo_ext.report.hub import RunPushes, check_write_access
-from grpo_ext.report.metrics import metrics_path
+from grpo_ext.report.metrics_file import metrics_path
+from grpo_ext.report.png_plots import draw_curves
+from grpo_ext.report.warn_on_error import attempt
 
 logger = get_logger(__name__)
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.resume import ResumeTrainer
-from grpo_ext.report.completions import CompletionsFile, Judged, append_completions
-from grpo_ext.report.settings import SettingsFile
-from grpo_ext.report.texts import gold_of
+from grpo_ext.report.completions_file import CompletionsFile, Judged, append_completions
+from grpo_ext.report.display_text import gold_of
+from grpo_ext.report.run_settings import SettingsFile
 
 
 class RecordingTrainer(ResumeTrainer):

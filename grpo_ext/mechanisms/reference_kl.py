@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.algorithm.kl import sampled_kl
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.engine.sharing import base_of
+from grpo_ext.losses.kl import sampled_kl
 from grpo_ext.mechanisms.resampling import ResamplingTrainer
-from grpo_ext.policy.reference import REFERENCE, ReferenceSync, why_not_mixed, why_not_the_start
+from grpo_ext.model.reference import REFERENCE, ReferenceSync, why_not_mixed, why_not_the_start
+from grpo_ext.model.unwrap import base_of
 
 
 class ReferenceKLTrainer(ResamplingTrainer):
@@ -25,7 +25,7 @@ class ReferenceKLTrainer(ResamplingTrainer):
       scored, and the update compares whole distributions through the LM head that policy and reference share.
     - `log_kl`: the reference pass runs for the metric where `beta` is 0, too.
     - `sync_ref_model` works with an adapter: the reference is a second, frozen one on the same backbone, see
-      `policy/reference.py`. It lies in checkpoints, and not beside the adapter that is published.
+      `model/reference.py`. It lies in checkpoints, and not beside the adapter that is published.
     - Adapters with which the backbone alone is not the starting model are refused where there is a reference.
     """
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import pad
 
-from grpo_ext.algorithm.advantages import alive_groups
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.losses.advantages import alive_groups
 from grpo_ext.mechanisms.temperature import TemperatureTrainer
-from grpo_ext.rollout.answers import Answer, Rollout
-from grpo_ext.rollout.replay import GroupReplayBuffer, KeptGroup
+from grpo_ext.rollout.replay_buffer import GroupReplayBuffer, KeptGroup
+from grpo_ext.rollout.types import Answer, Rollout
 
 STATE_FILE = "replay.json"
 # Nats: an answer whose probability has changed by more than e since it was drawn is too far from the policy to learn

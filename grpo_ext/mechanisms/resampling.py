@@ -7,10 +7,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from grpo_ext.algorithm.advantages import alive_groups
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.losses.advantages import alive_groups
 from grpo_ext.mechanisms.growth import GrowthTrainer
-from grpo_ext.rollout.answers import Rollout
+from grpo_ext.rollout.types import Rollout
 
 
 class ResamplingTrainer(GrowthTrainer):

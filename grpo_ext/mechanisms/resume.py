@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from grpo_ext.checkpoints import files
+from grpo_ext.checkpoints.fingerprint import fingerprint, first_difference
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.replay import ReplayTrainer
-from grpo_ext.run import checkpoint as files
-from grpo_ext.run.fingerprint import fingerprint, first_difference
 
 RUN_FILE, REFERENCE_FILE = "run.json", "reference.safetensors"
 OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # of one piece, of FSDP in shards, of DeepSpeed
@@ -38,8 +38,8 @@ class ResumeTrainer(ReplayTrainer):
     - A run that is resumed is the run that was not stopped, to the bit on a CPU: transformers and TRL lose the rollout
       that is in use, the place in it, the order of prompts from the second pass on, and the sum of losses.
     - `train(resume_from_checkpoint="last")`, or True, takes the last checkpoint in `output_dir` that is whole
-      (`run/checkpoint.py`). One that a run with another model, adapter, data set or other settings made is refused,
-      naming the first difference (`run/fingerprint.py`).
+      (`checkpoints/files.py`). One that a run with another model, adapter, data set or other settings made is refused,
+      naming the first difference (`checkpoints/fingerprint.py`).
     - A step that is saved is also logged. A finished run that is resumed trains no further step.
     - A checkpoint that cannot be written stops the run, and the one before it stays.
     """
@@ -68,7 +68,7 @@ class ResumeTrainer(ReplayTrainer):
         """The checkpoint that `train(resume_from_checkpoint=wanted)` resumes from; None where it begins at step 0.
 
         Raises:
-            ValueError: none that is asked for is whole (`run/checkpoint.py`), or it is another run's.
+            ValueError: none that is asked for is whole (`checkpoints/files.py`), or it is another run's.
         """
         folder = files.find(wanted, self.args.output_dir)
         if folder is None:

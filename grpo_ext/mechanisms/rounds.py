@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.algorithm.advantages import combine_rewards, kinds_of_groups
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.losses.advantages import combine_rewards, kinds_of_groups
 from grpo_ext.mechanisms.dialogues import DialogueTrainer
-from grpo_ext.rollout.answers import Answer, Rollout
+from grpo_ext.rollout.types import Answer, Rollout
 
 
 class RoundsTrainer(DialogueTrainer):

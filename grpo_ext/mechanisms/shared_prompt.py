@@ -9,10 +9,11 @@ from trl.trainer.utils import split_tensor_dict
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.engine.groups import find_siblings, keep_together, unpadded
+from grpo_ext.engine.install import add_shared_scoring, why_not_shared
 from grpo_ext.engine.rows import Rows, Scores
-from grpo_ext.engine.sharing import add_shared_scoring, base_of, why_not_shared
 from grpo_ext.mechanisms.publishing import PublishingTrainer
-from grpo_ext.policy.backbone import keep_four_bits
+from grpo_ext.model.load import keep_four_bits
+from grpo_ext.model.unwrap import base_of
 
 logger = get_logger(__name__)
 

@@ -6,9 +6,10 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
-from grpo_ext.engine.sampling import GroupSampler
-from grpo_ext.engine.sharing import base_of, shared_sampling, why_not_sampled
+from grpo_ext.engine.decode import GroupSampler
+from grpo_ext.engine.install import shared_sampling, why_not_sampled
 from grpo_ext.mechanisms.adapted_head import AdaptedHeadTrainer
+from grpo_ext.model.unwrap import base_of
 from grpo_ext.rollout.dialogue import Dialogue
 
 logger = get_logger(__name__)
@@ -17,7 +18,7 @@ logger = get_logger(__name__)
 class SharedSamplingTrainer(AdaptedHeadTrainer):
     """`AdaptedHeadTrainer` with these differences, where it shares prompts and TRL would call `generate`:
 
-    - Completions are drawn by `engine/sampling.py`: the tokens that transformers would draw from the same random state.
+    - Completions are drawn by `engine/decode.py`: the tokens that transformers would draw from the same random state.
     - Where TRL would score the completions once more for their old log-probs (`num_iterations > 1`, or accumulation
       that does not fit the rollout), those of the sampler are taken, as long as they agree with TRL's pass to within
       `epsilon / 10` a sequence. Metric: `sampling/logp_gap`, the largest difference seen (nats a sequence).

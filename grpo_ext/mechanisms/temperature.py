@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grpo_ext.algorithm.schedules import EntropyController, linear_temperature
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.losses.temperature import EntropyController, linear_temperature
 from grpo_ext.mechanisms.dead_groups import DeadGroupsTrainer
 from grpo_ext.mechanisms.reference_kl import written
 

@@ -16,10 +16,10 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from grpo_ext.report.curves import CURVES_FILE
-from grpo_ext.report.evaluation import Estimate
+from grpo_ext.console.banner import describe
+from grpo_ext.evaluation.complete import Estimate
+from grpo_ext.report.png_plots import CURVES_FILE
 from grpo_ext.report.summary import PACKAGES, SUMMARY_FILE
-from grpo_ext.run.banner import describe
 
 CARD_FILE = "README.md"
 CARD_TAG = "grpo-ext"  # of ours; PEFT writes cards, too

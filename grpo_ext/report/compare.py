@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_ext.report.findings import Run, results, written
-from grpo_ext.report.panels import PALETTE, Line, Panel, panels_of
+from grpo_ext.report.plot_data import PALETTE, Line, Panel, panels_of
+from grpo_ext.report.run_reader import Run, results, written
 
 OWN = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # settings that differ between any two runs
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from grpo_ext.report.card import CARD_FILE, for_hub, read_card
-from grpo_ext.report.curves import CURVES_FILE
+from grpo_ext.report.png_plots import CURVES_FILE
 from grpo_ext.report.summary import SUMMARY_FILE
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -1,8 +1,8 @@
 """`report.html`: a run in one file that opens anywhere, without a network, from what is in its folder so far.
 
-The verdict in one sentence, the curves of `report/panels.py`, what the policy wrote in each group and what it earned,
-the same held-out problems over time, settings, versions, and the command to repeat it. Of several runs: their curves
-over each other, and what differs.
+The verdict in one sentence, the curves of `report/plot_data.py`, what the policy wrote in each group and what it
+earned, the same held-out problems over time, settings, versions, and the command to repeat it. Of several runs: their
+curves over each other, and what differs.
 
 What the model wrote is not to be trusted: it is text inside JSON, which `page.js` shows as text. A policy in the page
 itself forbids every script but Bokeh's and its own, by their hashes, and every request. Styles are allowed, since Bokeh
@@ -21,13 +21,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from grpo_ext.evaluation.callback import HELDOUT_FILE
+from grpo_ext.report.bokeh_plots import IN_THE_DARK, drawn, library
 from grpo_ext.report.compare import differences, names_of, outcomes, overlaid
-from grpo_ext.report.completions import COMPLETIONS_FILE
-from grpo_ext.report.figures import IN_THE_DARK, drawn, library
-from grpo_ext.report.findings import Run, provenance, reliability, results, status, verdict, written
-from grpo_ext.report.heldout import HELDOUT_FILE
-from grpo_ext.report.panels import PALETTE, Panel, panels_of
-from grpo_ext.report.thinning import NEWEST, read_thinned
+from grpo_ext.report.completions_file import COMPLETIONS_FILE
+from grpo_ext.report.downsample import NEWEST, read_thinned
+from grpo_ext.report.plot_data import PALETTE, Panel, panels_of
+from grpo_ext.report.run_reader import Run, provenance, reliability, results, status, verdict, written
 
 PAGE_FILE = "report.html"
 MOST_BYTES = 5_000_000

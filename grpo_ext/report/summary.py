@@ -12,10 +12,10 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from grpo_ext.policy.adapters import share_of_trainable
-from grpo_ext.report.estimates import Difference, Estimate
-from grpo_ext.report.evaluation import Evaluation
-from grpo_ext.run.machine import device_name, peak_memory_mb
+from grpo_ext.evaluation.complete import Evaluation
+from grpo_ext.evaluation.estimates import Difference, Estimate
+from grpo_ext.machine import device_name, peak_memory_mb
+from grpo_ext.model.adapters import share_of_trainable
 
 SUMMARY_FILE = "summary.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")

@@ -27,9 +27,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_ext.engine.sampling import Drawn
-from grpo_ext.rollout.turns import Messages, Turns
-from rewards.pool import FEW, LAST_ANSWERS, MOST_FAILURES, name_of
+from grpo_ext.engine.decode import Drawn
+from grpo_ext.rollout.chat_turns import Messages, Turns
+from rewards.workers.pool import FEW, LAST_ANSWERS, MOST_FAILURES, name_of
 
 # Draws one turn each of some rows: their token ids so far, and how many more they may have -> what was drawn.
 Draw = Callable[[list[list[int]], list[int]], Drawn]
@@ -209,4 +209,4 @@ def dialogue_reward(completions: list[Any], episode_reward: list[float | None], 
     return episode_reward
 
 
-vars(dialogue_reward)["needs_no_worker"] = True  # see `rewards.pool`
+vars(dialogue_reward)["needs_no_worker"] = True  # see `rewards.workers.pool`

@@ -24,10 +24,10 @@ from trl import GRPOTrainer, get_peft_config
 
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.data import load_problems
-from grpo_ext.policy.loading import load_tokenizer, model_init_kwargs
-from grpo_ext.report.evaluation import complete, judge
-from grpo_ext.report.metrics import read_metrics
-from grpo_ext.run.quiet import quiet_libraries
+from grpo_ext.model.load import load_tokenizer, model_init_kwargs
+from grpo_ext.evaluation.complete import complete, judge
+from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.console.quiet import quiet_libraries
 from recipes.math import parse
 from recipes.tiny_math.study_report import Points, draw, table
 from rewards import math_answer_reward

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grpo_ext.report.panels import PALETTE
-from grpo_ext.report.estimates import Estimate
+from grpo_ext.report.plot_data import PALETTE
+from grpo_ext.evaluation.estimates import Estimate
 
 Points = list[dict[str, Any]]
 

@@ -1,0 +1,167 @@
+"""What is checked before the first step, so that a run fails in its first minute or not at all.
+
+`before_weights` needs the settings, the data, the tokenizer and the rewards; `before_training` the trainer, and
+rehearses a step. What cannot work is an error that says what was received, what is valid and what to type; what is only
+unwise is a warning.
+"""
+
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from grpo_ext.checks import prompts as check_prompts
+from grpo_ext.checks import rewards as check_rewards
+from grpo_ext.checks.worst_case_step import Rehearsal, rehearse, why_not_rehearsed
+from grpo_ext.model.adapters import trainable_parameters
+from grpo_ext.model.chat import render
+
+logger = get_logger(__name__)
+
+ROWS_TRIED = 2
+SHOWN_CHARACTERS = 600
+SLOW_LORA = 5e-6  # a learning rate of full fine-tuning
+FEW_GENERATIONS = 4
+
+
+def before_weights(given: dict[str, Any]) -> Any:
+    """Check what can be checked before a model is loaded, and warn.
+
+    Args:
+        given: the arguments of TRL's trainer, by name.
+
+    Returns:
+        The training data, without prompts that are too long where `overlong_prompts="drop"`.
+
+    Raises:
+        ValueError: something cannot work.
+    """
+    model, args, reward_funcs = given["model"], given["args"], given["reward_funcs"]
+    data, peft_config = given.get("train_dataset"), given.get("peft_config")
+    is_quantized = given.get("quantization_config") is not None or getattr(model, "is_quantized", False)
+    warnings = _check_settings(model, args, peft_config, is_quantized=is_quantized)
+    if isinstance(data, Dataset):
+        check_prompts.check_count(len(data), args.generation_batch_size, args.num_generations)
+        if given.get("rollout_func") is None and given.get("environment_factory") is None:
+            rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            check_rewards.check_signatures(rewards, data.column_names)
+            check_rewards.check_golds(rewards, data)
+            data, left_out = _check_prompts(model, args, data, given.get("processing_class"))
+            warnings += left_out
+    for warning in warnings:
+        logger.warning(warning)
+    return data
+
+
+def _check_settings(
+    model: str | nn.Module, args: GRPOConfig, peft_config: PeftConfig | None, *, is_quantized: bool
+) -> list[str]:
+    has_adapter = peft_config is not None or isinstance(model, PeftModel)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would copy the model to each of them for every step "
+            f"(DataParallel). Start one process a GPU with `accelerate launch --num_processes {args.n_gpu}`, or show "
+            f"one of them: CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.fp16 and args.use_cpu:
+        raise ValueError("fp16=True needs a GPU, and this run is on the CPU. Leave fp16 out, or use_cpu=False.")
+    if is_quantized and not has_adapter:
+        raise ValueError(
+            "A model in 4 or 8 bits cannot be trained itself. Give a peft_config to train an adapter on it, or load it "
+            "without quantization."
+        )
+    warnings, group = [], args.num_generations
+    if group < FEW_GENERATIONS:
+        odds = ", ".join(f"{p**group + (1 - p) ** group:.0%} at {p}" for p in (0.5, 0.8))
+        warnings.append(
+            f"num_generations={group}: a group whose answers are all right or all wrong teaches nothing, and that many "
+            f"will be (by the share of right answers: {odds}). Use 8 where memory allows."
+        )
+    if has_adapter and args.learning_rate < SLOW_LORA:
+        warnings.append(
+            f"learning_rate={args.learning_rate:g} is one of full fine-tuning; an adapter hardly moves with it. Use "
+            f"1e-5 to 1e-4."
+        )
+    dropout = getattr(peft_config, "lora_dropout", 0.0)
+    if dropout and not args.disable_dropout:
+        warnings.append(
+            f"lora_dropout={dropout} is live in sampling and in scoring: each sees another policy. Use "
+            f"disable_dropout=True, or lora_dropout=0."
+        )
+    return warnings
+
+
+def _check_prompts(
+    model: str | nn.Module, args: GRPOConfig, data: Dataset, tokenizer: Any
+) -> tuple[Dataset, list[str]]:
+    """The data without prompts that are to be left out, and how many there were, where some were."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(model, str):
+        options["revision"] = (args.model_init_kwargs or {}).get("revision") or "main"
+        config = AutoConfig.from_pretrained(model, **options)
+    else:
+        config = model.config
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(get_config_model_id(config), **options)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return data, []  # a processor, of images too
+    template, warnings = args.chat_template_kwargs or {}, []
+    if args.max_prompt_tokens is not None:
+        limits = args.max_prompt_tokens, args.overlong_prompts
+        data, left_out = check_prompts.without_overlong(data, tokenizer, template, *limits)
+        if left_out is not None:
+            warnings.append(left_out)
+            check_prompts.check_count(len(data), args.generation_batch_size, args.num_generations)
+    _, longest = check_prompts.find_longest(data, tokenizer, template)
+    check_prompts.check_tokens(longest, tokenizer, config, args.max_completion_length)
+    return data, warnings
+
+
+def before_training(trainer: GRPOTrainer) -> None:
+    """Check the trainer as it was built, call each reward once, rehearse a step and print what it takes. Where none can
+    be rehearsed, the log says why.
+
+    Raises:
+        ValueError: nothing trains, or a reward fails on two rows of the data.
+        RuntimeError: the largest step does not fit into memory.
+    """
+    if not trainable_parameters(trainer.model):
+        raise ValueError(
+            "No trainable parameters. Your adapter was loaded frozen; pass is_trainable=True to "
+            "PeftModel.from_pretrained, or give peft_config."
+        )
+    data, template = trainer.train_dataset, trainer.chat_template_kwargs
+    scores = {}
+    if isinstance(data, Dataset) and trainer.rollout_func is None and trainer.environment_factories is None:
+        scores = check_rewards.call_once(trainer.reward_funcs, [data[i] for i in range(min(ROWS_TRIED, len(data)))])
+    reason = why_not_rehearsed(trainer)
+    if reason is not None:
+        logger.warning(f"No step is rehearsed before the run: {reason}.")
+        return
+    row, _ = check_prompts.find_longest(data, trainer._tokenizer, template)
+    ends = set(trainer.eos_token_ids)
+    for warning in check_prompts.warnings_of_template(trainer._tokenizer, data[0]["prompt"], template, ends):
+        logger.warning(warning)
+    rehearsal = rehearse(trainer, data[row], render(trainer._tokenizer, data[0]["prompt"], **template))
+    if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
+        _show(rehearsal, scores)
+
+
+def _show(rehearsal: Rehearsal, scores: dict[str, list[float | None]]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("largest step", f"{rehearsal.seconds:.1f} s, {rehearsal.peak_mb / 1000:.2f} GB at its peak")
+    table.add_row("rewards", ", ".join(f"{name}: {values}" for name, values in scores.items()) + " for no answer")
+    table.add_row("first prompt", Text(rehearsal.prompt[-SHOWN_CHARACTERS:]))
+    table.add_row("an answer", Text(rehearsal.answer[:SHOWN_CHARACTERS]))
+    Console().print(Panel(table, title="Before the first step", title_align="left", expand=False))

@@ -1,0 +1,115 @@
+"""Prompts before a run: enough of them, none too long, tokens that the model has, and an end that it knows.
+
+find_longest(data, tokenizer, {})  ->  (17, [151644, 872, ..., 198])      row and token ids of the longest prompt
+"""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from grpo_ext.model.chat import render
+
+# Of the prompts with most characters, so many are tokenised to find the one with most tokens.
+CANDIDATES = 32
+TURN = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
+
+
+def check_count(prompts: int, rollout: int, num_generations: int) -> None:
+    """Whether there are prompts for one rollout of `rollout` completions: of fewer, TRL makes no step at all.
+
+    Raises:
+        ValueError: there are not.
+    """
+    needed = rollout // num_generations
+    if prompts == 0:
+        raise ValueError("The training data has no rows.")
+    if prompts < needed:
+        raise ValueError(
+            f"The training data has {prompts} prompts, and one rollout takes {needed} ({rollout} completions / "
+            f"num_generations={num_generations}). Add prompts, or lower per_device_train_batch_size, "
+            f"gradient_accumulation_steps or steps_per_generation."
+        )
+
+
+def without_overlong(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], limit: int, action: str
+) -> tuple[Dataset, str | None]:
+    """The data without prompts of more than `limit` tokens, and a line that says how many there were.
+
+    Raises:
+        ValueError: there are such prompts and `action` is "error", or nothing else is left.
+    """
+    lengths = data.map(
+        lambda row: {"tokens": len(render(tokenizer, row["prompt"], **template))},
+        remove_columns=data.column_names,
+        desc="prompt lengths",
+    )["tokens"]
+    kept = [i for i, tokens in enumerate(lengths) if tokens <= limit]
+    if len(kept) == len(data):
+        return data, None
+    found = f"{len(data) - len(kept)} of {len(data)} prompts are longer than max_prompt_tokens={limit}"
+    if action == "error" or not kept:
+        way_out = "Raise the limit" if action == "drop" else 'Pass overlong_prompts="drop" or raise the limit'
+        raise ValueError(f"{found} (longest {max(lengths)}). {way_out}.")
+    return data.select(kept), f"{found} and were left out (longest {max(lengths)})."
+
+
+def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> tuple[int, list[int]]:
+    """Row and token ids of the longest prompt; among many, of those with most characters."""
+    prompts = data["prompt"][:]
+    rows = sorted(range(len(prompts)), key=lambda row: -len(str(prompts[row])))[:CANDIDATES]
+    return max(((row, render(tokenizer, prompts[row], **template)) for row in rows), key=lambda found: len(found[1]))
+
+
+def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int) -> None:
+    """Whether the model has these tokens, and positions for them and `new_tokens` more.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        ValueError: it has not.
+    """
+    text_config = config.get_text_config()
+    largest = max([*longest, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0])
+    if largest >= text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has a token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model knows "
+            f"{text_config.vocab_size} tokens. Take the tokenizer of this model, or resize its embeddings."
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and len(longest) + new_tokens > positions:
+        raise ValueError(
+            f"The longest prompt has {len(longest)} tokens; with max_completion_length={new_tokens} that is more than "
+            f"the model's {positions} positions. Lower max_completion_length, or leave long prompts out: "
+            f"max_prompt_tokens={max(1, positions - new_tokens)}, overlong_prompts='drop'."
+        )
+
+
+def warnings_of_template(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, template: dict[str, Any], ends: set[int]
+) -> list[str]:
+    """What looks wrong with how prompts are rendered, and with how an answer would end.
+
+    Args:
+        prompt: one of them.
+        ends: ids of the tokens that end an answer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            return []
+        return [
+            "The prompts are plain text, and the tokenizer has a chat template, which they do not go through. For a "
+            "chat model, make each prompt a list of messages: [{'role': 'user', 'content': ...}]."
+        ]
+    text = tokenizer.apply_chat_template(TURN, tokenize=False, **template)
+    after = text.rpartition(TURN[-1]["content"])[2]
+    ids = tokenizer(text=after, add_special_tokens=False)["input_ids"]
+    if not ids or ends.intersection(ids):
+        return []
+    return [
+        f"The chat template ends a turn with {after!r}, which holds none of the tokens that end an answer "
+        f"({', '.join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ends))))}): answers would run on to "
+        f"max_completion_length. Set eos_token of the tokenizer, or eos_token_id of the model's generation config."
+    ]

@@ -1,0 +1,119 @@
+"""Rewards before a run: the columns and arguments that they need, and a call of each on two rows of the data.
+
+A reward that misses a column fails after the first rollout; here it fails before any weight is loaded.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerState
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+from rewards import MathAnswerReward, check_gold
+from rewards.workers.pool import IsolatedReward
+
+# What TRL gives to a reward by name, beside the columns of the data.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+NOT_GIVEN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps to itself
+COMPLETION = "A first answer, to see what the reward returns."
+
+
+def check_signatures(reward_funcs: Sequence[Any], columns: Sequence[str]) -> None:
+    """Whether TRL can call each reward with these columns.
+
+    Raises:
+        ValueError: a reward needs a column that the data does not have, or does not take what TRL gives.
+    """
+    known = {*GIVEN, *columns} - {"prompt", "completion"}
+    for reward in filter(_is_function, reward_funcs):
+        name, parameters = get_callable_name(reward), inspect.signature(reward).parameters
+        kinds = [parameter.kind for parameter in parameters.values()]
+        for parameter in parameters.values():
+            is_needed = parameter.default is parameter.empty and parameter.kind not in (
+                parameter.VAR_KEYWORD,
+                parameter.VAR_POSITIONAL,
+            )
+            if is_needed and parameter.name not in known:
+                raise ValueError(
+                    f"Reward {name!r} needs column {parameter.name!r}; the dataset has: {', '.join(columns)}."
+                )
+        if inspect.Parameter.VAR_KEYWORD not in kinds and not known - {"environments"} <= set(parameters):
+            taken = ", ".join(parameters)
+            raise ValueError(
+                f"Reward {name!r} takes ({taken}) only, and TRL gives every column and more by name. Let it take the "
+                f"rest as well: def {name}({taken}, **columns)."
+            )
+
+
+def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
+    """Whether the gold answers of a reward that parses mathematics can be read.
+
+    Raises:
+        ValueError: some cannot; their rows are named.
+    """
+    if "answer" in data.column_names and any(
+        isinstance(inspect.unwrap(reward), MathAnswerReward) for reward in filter(callable, reward_funcs)
+    ):
+        check_gold(data["answer"])
+
+
+def call_once(reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Call each reward on these rows of the data, with a completion that says nothing; name -> scores.
+
+    Args:
+        reward_funcs: as TRL takes them; reward models are left out.
+        rows: with `prompt`, two or more, as TRL gives them to rewards.
+
+    Raises:
+        ValueError: a reward raises, or does not return a number or None for each row.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions: list[Any] = [
+        COMPLETION if isinstance(prompt, str) else [{"role": "assistant", "content": COMPLETION}] for prompt in prompts
+    ]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_GIVEN}
+    columns |= {"prompts": prompts, "completions": completions, "completion_ids": [[0] for _ in rows]}
+    columns |= {"trainer_state": TrainerState(), "log_extra": _nothing, "log_metric": _nothing}
+    scores = {}
+    for reward in filter(_is_function, reward_funcs):
+        name = get_callable_name(reward)
+        try:
+            returned = _call(reward, columns)
+        except Exception as error:  # whatever a reward may raise
+            where = f"the first {len(rows)} rows of the data" if len(rows) > 1 else "the first row of the data"
+            raise ValueError(f"Reward {name!r} raised {error!r} on {where}, answered by {COMPLETION!r}.") from error
+        if not isinstance(returned, list | tuple) or len(returned) != len(rows):
+            raise ValueError(
+                f"Reward {name!r} returned {returned!r} for {len(rows)} completions; a list of {len(rows)}."
+            )
+        for score in returned:
+            if score is not None and not _is_number(score):
+                raise ValueError(f"Reward {name!r} returned {score!r} for a completion; valid: a number, or None.")
+        scores[name] = [None if score is None else float(score) for score in returned]
+    return scores
+
+
+def _call(reward: Callable[..., Any], columns: dict[str, Any]) -> Any:
+    if is_async_callable(reward):
+        return asyncio.run(reward(**columns))
+    return reward.try_out(**columns) if isinstance(reward, IsolatedReward) else reward(**columns)
+
+
+def _is_function(reward: Any) -> bool:
+    return callable(reward) and not isinstance(reward, nn.Module)
+
+
+def _is_number(score: Any) -> bool:
+    try:
+        float(score)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(score, str)
+
+
+def _nothing(*args: object) -> None:
+    """Stands for what TRL lets a reward log."""

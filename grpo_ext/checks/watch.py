@@ -1,0 +1,192 @@
+"""What is watched while a run goes on. Each wire names what happened, why it may be, and what to do.
+
+- The KL at the first step is not 0: the reference is not the starting policy. Stops.
+- No trainable parameter moved in an update that had a gradient. Stops.
+- A loss or gradient that is not finite: the update is skipped and its batch saved; the third one stops.
+- The KL is above `kl_stop`: the run saves and ends.
+- Nearly every answer was cut off in five rollouts on end, or every group dead in twenty: warns, once.
+
+Rewards that fail are watched where they run, in `rewards/workers/pool.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
+
+from grpo_ext.model.adapters import part_here, trainable_parameters
+
+logger = get_logger(__name__)
+
+SKIPPED_AT_MOST = 3
+CUT_SHARE, CUT_ROLLOUTS = 0.9, 5
+DEAD_ROLLOUTS = 20
+# Nats a token that a KL of 0 may come out as: by rounding in float32, and with autocast.
+ZERO_KL, ZERO_KL_AUTOCAST = 1e-3, 1e-2
+
+
+class Tripwires(TrainerCallback):
+    """Watches one trainer, which calls `after_rollout` and `after_loss`; everything else comes by the callbacks."""
+
+    def __init__(self, trainer: GRPOTrainer):
+        self._trainer = trainer
+        self._marks: Tensor | None = None  # of the trainable parameters before the first update
+        self._had_gradient = False
+        self._rate = 0.0  # of the update that is due
+        self._is_bad = torch.zeros((), device=trainer.accelerator.device)  # whether a loss of this step was not finite
+        self._skipped = self._cut = self._dead = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember where the parameters begin."""
+        self._marks = _marks(self._trainer)
+
+    def after_loss(self, loss: Tensor) -> None:
+        """Take note of the loss of a micro-batch."""
+        self._is_bad = torch.maximum(self._is_bad, (~loss.detach().isfinite()).float())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out an update that is not finite, on all processes alike.
+
+        Raises:
+            RuntimeError: it is the third one, or DeepSpeed has made it already.
+        """
+        trainer, step = self._trainer, state.global_step + 1
+        self._rate = max(group["lr"] for group in trainer.optimizer.param_groups)
+        parameters = trainable_parameters(trainer.model).values()
+        norms = self._norms([part_here(p.grad) for p in parameters if p.grad is not None])
+        self._had_gradient = bool(norms.any())
+        is_bad = self._is_bad
+        if not args.fp16:  # there, transformers' scaler looks for overflows itself, and expects some
+            is_bad = torch.maximum(is_bad, (~norms.isfinite().all()).float())
+        self._is_bad = torch.zeros_like(self._is_bad)
+        if not trainer.accelerator.reduce(is_bad).item():
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        self._had_gradient = False
+        self._skipped += 1
+        folder = self._save_batch(step)
+        what = f"Step {step}: the loss or its gradient is not finite"
+        if trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                f"{what}, and DeepSpeed has made the update. Its batch is in {folder}. Lower learning_rate (now "
+                f"{args.learning_rate:g}), and resume from the last checkpoint."
+            )
+        what = f"{what}. The update is skipped, its batch is in {folder}"
+        if self._skipped >= SKIPPED_AT_MOST:
+            raise RuntimeError(
+                f"{what}; it is the third one. Lower learning_rate (now {args.learning_rate:g}), use bf16 in place of "
+                f"fp16, or look for weights or rewards that are not finite in that batch."
+            )
+        logger.warning(f"{what}; the run stops at the {SKIPPED_AT_MOST}rd one.")
+
+    def _norms(self, gradients: list[Tensor]) -> Tensor:
+        """Of each gradient that is here; DeepSpeed, which keeps them to itself, knows the norm of all."""
+        if self._trainer.is_deepspeed_enabled:
+            return self._is_bad.new_tensor([float(self._trainer.model_wrapped.get_global_grad_norm() or 0.0)])
+        return torch.stack(torch._foreach_norm(gradients)) if gradients else self._is_bad.new_zeros(1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the KL, and at the first update.
+
+        Raises:
+            RuntimeError: the reference is not the starting policy, or nothing moved.
+        """
+        metrics = self._trainer._metrics["train"]
+        if self._skipped:
+            metrics["nonfinite/skipped"].append(float(self._skipped))
+        kls = metrics.get("kl", [])[-args.gradient_accumulation_steps :]
+        kl = sum(kls) / len(kls) if kls else 0.0
+        if state.global_step == 1:
+            self._check_first_kl(kl, args)
+        self._check_moved(state.global_step)
+        limit = self._trainer.args.kl_stop
+        if limit is not None and kl > limit:
+            logger.warning(
+                f"Step {state.global_step}: the KL to the reference is {kl:.3g} nats a token, above kl_stop={limit:g}. "
+                f"The run saves and ends. Raise beta (now {args.beta:g}) or lower learning_rate to stay closer."
+            )
+            control.should_save = control.should_training_stop = True
+
+    def _check_first_kl(self, kl: float, args: TrainingArguments) -> None:
+        if abs(kl) > (ZERO_KL_AUTOCAST if args.bf16 or args.fp16 else ZERO_KL):
+            raise RuntimeError(
+                f"KL at step 0 is {kl:.3g} nats a token, should be 0: the reference is not the starting policy (an "
+                f"adapter that changes the model before its first update, such as init_lora_weights=False? dropout? "
+                f"merged weights?). Start from an adapter that leaves the model as it is, or use beta=0; guards=False "
+                f"trains on all the same."
+            )
+
+    def _check_moved(self, step: int) -> None:
+        trainer = self._trainer
+        if self._marks is None or not self._had_gradient or trainer.accelerator.optimizer_step_was_skipped:
+            return
+        if not self._rate:  # the first step of a warm-up
+            return
+        if torch.equal(self._marks, _marks(trainer)):
+            raise RuntimeError(
+                f"Step {step}: no trainable parameter moved in an update that had a gradient. Is learning_rate (now "
+                f"{trainer.args.learning_rate:g}) too small for the precision of the weights, or does the "
+                f"optimizer hold other parameters than the model?"
+            )
+        self._marks = None
+
+    def after_rollout(self, metrics: dict[str, list[float]]) -> None:
+        """Look at the metrics of a rollout, the last of each list."""
+        step, args = self._trainer.state.global_step + 1, self._trainer.args
+        latest = {name: values[-1] for name, values in metrics.items() if values}
+        cut = latest.get("completions/clipped_ratio", 0.0)
+        self._cut = self._cut + 1 if cut > CUT_SHARE else 0
+        if self._cut == CUT_ROLLOUTS:
+            logger.warning(
+                f"Step {step}: {cut:.0%} of completions were cut at {args.max_completion_length} tokens, in the fifth "
+                f"rollout on end, and the mean reward is {latest['reward']:.3g}. Raise max_completion_length (finished "
+                f"answers had up to {latest['completions/max_terminated_length']:.0f} tokens), or ask for short ones."
+            )
+        self._dead = self._dead + 1 if latest.get("frac_dead_groups", 0.0) == 1.0 else 0
+        if self._dead == DEAD_ROLLOUTS:
+            right = latest["frac_groups/all_right"]
+            advice = (
+                "The model solves these problems already: take harder ones."
+                if right > 0.5
+                else "Nothing is right that could be learnt from: take easier problems, a better model, a larger "
+                "num_generations, or num_generations_max; and see what `grpo-ext audit` says of the reward."
+            )
+            logger.warning(
+                f"Step {step}: in {DEAD_ROLLOUTS} rollouts on end every group had equal rewards ({right:.0%} of them "
+                f"all right in the last), so the rewards taught nothing. {advice}"
+            )
+
+    def _save_batch(self, step: int) -> Path:
+        """The rollout of this step as it went into the update: `rollout-PROCESS.safetensors`, `settings.json`."""
+        trainer = self._trainer
+        folder = Path(trainer.args.output_dir, "nonfinite", f"step-{step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = trainer._buffered_inputs or []
+        tensors = {
+            f"{i}.{name}": value.detach().contiguous().cpu()
+            for i, part in enumerate(parts)
+            for name, value in part.items()
+            if isinstance(value, Tensor)
+        }
+        save_file(tensors, folder / f"rollout-{trainer.accelerator.process_index}.safetensors")
+        if trainer.accelerator.is_main_process:
+            (folder / "settings.json").write_text(json.dumps({"step": step, "micro_batches": len(parts)}) + "\n")
+        return folder
+
+
+def _marks(trainer: GRPOTrainer) -> Tensor:
+    """Two sums of what is here of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever
+    otherwise."""
+    values = [part_here(p).detach().double() for p in trainable_parameters(trainer.model).values()]
+    return torch.stack([torch.stack([v.sum(), v.abs().sum()]) for v in values])

@@ -1,0 +1,36 @@
+"""`grpo-ext COMMAND`: what there is to do around a run. Each command is a file of `grpo_ext/cli/`."""
+
+import argparse
+from importlib import import_module
+
+COMMANDS = {
+    "plan": "does a model fit on a card, and with what settings?",
+    "doctor": "what is missing on this machine, and what to type",
+    "audit": "is a reward right on this data, and hard to cheat?",
+    "eval": "how many problems a model solves, with or without an adapter",
+    "merge": "make one model of a base and its adapter",
+    "push": "publish what a run left behind on the Hub",
+    "report": "what a run learned, as one page; several runs over each other",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; exits with 1 where it found what must be mended."""
+    parser = argparse.ArgumentParser(prog="grpo-ext", description="What there is to do around a GRPO run.")
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        names.add_parser(name, help=summary, add_help=False)
+    chosen, rest = parser.parse_known_args(argv)
+
+    command = import_module(f"grpo_ext.cli.{chosen.command}")
+    parser = argparse.ArgumentParser(prog=f"grpo-ext {chosen.command}", description=COMMANDS[chosen.command])
+    command.add_arguments(parser)
+    options = parser.parse_args(rest)
+    try:
+        command.run(options)
+    except (ValueError, ImportError, AttributeError, FileNotFoundError) as error:
+        raise SystemExit(f"grpo-ext: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

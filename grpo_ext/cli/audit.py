@@ -1,0 +1,61 @@
+"""`grpo-ext audit --data problems.jsonl`: is the reward right on this data, and hard to cheat?"""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grpo_ext.cli.names import named
+from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.data import PROMPT_COLUMNS, draw
+from rewards.audit import FORMS, Check, Seconds, audit
+
+SHOWN_CHARACTERS = 60
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
+    parser.add_argument("--split", default="train", help="of the data; default: train")
+    parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
+    parser.add_argument(
+        "--gold", default="answer", help="the column a right completion is written from; default: answer"
+    )
+    parser.add_argument(
+        "--form", action="append", help="how, {} standing for it; again for others; default: '#### {}' ..."
+    )
+    parser.add_argument("--rows", type=int, default=50, help="of the data, drawn with --seed; default: 50")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table of `rewards.audit`; exit with 1 where gold answers do not earn 1.0."""
+    quiet_libraries()
+    rows = draw(options.data, options.split, options.rows, options.seed).to_list()
+    for row in rows:
+        row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
+    checks, seconds = audit(
+        named(options.reward), rows, gold=options.gold, forms=options.form or FORMS, seed=options.seed
+    )
+    _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
+    if any(check.is_fatal and check.failed for check in checks):
+        sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")
+
+
+def _show(checks: list[Check], seconds: Seconds, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("answers", "should earn", "earn, in the mean", "others"):
+        table.add_column(column)
+    for check in checks:
+        judged = [score for score in check.scores if score is not None]
+        mean = f"{sum(judged) / len(judged):.2f}" if judged else "not judged"
+        others = Text(f"{len(check.failed)} of {len(check.scores)}", "red") if check.failed else Text("none", "green")
+        table.add_row(Text(check.name), check.wanted, mean, others)
+    console = Console()
+    console.print(table)
+    for check in checks:
+        for completion, score in check.failed[:1]:
+            console.print(Text(f"{check.name}: {completion[-SHOWN_CHARACTERS:]!r} earned {score}"))
+    console.print(f"{seconds.mean * 1000:.2f} ms an answer in the mean, {seconds.slowest * 1000:.0f} ms at most")

@@ -1,0 +1,209 @@
+"""`grpo-ext doctor`: what this machine has for a run, what is missing, and what to type.
+
+A red line stops every run; without what a yellow line names, some runs do not start or are slower.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import constants, get_token
+from huggingface_hub.utils import build_hf_headers, get_session
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import is_torch_bf16_gpu_available
+
+from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.machine import GIB, device_name
+from rewards.code.sandbox import run_program
+
+SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+LITTLE_GB, TOO_LITTLE_GB = 10, 1  # of disk: below a small model and a few checkpoints; below anything
+HUB_TIMEOUT_S = 3
+MARKS = {"green": "ok", "yellow": "look", "red": "stop"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: green where all is well, else with what to type."""
+
+    name: str
+    colour: Literal["green", "yellow", "red"]
+    said: str
+    remedy: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print one line a finding; exit with 1 where one is red."""
+    quiet_libraries()
+    findings = list(examine())
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        said = Text(finding.said)
+        if finding.remedy:
+            said.append(f"\n-> {finding.remedy}", "bold")
+        table.add_row(Text(MARKS[finding.colour], finding.colour), finding.name, said)
+    Console().print(table)
+    if any(finding.colour == "red" for finding in findings):
+        sys.exit("A red line stops every run: type what stands beside it, then run grpo-ext doctor again.")
+
+
+def examine() -> Iterator[Finding]:
+    """Every line, in order."""
+    yield python()
+    yield packages()
+    yield device()
+    yield precision()
+    yield four_bits()
+    yield sandbox()
+    yield disk("disk, current folder", Path.cwd(), "output_dir=FOLDER on a larger disk")
+    yield disk(
+        "disk, Hub cache", Path(constants.HF_HUB_CACHE), "hf cache prune, or export HF_HOME=FOLDER on a larger disk"
+    )
+    yield hub()
+
+
+def python() -> Finding:
+    """The version of Python, against the one that the package asks for."""
+    here = platform.python_version()
+    try:
+        wanted = metadata("grpo-ext")["Requires-Python"]
+    except PackageNotFoundError:
+        return Finding("Python", "yellow", f"{here}; grpo-ext itself is not installed", "pip install -e .")
+    if SpecifierSet(wanted).contains(here):
+        return Finding("Python", "green", here)
+    return Finding("Python", "red", f"{here}, and grpo-ext needs {wanted}", "make PYTHON=python3.11")
+
+
+def packages() -> Finding:
+    """What is installed, against the ranges that the package itself asks for: those are the ones it is tested in."""
+    try:
+        needed = [Requirement(line) for line in requires("grpo-ext") or []]
+    except PackageNotFoundError:
+        return Finding("packages", "yellow", "grpo-ext itself is not installed", "pip install -e .")
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = [
+        (one, _version(one.name)) for one in needed if not one.specifier.contains(_version(one.name), prereleases=True)
+    ]
+    if wrong:
+        said = ", ".join(f"{one.name} {found or 'missing'} (needs {one.specifier})" for one, found in wrong)
+        return Finding(
+            "packages", "red", said, "pip install " + " ".join(f'"{one.name}{one.specifier}"' for one, _ in wrong)
+        )
+    shown = ", ".join(f"{name} {_version(name)}" for name in SHOWN_PACKAGES)
+    return Finding("packages", "green", f"all {len(needed)} in the ranges that are tested: {shown}")
+
+
+def _version(name: str) -> str:
+    """Empty for a package that is not there, a version that no range has."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def device() -> Finding:
+    """The GPU, or the CPU's memory."""
+    if not torch.accelerator.is_available():
+        memory = psutil.virtual_memory()
+        free = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GB free"
+        said = f"no GPU; {device_name(torch.device('cpu'))}, {free}"
+        return Finding("device", "yellow", said, "nvidia-smi; where it shows a card, install a PyTorch with CUDA")
+    here = torch.accelerator.current_accelerator()
+    assert here is not None
+    said = device_name(here)
+    if here.type == "cuda":
+        there, total = torch.cuda.mem_get_info()
+        said = f"{torch.cuda.device_count()} x {said}, {there / GIB:.1f} of {total / GIB:.1f} GB free"
+    return Finding("device", "green", said)
+
+
+def precision() -> Finding:
+    """What a run computes in."""
+    if not torch.accelerator.is_available():
+        return Finding("precision", "green", "float32, as on every CPU")
+    if is_torch_bf16_gpu_available():
+        return Finding("precision", "green", "bfloat16")
+    return Finding(
+        "precision", "yellow", "no bfloat16 on this card, runs take float16", "nothing: it is chosen by itself"
+    )
+
+
+def four_bits() -> Finding:
+    """Whether a 4-bit layer runs forward here."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(here)
+        with torch.no_grad():
+            works = bool(layer(torch.ones(1, 64, device=here)).isfinite().all())
+        why = "the layer gives numbers that are not finite"
+    except (RuntimeError, OSError, ImportError, NotImplementedError, AttributeError) as error:
+        works, why = False, str(error).partition("\n")[0]
+    if works:
+        return Finding("4-bit bases", "green", "a layer of bitsandbytes runs forward")
+    return Finding("4-bit bases", "yellow", f"--load_in_4bit does not work: {why}", "pip install -U bitsandbytes")
+
+
+def sandbox() -> Finding:
+    """Whether model-written programs can be run, as code rewards do."""
+    try:
+        outcome = run_program("print(6 * 7)")
+    except (RuntimeError, OSError) as error:
+        why = str(error).partition("\n")[0]
+        remedy = "see whether this container or kernel allows user namespaces"
+        for package in ("bubblewrap", "libseccomp2"):
+            if f"install {package}" in why:
+                why, remedy = f"{package} is not installed", f"apt install {package}"
+        return Finding("sandbox", "yellow", f"rewards that run programs do not work; others do: {why}", remedy)
+    if outcome.stdout != b"42\n":
+        return Finding("sandbox", "yellow", f"a program in it ended as {outcome.status!r}", "python -c 'print(6 * 7)'")
+    return Finding("sandbox", "green", "a program runs in it")
+
+
+def disk(name: str, folder: Path, remedy: str) -> Finding:
+    """Free space where this folder is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free / GIB
+    said = f"{free:.1f} GB free in {folder}"
+    if free < LITTLE_GB:
+        return Finding(name, "red" if free < TOO_LITTLE_GB else "yellow", said, remedy)
+    if not os.access(there, os.W_OK):
+        return Finding(name, "red", f"{folder} cannot be written to", remedy)
+    return Finding(name, "green", said)
+
+
+def hub() -> Finding:
+    """Whether the Hub answers, and knows the user."""
+    if constants.is_offline_mode():
+        said = "offline, as HF_HUB_OFFLINE asks: only what is on disk already"
+        return Finding("Hub", "yellow", said, "unset HF_HUB_OFFLINE")
+    token = get_token()
+    try:
+        answer = get_session().get(
+            f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token or False), timeout=HUB_TIMEOUT_S
+        )
+    except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
+        said = f"{constants.ENDPOINT} does not answer ({type(error).__name__}): only what is on disk already"
+        return Finding("Hub", "yellow", said, "check the network; export HF_HUB_OFFLINE=1 spares the waiting")
+    if answer.status_code == 200:
+        return Finding("Hub", "green", f"logged in as {answer.json()['name']}")
+    if token is None:
+        return Finding("Hub", "yellow", "it answers; not logged in, so no gated models and no push", "hf auth login")
+    return Finding("Hub", "yellow", f"it answers, and refuses the saved token ({answer.status_code})", "hf auth login")

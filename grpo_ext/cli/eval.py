@@ -1,0 +1,114 @@
+"""`grpo-ext eval --model NAME --data problems.jsonl`: how many problems a model solves, with or without an adapter.
+
+As a run measures it: the prompts of `grpo_ext.data`, greedy answers for pass@1 and samples for pass@k, 95% intervals.
+With the seed of a run, its held-out problems.
+
+{"model": "Qwen/Qwen2.5-0.5B", "pass_at_1": {"value": 0.31, "low": 0.26, "high": 0.37, "n": 256}, "k": 0, ...}
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo_ext.cli.names import named
+from grpo_ext.config import GRPOExtConfig
+from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.data import draw, with_prompts
+from grpo_ext.evaluation.complete import Estimate, evaluate
+from grpo_ext.model.load import PolicyConfig, keep_four_bits, load_tokenizer, model_init_kwargs, quantization
+from grpo_ext.rollout.reward_workers import in_workers
+from rewards.workers.pool import IsolatedReward
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--model", required=True, help="a Hub name or a folder")
+    parser.add_argument("--adapter", help="of that model: the output folder of a run, or a Hub name")
+    parser.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
+    parser.add_argument("--split", default="test", help="of the data; default: test")
+    parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="a problem, for pass@k with this k; default: greedy only"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the samples; default: %(default)s")
+    parser.add_argument("--max_problems", type=int, default=256, help="default: 256, an interval of +-0.06 at most")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="of an answer; default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=64, help="answers written at once; default: %(default)s")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json.loads,
+        metavar="JSON",
+        help="of the run, for example '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument("--load_in_4bit", action="store_true", help="the model, as a QLoRA run does")
+    parser.add_argument("--seed", type=int, default=42, help="of problems and samples; default: 42, as of a run")
+    parser.add_argument("--json", metavar="FILE", help="where the result goes; default: standard output")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, and write one JSON object."""
+    if options.samples and options.temperature <= 0:
+        raise ValueError(f"--temperature {options.temperature} must be above 0 to draw samples, for example 0.8.")
+    config = Path(options.model, "adapter_config.json")
+    if config.exists():
+        base = json.loads(config.read_text())["base_model_name_or_path"] or "BASE"
+        raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
+    quiet_libraries()
+    model_args = PolicyConfig(model_name_or_path=options.model, load_in_4bit=options.load_in_4bit)
+    tokenizer = load_tokenizer(model_args)
+    rows = draw(options.data, options.split, options.max_problems, options.seed)
+    problems = with_prompts(rows, tokenizer, options.data, needs_answer=False).to_list()
+    args = GRPOExtConfig(report_to="none")
+    reward = in_workers(named(options.reward), args.reward_workers, args.reward_timeout)
+    model = _load(model_args, args, options.adapter)
+    started = time.monotonic()
+    try:
+        found = evaluate(
+            model,
+            tokenizer,
+            problems,
+            reward,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            samples=options.samples,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            description="evaluation",
+            template_kwargs=options.chat_template_kwargs,
+        )
+    finally:
+        if isinstance(reward, IsolatedReward):
+            reward.close()
+    measured = {"pass_at_1": found.greedy, "sampled_pass_at_1": found.sampled, "pass_at_k": found.pass_at_k}
+    result = {name: value for name, value in vars(options).items() if name not in ("json", "samples")}
+    result |= {name: None if estimate is None else asdict(estimate) for name, estimate in measured.items()}
+    result |= {"k": found.k, "seconds": round(time.monotonic() - started, 1)}
+    text = json.dumps(result, indent=2)
+    if options.json is None:
+        print(text)
+        return
+    Path(options.json).write_text(text + "\n")
+    print(_line(measured, found.k), f" ({len(problems)} problems; all of it in {options.json})")
+
+
+def _load(model_args: PolicyConfig, args: GRPOExtConfig, adapter: str | None) -> PreTrainedModel:
+    """The model as a run loads it, frozen and in the precision of the device, with its adapter."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        quantization_config=quantization(model_args, args),
+        device_map={"": args.device},
+        **model_init_kwargs(model_args, args),
+    )
+    keep_four_bits(model)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def _line(measured: dict[str, Estimate | None], k: int) -> str:
+    """`pass@1 0.14 [0.10, 0.18]  sampled pass@1 0.39 [0.33, 0.45]  pass@8 0.98 [0.95, 0.99]`"""
+    labels = {"pass_at_1": "pass@1", "sampled_pass_at_1": "sampled pass@1", "pass_at_k": f"pass@{k}"}
+    return "  ".join(f"{labels[name]} {estimate}" for name, estimate in measured.items() if estimate is not None)

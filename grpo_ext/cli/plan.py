@@ -1,0 +1,170 @@
+"""`grpo-ext plan --model Qwen/Qwen2.5-0.5B-Instruct --gpu 8GB`: does it fit, and what would?"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.machine import GIB
+from grpo_ext.memory.plan import RESERVE, Footprint, Plan, plan
+from grpo_ext.memory.step_shapes import Step
+from grpo_ext.model.load import PolicyConfig
+
+NAMES = {
+    "generations": "answers to a prompt",
+    "prompt": "prompt tokens",
+    "completion": "answer tokens",
+    "chunk_tokens": "chunk_tokens",
+}
+REMARKS = {"nf4": "with its constants; head, embeddings and norms are not quantised"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes; names and defaults are those of the recipes."""
+    parser.add_argument("--model", required=True, help="a Hub name or a folder; only its config is read")
+    device = parser.add_mutually_exclusive_group(required=True)
+    device.add_argument("--gpu", type=size, metavar="SIZE", help="memory of the card, for example 8GB")
+    device.add_argument("--cpu", type=size, metavar="SIZE", help="memory for a run without a GPU, for example 16GB")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the longest prompt; default: %(default)s")
+    parser.add_argument(
+        "--completion", "--max_completion_length", type=int, default=256, help="answer tokens; default: %(default)s"
+    )
+    parser.add_argument(
+        "--generations", "--num_generations", type=int, default=8, help="answers to a prompt; default: %(default)s"
+    )
+    parser.add_argument("--per_device_train_batch_size", type=int, help="answers of a micro-batch; default: one group")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches; default: 1")
+    parser.add_argument("--chunk_tokens", type=int, help="tokens that carry a graph at once; default: no bound")
+    parser.add_argument(
+        "--gradient_checkpointing",
+        type=_flag,
+        default=True,
+        metavar="true|false",
+        help="without chunk_tokens: one answer at a time carries a graph; default: true",
+    )
+    parser.add_argument("--beta", type=float, default=0.1, help="0: no reference; default: %(default)s")
+    parser.add_argument("--load_in_4bit", action="store_true", help="the frozen base as NF4")
+    parser.add_argument("--use_bnb_nested_quant", type=_flag, default=True, metavar="true|false", help="default: true")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the frozen base")
+    parser.add_argument("--lora_r", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--lora_target_modules", nargs="+", default=["all-linear"], help="default: all-linear")
+    parser.add_argument("--json", action="store_true", help="bytes, for programs")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan."""
+    quiet_libraries()
+    policy, step = settings(options)
+    device_type = "cuda" if options.gpu else "cpu"
+    made = plan(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
+    if options.json:
+        print(json.dumps(_as_json(made)))
+    else:
+        _show(
+            made, f"{options.model} on a {'GPU' if options.gpu else 'CPU'} of {made.memory / GIB:.3g} GB", device_type
+        )
+
+
+def settings(options: argparse.Namespace) -> tuple[PolicyConfig, Step]:
+    """What is to be planned, from the command line."""
+    step = Step(
+        prompt=options.prompt,
+        completion=options.completion,
+        generations=options.generations,
+        rows=options.per_device_train_batch_size or options.generations,
+        accumulation=options.gradient_accumulation_steps,
+        chunk_tokens=options.chunk_tokens,
+        gradient_checkpointing=options.gradient_checkpointing,
+        beta=options.beta,
+    )
+    names = ["load_in_4bit", "use_bnb_nested_quant", "dtype", "lora_r", "lora_target_modules"]
+    policy = PolicyConfig(model_name_or_path=options.model, **{name: getattr(options, name) for name in names})
+    return policy, step
+
+
+def size(text: str) -> float:
+    """`8GB`, `7.5gb`, `8` -> bytes; a GB is 2^30 bytes here, as on the box of a card."""
+    try:
+        value = float(text.lower().removesuffix("b").removesuffix("i").removesuffix("g"))
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size. Type for example 8GB.")
+    return value * GIB
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false.")
+    return text.lower() == "true"
+
+
+def _as_json(made: Plan) -> dict[str, object]:
+    footprint = made.footprint
+    return {
+        "fits": made.fits,
+        "total": round(footprint.total),
+        "room": round(made.room),
+        "memory": round(made.memory),
+        "step": asdict(made.step),
+        "lines": {what: round(amount) for what, amount, _ in lines(footprint)},
+        "phases": {name: round(footprint.total_in(name)) for name in footprint.phases},
+        "largest": made.largest,
+        "changes": [{"change": change, "total": round(total)} for change, total in made.changes],
+    }
+
+
+def lines(footprint: Footprint) -> list[tuple[str, float, str]]:
+    """What is there at the worst moment, how many bytes, and a remark; they add up to the total."""
+    phase = footprint.phases[footprint.worst]
+    rows = [(f"weights, {kind}", amount, REMARKS.get(kind, "")) for kind, amount in footprint.weights.items()]
+    rows.append(("adapter, gradients, AdamW", footprint.trained, "float32"))
+    states = "of all answers" if footprint.worst == "sampling" else "of the prompt, once for all of its answers"
+    rows.append((f"{footprint.worst}: keys and values", phase.states, states))
+    rows.append((f"{footprint.worst}: vocabulary tile", phase.head, "" if phase.head else "not at the worst moment"))
+    rest = footprint.total - footprint.overhead - sum(amount for _, amount, _ in rows)
+    rows.append((f"{footprint.worst}: the rest", rest, "activations, their gradients, copies of keys and values"))
+    rows.append(("overhead", footprint.overhead, "beside tensors"))
+    return rows
+
+
+def _show(made: Plan, title: str, device_type: str) -> None:
+    footprint = made.footprint
+    table = Table(title=title, title_justify="left")
+    table.add_column("at the worst moment")
+    table.add_column("GB", justify="right")
+    table.add_column("")
+    for what, amount, remark in lines(footprint):
+        table.add_row(what, _gb(amount), Text(remark, "dim"))
+    table.add_section()
+    table.add_row("all", _gb(footprint.total), Text("fits", "green") if made.fits else Text("does not fit", "red"))
+    table.add_row(
+        "room", _gb(made.room), Text(f"{made.memory / GIB:.3g} GB less {RESERVE:.0%} that is left free", "dim")
+    )
+    console = Console()
+    console.print(table)
+    others = [name for name in footprint.phases if name != footprint.worst]
+    each = ", ".join(f"{name} {_gb(footprint.total_in(name))}" for name in others)
+    console.print(f"Other phases, in GB with all that stays: {each}.")
+    if made.fits:
+        console.print("The largest that fit, each with the others as they are:")
+    for name, value in made.largest.items() if made.fits else ():
+        asked = getattr(made.step, name)
+        found = {0: "no bound needed", None: "none"}.get(value, f"{value}")
+        console.print(f"  {NAMES[name]:<20} {found}" + (f"  (asked: {asked})" if asked else ""))
+    if not made.fits:
+        console.print("It does not fit. What to change, in this order, and what all is then:")
+        for change, total in made.changes:
+            console.print(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.room else 'not yet'}")
+        if not made.changes or made.changes[-1][1] > made.room:
+            console.print("  Take a smaller model, or shorter prompts.")
+    if device_type == "cuda":
+        console.print("This is counted, not measured: no plan for a GPU was compared with a card yet.")
+
+
+def _gb(amount: float) -> str:
+    return f"{amount / GIB:.2f}"

@@ -1,0 +1,159 @@
+"""How a model gets shared scoring and shared sampling, and the reasons why one cannot have them.
+
+`add_shared_scoring` gives the forward of a causal language model one more keyword, `shared_rows`, beside those that
+TRL's fused head gave it. The scoring then runs inside the wrapped forward, where data-parallel training expects it.
+`shared_sampling` puts a sampler in place of the decoding loop of its `generate`.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
+from trl import GRPOConfig
+from trl.models.utils import disable_gradient_checkpointing
+
+from grpo_ext.engine.decode import GroupSampler
+from grpo_ext.engine.head import Head
+from grpo_ext.engine.prompt_cache import why_not_forkable
+from grpo_ext.engine.rows import Rows
+from grpo_ext.engine.score import score
+from grpo_ext.engine.score_chunked import score_in_chunks
+from grpo_ext.model.unwrap import base_of
+
+# A prompt read in two parts is not the same to them as one read at once.
+NOT_EXACT = ("bamba",)
+# Rotary embeddings whose frequencies depend on how long the sequence is that one forward sees.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def add_shared_scoring(lm: PreTrainedModel) -> None:
+    """Let `lm(shared_rows=Rows(...))` return the `Scores` of rows that share prompts.
+
+    Call it after TRL's `add_fused_lm_head`, on the model that PEFT wraps. Every other call is TRL's own.
+    """
+    fused_forward = lm.forward
+    head = Head.of(lm, fused_forward)
+
+    @functools.wraps(type(lm).forward)
+    def forward(self: PreTrainedModel, *args: Any, shared_rows: Rows | None = None, **kwargs: Any) -> Any:
+        if shared_rows is None:
+            return fused_forward(*args, **kwargs)
+        # Checkpointed layers drop the cache with no more than a log line, and the completion loses its prompt.
+        with disable_gradient_checkpointing(self):
+            if torch.is_grad_enabled() and not shared_rows.fit_one_chunk():
+                return score_in_chunks(self, shared_rows, head, _recompute_context(self))
+            return score(self, shared_rows, head)
+
+    lm.forward = types.MethodType(forward, lm)
+
+
+def _recompute_context(lm: PreTrainedModel) -> Any:
+    """What the backward must enter to see the model as the forward does now."""
+    device_type = lm.device.type
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        # Without the cache: a cast made for one chunk's graph would be reused, freed, in the next.
+        autocast: AbstractContextManager[Any] = torch.autocast(
+            device_type, dtype=dtype, enabled=enabled, cache_enabled=False
+        )
+        with autocast, disable_gradient_checkpointing(lm):
+            yield
+
+    return context
+
+
+@contextmanager
+def shared_sampling(
+    lm: PreTrainedModel, sampler: GroupSampler, stop_strings: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[None]:
+    """Let `lm.generate` draw with `sampler`, and stop at `stop_strings`, which it would not take beside a sampler."""
+    generate, is_patched = lm.generate, "generate" in vars(lm)
+
+    def generate_shared(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        config = copy.copy(generation_config)
+        config.stop_strings = None
+        if stop_strings:
+            kwargs["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
+        return generate(*args, generation_config=config, custom_generate=sampler, **kwargs)
+
+    own, lm.generate = lm.generation_config.stop_strings, generate_shared
+    lm.generation_config.stop_strings = None  # `generate` would take it where the config given has none
+    try:
+        yield
+    finally:
+        lm.generation_config.stop_strings = own
+        if is_patched:
+            lm.generate = generate
+        else:
+            del lm.generate
+
+
+def why_not_sampled(*configs: GenerationConfig) -> str | None:
+    """The reason why these settings of `generate` need transformers' own decoding loop; None where they do not."""
+    for config in configs:
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+            return f"generation is by {mode.value}"
+        if (config.num_return_sequences or 1) > 1:
+            return f"num_return_sequences is {config.num_return_sequences}"
+        if config.use_cache is False:
+            return "use_cache is off"
+        if config.cache_implementation not in (None, "dynamic"):
+            return f"cache_implementation is {config.cache_implementation!r}"
+        if config.prefill_chunk_size is not None:
+            return f"prefill_chunk_size is {config.prefill_chunk_size}"
+    return None
+
+
+def why_not_shared(model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: bool, is_sharded: bool) -> str | None:
+    """The reason why prompts cannot be shared exactly, in words for a log; None where they can."""
+    lm = base_of(model)
+    config = lm.config.get_text_config()
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    adapters = model.peft_config.values() if hasattr(model, "peft_config") else ()
+    if config.model_type in NOT_EXACT:
+        return f"{config.model_type} does not read a prompt in two parts as it reads it at once"
+    if is_multimodal:
+        return "its inputs are multimodal"
+    if is_sharded:
+        return "its parameters are sharded, and processes would run unequal numbers of forwards"
+    if lm.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if args.cast_lm_head_to_fp32:
+        return "cast_lm_head_to_fp32 is on"
+    if rope in LENGTH_DEPENDENT_ROPE:
+        return f"its rotary embedding is {rope!r}, which depends on the length of the sequence"
+    if any(adapter.is_prompt_learning for adapter in adapters):
+        return "its adapter is a prompt-learning one"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        return "its adapter is an activated LoRA"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "dropout is on"
+    if getattr(config, "attention_dropout", 0.0):
+        return "attention dropout is on"
+    if getattr(config, "router_jitter_noise", 0.0):
+        return "its routers add noise (router_jitter_noise)"
+    return _why_cache_not_forkable(lm)
+
+
+def _why_cache_not_forkable(lm: PreTrainedModel) -> str | None:
+    """Let the model read two tokens and look at the cache that it makes."""
+    with torch.no_grad(), disable_gradient_checkpointing(lm):
+        output = lm.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    return "it has no cache" if cache is None else why_not_forkable(cache)

@@ -1,0 +1,90 @@
+"""Held-out success in a text environment: episodes that are played without training.
+
+In: a model, rows of the data set and a `Dialogue`. Out: an `Evaluation`, as for problems with one answer; an episode is
+right where its environment gives 1.0 or more.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_ext.engine.decode import Drawn, GroupSampler
+from grpo_ext.engine.install import shared_sampling
+from grpo_ext.evaluation.complete import Evaluation, Problem, generation_config, sampling_only, summed_up
+from grpo_ext.model.unwrap import base_of
+from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.dialogue import Dialogue, Draw
+
+
+def evaluate_dialogue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    dialogue: Dialogue,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    samples: int = 0,
+    batch_size: int = 64,
+    seed: int = 0,
+    description: str | None = None,
+    stop_strings: Sequence[str] = (),
+    template_kwargs: dict[str, Any] | None = None,
+) -> Evaluation:
+    """Success of greedy play; with `samples` > 0 also of sampled play, and from 2 samples on that of the best of them.
+
+    Args:
+        problems: rows for `TextEnv.reset`; at least one.
+        max_new_tokens: of an episode after its first words.
+        temperature: of the samples, above 0.
+        batch_size: episodes played at once on each process.
+        description: label of the progress bar; None for no bar.
+        stop_strings: with which a turn of the model ends, beside the end of sequence.
+        template_kwargs: further arguments of the chat template.
+    """
+    state = PartialState()
+
+    def play(rows: Sequence[Problem], temperature: float) -> list[tuple[str, bool]]:
+        """Of each episode, everything said after its first words, and whether it was right."""
+        config = generation_config(model, tokenizer, max_new_tokens, temperature)
+        turns = Turns(tokenizer, config.eos_token_id, **(template_kwargs or {}))
+        played: list[tuple[str, bool]] = []
+        silent = description is None or not state.is_main_process
+        with (
+            state.split_between_processes(list(rows)) as mine,
+            sampling_only(model, seed + state.process_index),
+            _drawing(model, tokenizer, config, list(stop_strings)) as draw,
+        ):
+            for start in tqdm(range(0, len(mine), batch_size), desc=description, disable=silent, leave=False):
+                batch = mine[start : start + batch_size]
+                eos: int = tokenizer.eos_token_id
+                episodes = dialogue.play(batch, turns, draw, max_tokens=max_new_tokens, eos_token_id=eos)
+                played += [(turns.text(e.completion_ids), (e.reward or 0.0) >= 1.0) for e in episodes]
+        return gather_object(played) if state.num_processes > 1 else played
+
+    greedy = play(problems, 0.0)
+    drawn = play([row for row in problems for _ in range(samples)], temperature) if samples else []
+    return summed_up(
+        problems, [text for text, _ in greedy], [right for _, right in greedy], [right for _, right in drawn]
+    )
+
+
+@contextmanager
+def _drawing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, stop_strings: list[str]
+) -> Iterator[Draw]:
+    lm, sampler = base_of(model), GroupSampler(config.temperature)
+
+    def draw(histories: list[list[int]], limits: list[int]) -> Drawn:
+        sampler.limits = limits
+        inputs = tokenizer.pad({"input_ids": histories}, padding_side="left", return_tensors="pt").to(model.device)
+        lm.generate(**inputs, generation_config=config)
+        return sampler.drawn
+
+    with sampler.keeping_rows(), shared_sampling(lm, sampler, stop_strings, tokenizer):
+        yield draw

@@ -1,0 +1,112 @@
+"""What to load and how: precision, quantisation and LoRA of the policy, from TRL's own `ModelConfig` fields."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from trl import GRPOConfig, ModelConfig, get_quantization_config
+
+
+@dataclass
+class PolicyConfig(ModelConfig):
+    """TRL's `ModelConfig` with the defaults of this project: LoRA r=16, alpha=32 on every linear layer, no dropout.
+
+    Redeclared:
+        use_peft: True. A full fine-tune with beta > 0 would need a second model for the reference.
+        lora_dropout: 0.0, so that sampling and update see the same policy.
+        lora_target_modules: `"all-linear"`, every linear layer but the LM head.
+        use_bnb_nested_quant: True, quantises the constants of `load_in_4bit` too (0.4 bits a weight).
+        dtype: None, bfloat16 where the device has it (see `frozen_dtype`).
+    """
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the frozen base; by default bfloat16 where the device has it, float32 on a CPU.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter on a frozen base."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 keeps sampling and update alike."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Modules that get an adapter; 'all-linear' is every linear layer but the LM head."},
+    )
+    use_bnb_nested_quant: bool = field(
+        default=True, metadata={"help": "Double quantisation with load_in_4bit: quantise its constants too."}
+    )
+
+
+def frozen_dtype(args: GRPOConfig) -> torch.dtype:
+    """Precision of the frozen base: that of the run's autocast, float32 where there is none (a CPU)."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def model_init_kwargs(model_args: PolicyConfig, args: GRPOConfig) -> dict[str, object]:
+    """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`.
+
+    A base that stays frozen under an adapter takes the precision of the device; a whole model that trains is float32.
+    """
+    frozen = frozen_dtype(args) if model_args.use_peft else torch.float32
+    dtype = model_args.dtype or str(frozen).removeprefix("torch.")
+    kwargs: dict[str, object] = {"revision": model_args.model_revision, "dtype": dtype}
+    if model_args.attn_implementation is not None:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    return kwargs
+
+
+def quantization(model_args: PolicyConfig, args: GRPOConfig) -> BitsAndBytesConfig | None:
+    """`load_in_4bit` / `load_in_8bit` as a bitsandbytes config that computes in the precision of the base."""
+    config = get_quantization_config(model_args)
+    if config is not None and model_args.load_in_4bit and model_args.dtype is None:
+        config.bnb_4bit_compute_dtype = frozen_dtype(args)
+    return config
+
+
+def load_tokenizer(model_args: PolicyConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, checked before any weight is loaded.
+
+    Raises:
+        SystemExit: neither a local folder nor reachable on the Hub; one sentence says what to do.
+    """
+    name = model_args.model_name_or_path
+    assert name is not None
+    try:
+        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    except OSError as error:
+        raise SystemExit(unreachable("Model", name, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def unreachable(kind: str, name: str, error: BaseException) -> str:
+    """One sentence for a model or data set that is neither on disk nor on a reachable Hub."""
+    if Path(name).exists():
+        return f"{kind} '{name}' is on disk but could not be read: {_first_line(error)}"
+    return (
+        f"{kind} '{name}' is not a local path and could not be fetched from the Hub. Check the name and the network, "
+        f"or download it once while online; offline, `recipes/math.py` without arguments runs the embedded model."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def keep_four_bits(model: nn.Module) -> None:
+    """Leave 4-bit weights in the format that they were quantised to.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer the first time that it runs in evaluation mode, and rounds
+    its constants to bfloat16 while it does: held-out accuracy would be measured on another backbone than the one that
+    training began with, training would go on on that one, and no gradient would pass through it.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

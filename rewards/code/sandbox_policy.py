@@ -1,0 +1,126 @@
+"""What the sandbox of `rewards.code.sandbox` is made of: the options of bubblewrap, and the system calls that fail
+inside.
+
+bubblewrap(16)  ->  ["/usr/bin/bwrap", "--unshare-pid", ..., "--remount-ro", "/"]
+seccomp_filter()  ->  a program for the kernel, as libseccomp writes it and bwrap reads it
+"""
+
+import ctypes
+import errno
+import functools
+import os
+import shutil
+import sys
+import sysconfig
+from io import FileIO
+from pathlib import Path
+
+REFUSAL = (
+    "Code rewards run model-written programs. {what} was not found: install {package} (apt install {package}), "
+    "or pass allow_unsandboxed=True after reading the docstring of rewards.code.sandbox."
+)
+
+# What fails with EPERM: calls that the standard library can do without and that an attack on the kernel may need, all
+# sockets but pairs, and memory that no limit counts.
+DENIED_CALLS = """
+    acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init finit_module fsconfig
+    fsmount fsopen fspick init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load
+    kexec_load keyctl lookup_dcookie mbind memfd_create memfd_secret migrate_pages modify_ldt mount mount_setattr
+    move_mount move_pages msgget name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality
+    pidfd_getfd pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot
+    request_key semget set_mempolicy setdomainname sethostname setns settimeofday shmget socket swapoff swapon syslog
+    umount2 unshare uselib userfaultfd vhangup vmsplice
+"""
+CLONE_NEWUSER = 0x10000000
+
+
+def python() -> Path:
+    """The interpreter of this process itself, not its virtual environment's link to it."""
+    return Path(sys.executable).resolve()
+
+
+def bubblewrap(file_mb: int) -> list[str]:
+    """The command that makes the sandbox, up to its `--seccomp`; see `rewards.code.sandbox` for what is inside.
+
+    Raises:
+        RuntimeError: there is no bwrap.
+    """
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise RuntimeError(REFUSAL.format(what="bwrap", package="bubblewrap"))
+    options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --die-with-parent"
+    options += " --new-session --hostname sandbox --cap-drop ALL"
+    if os.geteuid() == 0:
+        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"  # for the launcher, which then has them no more
+    else:
+        options += " --unshare-user --uid 65534 --gid 65534"
+    scratch = f"--perms 1777 --size {file_mb * 2**20} --tmpfs /tmp --chdir /tmp --remount-ro /"
+    return [bwrap, *options.split(), *_mounts(), *scratch.split()]
+
+
+@functools.cache
+def _mounts() -> tuple[str, ...]:
+    """The read-only root: shared libraries, Python with its standard library, and three devices."""
+    options = []
+    prefix = Path(sys.base_prefix).resolve()
+    libraries = [Path(base) / name for base in ("/", "/usr", prefix) for name in ("lib", "lib64")]
+    for path in dict.fromkeys([*libraries, Path("/etc/ld.so.cache"), python()]):
+        if path.is_symlink():
+            options += ["--symlink", str(path.readlink()), str(path)]
+        elif path.exists():
+            # Without --dir, bwrap lets nobody but its own user into the folders above.
+            options += ["--dir", str(path.parent), "--ro-bind", str(path), str(path)]
+    base = {"base": str(prefix), "platbase": str(prefix)}
+    packages = [sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")]
+    for folder in dict.fromkeys([*packages, "/usr/lib/python3/dist-packages"]):
+        if Path(folder).is_dir():
+            options += ["--tmpfs", folder, "--remount-ro", folder]
+    for device in ("/dev/null", "/dev/urandom", "/dev/zero"):
+        options += ["--dir", "/dev", "--dev-bind", device, device]
+    return tuple(options)
+
+
+class _Comparison(ctypes.Structure):
+    """libseccomp's `scmp_arg_cmp`: the call's argument number `argument`, masked with `mask`, equals `value`."""
+
+    _fields_ = [
+        ("argument", ctypes.c_uint),
+        ("operator", ctypes.c_int),
+        ("mask", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+    ]
+
+
+@functools.cache
+def seccomp_filter() -> bytes:
+    """The filter for `bwrap --seccomp`, on this machine's system calls only: those of another architecture kill.
+
+    Raises:
+        RuntimeError: there is no libseccomp.
+    """
+    allow, fail, masked_equal = 0x7FFF0000, 0x00050000, 7  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_MASKED_EQ
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        raise RuntimeError(REFUSAL.format(what="libseccomp", package="libseccomp2")) from None
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(allow)))
+
+    def deny(name: str, error: int, *comparisons: _Comparison) -> None:
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        if number >= 0:  # else this machine has no such call
+            array = (_Comparison * len(comparisons))(*comparisons)
+            action = ctypes.c_uint32(fail | error)
+            failed = library.seccomp_rule_add_array(context, action, number, len(comparisons), array)
+            assert not failed, (name, failed)
+
+    for name in DENIED_CALLS.split():
+        deny(name, errno.EPERM)
+    deny("clone", errno.EPERM, _Comparison(0, masked_equal, CLONE_NEWUSER, CLONE_NEWUSER))
+    deny("clone3", errno.ENOSYS)  # no filter can read its flags; the C library goes on with clone
+    with FileIO(os.memfd_create("filter"), "r+") as file:
+        failed = library.seccomp_export_bpf(context, file.fileno())
+        assert not failed, failed
+        library.seccomp_release(context)
+        file.seek(0)
+        return file.readall()

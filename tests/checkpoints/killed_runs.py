@@ -1,0 +1,216 @@
+"""What test_killed.py starts: one run that nobody disturbs, and the same run killed again and again.
+
+    python tests/checkpoints/killed_runs.py FOLDER SEED
+
+Every session is a fork of this process, which has imported everything and computed nothing. It is sent SIGKILL in the
+k-th generation, backward pass, save or whatever lies between, k and the moment at random, and the next session resumes
+from the last checkpoint. Runs are killed so until there were KILLS of them; the last one then comes to its end.
+
+FOLDER/whole, FOLDER/killed-0, ...     the output folders, each with what its sessions trained on in `seen.jsonl`
+FOLDER/kills.json                      of each kill, the run, the phase that it was aimed at, and the one that it hit
+"""
+
+import gc
+import json
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
+from grpo_ext.evaluation.complete import evaluate
+from tests.conftest import PROMPTS, SETTINGS, TINY_MODEL, half_dead, random_lora, share_of_digits, small_llama
+
+KILLS, MOST_KILLS = 20, 60  # more than KILLS where a phase was not hit yet
+PHASES = ("other", "generate", "backward", "save")
+# Everything that a checkpoint has to carry, saved in the middle of rollouts.
+RUN: dict[str, Any] = {
+    "max_steps": 60,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 2,
+    "gradient_accumulation_steps": 1,
+    "num_iterations": 2,
+    "max_completion_length": 12,
+    "learning_rate": 1e-2,
+    "replay_fraction": 0.5,
+    "dead_groups": "resample",
+    "max_resample_rounds": 1,
+    "temperature_schedule": "entropy",
+    "temperature_entropy_target": 4.5,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 5,
+    "eval_steps": 7,
+    "guards": False,
+}
+
+
+class Marks:
+    """In memory that sessions share with this process: the phase that one is in, how often each began in it, and how
+    long they took in all (seconds)."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 8 + 16 * len(PHASES))
+
+    @property
+    def phase(self) -> int:
+        return self.memory[0]
+
+    def of(self, phase: int) -> tuple[float, float]:
+        return struct.unpack_from("dd", self.memory, 8 + 16 * phase)
+
+    def forget(self) -> None:
+        self.memory[:] = bytes(len(self.memory))
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before, phase, started = self.phase, PHASES.index(name), time.perf_counter()
+        count, seconds = self.of(phase)
+        struct.pack_into("dd", self.memory, 8 + 16 * phase, count + 1, seconds)
+        self.memory[0] = phase
+        yield
+        struct.pack_into("dd", self.memory, 8 + 16 * phase, count + 1, seconds + time.perf_counter() - started)
+        self.memory[0] = before
+
+
+class MarkedTrainer(GRPOExtTrainer):
+    """Says which phase it is in, and writes down what it trains on."""
+
+    marks: Marks
+    notes: Path
+
+    def note(self, **values: Any) -> None:
+        with self.notes.open("a") as file:
+            file.write("\n" + json.dumps(values))  # apart from what a kill cut short
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.marks("generate"):
+            return super()._generate(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.marks("other"):
+            return super().training_step(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        trained_on = inputs["completion_ids"].tolist(), inputs["advantages"].tolist(), inputs["temperature"].tolist()
+        self.note(micro_step=self._step, rows=trained_on)
+        return super()._compute_loss(model, inputs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.marks("save"):
+            super()._save_checkpoint(*args, **kwargs)
+        self.note(saved=self.state.global_step)
+
+
+class Began(TrainerCallback):
+    """Notes the step that a session resumed from."""
+
+    def __init__(self, trainer: MarkedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.note(began=state.global_step)
+
+
+def session(output_dir: Path, marks: Marks) -> None:
+    """The same command every time: go on from the last checkpoint, or begin."""
+    output_dir.mkdir(exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    trainer = MarkedTrainer(
+        small_llama(tokenizer),
+        reward_funcs=half_dead,
+        args=GRPOExtConfig(**SETTINGS | RUN | {"output_dir": str(output_dir)}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 3}),
+        processing_class=tokenizer,
+        peft_config=random_lora(),
+    )
+    trainer.marks, trainer.notes = marks, output_dir / "seen.jsonl"
+    backward = trainer.accelerator.backward
+
+    def marked_backward(*args: Any, **kwargs: Any) -> None:
+        with marks("backward"):
+            backward(*args, **kwargs)
+
+    trainer.accelerator.backward = marked_backward
+    problems = [{"prompt": prompt} for prompt in PROMPTS]
+    settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
+    measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
+    trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
+    trainer.add_callback(Began(trainer))
+    trainer.train(resume_from_checkpoint="last")
+    trainer.save_model()
+
+
+def fork(output_dir: Path, marks: Marks) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        session(output_dir, marks)
+        sys.stdout.flush()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def ended(child: int) -> bool:
+    """Whether the session has come to its end by itself; any other end than a good one is an error."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid and status:
+        raise RuntimeError(f"a session ended with status {status}")
+    return bool(pid)
+
+
+def main() -> None:
+    folder, rng = Path(sys.argv[1]), random.Random(sys.argv[2])
+    marks = Marks()
+    os.waitpid(fork(folder / "whole", marks), 0)
+    counts, seconds = zip(*(marks.of(phase) for phase in range(len(PHASES))), strict=True)
+    kills: list[dict[str, Any]] = []
+    runs, output_dir = 0, folder / "killed-0"
+    while len(kills) < KILLS or ({kill["hit"] for kill in kills} < set(PHASES) and len(kills) < MOST_KILLS):
+        phase = len(kills) % len(PHASES)
+        begun = rng.randint(1, {"save": 2, "generate": 3}.get(PHASES[phase], 8))
+        wait = rng.random() * 0.7 * seconds[phase] / counts[phase]
+        marks.forget()
+        child = fork(output_dir, marks)
+        has_ended = False
+        while marks.of(phase)[0] < begun and not (has_ended := ended(child)):
+            time.sleep(0.0002)
+        if has_ended:  # the run is finished: kill another one
+            runs += 1
+            output_dir = folder / f"killed-{runs}"
+            continue
+        time.sleep(wait)
+        os.kill(child, signal.SIGKILL)
+        hit = PHASES[marks.phase]
+        os.waitpid(child, 0)
+        kills.append({"run": output_dir.name, "aimed_at": PHASES[phase], "hit": hit})
+    child = fork(output_dir, marks)
+    while not ended(child):
+        time.sleep(0.01)
+    (folder / "kills.json").write_text(json.dumps(kills))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    gc.freeze()
+    main()

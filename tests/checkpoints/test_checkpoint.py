@@ -1,0 +1,338 @@
+"""What is resumed from is whole and of this run; anything else is named, and passed over or refused."""
+
+import copy
+import json
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOTrainer
+
+from grpo_ext import GRPOExtConfig
+from grpo_ext.checkpoints import files as checkpoint
+from grpo_ext.report.metrics_file import read_metrics
+from tests.conftest import PROMPTS, adapter_of, likes_step_two, random_lora, share_of_digits, small_llama
+
+# Everything that writes a file of its own into a checkpoint.
+EVERYTHING = {
+    "per_device_train_batch_size": 16,
+    "num_iterations": 2,
+    "replay_fraction": 0.5,
+    "temperature_schedule": "entropy",
+    "temperature_entropy_target": 2.0,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 1,
+}
+
+
+@pytest.fixture
+def saved(build, small_model):
+    """Trains on the small model with a checkpoint a step; the trainer, whose `args.output_dir` holds them."""
+
+    def run(**settings):
+        trainer = build(
+            small_model, **{"peft_config": random_lora(), "save_strategy": "steps", "save_steps": 1} | settings
+        )
+        trainer.train()
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def again(build, tokenizer):
+    """A new trainer like the one that `saved` built, with changes."""
+
+    def make(**settings):
+        settings = {"peft_config": random_lora(), "save_strategy": "steps", "save_steps": 1} | settings
+        return build(settings.pop("model", None) or small_llama(tokenizer), **settings)
+
+    return make
+
+
+# Damage
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def with_a_flipped_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def missing(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = (truncated, with_a_flipped_bit, missing, empty)
+DAMAGED = 4 * 18  # files of such a checkpoint
+
+
+def test_every_damage_to_every_file_is_named_and_passed_over(saved, caplog):
+    """A checkpoint whose optimizer or rollout was cut short would train on in another way, or load as garbage."""
+    folder = Path(saved(max_steps=3, **EVERYTHING).args.output_dir)
+    last, before = folder / "checkpoint-3", folder / "checkpoint-2"
+    names = sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
+    kinds = "adapter_model.safetensors ref/adapter_model.safetensors optimizer.pt scheduler.pt rng_state.pth "
+    kinds += "trainer_state.json state_0.json rollout_0.safetensors run.json replay.json temperature.json complete.json"
+    assert set(kinds.split()) <= set(names)
+    assert checkpoint.find("last", folder) == last
+    for name in names:
+        whole = (last / name).read_bytes()
+        for damage in DAMAGES:
+            damage(last / name)
+            caplog.clear()
+            assert checkpoint.find("last", folder) == before, (name, damage)
+            (said,) = caplog.messages
+            assert said.startswith(f"{last} is passed over: ")
+            assert name in said or name == "complete.json"
+            with pytest.raises(ValueError, match=rf"checkpoint-3' cannot be resumed: .*\. Use {before}\."):
+                checkpoint.find(str(last), folder)
+            (last / name).write_bytes(whole)
+    assert checkpoint.fault(last) is None
+    assert len(names) * len(DAMAGES) == DAMAGED
+
+
+def test_a_damaged_run_goes_on_from_the_checkpoint_before(saved, again, caplog):
+    whole = saved(max_steps=4)
+    folder = Path(whole.args.output_dir)
+    adapter = adapter_of(whole)
+    shutil.rmtree(folder / "checkpoint-4")
+    truncated(folder / "checkpoint-3" / "optimizer.pt")
+    resumed = again(max_steps=4)
+    resumed.train(resume_from_checkpoint="last")
+    assert "checkpoint-3 is passed over: optimizer.pt has" in caplog.text
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
+    for name, value in adapter_of(resumed).items():
+        assert torch.equal(value, adapter[name]), name
+
+
+def test_where_nothing_is_whole(saved, tmp_path, caplog):
+    """Killed before its first checkpoint was finished, a run begins again; if finished ones were damaged, it stops."""
+    assert checkpoint.find("last", tmp_path) is None
+    (tmp_path / "checkpoint-1").mkdir()
+    assert checkpoint.find("last", tmp_path) is None
+    assert "checkpoint-1 is passed over: it was not written to its end" in caplog.text
+    assert f"no finished checkpoint in {tmp_path}: the run begins at step 0" in caplog.text
+    folder = Path(saved(max_steps=1).args.output_dir)
+    missing(folder / "checkpoint-1" / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"is whole\. checkpoint-1: optimizer\.pt is missing\. Restore one"):
+        checkpoint.find("last", folder)
+    with pytest.raises(ValueError, match=r"cannot be resumed: optimizer\.pt is missing\. Start without resume\."):
+        checkpoint.find(folder / "checkpoint-1", folder)
+    with pytest.raises(ValueError, match="nowhere' cannot be resumed: there is no such folder"):
+        checkpoint.find("nowhere", folder)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(saved):
+    folder = Path(saved(max_steps=2).args.output_dir)
+    with pytest.raises(
+        ValueError, match=rf"not written to its end \(no complete\.json\)\. Use {folder}/checkpoint-2\."
+    ):
+        checkpoint.find(str(folder), folder)
+
+
+@pytest.mark.parametrize("text", ["True", "true", "last", True])
+def test_what_a_command_line_delivers(saved, text):
+    """There, `True` is a text; transformers would take it for a folder."""
+    trainer = saved(max_steps=2)
+    assert trainer.find_checkpoint(text) == Path(trainer.args.output_dir, "checkpoint-2")
+    for nothing in ("False", "false", "", None, False):
+        assert trainer.find_checkpoint(nothing) is None
+
+
+# Writing
+
+
+def talkative(completions, log_extra, **columns):
+    log_extra("why", ["because " * 2_000] * len(completions))
+    return share_of_digits(completions)
+
+
+@pytest.mark.parametrize(
+    ("most", "settings"), [(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})]
+)
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, most, settings):
+    """No file can be longer than `most` bytes in the second save: the card, the adapter, the optimizer or, after all of
+    transformers' own, the state. By then transformers would have deleted the first checkpoint: save_total_limit=1."""
+    settings = settings | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = build(small_model, peft_config=random_lora(), reward=talkative, **settings)
+    write = trainer._save_checkpoint
+
+    def on_a_full_disk(*args):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most if trainer.state.global_step == 2 else soft, hard))
+        try:
+            write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer._save_checkpoint = on_a_full_disk
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*Earlier checkpoints are as they were"):
+        trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert checkpoint.find("last", folder) == folder / "checkpoint-1"
+    assert trainer.args.save_total_limit == 1
+
+
+def test_a_checkpoint_is_written_anew(saved, again):
+    """In a folder that another session left, files of both would be taken for those of one."""
+    folder = Path(saved(max_steps=2).args.output_dir)
+    (folder / "checkpoint-2" / "rollout_0.safetensors").write_bytes(b"of another session")
+    again(max_steps=2).train(resume_from_checkpoint=folder / "checkpoint-1")
+    assert not (folder / "checkpoint-2" / "rollout_0.safetensors").exists()
+    assert checkpoint.find("last", folder) == folder / "checkpoint-2"
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_the_checkpoints_that_stay_are_those_of_transformers(build, small_model, tmp_path, limit):
+    """The newest and the best always do."""
+    kept = {}
+    for kind in (None, GRPOTrainer):
+        settings = {
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "max_steps": 5,
+        }
+        settings |= {"metric_for_best_model": "reward", "greater_is_better": True, "save_total_limit": limit}
+        trainer = build(
+            small_model if kind is None else small_model.__class__(small_model.config),
+            **({} if kind is None else {"trainer": kind}),
+            peft_config=random_lora(),
+            reward=likes_step_two,
+            arguments={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})},
+            output_dir=str(tmp_path / str(kind)),
+            **settings,
+        )
+        trainer.train()
+        kept[kind] = sorted(path.name for path in (tmp_path / str(kind)).glob("checkpoint-*"))
+    assert kept[None] == kept[GRPOTrainer]
+    assert "checkpoint-2" in kept[None]
+
+
+def test_what_was_not_finished_is_not_counted(tmp_path):
+    """A folder that a killed run left behind would take the place of a checkpoint that can be resumed from."""
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 3:
+            checkpoint.seal(tmp_path / f"checkpoint-{step}")
+    checkpoint.rotate(tmp_path, 2, {tmp_path / "checkpoint-4"})
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3", "4"]
+    checkpoint.rotate(tmp_path, None, set())
+    checkpoint.rotate(tmp_path, 0, set())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# Another run
+
+
+def test_another_run_is_refused_by_its_first_difference(saved, again, tmp_path, small_model):
+    other_weights = small_model.__class__(small_model.config)
+    other_config = copy.deepcopy(small_model)
+    other_config.config.rms_norm_eps = 1e-3
+    saved(max_steps=1)
+    differences = {
+        "r=4; this run has r=8. Start without resume, or restore r=4.": {"peft_config": random_lora(r=8)},
+        "lora_alpha=8; this run has lora_alpha=9": {"peft_config": random_lora(lora_alpha=9)},
+        r"target_modules=\['model.layers.0.mlp.down_proj', .*\.\.\.; this run has target_modules=\['q_proj'\]": {
+            "peft_config": random_lora(target_modules=["q_proj"])
+        },
+        r"base_model= \(weights \w{8}\); this run has base_model= \(weights": {"model": other_weights},
+        "model_config=": {"model": other_config},
+        r"train_dataset=4 rows \(\w{8}\); this run has train_dataset=5 rows": {"prompts": [*PROMPTS, "1+1="]},
+        "train_dataset=4 rows": {"prompts": [*PROMPTS[:3], "1+1="]},
+        r"reward_funcs=\['share_of_digits'\]; this run has reward_funcs=\['likes_step_two'\]": {
+            "reward": likes_step_two
+        },
+        "per_device_train_batch_size=8; this run has per_device_train_batch_size=4": {"per_device_train_batch_size": 4},
+        "num_generations=4; this run has num_generations=2": {"num_generations": 2},
+        "gradient_accumulation_steps=1; this run has gradient_accumulation_steps=2": {"gradient_accumulation_steps": 2},
+        "seed=3; this run has seed=4": {"seed": 4},
+        "learning_rate=0.001; this run has learning_rate=0.002": {"learning_rate": 2e-3},
+        "loss_type=grpo_sequence; this run has loss_type=grpo": {"loss_type": "grpo"},
+        "beta=0.1; this run has beta=0.0": {"beta": 0.0},
+        "num_iterations=1; this run has num_iterations=2": {"num_iterations": 2},
+        "max_completion_length=12; this run has max_completion_length=13": {"max_completion_length": 13},
+        "dead_groups=keep; this run has dead_groups=resample": {"dead_groups": "resample"},
+    }
+    for said, changes in differences.items():
+        with pytest.raises(ValueError, match=f"Checkpoint was made with {said}"):
+            again(**changes).train(resume_from_checkpoint="last")
+    harmless = {"logging_steps": 2, "save_steps": 5, "max_steps": 3, "chunk_tokens": 64, "report_to": "none"}
+    harmless |= {"output_dir": str(tmp_path / "other"), "reward_workers": 1, "log_completions": True}
+    longer = again(**harmless)
+    longer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert longer.state.global_step == 3
+
+
+def test_another_number_of_processes_is_refused(saved, again):
+    folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"number of processes": 2}))
+    checkpoint.seal(folder)
+    with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
+        again().train(resume_from_checkpoint="last")
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused(saved, again):
+    saved(max_steps=1, save_only_model=True)
+    with pytest.raises(ValueError, match="holds no optimizer: it was made with save_only_model=True"):
+        again().train(resume_from_checkpoint="last")
+
+
+def test_saving_in_the_middle_of_a_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="enable_jit_checkpoint=True saves in the middle of a step"):
+        GRPOExtConfig(str(tmp_path), enable_jit_checkpoint=True)
+
+
+# Pickles
+
+
+class Runs:
+    """What a pickle can do: this one makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
+def test_a_pickle_does_not_run(saved, again, tmp_path, name):
+    """Planted with hashes that fit, as whoever can write the one can write the other."""
+    folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
+    if name == "adapter_model.bin":
+        (folder / "adapter_model.safetensors").unlink()
+    torch.save({"state": Runs(tmp_path / "ran")}, folder / name)
+    checkpoint.seal(folder)
+    assert checkpoint.fault(folder) is None
+    with pytest.raises(pickle.UnpicklingError):
+        again().train(resume_from_checkpoint="last")
+    assert not (tmp_path / "ran").exists()
+    torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_arguments_are_not_loaded(saved, again, tmp_path):
+    folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
+    torch.save({"state": Runs(tmp_path / "ran")}, folder / "training_args.bin")
+    checkpoint.seal(folder)
+    again().train(resume_from_checkpoint="last")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,78 @@
+"""SIGKILL at random moments of real runs: what came after the last checkpoint is lost, and nothing else changes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from grpo_ext.checkpoints import files as checkpoint
+from tests.checkpoints import killed_runs
+from tests.checkpoints.killed_runs import KILLS, PHASES, RUN
+from tests.checkpoints.test_resume import comparable
+from tests.conftest import ROOT
+
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of `killed_runs.py`, and its kills."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, killed_runs.__file__, str(folder), str(SEED)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads((folder / "kills.json").read_text())
+
+
+def notes_of(run):
+    """What the sessions of a run wrote down, in order; a line that a kill cut short is left out."""
+    lines = (run / "seen.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+@pytest.mark.slow
+def test_kills_hit_every_phase(killed):
+    _, kills = killed
+    print(f"seed {SEED}:", *(f"{kill['run']} {kill['hit']}," for kill in kills))
+    assert len(kills) >= KILLS
+    assert set(Counter(kill["hit"] for kill in kills)) == set(PHASES)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_the_run_that_was_not(killed):
+    """The adapter, to the byte, and every line of the log, held-out accuracy among them."""
+    folder, kills = killed
+    lines = comparable(folder / "whole" / "metrics.jsonl")
+    assert sum("heldout/pass@1" in line for line in lines) == 1 + RUN["max_steps"] // RUN["eval_steps"]
+    adapter = (folder / "whole" / "adapter_model.safetensors").read_bytes()
+    for name in {kill["run"] for kill in kills}:
+        assert comparable(folder / name / "metrics.jsonl") == lines
+        assert (folder / name / "adapter_model.safetensors").read_bytes() == adapter
+        assert checkpoint.find("last", folder / name).name == f"checkpoint-{RUN['max_steps']}"
+
+
+@pytest.mark.slow
+def test_each_session_trains_on_what_the_whole_run_trained_on(killed):
+    """Tokens, advantages and temperatures of every micro-step of every session, those that a kill undid among them; and
+    each resumes from the last checkpoint whose saving came to its end, or from one that the kill found finished."""
+    folder, kills = killed
+    whole = {note["micro_step"]: note["rows"] for note in notes_of(folder / "whole") if "micro_step" in note}
+    assert sorted(whole) == list(range(RUN["max_steps"]))
+    for name in {kill["run"] for kill in kills}:
+        saved, micro_step, sessions = 0, 0, 0
+        for note in notes_of(folder / name):
+            if "began" in note:
+                assert note["began"] in (saved, saved + RUN["save_steps"])
+                saved = micro_step = note["began"]  # a micro-step a step
+                sessions += 1
+            elif "saved" in note:
+                saved = note["saved"]
+            else:
+                assert note["micro_step"] == micro_step
+                assert note["rows"] == whole[micro_step]
+                micro_step += 1
+        assert sessions >= 1

@@ -1,0 +1,302 @@
+"""What is checked before a run: every guard speaks, names what was received and what is valid, and leaves no trace."""
+
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import BitsAndBytesConfig
+from trl.extras import profiling
+
+from rewards import math_answer_reward
+from tests.conftest import PROMPTS, TINY_MODEL, adapter_of, random_lora, small_llama
+
+CHAT = "{% for m in messages %}{{ m['content'] }}#{% endfor %}"  # ends a turn with a token that ends nothing
+MESSAGES = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+
+
+def fresh_lora(**changes):
+    """An adapter that leaves the model as it is until the first update."""
+    return random_lora(**{"init_lora_weights": True} | changes)
+
+
+def takes_answers(completions, answer, **columns):
+    return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+def takes_no_rest(completions, prompts):
+    return [0.0] * len(completions)
+
+
+@pytest.fixture
+def without_weights(tmp_path, tokenizer, small_model):
+    """A model folder that nothing could be loaded from: what is refused here is refused before that is tried."""
+    folder = tmp_path / "model"
+    small_model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# Before weights
+
+
+REFUSED = [
+    ({"reward": takes_answers}, r"Reward 'takes_answers' needs column 'answer'; the dataset has: prompt\."),
+    (
+        {"reward": takes_no_rest},
+        r"takes \(completions, prompts\) only, .*takes_no_rest\(completions, prompts, \*\*",
+    ),
+    ({"prompts": []}, "The training data has no rows"),
+    (
+        {"prompts": PROMPTS[:1]},
+        r"has 1 prompts, and one rollout takes 2 \(8 completions / num_generations=4\)\. Add prompts, or",
+    ),
+    (
+        {"prompts": [*PROMPTS, "1+" * 30 + "1=", "2+" * 20 + "2="], "max_prompt_tokens": 30},
+        r'2 of 6 prompts are longer than max_prompt_tokens=30 \(longest \d\d\)\. Pass overlong_prompts="drop" or',
+    ),
+    (
+        {"prompts": PROMPTS, "max_prompt_tokens": 2, "overlong_prompts": "drop"},
+        r"4 of 4 prompts are longer than max_prompt_tokens=2 \(longest \d+\)\. Raise the limit\.",
+    ),
+    (
+        {"prompts": [*PROMPTS, "1+" * 60 + "1="]},
+        r"longest prompt has \d+ tokens; with max_completion_length=12 .* 128 positions.*max_prompt_tokens=116",
+    ),
+    ({"fp16": True}, "fp16=True needs a GPU"),
+    (
+        {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "peft_config": None},
+        "in 4 or 8 bits cannot be trained itself. Give a peft_config",
+    ),
+    (
+        {
+            "reward": math_answer_reward,
+            "columns": {"answer": ["4", "nobody could say what this is in the end", "5", "6"]},
+        },
+        "1 of 4 gold answers cannot be read, counted from 0: row 1: 'nobody",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_refused_before_weights_are_loaded(build, without_weights, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(without_weights, **{"guards": True, "peft_config": fresh_lora()} | settings)
+
+
+def test_tokens_that_the_model_does_not_have(build, small_model):
+    """On a GPU that is an assertion in a kernel, hours later perhaps, and the context is lost."""
+    small_model.config.vocab_size = 20
+    with pytest.raises(ValueError, match=r"The tokenizer has a token \d+ .*the model knows 20 tokens"):
+        build(small_model, guards=True, peft_config=fresh_lora())
+
+
+def test_two_gpus_in_one_process(build, small_model, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 GPUs are visible to one process.*accelerate launch --num_processes 2"):
+        build(small_model, guards=True, peft_config=fresh_lora())
+
+
+def test_long_prompts_are_left_out_and_counted(build, small_model, caplog):
+    settings = {"prompts": [*PROMPTS, "1+" * 30 + "1="], "max_prompt_tokens": 30, "overlong_prompts": "drop"}
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), **settings)
+    assert trainer.train_dataset["prompt"][:] == PROMPTS
+    assert "1 of 5 prompts are longer than max_prompt_tokens=30 and were left out (longest" in caplog.text
+
+
+UNWISE = [
+    ({"num_generations": 2}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
+    ({"learning_rate": 1e-6}, "learning_rate=1e-06 is one of full fine-tuning"),
+    (
+        {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},
+        "lora_dropout=0.1 is live in sampling and in scoring",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), [*UNWISE, ({}, None)])
+def test_what_is_unwise_is_said(build, small_model, caplog, settings, message):
+    with caplog.at_level(logging.WARNING, logger="grpo_ext.checks.preflight"):
+        build(small_model, **{"guards": True, "peft_config": fresh_lora()} | settings)
+    said = [record.getMessage() for record in caplog.records if record.name == "grpo_ext.checks.preflight"]
+    assert [bool(re.search(message, line)) for line in said] == [True] if message else not said
+
+
+# Before the first step
+
+
+def test_nothing_to_train(build, small_model):
+    """An adapter loaded from disk is frozen unless one asks: the run looks healthy and learns nothing (TRL #6700)."""
+    frozen = get_peft_model(small_model, fresh_lora())
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"No trainable parameters\. .*is_trainable=True"):
+        build(frozen, guards=True, beta=0.0).train()
+
+
+def raises(completions, **columns):
+    raise KeyError("solution")
+
+
+def too_few(completions, **columns):
+    return [1.0]
+
+
+def words(completions, **columns):
+    return ["good"] * len(completions)
+
+
+async def fails_elsewhere(completions, **columns):
+    raise ConnectionError("no judge there")
+
+
+FAILING = [
+    (raises, r"Reward 'raises' raised KeyError\('solution'\) on the first 2 rows of the data"),
+    (too_few, r"Reward 'too_few' returned \[1\.0\] for 2 completions"),
+    (words, r"Reward 'words' returned 'good' for a completion; valid: a number, or None"),
+    (fails_elsewhere, r"Reward 'fails_elsewhere' raised ConnectionError\('no judge there'\)"),
+]
+
+
+@pytest.mark.parametrize(("reward", "message"), FAILING)
+@pytest.mark.parametrize("workers", [0, None])
+def test_rewards_are_called_once(build, small_model, reward, message, workers):
+    if workers is None:  # there, what failed is told by the worker
+        message = {
+            raises: r"Reward 'raises' raised .*KeyError\('solution'\)",
+            too_few: r"Reward 'too_few' raised .*1 scores for 2 completions",
+            words: r"Reward 'words' raised .*could not convert string to float",
+        }.get(reward, message)
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), reward=reward, reward_workers=workers)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def likes_everything(completions, **columns):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("prompts", [MESSAGES, PROMPTS])
+def test_templates(build, tokenizer, caplog, prompts, monkeypatch):
+    """A turn that ends in a token that ends nothing: every answer would run to its limit. Text that goes round it."""
+    settings = {"guards": True, "peft_config": fresh_lora(), "reward": likes_everything, "max_steps": 1}
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    build(small_llama(tokenizer), prompts=prompts, **settings).preflight()
+    ends = "The chat template ends a turn with '#', which holds none of the tokens that end an answer"
+    assert (ends in caplog.text) is (prompts is MESSAGES)
+    assert ("The prompts are plain text, and the tokenizer has a chat template" in caplog.text) is (prompts is PROMPTS)
+    caplog.clear()
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("#", tokenizer.eos_token))
+    build(small_llama(tokenizer), prompts=MESSAGES, **settings).preflight()
+    assert "chat template" not in caplog.text
+
+
+# The rehearsal
+
+
+REHEARSED = [
+    {},
+    {"loss_type": "dapo", "steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 2},
+    {"kl_estimator": "exact", "chunk_tokens": 24},
+    {"temperature_schedule": "entropy", "temperature_entropy_target": 4.0},
+    {"temperature_schedule": "linear", "temperature_end": 1.2, "per_device_train_batch_size": 4}
+    | {"gradient_accumulation_steps": 2},
+    {"replay_fraction": 0.5, "num_generations_max": 8, "dead_groups": "resample"},
+    {"share_prompt": False, "sync_ref_model": True, "ref_model_sync_steps": 1},
+]
+
+
+@pytest.mark.parametrize("settings", REHEARSED, ids=lambda settings: "-".join(settings) or "default")
+def test_it_leaves_nothing(build, tokenizer, settings):
+    """The run with a rehearsal is the run without it, to the last bit of its adapter, answers and metrics."""
+    runs = []
+    for guards in (True, False):
+        trainer = build(small_llama(tokenizer), guards=guards, peft_config=fresh_lora(), max_steps=3, **settings)
+        trainer.train()
+        history = [
+            {
+                name: value
+                for name, value in row.items()
+                if not any(part in name for part in ("time", "per_second", "memory"))
+            }
+            for row in trainer.state.log_history
+        ]
+        runs.append((adapter_of(trainer), list(trainer._logs["completion"]), history))
+    (adapter, answers, history), (plain_adapter, plain_answers, plain_history) = runs
+    assert answers == plain_answers
+    assert history == plain_history
+    assert all(torch.equal(adapter[name], value) for name, value in plain_adapter.items())
+
+
+def test_no_tracker_hears_of_it(build, small_model, monkeypatch):
+    """TRL sends its timings to Trackio whether a run has begun there or not, and before that Trackio raises."""
+    heard = []
+    monkeypatch.setattr(profiling, "is_trackio_available", lambda: True)
+    monkeypatch.setattr(
+        profiling, "trackio", SimpleNamespace(log=lambda *row, **step: heard.append(row)), raising=False
+    )
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), max_steps=1)
+    trainer.args.report_to = ["trackio"]
+    trainer.preflight()
+    assert heard == []
+    trainer.train()
+    assert heard
+
+
+def test_it_has_the_largest_shape(build, small_model, tokenizer):
+    """The longest prompt and a full answer in every row; a whole rollout without a graph, a micro-batch with one."""
+    shapes = []
+    longest = "Question: 123456+654321=?\nAnswer:"
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_completion_length": 17}
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), prompts=[*PROMPTS, longest], **settings)
+    score = trainer._get_per_token_logps_and_entropies
+
+    def seen(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        shapes.append((*input_ids.shape, attention_mask.all().item(), logits_to_keep, torch.is_grad_enabled()))
+        return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = seen
+    trainer.preflight()
+    tokens = len(tokenizer(longest)["input_ids"]) + 17
+    assert shapes == [(12, tokens, True, 17, False), (4, tokens, True, 17, True)]  # reference pass, then the update
+    assert all(parameter.grad is None for parameter in small_model.parameters())
+
+
+def test_what_does_not_fit_says_what_would(build, small_model):
+    trainer = build(small_model, guards=True, peft_config=fresh_lora())
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.compute_loss = full
+    with pytest.raises(RuntimeError, match=r"does not fit into memory: 8 rows in the sampler and 8 .*grpo-ext plan"):
+        trainer.train()
+
+
+def test_a_dry_run_ends_there(build, small_model, capsys):
+    """No step, and what the model sees is shown, special tokens with it."""
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), dry_run=True, disable_tqdm=False)
+    before = adapter_of(trainer)
+    assert trainer.train().global_step == 0
+    assert all(torch.equal(before[name], value) for name, value in adapter_of(trainer).items())
+    said = re.sub(r"\s*│\n│\s*", "", capsys.readouterr().out)
+    assert "share_of_digits: [0.0, 0.0] for no answer" in said
+    assert "Question: 1+2=?" in said
+    assert re.search(r"largest step\s+\d+\.\d s, \d+\.\d\d GB at its peak", said)
+
+
+def test_where_it_cannot_be_rehearsed_the_log_says_so(build, small_model, caplog):
+    data = Dataset.from_dict({"prompt": PROMPTS}).to_iterable_dataset()
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), max_steps=1)
+    trainer.train_dataset = data
+    trainer.preflight()
+    assert "No step is rehearsed before the run: the data has no length" in caplog.text
+
+
+def test_the_embedded_model_passes(build, tiny_model):
+    assert TINY_MODEL.is_dir()
+    build(tiny_model, guards=True, peft_config=fresh_lora(), max_steps=1).train()

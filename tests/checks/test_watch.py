@@ -1,0 +1,190 @@
+"""What is watched in a run: each wire is provoked, in training, and says what happened, why and what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from grpo_ext.checkpoints.best import BestAdapter, read_best
+from tests.conftest import adapter_of, log_of, random_lora, share_of_digits, small_llama
+
+
+def fresh_lora():
+    """An adapter that leaves the model as it is until the first update."""
+    return random_lora(init_lora_weights=True)
+
+
+def guarded(build, model, **settings):
+    return build(model, **{"guards": True, "peft_config": fresh_lora()} | settings)
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "grpo_ext.checks.watch"]
+
+
+def test_a_healthy_run_trips_nothing(build, tiny_model, caplog):
+    trainer = guarded(build, tiny_model, max_steps=3, num_iterations=2, learning_rate=1e-4)
+    trainer.train()
+    assert not warnings_of(caplog)
+    assert abs(log_of(trainer, "kl")[0]) < 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.0, "log_kl": True}, {"kl_estimator": "exact"}])
+def test_a_reference_that_is_not_the_starting_policy(build, small_model, settings):
+    """A KL towards something else pulls the policy away from where it began, for the whole run (TRL #3194, #4723)."""
+    with pytest.raises(RuntimeError, match=r"KL at step 0 is 0\.0\d+ nats a token, should be 0: the reference is not"):
+        guarded(build, small_model, peft_config=random_lora(), **settings).train()
+
+
+def test_an_adapter_that_does_not_move(build, small_model):
+    """An optimizer that holds other parameters: loss and rewards look as in any run (TRL #6700)."""
+    elsewhere = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    trainer = guarded(build, small_model, arguments={"optimizers": (elsewhere, None)})
+    with pytest.raises(RuntimeError, match="Step 1: no trainable parameter moved in an update that had a gradient"):
+        trainer.train()
+
+
+def equal(completions, **columns):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("settings", [{"warmup_steps": 1}, {"beta": 0.0, "entropy_coef": 0.0, "reward": equal}])
+def test_a_step_that_should_not_move_anything(build, small_model, settings):
+    """A learning rate that warms up from 0, and groups without a signal, are no errors."""
+    trainer, adapters = guarded(build, small_model, **settings), []
+    step = trainer.training_step
+    trainer.training_step = lambda *args: (adapters.append(adapter_of(trainer)), step(*args))[1]
+    trainer.train()
+    assert trainer.state.global_step == len(adapters) == 2
+    before, after_first = adapters
+    assert all(torch.equal(after_first[name], value) for name, value in before.items())
+
+
+class Blows:
+    """Share of digits; in these calls, counted from the one before the run, worth more than a gradient can hold."""
+
+    __name__ = "blows"
+
+    def __init__(self, *calls):
+        self._calls, self._bad = 0, calls
+
+    def __call__(self, completions, **columns):
+        self._calls += 1
+        factor = 1e38 if self._calls in self._bad else 1.0
+        return [factor * (0.1 + score) for score in share_of_digits(completions)]
+
+
+def test_an_update_that_is_not_finite_is_left_out(build, small_model, caplog):
+    """One NaN in the gradient is one in every weight: everything after is lost, and logs hide it (TRL #6702)."""
+    trainer = guarded(build, small_model, reward=Blows(3), scale_rewards="none", max_steps=3)
+    adapters = []
+
+    def training_step(*args, **kwargs):
+        adapters.append(adapter_of(trainer))
+        return step(*args, **kwargs)
+
+    step, trainer.training_step = trainer.training_step, training_step
+    trainer.train()
+    adapters.append(adapter_of(trainer))
+
+    def moved(a, b):
+        return any(not torch.equal(adapters[a][name], adapters[b][name]) for name in adapters[a])
+
+    assert (moved(0, 1), moved(1, 2), moved(2, 3)) == (True, False, True)
+    assert all(value.isfinite().all() for value in adapters[3].values())
+    (said,) = warnings_of(caplog)
+    assert "Step 2: the loss or its gradient is not finite. The update is skipped, its batch is in" in said
+    assert log_of(trainer, "nonfinite/skipped") == [1.0, 1.0]
+    folder = Path(trainer.args.output_dir, "nonfinite", "step-2")
+    saved = load_file(folder / "rollout-0.safetensors")
+    assert json.loads((folder / "settings.json").read_text()) == {"step": 2, "micro_batches": 1}
+    assert saved["0.completion_ids"].shape[0] == 8
+    assert saved["0.advantages"].abs().max() > 1e30
+
+
+def test_the_third_one_stops(build, small_model):
+    trainer = guarded(build, small_model, reward=Blows(2, 4, 5), scale_rewards="none", max_steps=9)
+    with pytest.raises(RuntimeError, match=r"Step 4: .* it is the third one\. Lower learning_rate \(now 0\.001\)"):
+        trainer.train()
+
+
+def test_answers_that_are_all_cut_off(build, small_model, tokenizer, caplog):
+    """Rewards that come at the end of an answer are 0 for ever then (TRL #5697)."""
+    never = {"suppress_tokens": [tokenizer.eos_token_id]}
+    guarded(build, small_model, max_completion_length=3, max_steps=8, generation_kwargs=never).train()
+    (said,) = warnings_of(caplog)
+    assert "Step 5: 100% of completions were cut at 3 tokens, in the fifth rollout on end, and the mean reward" in said
+
+
+@pytest.mark.parametrize(
+    ("worth", "advice"), [(1.0, "solves these problems already: take harder"), (0.0, "take easier problems")]
+)
+def test_groups_that_are_all_dead(build, small_model, caplog, worth, advice):
+    def always(completions, **columns):
+        return [worth] * len(completions)
+
+    guarded(build, small_model, reward=always, max_steps=21).train()
+    said = [line for line in warnings_of(caplog) if "rollouts on end every group" in line]
+    assert len(said) == 1
+    assert "Step 20:" in said[0]
+    assert advice in said[0]
+
+
+def test_a_kl_that_runs_away(build, small_model, caplog):
+    """The run ends with a checkpoint, not with an error: what was learnt until then may be good."""
+    trainer = guarded(build, small_model, kl_stop=0.001, learning_rate=0.05, max_steps=20, save_strategy="steps")
+    trainer.train()
+    steps = trainer.state.global_step
+    assert 1 < steps < 20
+    assert f"Step {steps}: the KL to the reference is" in warnings_of(caplog)[-1]
+    assert "above kl_stop=0.001" in warnings_of(caplog)[-1]
+    assert Path(trainer.args.output_dir, f"checkpoint-{steps}").is_dir()
+    assert max(log_of(trainer, "kl")[:-1]) <= 0.001 < log_of(trainer, "kl")[-1]
+
+
+# The best adapter
+
+
+def train_with_accuracies(build, model, accuracies, **settings):
+    """A run in which these held-out accuracies are logged before the first step and after each."""
+    trainer, adapters = guarded(build, model, max_steps=len(accuracies) - 1, **settings), []
+
+    class Measured(BestAdapter):
+        def on_step_end(self, args, state, control, **kwargs):
+            adapters.append(adapter_of(trainer))
+            trainer.log_alone({"heldout/pass@1": accuracies[state.global_step]})
+
+    trainer.add_callback(Measured(trainer))
+    trainer.log_alone({"heldout/pass@1": accuracies[0]})
+    trainer.train()
+    return trainer, adapters
+
+
+def test_the_best_adapter_is_kept(build, small_model, tokenizer):
+    """The last one is not the best where a run goes on for too long."""
+    trainer, adapters = train_with_accuracies(build, small_model, [0.1, 0.3, 0.8, 0.5])
+    folder = Path(trainer.args.output_dir, "best")
+    assert read_best(trainer.args.output_dir) == {"step": 2, "pass@1": 0.8}
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt") or path.name == "ref"]
+    loaded = PeftModel.from_pretrained(small_llama(tokenizer), folder)
+    values = {name.replace(".default", ""): value for name, value in loaded.named_parameters() if "lora" in name}
+    for name, value in adapters[1].items():
+        assert torch.equal(values[name.replace(".default", "")], value), name
+    assert any(not torch.equal(adapters[1][name], adapters[2][name]) for name in adapters[1])
+
+
+def test_where_nothing_is_better_than_the_start_nothing_is_kept(build, small_model):
+    trainer, _ = train_with_accuracies(build, small_model, [0.5, 0.3, 0.4])
+    assert read_best(trainer.args.output_dir) is None
+    assert not Path(trainer.args.output_dir, "best").exists()
+
+
+def test_a_new_run_does_not_inherit_the_best_of_another(build, small_model, tokenizer):
+    train_with_accuracies(build, small_model, [0.1, 0.9])
+    trainer, _ = train_with_accuracies(build, small_llama(tokenizer), [0.1, 0.2])
+    assert read_best(trainer.args.output_dir) == {"step": 1, "pass@1": 0.2}
+    trainer, _ = train_with_accuracies(build, small_llama(tokenizer), [0.5, 0.2])
+    assert read_best(trainer.args.output_dir) is None

@@ -1,0 +1,192 @@
+"""`grpo-ext doctor`: every line that can be provoked here, and what it says to type."""
+
+import shutil
+import socket
+import threading
+from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import requires
+
+import pytest
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import constants
+
+from grpo_ext import cli
+from grpo_ext.cli import doctor
+
+GIB = 2**30
+
+
+@pytest.fixture
+def closed_port():
+    """Of this machine, where nobody answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """`free(0.5)`: so many GB are left on every disk."""
+
+    def leave(gigabytes):
+        usage = namedtuple("usage", "total used free")(100 * GIB, 0, int(gigabytes * GIB))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    return leave
+
+
+def test_a_machine_that_passes_the_tests_is_well():
+    """A finding that cries wolf would be ignored when it matters."""
+    for finding in (doctor.python(), doctor.packages(), doctor.four_bits()):
+        assert finding.colour == "green", finding
+    packages = doctor.packages().said
+    assert packages.startswith("all ")
+    assert "trl 1.16" in packages
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+def test_a_sandbox_that_works():
+    assert doctor.sandbox().colour == "green"
+
+
+def test_no_bubblewrap(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.sandbox()
+    assert (finding.colour, finding.remedy) == ("yellow", "apt install bubblewrap")
+    assert "rewards that run programs do not work; others do" in finding.said
+
+
+def test_a_bubblewrap_that_cannot_make_a_sandbox(monkeypatch, tmp_path):
+    """As in a container without user namespaces: the line must carry bwrap's own reason, not a wrong package name."""
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho No permission to create new namespace >&2\nexit 1\n")
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.sandbox()
+    assert finding.colour == "yellow"
+    assert "No permission to create new namespace" in finding.said
+    assert "apt install" not in finding.remedy
+
+
+def test_packages_out_of_range_or_missing(monkeypatch):
+    """The TRL whose methods we override is the one thing that must not be another."""
+    found = {"trl": "1.17.0", "peft": ""}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: found.get(name, real(name)))
+    finding = doctor.packages()
+    assert finding.colour == "red"
+    assert finding.said == "peft missing (needs >=0.20), trl 1.17.0 (needs <1.17,>=1.16)"
+    assert finding.remedy == 'pip install "peft>=0.20" "trl<1.17,>=1.16"'
+
+
+def test_packages_of_extras_are_not_asked_for(monkeypatch):
+    """reasoning-gym and pytest are for those who want them."""
+    extras = [line for line in requires("grpo-ext") if "extra ==" in line]
+    assert extras
+    monkeypatch.setattr(doctor, "requires", lambda name: extras)
+    assert doctor.packages().said.startswith("all 0 ")
+
+
+def test_an_old_python(monkeypatch):
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.9")
+    finding = doctor.python()
+    assert (finding.colour, finding.said) == ("red", "3.10.9, and grpo-ext needs >=3.11")
+
+
+def test_four_bits_that_do_not_run(monkeypatch):
+    """Yellow: only runs with --load_in_4bit need them."""
+
+    def broken(self, x):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(Linear4bit, "forward", broken)
+    finding = doctor.four_bits()
+    assert (finding.colour, finding.remedy) == ("yellow", "pip install -U bitsandbytes")
+    assert finding.said == "--load_in_4bit does not work: no kernel image is available"
+
+
+@pytest.mark.parametrize(("gigabytes", "colour"), [(0.5, "red"), (5, "yellow"), (50, "green")])
+def test_disks(free, gigabytes, colour, tmp_path):
+    """Also of a cache that is not there yet, in which the first download would fail."""
+    free(gigabytes)
+    finding = doctor.disk("disk", tmp_path / "not" / "yet", "hf cache prune")
+    assert (finding.colour, bool(finding.remedy)) == (colour, colour != "green")
+    assert f"{gigabytes:.1f} GB free in {tmp_path}/not/yet" in finding.said
+
+
+def test_offline_by_choice_is_no_fault(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    finding = doctor.hub()
+    assert (finding.colour, finding.remedy) == ("yellow", "unset HF_HUB_OFFLINE")
+
+
+def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
+    """Yellow, soon, and the endpoint that was asked is named."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port}")
+    finding = doctor.hub()
+    assert finding.colour == "yellow"
+    assert f"http://127.0.0.1:{closed_port} does not answer" in finding.said
+
+
+@pytest.mark.parametrize(
+    ("status", "token", "colour", "said"),
+    [
+        (200, "hf_right", "green", "logged in as somebody"),
+        (401, "hf_wrong", "yellow", "it answers, and refuses the saved token (401)"),
+        (401, None, "yellow", "it answers; not logged in, so no gated models and no push"),
+    ],
+)
+def test_a_hub_that_answers(monkeypatch, status, token, colour, said, hub_of):
+    """The token is sent, and only where there is one."""
+    url, asked = hub_of(status)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(doctor, "get_token", lambda: token)
+    finding = doctor.hub()
+    assert (finding.colour, finding.said) == (colour, said)
+    assert asked == [token and f"Bearer {token}"]
+
+
+@pytest.fixture
+def hub_of():
+    """`hub_of(status)`: the address of a server that answers so, and a list of the tokens that it is sent."""
+    asked, servers = [], []
+
+    def start(status):
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.headers["authorization"])
+                body = b'{"name": "somebody"}'
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Answer))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_through_its_command_line(capsys, free, monkeypatch, tmp_path):
+    """One screen; exit code 0 with yellow lines, 1 with a red one."""
+    monkeypatch.chdir(tmp_path)
+    free(50)
+    cli.main(["doctor"])
+    said = capsys.readouterr().out
+    for name in ("Python", "packages", "device", "precision", "4-bit bases", "sandbox", "disk", "Hub"):
+        assert name in said
+    assert len(said.splitlines()) <= 24
+    free(0.5)
+    with pytest.raises(SystemExit, match="A red line stops every run"):
+        cli.main(["doctor"])
+    assert "stop" in capsys.readouterr().out

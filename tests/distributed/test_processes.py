@@ -1,0 +1,66 @@
+"""Two processes train what one process trains on the same completions, however groups are spread over them."""
+
+import socket
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, in_two_processes
+from tests.distributed import two_processes
+from tests.distributed.two_processes import CASES, STEPS, train
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The results of every case in both processes, from one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    in_two_processes(two_processes.__file__, folder, seconds=150)
+    return {case: [torch.load(folder / f"{case}-{process}.pt") for process in (0, 1)] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(two, case, tmp_path):
+    """Gradients that bypass the hooks of data-parallel training leave each process with an adapter of its own, and
+    rewards or normalisers that stay in a process train another one; both without an error."""
+    first, second = two[case]
+    for name, value in first["adapter"].items():
+        assert torch.equal(value, second["adapter"][name]), f"{name} differs between the processes"
+    alone = train(case, 1, tmp_path)
+    settings = CASES[case][1]
+    assert first["shares"] is second["shares"] is alone["shares"] is settings.get("share_prompt", True)
+    assert len(alone["grad_norm"]) == settings.get("max_steps", STEPS)
+    for name, value in alone["adapter"].items():
+        torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
+        moved = (value - alone["start"][name]).abs().max()
+        assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 5e-6 says little about"
+        torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)
+    assert max(alone["grad_norm"]) > 0
+    assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    for name in ("reward", "reward_std"):
+        assert first[name] == pytest.approx(alone[name], abs=1e-6)
+    assert max(alone["reward_std"]) > 0
+    assert first["effect"] == pytest.approx(alone["effect"], abs=1e-6)
+    assert max(alone["effect"]) > 0
+    want_chunks = STEPS * settings.get("gradient_accumulation_steps", 1) if "chunk_tokens" in settings else 0
+    assert alone["updates_in_chunks"] == want_chunks
+    if settings.get("dead_groups") != "skip":  # a process with nothing to run takes no chunks
+        assert first["updates_in_chunks"] == want_chunks
+        assert second["updates_in_chunks"] == (0 if case == "one_idle" else want_chunks)
+
+
+def test_two_machines_train_as_one_process(tmp_path):
+    """One launcher a machine, with the line of recipes/README.md: a rank or an address that does not get through leaves
+    each machine with a run of its own, or waiting for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ROOT / "accelerate_configs" / "multi_gpu.yaml"
+    line = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
+    lines = [f"{line} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
+    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", seconds=120, options=lines)
+    first, second = (torch.load(tmp_path / f"straddling_chunks-{process}.pt") for process in (0, 1))
+    alone = train("straddling_chunks", 1, tmp_path)
+    for name, value in alone["adapter"].items():
+        assert torch.equal(first["adapter"][name], second["adapter"][name]), f"{name} differs between the machines"
+        assert (value - alone["start"][name]).abs().max() > 5e-4
+        torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)

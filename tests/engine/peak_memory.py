@@ -1,0 +1,126 @@
+"""Peak memory of one update, measured in a fresh process each; run by test_memory.py as a program of its own.
+
+python tests/engine/peak_memory.py '[["shared", 256, 64, 4, 1024], ...]'     how, S, C, G, chunk_tokens
+[12345678, ...]                                                      bytes, one number a line of the list
+"""
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import psutil
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from grpo_ext.engine.groups import find_siblings
+from grpo_ext.engine.install import add_shared_scoring
+from grpo_ext.engine.rows import Rows
+from tests.conftest import random_lora
+
+CLEAR = Path("/proc/self/clear_refs")
+# A token leaves about 100 kB of activations in all layers, and 4 kB of keys and values.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    lm.set_attn_implementation("sdpa")
+    add_fused_lm_head(lm, outputs=("log_probs", "entropy"))
+    add_shared_scoring(lm)
+    return get_peft_model(lm, random_lora())
+
+
+def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | None) -> None:
+    """Forward and backward of a loss on the log-probs and entropies of G siblings, C tokens each."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(2, SHAPE["vocab_size"], (1, S), generator=generator).expand(G, S)
+    ids = torch.cat([prompt, torch.randint(2, SHAPE["vocab_size"], (G, C), generator=generator)], dim=1)
+    mask = torch.ones_like(ids)
+    if how == "shared":
+        siblings = find_siblings(ids, mask, C)
+        rows = Rows(
+            completion_ids_BC=ids[:, S:], siblings=siblings, temperatures=[1.0] * len(ids), chunk_tokens=chunk_tokens
+        )
+        scores = model(shared_rows=rows)
+        logps, entropies = scores.logps_BC, scores.entropies_BC
+    else:
+        labels = ids.clone()
+        labels[:, :S] = -100
+        output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        logps, entropies = output.log_probs, output.entropy
+    (logps - 0.01 * entropies).mean().backward()
+
+
+def peak_above(action: Callable[[], None]) -> int:
+    """Bytes that this process held at most while it ran `action`, above what it held before."""
+    before = psutil.Process().memory_info().rss
+    if CLEAR.exists():
+        CLEAR.write_text("5")  # the kernel's own high-water mark starts again
+        action()
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
+    samples, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            samples.append(psutil.Process().memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    action()
+    done.set()
+    watcher.join()
+    return max(samples) - before
+
+
+def measure(model: Any, case: tuple[Any, ...]) -> int:
+    how, chunk_tokens = case[0], case[-1]
+    update(model, how, 64, 16, 4, chunk_tokens and 160)  # what a first call loads and allocates for good
+    model.zero_grad()
+    return peak_above(lambda: update(model, *case))
+
+
+def in_a_fork(measure: Callable[[], int]) -> int:
+    """What it finds in a fork of this process, so that no case finds memory that another one left behind."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, str(measure()).encode())
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        value = answer.read()
+    os.waitpid(child, 0)
+    return int(value)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model = build()
+    print(json.dumps([in_a_fork(partial(measure, model, tuple(case))) for case in json.loads(sys.argv[1])]))

@@ -1,0 +1,208 @@
+"""Shared sampling against transformers' own loop: the same tokens from the same random state, and their log-probs."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from grpo_ext.engine import decode
+from grpo_ext.engine.decode import GroupSampler
+from tests.conftest import TINY_MODEL, random_lora
+from tests.engine.test_score import ARCHITECTURES, make, plain
+
+EOS, PAD = 1, 0
+
+
+def prompts_of(*lengths, siblings=4, seed=0):
+    """Prompts padded on the left, each of them `siblings` times in a row, as TRL repeats them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    for row, length in zip(ids, lengths, strict=True):
+        row[-length:] = torch.randint(2, 61, (length,), generator=generator)
+    ids = ids.repeat_interleave(siblings, dim=0)
+    return ids, (ids != PAD).long()
+
+
+def generate(model, ids, mask, seed=0, **settings):
+    torch.manual_seed(seed)
+    settings = {"do_sample": True, "temperature": 0.8, "top_k": 0, "max_new_tokens": 24} | settings
+    return model.generate(input_ids=ids, attention_mask=mask, **settings)
+
+
+def both(model, ids, mask, **settings):
+    sampler = GroupSampler(temperature=0.8)
+    ours = generate(model, ids, mask, custom_generate=sampler, **settings)
+    return generate(model, ids, mask, **settings), ours, sampler.drawn
+
+
+def unpadded_greedy(model, ids, mask, **settings):
+    """Transformers' own loop, row by row without padding: what padding does to it is not our measure."""
+    rows = []
+    for row_ids, row_mask in zip(ids, mask, strict=True):
+        row = row_ids[row_mask.bool()].unsqueeze(0)
+        output = generate(model, row, torch.ones_like(row), do_sample=False, **settings)
+        rows.append(output[0, row.size(1) :].tolist())
+    return rows
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make("llama", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [(name, kind) for name in ARCHITECTURES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")],
+)
+def test_draws_what_transformers_draws(architecture, attention):
+    """Two prompts of 150 tokens, four siblings each, some of which end early; three share a lane where they can."""
+    model = make(architecture, attention, torch.float32 if architecture == "qwen3_moe" else torch.float64)
+    ids, mask = prompts_of(150, 150)
+    stock, ours, drawn = both(model, ids, mask, max_new_tokens=48)
+    assert torch.equal(stock, ours)
+    assert len({len(tokens) for tokens in drawn.tokens}) > 1, "no row ended before another"
+    assert len({tuple(tokens) for tokens in drawn.tokens}) == len(ids), "siblings differ"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ragged_prompts_greedily(architecture):
+    """Prompts of 150, 90 and 61 tokens, and of one, with 149 of padding in its cache: each row is what it is alone."""
+    model = make(architecture, "eager", torch.float32 if architecture == "qwen3_moe" else torch.float64)
+    ids, mask = prompts_of(150, 90, 61, 1, siblings=2)
+    sampler = GroupSampler(temperature=0.8)
+    generate(model, ids, mask, do_sample=False, custom_generate=sampler)
+    for tokens, alone in zip(sampler.drawn.tokens, unpadded_greedy(model, ids, mask), strict=True):
+        assert tokens == alone
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 33, 7)])
+def test_any_number_of_siblings_in_a_lane(llama, monkeypatch, width, lengths):
+    """Lanes that are full and lanes that are not, and rows that leave them one by one."""
+    open_lanes = decode.open_lanes
+    monkeypatch.setattr(
+        decode,
+        "open_lanes",
+        lambda *args, max_new_tokens: open_lanes(*args, max_new_tokens=min(lengths) // width),
+    )
+    ids, mask = prompts_of(*lengths)
+    stock, ours, _ = both(llama.float(), ids, mask, max_new_tokens=64)
+    llama.double()
+    assert torch.equal(stock, ours)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.5},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 20},
+        {"eos_token_id": [EOS, 5, 6, 7]},
+        {"do_sample": False},
+        {"suppress_tokens": list(range(2, 30))},
+        {"guidance_scale": 1.5},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_processors_and_criteria_are_those_of_transformers(llama, settings):
+    """`guidance_scale` and the penalty hold something of every row, which must find its own after others have left."""
+    ids, mask = prompts_of(40, 40, 40)
+    plain_tokens, _, _ = both(llama, ids, mask)
+    stock, ours, _ = both(llama, ids, mask, **settings)
+    assert torch.equal(stock, ours)
+    assert not torch.equal(stock, plain_tokens), "the setting changed nothing"
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"repetition_penalty": 1.7}], ids=["", "top_k", "penalty"])
+def test_log_probs_are_those_of_the_full_distribution(llama, settings):
+    """What TRL's scoring says of the drawn tokens, whatever the processors left to draw from."""
+    ids, mask = prompts_of(40, 33)
+    _, ours, drawn = both(llama, ids, mask, **settings)
+    C = ours.size(1) - ids.size(1)
+    lengths = torch.tensor([[len(tokens)] for tokens in drawn.tokens])
+    scored, _ = plain(llama, ours, torch.cat([mask, (torch.arange(C) < lengths).long()], dim=1), C)
+    for row, logps in zip(scored, drawn.logps, strict=True):
+        torch.testing.assert_close(row[: len(logps)], torch.tensor(logps), atol=2e-6, rtol=0)
+        assert (row[len(logps) :] == 0).all()
+
+
+def test_a_prompt_is_read_once_and_finished_rows_leave(llama):
+    """Tokens that go through the model: each prompt once, then one for every token that needs a successor."""
+    ids, mask = prompts_of(40, 33)
+    counted = []
+    hook = llama.get_input_embeddings().register_forward_hook(
+        lambda m, inputs, output: counted.append(inputs[0].numel())
+    )
+    sampler = GroupSampler(temperature=0.8)
+    generate(llama, ids, mask, custom_generate=sampler, max_new_tokens=64)
+    hook.remove()
+    lengths = [len(tokens) for tokens in sampler.drawn.tokens]
+    assert len(set(lengths)) > 2
+    assert sum(counted) == 40 + 33 + sum(length - 1 for length in lengths)
+
+
+def test_how_a_row_ended(llama):
+    ids, mask = prompts_of(40)
+    _, _, drawn = both(llama, ids, mask, max_new_tokens=24)
+    assert set(drawn.is_cut) == {True, False}
+    for tokens, is_cut in zip(drawn.tokens, drawn.is_cut, strict=True):
+        assert is_cut == (tokens[-1] != EOS)
+        assert len(tokens) == 24 or not is_cut
+
+
+def test_seeds(llama):
+    ids, mask = prompts_of(40)
+    first, again, other = (
+        generate(llama, ids, mask, seed=seed, custom_generate=GroupSampler(temperature=0.8)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:, : other.size(1)], other[:, : first.size(1)])
+
+
+def test_first_and_second_tokens_follow_the_distribution():
+    """20,000 siblings of one prompt, chi-square over the first token and over the second where the first is the most
+    frequent one. The bound is the quantile of 1 in 10,000: with this seed the outcome is fixed, and another seed, or
+    another order of drawing, fails twice in 10,000 times though nothing is wrong."""
+    model = make("llama", "sdpa", torch.float32)
+    ids, mask = prompts_of(10, siblings=20_000)
+    drawn = generate(model, ids, mask, max_new_tokens=2, eos_token_id=None, custom_generate=GroupSampler(0.8))[:, 10:]
+
+    def check(tokens, prompt):
+        expected = (model(input_ids=prompt).logits[0, -1].float() / 0.8).softmax(-1) * len(tokens)
+        counts = torch.bincount(tokens, minlength=61)
+        rare = expected < 5  # pooled, else chi-square is not the law of the statistic
+        expected = torch.cat([expected[~rare], expected[rare].sum().clamp(min=1e-9).view(1)])
+        counts = torch.cat([counts[~rare], counts[rare].sum().view(1)])
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        freedom = torch.tensor(len(counts) - 1.0)
+        assert freedom > 40
+        # P(chi-square > statistic), by the regularised upper incomplete gamma function
+        assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-4
+
+    with torch.no_grad():
+        check(drawn[:, 0], ids[:1])
+        most = drawn[:, 0].mode().values
+        second = drawn[drawn[:, 0] == most, 1]
+        check(second, torch.cat([ids[:1], most.view(1, 1)], dim=1))
+
+
+def test_lora_that_is_off_is_off(llama):
+    ids, mask = prompts_of(40)
+    with llama.disable_adapter():
+        stock, ours, _ = both(llama, ids, mask)
+    assert torch.equal(stock, ours)
+    assert not torch.equal(ours[:, :44], both(llama, ids, mask)[1][:, :44])
+
+
+def test_nf4_base_draws_the_same():
+    """A 4-bit base, LoRA beside it: decoding reads the quantised weights like transformers' loop does."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=config, dtype=torch.float32)
+    model = get_peft_model(base, random_lora())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, base.config.vocab_size, (2, 30), generator=generator).repeat_interleave(4, dim=0)
+    stock, ours, _ = both(model, ids, torch.ones_like(ids))
+    assert torch.equal(stock, ours)

@@ -1,0 +1,123 @@
+"""Rows that go on, turn after turn, from the states that they left, against reading all of it anew for each token."""
+
+import pytest
+import torch
+
+from grpo_ext.engine.decode import GroupSampler
+from grpo_ext.engine.groups import unpadded
+from tests.engine.test_decode import EOS, prompts_of
+from tests.engine.test_score import make
+
+TEMPERATURE, MOST = 0.8, 12
+
+
+def observation(tokens):
+    """What the world answers to a turn: of 1 to 5 tokens, of which the turn decides; None where it ends the episode."""
+    return None if sum(tokens) % 7 == 0 else [2 + (sum(tokens) + i) % 50 for i in range(1 + len(tokens) % 5)]
+
+
+def play(draw, prompts, turns=3):
+    """Every row's tokens and log-probs, turn by turn; `draw(histories, limits)` gives both for a turn of some rows."""
+    histories = [list(prompt) for prompt in prompts]
+    drawn = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    for turn in range(turns):
+        limits = [MOST - 3 * turn - row % 3 for row in alive]
+        tokens, logps = draw([histories[row] for row in alive], limits)
+        replies = dict(zip(alive, map(observation, tokens), strict=True))
+        for row, ids, values in zip(alive, tokens, logps, strict=True):
+            drawn[row].append((ids, values))
+            histories[row] += ids
+        # One row in four ends a turn earlier than the rest, whatever it says.
+        alive = [row for row in alive if replies[row] is not None and turn < turns - 1 - (row % 4 == 3)]
+        for row in alive:
+            histories[row] += replies[row]
+    return drawn, histories
+
+
+def padded(histories):
+    longest = max(map(len, histories))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in histories])
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in histories])
+
+
+def shared_draw(model, sampler):
+    """Turns drawn by the sampler under test, which is seeded once, before the first."""
+
+    def draw(histories, limits):
+        sampler.limits = limits
+        ids, mask = padded(histories)
+        settings = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": 24}
+        model.generate(input_ids=ids, attention_mask=mask, custom_generate=sampler, **settings)
+        return sampler.drawn.tokens, sampler.drawn.logps
+
+    return draw
+
+
+def slow_draw(model):
+    """The obvious way: for every token, every live row is read from its first token, alone and without padding."""
+
+    def draw(histories, limits):
+        tokens, logps = [[] for _ in histories], [[] for _ in histories]
+        alive = [True] * len(histories)
+        while any(alive):
+            logits = torch.zeros(len(histories), 61)
+            for row, history in enumerate(histories):
+                if alive[row]:
+                    logits[row] = model(input_ids=torch.tensor([history + tokens[row]])).logits[0, -1].float()
+            scores = logits / TEMPERATURE
+            chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            for row in range(len(histories)):
+                if alive[row]:
+                    tokens[row].append(chosen[row].item())
+                    logps[row].append(scores.log_softmax(-1)[row, chosen[row]].item())
+                    alive[row] = tokens[row][-1] != EOS and len(tokens[row]) < limits[row]
+        return tokens, logps
+
+    return draw
+
+
+@pytest.mark.parametrize("lengths", [(60, 60, 33, 1), (60, 60)], ids=["ragged", "siblings in lanes"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"])
+@torch.no_grad()
+def test_as_if_every_history_were_read_anew(architecture, lengths):
+    """Tokens and log-probs of three turns, of rows that end at different times, whose turns and observations have
+    different lengths, and which share lanes in the first one where the prompts are long. A window of 40 tokens, a
+    convolution or a recurrent state that is lost or padded between turns changes them."""
+    model = make(architecture, "eager" if architecture == "gemma2" else "sdpa")
+    prompts = unpadded(*prompts_of(*lengths, siblings=3))
+    torch.manual_seed(0)
+    slow, _ = play(slow_draw(model), prompts)
+    sampler = GroupSampler(TEMPERATURE)
+    torch.manual_seed(0)
+    with sampler.keeping_rows():
+        ours, _ = play(shared_draw(model, sampler), prompts)
+    for row, (turns, wanted) in enumerate(zip(ours, slow, strict=True)):
+        assert [ids for ids, _ in turns] == [ids for ids, _ in wanted], row
+        for (_, logps), (_, wanted_logps) in zip(turns, wanted, strict=True):
+            assert logps == pytest.approx(wanted_logps, abs=2e-6)
+    assert len({len(turns) for turns in ours}) > 1
+
+
+@torch.no_grad()
+def test_every_token_is_read_once():
+    """Through the embedding go each distinct prompt once, and of every row all tokens but its last. Without keeping,
+    every turn reads its history again."""
+    model = make("llama", "sdpa")
+    prompts = unpadded(*prompts_of(60, 9, siblings=4))
+    counted = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: counted.append(inputs[0].numel()))
+    sampler = GroupSampler(TEMPERATURE)
+    torch.manual_seed(0)
+    with sampler.keeping_rows():
+        kept, histories = play(shared_draw(model, sampler), prompts)
+    tokens = sum(counted)
+    assert sampler._kept_rows == {}
+    assert tokens == 60 + 9 + sum(len(row) - len(prompt) - 1 for row, prompt in zip(histories, prompts, strict=True))
+    counted.clear()
+    torch.manual_seed(0)
+    assert [[ids for ids, _ in row] for row in play(shared_draw(model, sampler), prompts)[0]] == [
+        [ids for ids, _ in row] for row in kept
+    ]
+    hook.remove()
+    assert sum(counted) > 2 * tokens

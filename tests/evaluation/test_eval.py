@@ -1,0 +1,151 @@
+"""`grpo-ext eval`: the accuracy that a run would measure, of models, adapters and 4-bit bases."""
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import recipes.math as recipe
+from grpo_ext import cli
+from grpo_ext.data import load_problems
+from grpo_ext.evaluation.callback import load_before
+from grpo_ext.evaluation.complete import complete, evaluate
+from grpo_ext.model.load import keep_four_bits
+from recipes.tiny_math import build
+from rewards import math_answer_reward
+from rewards.completion import text_of
+from tests.conftest import TINY_DATA, TINY_MODEL
+
+TASK = ["--model", str(TINY_MODEL), "--data", str(TINY_DATA), "--max_new_tokens", "40", "--batch_size", "256"]
+
+
+def evaluated(capsys, *flags):
+    capsys.readouterr()
+    cli.main(["eval", *TASK, *flags])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def long_way(tmp_path_factory):
+    """An adapter whose effect is known: taught to work sums out, which the embedded model does rightly."""
+    rng, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(TINY_MODEL)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY_MODEL), lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(20):
+        pairs = [build.draw(rng, "pretrain") for _ in range(32)]
+        prompts = [build.PROMPT.format(question=f"{a}+{b}=?") for a, b in pairs]
+        texts = [
+            f"{prompt}{build.worked_out(a, b)}{tokenizer.eos_token}"
+            for prompt, (a, b) in zip(prompts, pairs, strict=True)
+        ]
+        inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for row, prompt in zip(labels, prompts, strict=True):
+            row[: len(prompt)] = -100  # a token a character
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("long_way")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_accuracy_of_the_embedded_model_and_of_an_adapter(capsys, long_way):
+    """On the problems that a run holds out: 0.14 is what the README's run begins with."""
+    base = evaluated(capsys)
+    assert base["pass_at_1"]["value"] == pytest.approx(0.14, abs=0.005)
+    assert (base["pass_at_1"]["n"], base["sampled_pass_at_1"], base["k"]) == (256, None, 0)
+    adapted = evaluated(capsys, "--adapter", long_way, "--max_problems", "64")
+    assert adapted["pass_at_1"]["value"] > 0.9
+    assert (adapted["adapter"], adapted["pass_at_1"]["n"]) == (long_way, 64)
+
+
+def test_figures_are_those_of_the_evaluation_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
+    """Held out, asked and judged as in a recipe, samples included; in a file, and in a line for people."""
+    problems = load_problems(str(TINY_DATA), tokenizer, max_heldout=32, seed=7).heldout.to_list()
+    settings = {"max_new_tokens": 40, "temperature": 0.6, "samples": 3, "batch_size": 256, "seed": 7}
+    expected = evaluate(tiny_model, tokenizer, problems, math_answer_reward, **settings)
+    file = tmp_path / "found.json"
+    flags = "--max_problems 32 --temperature 0.6 --samples 3 --seed 7".split()
+    cli.main(["eval", *TASK, *flags, "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found["pass_at_1"] == asdict(expected.greedy)
+    assert found["sampled_pass_at_1"] == asdict(expected.sampled)
+    assert found["pass_at_k"] == asdict(expected.pass_at_k)
+    assert found["k"] == 3
+    said = f"pass@1 {expected.greedy}  sampled pass@1 {expected.sampled}  pass@3 {expected.pass_at_k} "
+    assert said in capsys.readouterr().out
+
+
+def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monkeypatch, tokenizer):
+    """A file of the current folder judges by columns of its own: whether a text is what the model says in NF4."""
+    (tmp_path / "judge_of_mine.py").write_text(
+        "def same(completions, expected, **columns):\n"
+        "    return [float(text == other) for text, other in zip(completions, expected, strict=True)]\n"
+    )
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=four_bits, dtype=torch.float32)
+    keep_four_bits(model)
+    prompts = [f"Question: {i}+{2 * i}=?\nAnswer:" for i in range(200, 216)]
+    texts = complete(model, tokenizer, prompts, max_new_tokens=40)
+    rows = [{"prompt": prompt, "expected": text} for prompt, text in zip(prompts, texts, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "rows.jsonl", "--split", "train", "--reward", "judge_of_mine:same"]
+    found = evaluated(capsys, *flags, "--load_in_4bit")
+    assert (found["pass_at_1"]["value"], found["pass_at_1"]["n"]) == (1.0, 16)
+    assert evaluated(capsys, *flags)["pass_at_1"]["value"] < 1.0
+
+
+def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model, tokenizer):
+    """Else a model trained without thinking is measured with it: by a recipe, and by the command afterwards. Here the
+    template asks as the model was taught only where it is given `ending`."""
+    chat, questions, out = (str(tmp_path / name) for name in ("chat", "questions", "out"))
+    shutil.copytree(TINY_MODEL, chat)
+    chatting = AutoTokenizer.from_pretrained(TINY_MODEL)
+    chatting.chat_template = "{{ messages[-1].content }}{{ ending }}"
+    chatting.save_pretrained(chat)
+    Path(questions).mkdir()
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (TINY_DATA / f"{split}.jsonl").read_text().splitlines()[:12]]
+        rows = [row | {"question": f"Question: {row['question']}"} for row in rows]
+        Path(questions, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [f"{row['question']}\nAnswer:" for row in rows]
+    expected = complete(tiny_model, tokenizer, prompts, max_new_tokens=40)
+    unasked = complete(tiny_model, tokenizer, [row["question"] for row in rows], max_new_tokens=40)
+    ending = '{"ending": "\\nAnswer:"}'
+    flags = ["--model_name_or_path", chat, "--dataset_name", questions, "--max_steps", "1"]
+    flags += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--guards", "false"]
+    flags += ["--max_completion_length", "40", "--output_dir", out, "--chat_template_kwargs", ending]
+    recipe.main(flags)
+    before = load_before(out, problems=len(rows), samples=0)
+    assert sorted(map(text_of, before.completions)) == sorted(expected) != sorted(unasked)
+    found = evaluated(capsys, "--model", chat, "--data", questions, "--chat_template_kwargs", ending)
+    assert found["pass_at_1"]["value"] == before.greedy.value > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--split", "dev"], "has no split 'dev'; it has: train, test. Add --split NAME"),
+        (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0 to draw samples"),
+        (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
+        (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
+        (["--reward", "rewards:nope"], "nope"),
+        (["--model", "mine"], "'mine' is an adapter. Type: --model the/base --adapter mine"),
+    ],
+)
+def test_mistakes_give_one_sentence(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["eval", *TASK, *flags])

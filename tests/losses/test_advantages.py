@@ -1,0 +1,75 @@
+"""Advantages against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_ext.losses.advantages import alive_groups, combine_rewards, kinds_of_groups, population_advantages
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected", "alive"),
+    [
+        # mean 0.5, population std 0.5 (the sample std would be 0.577 and give +-0.866)
+        ([1, 0, 0, 1], [1, -1, -1, 1], True),
+        # mean 0.25, std sqrt(3)/4: (1 - 0.25) / 0.4330127 and (0 - 0.25) / 0.4330127
+        ([1, 0, 0, 0], [1.7320508, -0.5773503, -0.5773503, -0.5773503], True),
+        # mean 2.5, std sqrt(1.25)
+        ([1, 2, 3, 4], [-1.3416408, -0.4472136, 0.4472136, 1.3416408], True),
+        # all right, all wrong: nothing to compare
+        ([1, 1, 1, 1], [0, 0, 0, 0], False),
+        ([0, 0, 0, 0], [0, 0, 0, 0], False),
+        # equal but for rounding: dead, not +-1
+        ([0.1, 0.1 + 1e-9, 0.1, 0.1], [0, 0, 0, 0], False),
+        # a small but real difference counts in full: mean 0.25e-4, std 0.4330127e-4, eps 1e-8
+        ([1e-4, 0, 0, 0], [1.7316509, -0.577217, -0.577217, -0.577217], True),
+        # one unscorable: mean and std over the other three, mean 1/3, std sqrt(2)/3
+        ([1, 0, NAN, 0], [1.4142136, -0.7071068, 0, -0.7071068], True),
+        # two scorable are enough, one is not, none is not
+        ([1, 0, NAN, NAN], [1, -1, 0, 0], True),
+        ([1, NAN, NAN, NAN], [0, 0, 0, 0], False),
+        ([NAN, NAN, NAN, NAN], [0, 0, 0, 0], False),
+        # an infinite reward cannot be normalised: as unscorable
+        ([math.inf, 1, 0, 0], [0, 1.4142136, -0.7071068, -0.7071068], True),
+        ([-math.inf, 1, 1, 1], [0, 0, 0, 0], False),
+    ],
+)
+def test_one_group_by_hand(rewards, expected, alive):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    want = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(population_advantages(rewards, 4), want, atol=1e-6, rtol=0)
+    assert alive_groups(rewards.view(-1, 4)).tolist() == [alive]
+
+
+def test_groups_are_normalised_apart():
+    """Neighbouring groups of other scale must not leak into each other."""
+    rewards = torch.tensor([1.0, 0.0, 100.0, 300.0, 5.0, 5.0])
+    want = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
+    torch.testing.assert_close(population_advantages(rewards, 2), want, atol=1e-6, rtol=0)
+    assert alive_groups(rewards.view(-1, 2)).tolist() == [True, True, False]
+
+
+def test_equal_float32_rewards_carry_no_advantage():
+    """Eight equal float32 rewards of 0.1 have a mean that rounds off 0.1; divided by std + 1e-8 that looked like a
+    signal of order one, and a dead group trained on noise."""
+    for value in (0.1, 0.3, 1 / 3, 0.7):
+        rewards = torch.full((8,), value, dtype=torch.float32)
+        assert population_advantages(rewards, 8).abs().max() == 0
+        assert not alive_groups(rewards.view(-1, 8)).any()
+
+
+def test_dead_groups_are_told_apart():
+    """Of six groups: two mixed (one by its format only), two all right, one all wrong though its format earned 0.2, and
+    one that nobody could judge."""
+    rewards = [[1.0, 0.0], [0.2, 0.0], [1.2, 1.2], [NAN, 1.0], [0.2, 0.2], [NAN, NAN]]
+    kinds = kinds_of_groups(torch.tensor(rewards), attainable=1.2)
+    assert kinds == pytest.approx({"mixed": 2 / 6, "all_right": 2 / 6, "all_wrong": 1 / 6})
+
+
+def test_rewards_are_weighted_and_unjudged_ones_left_out():
+    rewards = torch.tensor([[1.0, 0.5], [NAN, 0.5], [0.0, NAN], [NAN, NAN]])
+    total = combine_rewards(rewards, torch.tensor([1.0, 0.2]))
+    torch.testing.assert_close(total, torch.tensor([1.1, 0.1, 0.0, NAN], dtype=torch.float64), equal_nan=True)

@@ -1,0 +1,92 @@
+"""Peak memory of two real training steps; run by test_plan.py as a program of its own.
+
+python tests/memory/planned_memory.py '[["folder of a model", {"prompt": 256, ...}, {"load_in_4bit": true}], ...]'
+measured 12345678   bytes at the peak, a line a case, beside what its process held before it loaded the model
+"""
+
+import json
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import torch
+from datasets import Dataset
+from meters import peak_meter, release_free_memory
+from models import word_tokenizer
+from transformers import AutoConfig
+from trl import get_peft_config
+
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from grpo_ext.memory.step_shapes import Step
+from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
+from tests.conftest import SETTINGS, small_llama
+from tests.engine.peak_memory import in_a_fork
+
+PROMPTS = 8
+
+
+def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [sum(ids) % 1009 / 1009 for ids in completion_ids]
+
+
+def trainer(model: Any, policy: PolicyConfig, step: Step, tokenizer: Any, folder: str) -> GRPOExtTrainer:
+    args = GRPOExtConfig(
+        **SETTINGS | {"output_dir": folder, "max_steps": 2, "gradient_checkpointing": step.gradient_checkpointing},
+        num_generations=step.generations,
+        max_completion_length=step.completion,
+        generation_kwargs={"min_new_tokens": step.completion},
+        per_device_train_batch_size=step.rows,
+        gradient_accumulation_steps=step.accumulation,
+        chunk_tokens=step.chunk_tokens,
+        beta=step.beta,
+        guards=False,
+        reward_workers=0,
+    )
+    is_path = isinstance(model, str)
+    args.model_init_kwargs = model_init_kwargs(policy, args) if is_path else None
+    return GRPOExtTrainer(
+        model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": [f"w{2 + i} " * step.prompt for i in range(PROMPTS)]}),
+        processing_class=tokenizer,
+        quantization_config=quantization(policy, args) if is_path else None,
+        peft_config=get_peft_config(policy),
+    )
+
+
+def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
+    step, policy = Step(**sizes), PolicyConfig(model_name_or_path=model, **settings)
+    warm_up()
+    tokenizer = word_tokenizer(AutoConfig.from_pretrained(model).vocab_size)
+    peak = peak_meter()
+    release_free_memory()
+    before = peak.now()
+    with tempfile.TemporaryDirectory() as folder:
+        training = trainer(model, policy, step, tokenizer, folder)
+        for tensor in (*training.model.parameters(), *training.model.buffers()):
+            tensor.data = tensor.data.clone()  # else a view into the whole file, with what was quantised since
+        release_free_memory()
+        peak.reset()
+        training.train()
+    return peak.highest() - before
+
+
+def warm_up() -> None:
+    """What a first training loads and allocates for good, and the pages of libraries that it touches."""
+    step = Step(prompt=8, completion=4, generations=4, rows=4)
+    tokenizer = word_tokenizer(64)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(small_llama(tokenizer), PolicyConfig(), step, tokenizer, folder).train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in json.loads(sys.argv[1]):
+        print(f"\nmeasured {in_a_fork(partial(measure, *case))}", flush=True)

@@ -1,0 +1,141 @@
+"""`--num_generations auto` of a recipe: what it becomes, and that the batch arithmetic stays valid."""
+
+from itertools import pairwise
+
+import psutil
+import pytest
+from trl import TrlParser
+
+import recipes.math as recipe
+from grpo_ext import GRPOExtConfig
+from grpo_ext.memory.auto_group_size import CHOICES, asked_for, resolved
+from grpo_ext.memory.plan import Planner
+from grpo_ext.memory.step_shapes import Step
+from grpo_ext.model.load import PolicyConfig
+from grpo_ext.recipe import RecipeArguments
+from tests.conftest import ROOT
+
+AUTO = ["--num_generations", "auto"]
+FOLDER = str(ROOT / "recipes")
+
+
+@pytest.fixture
+def available(monkeypatch):
+    """`available(gigabytes)`: so much memory is left on this machine."""
+
+    def leave(gigabytes):
+        memory = psutil.virtual_memory()._replace(available=int(gigabytes * 2**30))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+
+    return leave
+
+
+def batch(rows, accumulation=1):
+    return ["--per_device_train_batch_size", str(rows), "--gradient_accumulation_steps", str(accumulation)]
+
+
+@pytest.mark.parametrize(("rows", "accumulation", "chosen"), [(8, 1, 8), (8, 2, 16), (12, 1, 4), (16, 4, 32)])
+def test_the_largest_that_divides_the_rollout(rows, accumulation, chosen, available, capsys):
+    """TRL refuses a rollout that is no multiple of it, after everything was loaded; what was chosen, and for which
+    memory, is said in one line."""
+    available(64)
+    _, args, _ = recipe.parse([*AUTO, *batch(rows, accumulation)])
+    assert args.num_generations == chosen
+    assert args.generation_batch_size % chosen == 0
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"num_generations=auto: {chosen}, the largest of 4, 8, 16, 32 that divides the rollout of ")
+    assert f" rollout of {rows * accumulation} answers, and it fits: 0." in said
+    assert "of 57.60 GB: the free memory of this machine, less a tenth" in said
+
+
+@pytest.fixture(scope="module")
+def planner():
+    """Of the embedded model on a CPU; what it has counted, it knows."""
+    return Planner(PolicyConfig(model_name_or_path=f"{FOLDER}/tiny_math/model"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_tokens": 264}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}]
+)
+def test_larger_groups_need_no_more(planner, options):
+    """Else a smaller group might fit where the largest does not, and `auto` would refuse what can be trained."""
+    sizes = {"rows": 8, "accumulation": 4, "prompt": 100, "completion": 32} | options
+    needs = [planner.footprint(Step(generations=choice, **sizes)).total for choice in CHOICES]
+    assert all(larger <= smaller for larger, smaller in pairwise(needs))
+    assert needs[0] < needs[-1]
+
+
+def test_a_number_stays_what_it_is(capsys):
+    _, args, _ = recipe.parse(["--num_generations", "4"])
+    assert args.num_generations == 4
+    assert "num_generations=auto" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        recipe.parse(["--num_generations", "many"])
+
+
+def test_a_config_file_may_say_auto_and_flags_win(tmp_path, available):
+    """The file is read before TRL reads it: its other settings must count, too."""
+    available(64)
+    settings = "model_name_or_path: $RECIPES/tiny_math/model\ndataset_name: d\nper_device_train_batch_size: 4\n"
+    (tmp_path / "c.yaml").write_text(settings + "gradient_accumulation_steps: 4\nnum_generations: auto\n")
+    config = ["--config", str(tmp_path / "c.yaml")]
+    assert recipe.parse(config)[1].num_generations == 16
+    assert recipe.parse([*config, "--num_generations", "8"])[1].num_generations == 8
+    assert recipe.parse([*config, "--gradient_accumulation_steps", "2"])[1].num_generations == 8
+
+
+def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
+    """Two processes of one machine: twice the rollout, half of the memory for each, and one of them speaks."""
+    available(64)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--config", f"{FOLDER}/tiny_math.yaml", *AUTO, *batch(8), "--output_dir", "x"]
+    asked = asked_for(TrlParser((RecipeArguments, GRPOExtConfig, PolicyConfig)), argv)
+    assert resolved(argv, asked, folder=FOLDER)[-1] == "16"
+    assert "of 28.80 GB: the free memory of this machine by 2, less a tenth" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    resolved(argv, asked, folder=FOLDER)
+    assert capsys.readouterr().out == ""
+
+
+def test_prompts_are_planned_as_long_as_they_may_be(available, capsys):
+    """The embedded model reads 256 tokens at most; `max_prompt_tokens` says it better, where it is set."""
+    available(64)
+    recipe.parse([*AUTO, *batch(8), "--max_completion_length", "16"])
+    assert "for prompts of at most 240 tokens" in capsys.readouterr().out
+    recipe.parse([*AUTO, *batch(8), "--max_completion_length", "16", "--max_prompt_tokens", "50"])
+    assert "for prompts of at most 50 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (batch(6), r"multiple of 4, got 6 \(batch 6 x accumulation 1 x 1 process\)\. Nearest: .*batch_size=8"),
+        (["--use_peft", "false"], r"needs a plan\. .* got use_peft=False.* Or give a number: num_generations=8"),
+    ],
+)
+def test_refusals(flags, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.parse([*AUTO, *flags])
+
+
+@pytest.mark.parametrize("flags", [["--dataset_name", "d"], ["--model_name_or_path", "m"]])
+def test_without_a_model_or_data_the_recipe_says_so(flags, capsys):
+    """Its own sentence, not an error about `auto`."""
+    with pytest.raises(SystemExit):
+        recipe.parse([*AUTO, *flags])
+    assert "give both --model_name_or_path and --dataset_name" in capsys.readouterr().err
+
+
+def test_a_machine_that_is_too_small(available):
+    """By name, before a model is loaded, with what is missing."""
+    available(0.01)
+    message = r"rollout of 8 answers does not fit\. 0\.\d+ GB are planned .*, of 0\.01 GB: the free memory"
+    with pytest.raises(ValueError, match=message):
+        recipe.parse([*AUTO, *batch(8)])
+
+
+def test_a_script_of_ones_own_is_told_to_give_a_number():
+    """TRL would end in a TypeError of its batch arithmetic."""
+    with pytest.raises(ValueError, match=r"num_generations='auto' must be a number of 2 or more, for example 8\."):
+        GRPOExtConfig("x", num_generations="auto")

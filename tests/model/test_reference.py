@@ -1,0 +1,162 @@
+"""The reference of an adapter: the starting model, exactly; a mix of products that is exact too; its place on disk."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from trl.trainer.utils import use_adapter
+
+from grpo_ext.model.reference import REFERENCE, update_reference
+from tests.conftest import PROMPTS, adapter_of, log_of, random_lora
+
+IDS = torch.tensor([[5, 9, 14, 3, 22, 7]])
+
+
+def reference_logits(model):
+    with torch.no_grad(), use_adapter(model, adapter_name=REFERENCE if REFERENCE in model.peft_config else None):
+        return model(input_ids=IDS).logits
+
+
+def deltas(model, adapter):
+    """What the adapter adds to each weight."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert len(layers) == 14
+    return {name: layer.get_delta_weight(adapter).clone() for name, layer in layers.items()}
+
+
+def shake(model):
+    """Another policy."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".default." in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}]
+)
+@pytest.mark.parametrize("alpha", [0.3, 0.6])
+def test_products_are_mixed(small_model, alpha, changes):
+    """Five times, against the mix of what the adapters add: exact, where a mix of the factors is far off."""
+    model = get_peft_model(small_model, random_lora(**changes))
+    want = {name: torch.zeros_like(delta) for name, delta in deltas(model, "default").items()}
+    for _ in range(5):
+        shake(model)
+        want = {name: (1 - alpha) * want[name] + alpha * delta for name, delta in deltas(model, "default").items()}
+        update_reference(model, alpha)
+        for name, delta in deltas(model, REFERENCE).items():
+            torch.testing.assert_close(delta, want[name], atol=1e-5, rtol=1e-5)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains
+    assert all(".default." in name for name in trains)
+
+
+def test_rank_stays_bounded(small_model):
+    """Parts that no longer reach float32's precision are dropped: at alpha = 0.9, after eight of them."""
+    model = get_peft_model(small_model, random_lora())
+    want = {name: torch.zeros_like(delta) for name, delta in deltas(model, "default").items()}
+    for _ in range(12):
+        shake(model)
+        want = {name: 0.1 * want[name] + 0.9 * delta for name, delta in deltas(model, "default").items()}
+        update_reference(model, 0.9)
+    for name, delta in deltas(model, REFERENCE).items():
+        torch.testing.assert_close(delta, want[name], atol=1e-5, rtol=1e-5)
+    assert model.peft_config[REFERENCE].r == 8 * 4
+
+
+def test_a_copy_is_exact(small_model):
+    model = get_peft_model(small_model, random_lora(modules_to_save=["lm_head"]))
+    for _ in range(2):
+        shake(model)
+        model.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.1
+        update_reference(model, 1.0)
+        assert torch.equal(reference_logits(model), model(input_ids=IDS).logits)
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trains
+        assert not any(f".{REFERENCE}." in name for name in trains)
+
+
+def test_trained_modules_are_mixed_too(small_model):
+    model = get_peft_model(small_model, random_lora(modules_to_save=["lm_head"]))
+    head = model.base_model.model.lm_head
+    start = head.original_module.weight.clone()
+    head.modules_to_save["default"].weight.data += 1.0
+    update_reference(model, 0.25)
+    torch.testing.assert_close(head.modules_to_save[REFERENCE].weight, start + 0.25)
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}])
+def test_the_reference_of_a_new_adapter_is_the_pristine_base(build, small_model, changes):
+    pristine = copy.deepcopy(small_model)(input_ids=IDS).logits
+    trainer = build(small_model, peft_config=random_lora(**changes), beta=0.1, learning_rate=0.1)
+    trainer.train()
+    torch.testing.assert_close(reference_logits(trainer.model), pristine, atol=1e-6, rtol=0)
+    assert not torch.allclose(trainer.model(input_ids=IDS).logits, pristine, atol=1e-2)
+
+
+def test_the_reference_of_an_adapter_that_goes_on_is_its_snapshot(build, small_model):
+    model = get_peft_model(small_model, random_lora())
+    start = model(input_ids=IDS).logits.detach()
+    trainer = build(model, beta=0.1, learning_rate=0.1, max_steps=3)
+    trainer.train()
+    torch.testing.assert_close(reference_logits(trainer.model), start, atol=1e-6, rtol=0)
+    assert log_of(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert log_of(trainer, "kl")[2] > 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+@pytest.mark.parametrize("reference", [{"beta": 0.1}, {"beta": 0.0, "log_kl": True}])
+def test_adapters_that_change_the_base_are_refused(build, small_model, changes, reference):
+    with pytest.raises(ValueError, match="changes base weights, so the KL reference would not be the base model"):
+        build(small_model, peft_config=random_lora(**changes), **reference)
+    build(small_model, peft_config=random_lora(**changes), beta=0.0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_reference_follows_every_few_steps(build, small_model, alpha):
+    """After steps 2 and 4 of 5: where the policy is copied, the next step's KL begins at zero again."""
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha, "max_steps": 5}
+    trainer = build(small_model, peft_config=random_lora(), beta=0.1, learning_rate=0.05, **settings)
+    trainer.train()
+    kl = log_of(trainer, "kl")
+    for step in (2, 4):
+        if alpha == 1.0:
+            assert kl[step] < 1e-6 < kl[step - 1]
+        else:
+            assert 1e-6 < kl[step] < 0.5 * kl[step - 1]
+    assert trainer.args.sync_ref_model
+
+
+def test_checkpoints_hold_the_reference_and_the_output_does_not(build, small_model, tmp_path):
+    """Stopped and resumed, with a reference whose rank has grown: as the run that was not."""
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6, "beta": 0.1}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.05}
+    settings["prompts"] = PROMPTS * 2  # one epoch
+    base = copy.deepcopy(small_model)
+    get_peft_model(small_model, random_lora()).save_pretrained(tmp_path / "start")
+
+    def begun():
+        model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "start", is_trainable=True)
+        return build(model, **settings)
+
+    whole = begun()
+    whole.train()
+    whole.save_model()
+    folder = Path(whole.args.output_dir)
+    assert (folder / "checkpoint-2" / REFERENCE / "adapter_model.safetensors").exists()
+    assert (folder / "adapter_model.safetensors").exists()
+    assert not (folder / REFERENCE).exists()
+    again = begun()
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for name, delta in deltas(whole.model, REFERENCE).items():
+        torch.testing.assert_close(deltas(again.model, REFERENCE)[name], delta, atol=1e-6, rtol=0)
+    for name, value in adapter_of(whole).items():
+        torch.testing.assert_close(adapter_of(again)[name], value, atol=1e-6, rtol=0)
+
+
+def test_what_cannot_be_mixed_is_refused(build, small_model):
+    settings = {"sync_ref_model": True, "beta": 0.1}
+    with pytest.raises(ValueError, match=r"DoRA is not linear in its factors.*ref_model_mixup_alpha=1\.0"):
+        build(small_model, peft_config=random_lora(use_dora=True), **settings)

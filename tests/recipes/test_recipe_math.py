@@ -1,0 +1,300 @@
+"""`recipes/math.py` as a user starts it: every way of launching it, what it leaves behind, and that it learns."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from trl import get_peft_config
+
+import recipes.math as recipe
+from grpo_ext import GRPOExtTrainer
+from grpo_ext.data import load_problems
+from grpo_ext.evaluation.callback import load_before
+from grpo_ext.evaluation.complete import evaluate
+from grpo_ext.model.load import load_tokenizer, model_init_kwargs
+from rewards import math_answer_reward
+from tests.checkpoints.test_resume import comparable
+from tests.conftest import ROOT
+
+BIN = Path(sys.executable).parent
+LAUNCH = [str(BIN / "accelerate"), "launch"]
+TWO_STEPS = (
+    "--max_steps 2 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_completion_length 16 "
+    "--max_eval_prompts 8 --eval_samples 2 --eval_steps 1 --save_steps 1 --seed 0"
+).split()
+SUMMARY_FIELDS = (
+    "recipe base_model device steps seconds prompts_seen completions_seen pass_at_1_before pass_at_1_after "
+    "pass_at_k_before pass_at_k_after k peak_memory_mb trainable_parameters total_parameters versions seed"
+).split()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def launch(command, cwd=ROOT, **environment):
+    """Run a command of the user: its exit code and its output, both streams in the order of a terminal."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment}
+    env.pop("PYTHONSAFEPATH", None)
+    done = subprocess.run(
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, check=False
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        (".", [*LAUNCH, "recipes/math.py"]),
+        (".", [*LAUNCH, "-m", "recipes.math"]),
+        (".", [sys.executable, "recipes/math.py"]),
+        ("recipes", [*LAUNCH, "math.py"]),
+        ("recipes", [*LAUNCH, "-m", "recipes.math"]),
+        ("recipes", [sys.executable, "math.py"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(Path(part).name for part in value),
+)
+def test_every_way_of_launching_it(tmp_path, folder, command):
+    """Where Python's own `math` is a shared object, a script named math.py in the first folder of sys.path becomes
+    `math` for every other module, and `import random` dies."""
+    code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
+    assert code == 0, output
+    assert "held-out pass@1: " in output.strip().splitlines()[-1]
+
+
+def test_spawned_workers(tmp_path):
+    """A spawned child starts with the current folder first on its path and imports the script again; both from
+    inside recipes/, data-loader workers and two processes."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import multiprocessing as m\nm.set_start_method('spawn', force=True)\n"
+    )
+    command = [sys.executable, "math.py", *TWO_STEPS, "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
+    code, output = launch(command, cwd=ROOT / "recipes", PYTHONPATH=str(tmp_path / "site"))
+    assert code == 0, output
+
+
+def test_two_processes(tmp_path):
+    """Each takes its half of the rollouts and of the held-out problems; the report is given once."""
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
+    code, output = launch(command, cwd=ROOT / "recipes", OMP_NUM_THREADS="1")
+    assert code == 0, output
+    assert "2 prompts x 8 answers = 16 completions" in output
+    assert output.count("held-out pass@1: ") == 2  # greedy and sampled
+    assert json.loads((tmp_path / "summary.json").read_text())["pass_at_1_after"]["n"] == 8
+    rollouts = lines_of(tmp_path / "completions.jsonl")
+    assert [(row["step"], len(row["groups"])) for row in rollouts] == [(1, 2), (2, 2)]
+    for group in (group for row in rollouts for group in row["groups"]):
+        assert len(group["answers"]) == 8
+        assert int(group["gold"]) == sum(map(int, re.findall(r"\d+", group["prompt"])))  # not of the other process
+        for answer in group["answers"]:
+            assert answer["rewards"]["math_answer_reward"] == float(answer["found"] == group["gold"])
+
+
+def test_what_a_run_says_and_leaves(tmp_path):
+    """Banner, samples and verdict; adapter, card, checkpoints, metrics, picture and summary."""
+    code, output = launch([sys.executable, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
+    assert code == 0, output
+    for said in (
+        "recipes/tiny_math/model, 0.87M parameters in float32",
+        "163,840 parameters",
+        "the same backbone with the adapter off, no second model; beta = 0.1",
+        "1 prompts x 8 answers = 8 completions",
+        "steps      2, learning rate 0.001",
+        "held out: 8 problems of split 'test'",
+        "loss is not progress in GRPO",
+        "reward=",
+        "pass@1=",
+        "Held-out problems, greedy answers",
+    ):
+        assert said in output
+    assert "Traceback" not in output
+    assert "FutureWarning" not in output
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "checkpoint-1", "checkpoint-2"}
+    assert left >= {"metrics.jsonl", "curves.png", "report.html", "summary.json", "completions.jsonl", "run.json"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) >= set(SUMMARY_FIELDS)
+    assert (summary["steps"], summary["prompts_seen"], summary["completions_seen"], summary["k"]) == (2, 2, 16, 2)
+    assert set(summary["pass_at_1_before"]) == {"value", "low", "high", "n"}
+    assert set(summary["pass_at_1_difference"]) == {"value", "low", "high", "n", "better", "worse", "p_value"}
+    assert list(summary["pass_at_after"]) == ["2"]
+    metrics = lines_of(tmp_path / "metrics.jsonl")
+    for name in ("heldout/pass@1", "heldout/sampled_pass@1"):
+        assert [row["step"] for row in metrics if name in row] == [0, 1, 2]
+    assert [row["step"] for row in metrics if "loss" in row] == [1, 2]
+    assert [row["step"] for row in lines_of(tmp_path / "completions.jsonl")] == [1, 2]
+    heldout = lines_of(tmp_path / "heldout.jsonl")
+    assert [row["step"] for row in heldout] == [0, 1, 2]
+    assert {(len(row["right"]), len(row["answers"])) for row in heldout} == {(8, 4)}
+    page = (tmp_path / "report.html").read_text()
+    assert "of 8 held-out problems" in page
+    assert "python recipes/math.py --max_steps 2" in page
+    assert str(tmp_path.parent) not in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "banner"),
+    [
+        (["--load_in_4bit"], "163,840 parameters (15.91%), the adapter, in float32"),
+        (["--use_peft", "false"], "the whole model"),
+    ],
+)
+def test_own_data_on_a_4bit_base_or_without_adapter(tmp_path, flags, banner):
+    """The flags of a real task: a model by name, problems in a file, NF4; and a full fine-tune."""
+    rows = [{"question": f"{i}+{i}=?", "solution": f"twice {i}\n#### {2 * i}"} for i in range(100, 160)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ["--model_name_or_path", "recipes/tiny_math/model", "--dataset_name", str(tmp_path / "problems.jsonl")]
+    command = [sys.executable, "recipes/math.py", *task, *flags, *TWO_STEPS, "--output_dir", str(tmp_path)]
+    code, output = launch(command)
+    assert code == 0, output
+    assert banner in output
+    assert "52 problems; held out: 8 problems taken out of split 'train'" in output
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
+def test_flags_and_config_files(tmp_path, capsys):
+    """No flags: the embedded preset. A YAML file replaces it, and flags win over both."""
+    script_args, args, model_args = recipe.parse(["--seed", "7"])
+    assert (args.seed, args.max_steps, args.learning_rate) == (7, 35, 1e-3)
+    assert Path(model_args.model_name_or_path).is_dir()
+    assert Path(script_args.dataset_name).is_dir()
+    (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: d\nlearning_rate: 3.0e-5\nbeta: 0.2\n")
+    _, args, model_args = recipe.parse(["--config", str(tmp_path / "c.yaml"), "--beta", "0.3"])
+    assert (args.learning_rate, args.beta, model_args.model_name_or_path) == (3e-5, 0.3, "m")
+    assert args.num_generations == 8
+    with pytest.raises(SystemExit):
+        recipe.parse(["--model_name_or_path", "m"])
+    assert "give both --model_name_or_path and --dataset_name" in capsys.readouterr().err
+
+
+def test_offline_a_hub_name_gives_one_sentence(tmp_path):
+    """No stack trace, whether the model or the data cannot be had."""
+    task = ["--model_name_or_path", "recipes/tiny_math/model", "--dataset_name", "openai/gsm8k"]
+    code, output = launch([sys.executable, "recipes/math.py", *task])
+    assert code != 0
+    assert "Data set 'openai/gsm8k' is not a local path and could not be fetched" in output
+    assert "Traceback" not in output
+    with pytest.raises(SystemExit, match="Model 'nobody/nothing' is not a local path and could not be fetched"):
+        recipe.main(["--model_name_or_path", "nobody/nothing", "--dataset_name", "x", "--output_dir", str(tmp_path)])
+
+
+def test_a_picture_that_fails_does_not_end_the_run(tmp_path):
+    """Here both names are taken by folders: the adapter and the summary are there all the same."""
+    for name in ("report.html", "curves.png"):
+        (tmp_path / name / "taken").mkdir(parents=True)
+    code, output = launch([sys.executable, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
+    assert code == 0, output
+    assert f"Once that is mended: grpo-ext report {tmp_path}" in output
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_resumed_recipe_reports_from_its_start(tmp_path):
+    """What was found before training is that of the first session; the report and the log are those of one run."""
+    flags = [*TWO_STEPS, "--max_steps", "3", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
+    recipe.main(flags)
+
+    def left_behind():
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        del summary["seconds"], summary["peak_memory_mb"]
+        return summary, comparable(tmp_path / "metrics.jsonl")
+
+    at_once = left_behind()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    recipe.main([*flags, "--resume_from_checkpoint", "True"])
+    assert left_behind() == at_once
+    before = load_before(tmp_path, problems=8, samples=2)
+    assert asdict(before.greedy) == at_once[0]["pass_at_1_before"]
+    assert load_before(tmp_path, problems=8, samples=3) is None
+    assert load_before(tmp_path, problems=9, samples=2) is None
+    kept = tmp_path / "heldout_before.json"
+    kept.write_text(kept.read_text().replace(f'"value": {before.pass_at_k.value}', '"value": 0.0625'))
+    recipe.main([*flags, "--resume_from_checkpoint", "last"])
+    assert left_behind()[0]["pass_at_k_before"]["value"] == 0.0625  # it is not measured again
+    kept.write_text("{")  # killed while it was written
+    assert load_before(tmp_path, problems=8, samples=2) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_run_learns(tmp_path, seed):
+    """By GRPO alone, with the document's objective and beta > 0; then a fresh process loads the adapter with plain
+    PEFT on the base and finds the same accuracy."""
+    flags = ["--seed", str(seed), "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
+    code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # others run beside
+    assert code == 0, output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    before, after = summary["sampled_pass_at_1_before"], summary["sampled_pass_at_1_after"]
+    assert before["n"] == after["n"] == 256
+    assert after["value"] - before["value"] >= 0.35
+    assert after["value"] >= 0.95
+    assert summary["pass_at_1_after"]["value"] >= 0.95
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lengths = [row["completions/mean_length"] for row in metrics if "loss" in row]
+    assert lengths[-1] > 1.5 * lengths[0]  # from blurting to steps
+
+    fresh = f"""
+import json
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, data = "recipes/tiny_math/model", "recipes/tiny_math/data/test.jsonl"
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), {str(tmp_path)!r})
+right = 0
+rows = [json.loads(line) for line in open(data)][:100]
+for row in rows:
+    ids = tokenizer("Question: " + row["question"] + "\\nAnswer:", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, max_new_tokens=48, do_sample=False)[0], skip_special_tokens=True)
+    right += text.endswith("#### " + row["answer"])
+print("accuracy", right / len(rows))
+"""
+    if seed == 0:
+        code, output = launch([sys.executable, "-c", fresh])
+        assert code == 0, output
+        assert float(output.split("accuracy ")[1].split()[0]) == pytest.approx(
+            summary["pass_at_1_after"]["value"], abs=0.04
+        )
+
+
+@pytest.mark.slow
+def test_shuffled_rewards_teach_nothing(tmp_path):
+    """The same run with each batch's rewards in random order: what it gains would not come from the rewards."""
+    flags = ["--output_dir", str(tmp_path), "--max_steps", "15", "--disable_tqdm", "True", "--report_to", "none"]
+    script_args, args, model_args = recipe.parse(flags)
+    tokenizer = load_tokenizer(model_args)
+    problems = load_problems(script_args.dataset_name, tokenizer, max_heldout=256)
+    order = random.Random(0)
+
+    def shuffled(completions, answer, **columns):
+        rewards = math_answer_reward(completions, answer)
+        order.shuffle(rewards)
+        return rewards
+
+    args.model_init_kwargs = model_init_kwargs(model_args, args)
+    trainer = GRPOExtTrainer(
+        model_args.model_name_or_path,
+        shuffled,
+        args,
+        problems.train,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+
+    def accuracy():
+        rows = problems.heldout.to_list()
+        settings = {"max_new_tokens": 48, "temperature": 0.8, "samples": 2, "batch_size": 256}
+        return evaluate(trainer.model, tokenizer, rows, math_answer_reward, **settings).sampled.value
+
+    before = accuracy()
+    trainer.train()
+    assert trainer.state.global_step == 15  # the real run is above 0.9 by then
+    assert accuracy() < before + 0.1

@@ -1,0 +1,160 @@
+"""The recipes beside `recipes/math.py` as a user starts them, with two steps each, and the data that they bring."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+import recipes.coding
+import recipes.dialogue
+import recipes.logic
+from grpo_ext import GRPOExtConfig
+from grpo_ext.data import Wording, load_problems
+from grpo_ext.model.load import PolicyConfig
+from grpo_ext.recipe import RecipeArguments
+from rewards import program_reward
+from tests.conftest import ROOT
+from tests.recipes.test_recipe_math import LAUNCH, launch
+
+RECIPES = ROOT / "recipes"
+TWO_STEPS = (
+    "--max_steps 2 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_completion_length 24 "
+    "--max_eval_prompts 8 --eval_samples 2 --eval_steps 1 --save_steps 2 --seed 0"
+).split()
+needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+
+def started(tmp_path, folder, command):
+    """Run two steps; what was said, and the summary."""
+    code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
+    assert code == 0, output
+    assert "held-out pass@1: " in output.strip().splitlines()[-1]
+    assert "Traceback" not in output
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {"adapter_model.safetensors", "metrics.jsonl", "curves.png", "summary.json", "checkpoint-2"}
+    return output, json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_dialogue_from_the_root(tmp_path):
+    output, summary = started(tmp_path, ".", [*LAUNCH, "recipes/dialogue.py"])
+    assert (summary["recipe"], summary["steps"], summary["k"]) == ("dialogue", 2, 2)
+    assert "held out: 8 problems of split 'test'" in output
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(1 <= row["dialogue/turns"] <= 6 for row in metrics if "loss" in row)
+    for name in ("heldout/pass@1", "heldout/sampled_pass@1"):
+        assert [row["step"] for row in metrics if name in row] == [0, 1, 2]
+
+
+def test_logic_from_inside_the_folder(tmp_path):
+    output, summary = started(tmp_path, "recipes", [*LAUNCH, "logic.py", "--train_problems", "40"])
+    assert (summary["recipe"], summary["steps"]) == ("logic", 2)
+    assert "40 problems; held out: 8 puzzles of basic_arithmetic" in output
+    assert "Question: " in output
+
+
+@needs_sandbox
+def test_coding_as_a_module(tmp_path):
+    output, summary = started(tmp_path, ".", [*LAUNCH, "-m", "recipes.coding"])
+    assert (summary["recipe"], summary["steps"]) == ("coding", 2)
+    assert "32 problems; held out: 8 problems taken out of split 'train'" in output
+
+
+def test_guess_a_number(tmp_path, monkeypatch, capsys):
+    """The preset of the game, with the embedded model, which has no chat template, in place of a chat model."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    preset = ["--config", str(RECIPES / "guess_number.yaml"), "--model_name_or_path", str(RECIPES / "tiny_math/model")]
+    recipes.dialogue.main([*preset, *TWO_STEPS, "--max_turns", "3", "--output_dir", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "80 problems; held out: 20 numbers of 100" in output
+    assert "held-out pass@1: " in output.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])
+def test_every_recipe_drops_its_folder_from_the_path(recipe):
+    """As the recipe for mathematics does, which test_recipe_math.py starts in every way: without it, `import math`
+    finds math.py beside the script."""
+
+    def guard(path):
+        lines = path.read_text().splitlines()
+        start, end = lines.index("import sys"), next(i for i, line in enumerate(lines) if line.startswith("sys.path"))
+        return [line for line in lines[start : end + 1] if not line.startswith("#")]
+
+    assert guard(RECIPES / f"{recipe}.py") == guard(RECIPES / "math.py")
+    assert len(guard(RECIPES / "math.py")) == 4
+
+
+@pytest.mark.parametrize("preset", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_presets_hold_flags_that_exist(preset, tmp_path):
+    """A misspelt line of a preset for a GPU would stop a run that nobody starts here."""
+    recipe = {
+        "guess_number": recipes.dialogue.DialogueArguments,
+        "tiny_dialogue": recipes.dialogue.DialogueArguments,
+        "knights_knaves": recipes.logic.LogicArguments,
+        "smollm2_sums": recipes.logic.LogicArguments,
+        "tiny_logic": recipes.logic.LogicArguments,
+    }.get(preset.stem, RecipeArguments)
+    (tmp_path / "preset.yaml").write_text(preset.read_text())
+    parser = TrlParser((recipe, GRPOExtConfig, PolicyConfig))
+    script_args, args, model_args = parser.parse_args_and_config(["--config", str(tmp_path / "preset.yaml")])
+    values = {**vars(script_args), **vars(args), **vars(model_args)}
+    assert all(values[name] == value for name, value in yaml.safe_load(preset.read_text()).items())
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert rows % args.num_generations == 0
+    json.loads(getattr(script_args, "task_options", "{}"))
+
+
+# Data
+
+
+@needs_sandbox
+def test_every_gold_program_is_right():
+    """And none of them is right for another problem, so that the tests tell programs apart."""
+    rows = [json.loads(line) for line in (RECIPES / "tiny_coding.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["entry_point"] for row in rows}) == 40
+    columns = {name: [row[name] for row in rows] for name in ("entry_point", "inputs", "outputs")}
+    programs = [f"```python\n{row['solution']}```" for row in rows]
+    assert program_reward(programs, **columns) == [1.0] * 40
+    renamed = [
+        program.replace(f"def {row['entry_point']}(", f"def {after['entry_point']}(")
+        for row, program, after in zip(rows, programs, rows[1:], strict=False)
+    ]
+    assert sum(program_reward(renamed, **{name: values[1:] for name, values in columns.items()})) == 0
+
+
+def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
+    """The name of the function stands in the tests only; a problem whose tests no one can read is left out."""
+    rows = [
+        {"prompt": f"Write a function to add {i}.", "code": "...", "test_list": [f"assert plus(1) == {i + 1}"]}
+        for i in range(50)
+    ]
+    rows[7]["test_list"] = ["assert plus(other) > open('x')"]
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(str(path), tokenizer, wording=recipes.coding.WORDING)
+    judged = recipes.coding.judged(problems)
+    assert len(judged.train) + len(judged.heldout) == 49
+    assert judged.note.endswith("; 1 problems whose tests cannot be judged were left out")
+    number = judged.train[0]["prompt"].partition("add ")[2].partition(".")[0]
+    test = f"Your program must pass this test:\nassert plus(1) == {int(number) + 1}"
+    assert judged.train[0]["prompt"] == f"Write a function to add {number}.\n{test}"
+    (tmp_path / "none.jsonl").write_text("".join(json.dumps(rows[7] | {"prompt": str(i)}) + "\n" for i in range(9)))
+    with pytest.raises(SystemExit, match="No problem has tests that can be judged"):
+        recipes.coding.judged(load_problems(str(tmp_path / "none.jsonl"), tokenizer))
+
+
+def test_wording_of_a_chat_model(tmp_path, tokenizer):
+    tokenizer.chat_template = "{{ messages }}"
+    try:
+        path = Path(tmp_path / "d.jsonl")
+        path.write_text("".join(json.dumps({"question": f"{i}?", "answer": "1"}) + "\n" for i in range(10)))
+        wording = Wording(system="Be brief.", question=lambda text, row: f"{text} ({row['answer']})")
+        prompt = load_problems(str(path), tokenizer, wording=wording).heldout[0]["prompt"]
+    finally:
+        tokenizer.chat_template = None
+    assert [message["role"] for message in prompt] == ["system", "user"]
+    assert prompt[0]["content"] == "Be brief."
+    assert prompt[1]["content"].endswith("? (1)")

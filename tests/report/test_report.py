@@ -1,0 +1,277 @@
+"""Evaluation, metrics file, picture and summary."""
+
+import json
+from dataclasses import asdict
+from itertools import combinations
+from math import comb, sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_ext.console.phase_timer import PhaseTimer
+from grpo_ext.evaluation.complete import by_kind, complete, evaluate, judge
+from grpo_ext.evaluation.estimates import Difference, Estimate, pass_at_k
+from grpo_ext.report import run_reader
+from grpo_ext.report.metrics_file import append_metrics, read_metrics
+from grpo_ext.report.plot_data import MOST_POINTS, panels_of
+from grpo_ext.report.png_plots import draw_curves
+from grpo_ext.report.run_reader import Run
+from grpo_ext.report.summary import verdict
+from rewards import math_answer_reward
+from tests.conftest import TINY_DATA, random_lora
+
+PROMPT = "Question: 538+478=?\nAnswer:"
+
+
+def problems(count):
+    rows = [json.loads(line) for line in (TINY_DATA / "test.jsonl").read_text().splitlines()[:count]]
+    return [{"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"]} for row in rows]
+
+
+def test_wilson_interval_by_hand():
+    """39 of 100, z = 1.96: centre (0.39 + z^2/200) / (1 + z^2/100) = 0.3941, half width 0.0940."""
+    estimate = Estimate.of([1.0] * 39 + [0.0] * 61)
+    assert (estimate.value, estimate.n) == (0.39, 100)
+    assert (estimate.low, estimate.high) == pytest.approx((0.3001, 0.4880), abs=2e-4)
+    assert str(estimate) == "0.39 [0.30, 0.49]"
+    assert Estimate.of([1.0] * 50).low > 0.9  # all right is not certainty
+
+
+def test_pass_at_k_is_unbiased():
+    """Against drawing k of the n samples in every possible way."""
+    for n, correct, k in ((5, 2, 3), (4, 0, 2), (6, 6, 1), (6, 1, 6), (5, 4, 2)):
+        draws = list(combinations([1] * correct + [0] * (n - correct), k))
+        assert pass_at_k(correct, n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_difference_by_hand():
+    """20 problems: 7 rose, 1 fell. McNemar: twice the chance of at most 1 of 8 fair coins. The interval by the formula
+    of Agresti and Min: half a problem more in each of the four cells."""
+    before = [0.0] * 7 + [1.0] + [0.0] * 4 + [1.0] * 8
+    after = [1.0] * 7 + [0.0] + [0.0] * 4 + [1.0] * 8
+    found = Difference.of(before, after)
+    assert (found.n, found.better, found.worse, found.value) == (20, 7, 1, pytest.approx(6 / 20))
+    assert found.p_value == pytest.approx(2 * (comb(8, 0) + comb(8, 1)) / 2**8)
+    rose, fell, n = 7.5, 1.5, 22
+    half = 1.96 * sqrt(((rose + fell) / n - ((rose - fell) / n) ** 2) / (n - 1))
+    assert (found.low, found.high) == pytest.approx((6 / n - half, 6 / n + half), abs=1e-4)
+    assert str(found) == "+0.30 [+0.03, +0.52], p = 0.07"
+
+
+def test_a_difference_is_paired_and_never_certain():
+    """The same two shares, once on problems that all rose but few, once on others: only the pairs tell them apart. And
+    problems that all changed alike, or not at all, leave an interval."""
+    ten, few = [1.0] * 10 + [0.0] * 90, [1.0] * 20 + [0.0] * 80
+    alike, shuffled = Difference.of(ten, few), Difference.of(ten[::-1], few)
+    assert alike.value == shuffled.value == pytest.approx(0.1)
+    assert alike.p_value < 0.01 < 0.05 < shuffled.p_value
+    assert alike.low > 0 > shuffled.low
+    assert Difference.of([0.0] * 10, [1.0] * 10).low < 0.9
+    assert Difference.of([0.0] * 10, [0.0] * 10).high > 0.05
+    shares = Difference.of([0.25, 0.5], [0.5, 0.5])
+    assert shares.p_value is None
+    assert str(shares) == "+0.12 [-0.52, +0.64]"
+
+
+@pytest.mark.parametrize(("rise", "fall", "n"), [(0.4, 0.02, 20), (0.2, 0.1, 64), (0.05, 0.05, 256), (0.9, 0.0, 64)])
+def test_95_of_100_intervals_hold_the_truth(rise, fall, n):
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):
+        draw = rng.random(n)
+        before = np.where(draw > 1 - fall, 1.0, 0.0)
+        after = np.where(draw < rise, 1.0, 0.0)
+        found = Difference.of(before.tolist(), after.tolist())
+        held += found.low <= rise - fall <= found.high
+    assert held >= 0.92 * 300
+
+
+def test_accuracy_by_difficulty():
+    """Columns with one value, or with as many as there are problems, say nothing; values are in their order."""
+    rows = [{"level": f"Level {i % 2 * 8 + 2}", "subject": "algebra", "type": i, "difficulty": None} for i in range(20)]
+    kinds = by_kind(rows, [i % 4 == 1 for i in range(20)])
+    assert list(kinds) == ["level"]
+    assert [(name, share.value, share.n) for name, share in kinds["level"].items()] == [
+        ("Level 2", 0.0, 10),
+        ("Level 10", 0.5, 10),
+    ]
+
+
+def test_completions_equal_plain_generate(tiny_model, tokenizer):
+    """Padding, batching and sorting must not change a greedy answer."""
+    prompts = [p["prompt"] for p in problems(6)] + ["Question: 100+100=?\nAnswer: #### 2", "Q"]
+    got = complete(tiny_model, tokenizer, prompts, max_new_tokens=40, batch_size=3)
+    for prompt, text in zip(prompts, got, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = tiny_model.generate(**ids, max_new_tokens=40, do_sample=False)
+        assert text == tokenizer.decode(out[0, ids["input_ids"].size(1) :], skip_special_tokens=True)
+
+
+def test_evaluation_leaves_the_run_as_it_was(build, tiny_model, tokenizer):
+    """Random state, training mode and checkpointing: an evaluation in the middle must not change the run."""
+    model = build(tiny_model, peft_config=random_lora()).model
+    model.train()
+    model.gradient_checkpointing_enable()
+    state = torch.get_rng_state()
+    settings = {"max_new_tokens": 20, "temperature": 0.8, "samples": 2}
+    draws = [evaluate(model, tokenizer, problems(4), math_answer_reward, **settings) for _ in range(2)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert model.is_gradient_checkpointing
+    assert draws[0] == draws[1]
+    assert (draws[0].k, draws[0].greedy.n, len(draws[0].completions)) == (2, 4, 4)
+
+
+def test_pass_at_k_for_every_k_up_to_the_samples(tiny_model, tokenizer):
+    """From the same samples; pass@6 of 6 is whether any is right, and sampled pass@1 the mean share."""
+    settings = {"max_new_tokens": 20, "temperature": 0.8, "samples": 6}
+    found = evaluate(tiny_model, tokenizer, problems(8), math_answer_reward, **settings)
+    assert list(found.pass_at) == [2, 4, 6]
+    assert found.pass_at[6] == found.pass_at_k == Estimate.of([float(share > 0) for share in found.shares])
+    assert found.sampled == Estimate.of(found.shares)
+    hits = [round(6 * share) for share in found.shares]
+    assert found.pass_at[2].value == pytest.approx(sum(pass_at_k(hit, 6, 2) for hit in hits) / 8)
+    assert 0 < found.sampled.value < found.pass_at[2].value < found.pass_at[6].value
+
+
+def test_what_cannot_be_judged_is_wrong():
+    rows = [{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": "?!"}]
+    assert judge(math_answer_reward, rows, ["#### 1", "#### 1"]) == [True, False]
+
+
+def test_metrics_survive_a_cut_line_and_numbers_that_json_lacks(build, small_model):
+    trainer = build(small_model, peft_config=random_lora())
+    path = trainer.args.output_dir + "/metrics.jsonl"
+    trainer.train()
+    append_metrics(trainer.args, 3, {"loss": float("nan"), "reward": 1.0})
+    with Path(path).open("a") as file:
+        file.write('{"step": 4, "los')  # killed here
+    rows = read_metrics(Path(path))
+    assert rows[-1] == {"step": 3, "loss": None, "reward": 1.0}
+    assert draw_curves(trainer.args.output_dir).read_bytes().startswith(b"\x89PNG")
+
+
+def test_resumed_runs_keep_their_metrics_and_fresh_ones_start_anew(build, small_model):
+    trainer = build(small_model, peft_config=random_lora(), max_steps=3, save_strategy="steps", save_steps=2)
+    trainer.train()
+    model = trainer.model.unload()
+    resumed = build(model, peft_config=random_lora(), max_steps=3, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=resumed.args.output_dir + "/checkpoint-2")
+    path = Path(resumed.args.output_dir) / "metrics.jsonl"
+    assert [row["step"] for row in read_metrics(path) if "loss" in row] == [1, 2, 3]
+    fresh = build(resumed.model.unload(), peft_config=random_lora(), max_steps=1)
+    fresh.train()
+    assert [row["step"] for row in read_metrics(path) if "loss" in row] == [1]
+
+
+def a_step(step, **changes):
+    row = {"step": step, "loss": 0.1, "reward": 0.5, "kl": 0.01, "kl_sequence": 0.3, "entropy": 1.0, "grad_norm": 2.0}
+    row |= {"completions/mean_length": 9.0, "completions/min_length": 1.0, "completions/max_length": 12.0}
+    row |= {"completions/clipped_ratio": 0.5, "frac_groups/all_right": 0.25, "frac_groups/all_wrong": 0.25}
+    row |= {"frac_groups/mixed": 0.5, "time/generate": 1.0, "time/update": 2.0, "advantages/mean": 0.0}
+    row |= {"rewards/right/mean": 0.5, "rewards/format_reward/mean": 0.9, "peak_memory_mb": 2000.0}
+    return row | changes
+
+
+def test_panels_are_what_people_look_at_in_its_order():
+    """Nothing that was not logged takes room, and a reward for shape is not added to one for being right."""
+    heldout = {"heldout/pass@1": 0.1, "heldout/pass@1/low": 0.0, "heldout/pass@1/high": 0.2}
+    rows = [{"step": 0, **heldout}, a_step(1), a_step(2, **{"nonfinite/skipped": 1.0})]
+    panels = {panel.title: panel for panel in panels_of(rows)}
+    assert list(panels) == [
+        "Held-out problems solved",
+        "Rewards for being right",
+        "Rewards for the shape of the text",
+        "Mean raw reward",
+        "Groups by their rewards",
+        "Length of completions",
+        "Reward against KL, step by step",
+        "KL from the reference",
+        "Token entropy",
+        "Gradient norm",
+        "Time of a step",
+        "Peak memory so far",
+        "Mean normalised reward",
+        "Total loss (no measure of progress)",
+    ]
+    assert panels["Rewards for being right"].lines[0].y == [0.5, 0.5]
+    assert panels["Rewards for the shape of the text"].lines[0].y == [0.9, 0.9]
+    accuracy = panels["Held-out problems solved"].lines[0]
+    assert (accuracy.x, accuracy.y, accuracy.low, accuracy.high) == ([0], [0.1], (0.0,), (0.2,))
+    assert [(line.label, line.y) for line in panels["Groups by their rewards"].lines] == [
+        ("all wrong", [0.25, 0.25]),
+        ("mixed", [0.5, 0.5]),
+        ("all right", [0.25, 0.25]),
+    ]
+    length, cut = panels["Length of completions"].lines
+    assert (length.low, length.high, cut.y, cut.is_right) == ((1.0, 1.0), (12.0, 12.0), [0.5, 0.5], True)
+    assert panels["KL from the reference"].unit == "nats an answer"
+    assert [line.y for line in panels["Gradient norm"].lines if line.is_right] == [[1.0]]
+    assert panels["Peak memory so far"].lines[0].y == [2.0, 2.0]
+    assert [panel.title for panel in panels_of([{"step": 1, "loss": None, "reward": 1.0}])] == ["Mean raw reward"]
+    assert panels_of([{"step": 3, "train_runtime": 1.0}]) == []
+
+
+def test_lines_are_smoothed_and_long_runs_thinned():
+    """The running mean is that of a tenth of the run around a step; of 2,500 steps each point is the mean of three."""
+    rows = [a_step(i, reward=float(i % 7)) for i in range(1, 41)]
+    line = next(panel for panel in panels_of(rows) if panel.title == "Mean raw reward").lines[0]
+    expected = [np.mean(line.y[max(0, i - 2) : i + 3]) for i in range(40)]
+    assert line.mean == pytest.approx(expected)
+    rows = [a_step(i, reward=float(i)) for i in range(1, 2501)]
+    line = next(panel for panel in panels_of(rows) if panel.title == "Mean raw reward").lines[0]
+    assert len(line.x) <= MOST_POINTS
+    assert line.x[:2] == line.y[:2] == [2.0, 5.0]
+
+
+def test_a_phase_that_a_step_did_not_have_took_no_time():
+    """A step that reuses a rollout has no sampling; it must not vanish from the picture."""
+    rows = [a_step(1), {name: value for name, value in a_step(2).items() if name != "time/generate"}]
+    layers = next(panel for panel in panels_of(rows) if panel.title == "Time of a step").lines
+    assert [(line.label, line.y) for line in layers] == [("generate", [1.0, 0.0]), ("update", [2.0, 2.0])]
+
+
+def test_curves_refuse_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
+        draw_curves(tmp_path)
+
+
+def test_verdict_reads_as_promised():
+    before, after = ({"value": v, "low": v - 0.06, "high": v + 0.06, "n": 256} for v in (0.39, 0.93))
+    change = asdict(Difference.of([0.0] * 138 + [1.0] * 118, [1.0] * 238 + [0.0] * 18))
+    summary = {"seconds": 100.2, "pass_at_1_before": before, "pass_at_1_after": after, "pass_at_1_difference": change}
+    summary |= {f"sampled_pass_at_1_{part}": None for part in ("before", "after", "difference")}
+    assert verdict(summary) == (
+        "held-out pass@1: 0.39 [0.33, 0.45] -> 0.93 [0.87, 0.99], +0.47 [+0.39, +0.54], p < 0.001  "
+        "(greedy, n=256, 1 min 40 s)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        (36, 255, "It learned: from 14% to 99.6% of 256 held-out problems (+86 points, 95% interval +80 to +89)."),
+        (255, 36, "It got worse: from 99.6% to 14% of 256 held-out problems (-86 points, 95% interval -89 to -80)."),
+        (36, 42, "It learned: from 14% to 16% of 256 held-out problems (+2 points, 95% interval +0 to +4)."),
+        (36, 40, "No change that could be told from chance: from 14% to 16% of 256 held-out problems"),
+        (36, None, "Before training: 14% of 256 held-out problems (95% interval 10% to 19%). No evaluation since."),
+    ],
+)
+def test_the_verdict_in_one_sentence(before, after, sentence):
+    """It may claim no more than the test on the same problems does: 4 of 256 more are not enough, p is 0.125."""
+    counts = [before] if after is None else [before, after]
+    evaluations = [{"step": i, "right": [1] * count + [0] * (256 - count)} for i, count in enumerate(counts)]
+    run = Run(folder=Path("x"), rows=[{"step": 1}], evaluations=evaluations, settings={})
+    assert sentence in run_reader.verdict(run)
+
+
+def test_nested_phases_are_counted_once(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr("grpo_ext.console.phase_timer.time.perf_counter", lambda: next(clock))
+    phases = PhaseTimer()
+    with phases("update"), phases("generate"):
+        pass
+    assert phases.pop() == {"update": 1.0 + 3.0, "generate": 2.0}
+    assert phases.pop() == {}

@@ -1,0 +1,144 @@
+"""The audit of a reward: what it finds in gullible ones, and that it fails where gold answers do not pass."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from grpo_ext import cli
+from rewards import math_answer_reward
+from rewards.audit import FORMS, audit
+from tests.conftest import TINY_DATA
+
+ROWS = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(3, 7) for b in (2, 10)]
+TRICKS = {
+    "gold answers, changed",
+    "empty answers",
+    "always the same answer",
+    "the prompt copied",
+    "very long, no answer",
+    "several candidates",
+}
+
+
+def says_yes(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def finds_the_gold_somewhere(completions, answer, **columns):
+    return [float(gold in text) for text, gold in zip(completions, answer, strict=True)]
+
+
+def likes_many_words(completions, **columns):
+    return [min(0.9, len(text) / 10_000) for text in completions]
+
+
+def found(reward, rows=ROWS, **settings):
+    checks, seconds = audit(reward, rows, **settings)
+    assert 0 <= seconds.mean <= seconds.slowest
+    assert all(len(check.scores) >= len(check.failed) for check in checks)
+    return {check.name for check in checks if check.failed}
+
+
+@pytest.mark.parametrize(
+    ("reward", "failed"),
+    [
+        (math_answer_reward, set()),
+        (says_yes, TRICKS),
+        (finds_the_gold_somewhere, {"several candidates"}),
+        (likes_many_words, {"gold answers", *(f"gold as {form.format('…')}" for form in FORMS[1:])}),
+    ],
+)
+def test_what_it_finds(reward, failed):
+    assert found(reward) - {"wrong, with more words"} == failed
+    assert ("wrong, with more words" in found(reward)) is (reward is likes_many_words)
+
+
+def test_changed_answers_are_not_the_gold():
+    """Numbers differ in a digit, words are those of another row."""
+    rows = [{"prompt": "?", "answer": text} for text in ("105", "east", "west")]
+    checks, _ = audit(says_yes, rows, forms=["{}"])
+    (changed,) = (check for check in checks if check.name == "gold answers, changed")
+    number, east, west = (completion for completion, _ in changed.failed)
+    assert len(number) == 3
+    assert sum(a != b for a, b in zip(number, "105", strict=True)) == 1
+    assert east in ("105", "west")
+    assert west in ("105", "east")
+
+
+def test_chat_prompts_get_chat_answers():
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
+
+    def of_messages(completions, answer, prompts, **columns):
+        assert prompts[0][0]["role"] == "user"
+        return math_answer_reward([message[-1]["content"] for message in completions], answer)
+
+    assert found(of_messages, rows) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ROWS[:1]}, "two or more rows with the column 'answer'; got 1"),
+        ({"gold": "solution"}, "column 'solution'; got 8 with: answer, prompt"),
+        ({"forms": ["the answer"]}, r"forms=\['the answer'\] need a '\{\}' each"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        audit(math_answer_reward, **{"rows": ROWS} | changes)
+
+
+def test_through_its_command_line(capsys, tmp_path):
+    """A table, and an exit code for scripts: 0 where gold answers pass, 1 with a sentence where they do not."""
+    cli.main(["audit", "--data", str(TINY_DATA), "--rows", "20"])
+    said = capsys.readouterr().out
+    assert "rewards:math_answer_reward on 20 rows" in said
+    assert said.count("none") == 4 + len(TRICKS) + 1
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row | {"answer": "5 or 6"}) + "\n" for row in ROWS))
+    with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):
+        cli.main(["audit", "--data", str(data), "--reward", "test_audit:likes_many_words"])
+    assert "8 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    shutil.which("bwrap") is None and os.environ.get("CI") != "true",
+    reason="bwrap is missing: apt install bubblewrap",
+)
+def test_programs_through_its_command_line(capsys, tmp_path):
+    """Gold programs are run as completions are; one that fails its own tests is named."""
+    data, tests = tmp_path / "programs.jsonl", {"double": (2, 4), "square": (1, 4), "negated": (-1, -2), "cube": (1, 8)}
+    body = {"double": "2 * x", "square": "x * x", "negated": "-x", "cube": "x ** 3"}
+    rows = [
+        {
+            "prompt": f"Write {name}(x).",
+            "solution": f"def {name}(x):\n    return {body[name]}",
+            "test_list": [f"assert {name}({x}) == {y}" for x, y in zip((1, 2), outputs, strict=True)],
+        }
+        for name, outputs in tests.items()
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", str(data), "--reward", "rewards:program_reward", "--gold", "solution", "--form", "{}"]
+    cli.main(["audit", *flags, "--form", "```python\n{}\n```"])
+    assert capsys.readouterr().out.count("none") == 2 + len(TRICKS) + 1
+    rows[1]["solution"] = "def square(x):\n    return x * x + 1"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):
+        cli.main(["audit", *flags])
+    assert "1 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gold", "nope"], "column 'nope'"),
+        (["--split", "nope"], "has no split 'nope'; it has: train, test"),
+        (["--reward", "rewards:nope"], "nope"),
+        (["--reward", "nope:nope"], "No module named 'nope'"),
+    ],
+)
+def test_mistakes_in_a_command_give_one_sentence(flags, message):
+    with pytest.raises(SystemExit, match=f"grpo-ext: .*{message}"):
+        cli.main(["audit", "--data", str(TINY_DATA), *flags])

@@ -1,0 +1,64 @@
+"""The time limit of a call: it comes, it comes again where it is swallowed, and it leaves nothing behind."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from rewards.workers.deadline import DeadlinePassed, within
+
+
+def spin(seconds, *, swallow=False):
+    """Computes for so long, and swallows every exception in the way that libraries do."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            sum(range(1000))
+        except Exception:
+            pass
+        except BaseException:
+            if not swallow:
+                raise
+            swallow = False
+    return "done"
+
+
+def test_a_call_in_time_returns_its_result_and_leaves_no_timer():
+    handler = signal.getsignal(signal.SIGALRM)
+    assert within(0.5, lambda: spin(0.01)) == "done"
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    time.sleep(0.6)  # a timer that is left behind would end the run here
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+def test_a_call_that_takes_longer_is_stopped(swallow):
+    """sympy catches every Exception, and sometimes more; a limit that comes once is then no limit."""
+    assert not issubclass(DeadlinePassed, Exception)
+    started = time.monotonic()
+    with pytest.raises(DeadlinePassed):
+        within(0.2, lambda: spin(30, swallow=swallow))
+    assert time.monotonic() - started < 10
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_alarm_of_the_user_still_comes():
+    rung = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert within(5, lambda: spin(0.05)) == "done"
+        time.sleep(0.5)
+        assert rung
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_off_the_main_thread_the_call_runs_without_a_limit():
+    """Signals are refused there; the reward has to work all the same."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(within(0.05, lambda: spin(0.2))))
+    thread.start()
+    thread.join()
+    assert results == ["done"]

@@ -1,0 +1,302 @@
+"""Rewards in worker processes: right and in order, whatever single answers do to their worker; no process is left."""
+
+import functools
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from grpo_ext.rollout.reward_workers import in_workers
+from rewards import math_answer_reward, program_reward
+from rewards.workers.pool import isolated
+from tests.conftest import ROOT, log_of, random_lora
+from tests.rewards.worker_rewards import Counting, by_its_words, compared, logged, process_id
+
+PATIENCE = 0.5  # seconds for an answer
+
+
+@pytest.fixture
+def safe():
+    made = []
+
+    def make(reward=by_its_words, **settings):
+        made.append(isolated(reward, **{"timeout_s": PATIENCE, "workers": 2} | settings))
+        return made[-1]
+
+    yield make
+    for reward in made:
+        reward.close()
+
+
+def test_scores_are_those_of_the_reward_in_order(safe):
+    completions = ["a" * (i % 7) + "b" for i in range(200)]
+    reward = safe()
+    assert reward(completions=completions) == [len(text) for text in completions]
+    answers = [str(i % 10) for i in range(40)]
+    texts = [f"#### {i % 9}" for i in range(40)]
+    plain = math_answer_reward(completions=texts, answer=answers)
+    assert 0 < sum(plain) < 40
+    assert safe(math_answer_reward, timeout_s=20.0)(completions=texts, answer=answers) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("hang", "timeouts"),
+        ("sleep", "timeouts"),
+        ("raise", "errors"),
+        ("exit", "crashes"),
+        ("crash", "crashes"),
+        ("leave", "errors"),
+        ("two", "errors"),
+    ],
+)
+def test_an_answer_that_fails_costs_itself(safe, text, kind):
+    """The others keep their scores, and the wait is not much longer than the deadline of one answer."""
+    reward = safe()
+    reward(completions=["warm up"])
+    started = time.monotonic()
+    assert reward(completions=["one", text, "three", "unknown", "fifth"]) == [3, None, 5, None, 5]
+    assert time.monotonic() - started < PATIENCE + 2.5
+    failed = {"timeouts": 0, "crashes": 0, "errors": 0} | {kind: 1}
+    assert vars(reward.failures) == {"answers": 6} | failed
+
+
+def test_whole_calls(safe):
+    """A reward may compare answers, and remember them: it has one worker. A failure costs the call, and says how to
+    make it cost one answer."""
+    reward = safe(compared, workers=None, together=True)
+    assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
+    assert reward(completions=["six"]) == [0.0]
+    assert len(workers_of(os.getpid())) == 1
+    started = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"took longer than 3 s on 6 completions, the first being 'a', .*judges_alone"
+    ):
+        reward(completions=["a", "hang", "abc", "b", "c", "d"])
+    assert time.monotonic() - started < 6 * PATIENCE + 2.5
+    assert vars(reward.failures) == {"answers": 10, "timeouts": 6, "crashes": 0, "errors": 0}
+    assert reward(completions=["one"]) == [1.0]
+
+
+def test_where_much_fails_the_run_stops(safe):
+    """Five may fail at any time; a sixth among so few stops, with the name and a sample."""
+    reward = safe()
+    assert reward(completions=["raise"] * 5 + ["fine"] * 5)[5:] == [4.0] * 5
+    with pytest.raises(RuntimeError, match=r"'by_its_words' raised KeyError.* 'raise'.* 6 of the last 11 answers"):
+        reward(completions=["raise"])
+    reward = safe()
+    reward(completions=["fine"] * 150)
+    assert reward(completions=["raise"] * 7) == [None] * 7
+
+
+def test_an_error_may_stop_at_once(safe):
+    with pytest.raises(
+        RuntimeError, match=r"'by_its_words' raised KeyError\('no such thing'\) on the completion 'raise'"
+    ):
+        safe(on_error="raise")(completions=["fine", "raise"])
+
+
+def test_what_cannot_be_set_up_says_so(safe):
+    class Stubborn:
+        __name__ = "stubborn"
+
+        def __call__(self, completions, **columns):
+            return [1.0] * len(completions)
+
+        def __reduce__(self):
+            return exec, ("raise ImportError('a library that is not there')",)
+
+    with pytest.raises(RuntimeError, match="Reward 'stubborn' cannot be set up in a worker"):
+        safe(Stubborn())(completions=["a"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"on_error": "skip"}, "on_error='skip'"),
+        ({"together": True, "workers": 2}, "workers=2 with together=True"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        isolated(by_its_words, **settings)
+
+
+def test_off_the_main_thread(safe):
+    """And after that thread has ended: workers must not end with the thread that asked for them."""
+    reward, got = safe(), []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: got.append(reward(completions=["a", "hang", "abc"])))
+        thread.start()
+        thread.join()
+    assert got == [[1, None, 3]] * 2
+    deadline = time.monotonic() + 10  # the one that was killed has a successor soon
+    while len(workers := workers_of(os.getpid())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2
+    assert reward(completions=["abcd"]) == [4]
+    assert workers_of(os.getpid()) == workers
+
+
+def test_what_it_costs(safe):
+    """Under a millisecond an answer, beside what the reward itself takes; the best of five, for a busy machine."""
+    reward = safe(timeout_s=20.0)
+    reward(completions=["warm up"])
+    milliseconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        reward(completions=["a"] * 1000)
+        milliseconds.append(time.monotonic() - started)
+    assert min(milliseconds) < 1.0
+
+
+def test_answers_are_judged_side_by_side(safe):
+    reward = safe(timeout_s=20.0, workers=4)
+    reward(completions=["warm up"] * 8)
+    started = time.monotonic()
+    reward(completions=["doze"] * 8)
+    assert time.monotonic() - started < 8 * 0.4 / 2
+
+
+# With a trainer
+
+
+def test_in_training(build, small_model, safe):
+    """Columns, logs and state of TRL's; failures are in the metrics."""
+    reward = safe(logged, timeout_s=20.0)
+    columns = {"answer": ["a", "b", "c", "d"]}
+    trainer = build(small_model, peft_config=random_lora(), reward=reward, columns=columns)
+    trainer.train()
+    gold = dict(zip(trainer.train_dataset["prompt"], columns["answer"], strict=True))
+    logs = trainer._logs
+    assert list(logs["extra"]["gold"]) == [gold[prompt] for prompt in logs["prompt"]]
+    assert len(log_of(trainer, "digits")) == 2
+    for kind in ("timeouts", "crashes", "errors"):
+        assert log_of(trainer, f"rewards/logged/{kind}") == [0.0, 0.0]
+    scores = [s for s in logs["rewards"]["logged"] if not math.isnan(s)]
+    assert scores
+    assert all(score >= 0 for score in scores)
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+def test_where_rewards_run(build, small_model, workers, caplog):
+    """One that judges alone in several workers, another one whole in one worker, where it keeps what it remembers; a
+    sandboxed one, and what cannot be sent to a worker, in the training process. Workers end with the training."""
+    lock = threading.Lock()
+
+    def holds_a_lock(completions, **columns):
+        with lock:
+            return [float(os.getpid())] * len(completions)
+
+    def here(completions, **columns):
+        return [float(os.getpid())] * len(completions)
+
+    here.needs_no_worker = True
+    rewards = [process_id, Counting(), holds_a_lock, here]
+    columns = {"answer": ["a", "b", "c", "d"]}
+    trainer = build(small_model, peft_config=random_lora(), reward=rewards, reward_workers=workers, columns=columns)
+    trainer.train()
+    logged, this = trainer._logs["rewards"], {float(torch.tensor(os.getpid()).float())}
+    assert set(logged["holds_a_lock"]) == set(logged["here"]) == this
+    assert (set(logged["process_id"]) == this) is (workers == 0)
+    assert log_of(trainer, "calls") == [1.0, 2.0]
+    assert log_of(trainer, "seen_step") == [0.0, 1.0]
+    assert log_of(trainer, "process")[0] == log_of(trainer, "process")[1]
+    assert (log_of(trainer, "process")[0] == os.getpid() % 2**20) is (workers == 0)
+    longest = [0.0] * len(logged["Counting"])
+    for start in range(0, len(longest), 8):  # a call has the 8 rows of a step
+        lengths = [len(text) for text in list(trainer._logs["completion"])[start : start + 8]]
+        longest[start : start + 8] = [float(length == max(lengths)) for length in lengths]
+    assert list(logged["Counting"]) == longest
+    gold = dict(zip(trainer.train_dataset["prompt"], columns["answer"], strict=True))
+    assert list(trainer._logs["extra"]["gold"]) == [gold[prompt] for prompt in trainer._logs["prompt"]]
+    assert not workers_of(os.getpid())
+    assert ("'holds_a_lock' holds what cannot be sent to a worker" in caplog.text) is (workers is None)
+
+
+def test_a_model_is_not_sent_to_a_worker(caplog):
+    """It would be held twice, on a GPU perhaps; reward models and coroutines are TRL's own affair."""
+    weights = b"x" * (17 * 2**20)
+
+    def with_a_model(completions, **columns):
+        return [float(len(weights))] * len(completions)
+
+    async def asked_elsewhere(completions, **columns):
+        return [1.0] * len(completions)
+
+    given = [with_a_model, asked_elsewhere, "a/reward-model", torch.nn.Linear(1, 1), program_reward]
+    assert in_workers(given, None, 1.0) == given
+    assert "'with_a_model' carries 17 MB, and at most 16 are sent to a worker" in caplog.text
+    sent = in_workers([functools.partial(by_its_words, unit=2), math_answer_reward], None, 1.0)
+    assert [reward.__name__ for reward in sent] == ["by_its_words", "math_answer_reward"]
+    assert in_workers(sent, None, 1.0) == sent
+
+
+# What is left behind
+
+
+SCRIPT = """
+import os, sys, time
+from rewards.workers.pool import isolated
+
+def reward(completions, **columns):
+    if completions[0] == "hang":
+        return [float(len(str(9 ** (9 ** 9))))]
+    return [float(len(completions[0]))]
+
+print("imported", __name__, flush=True)
+if __name__ == "__main__":
+    safe = isolated(reward, timeout_s=60.0, workers=2)
+    assert safe(completions=["a", "bc"]) == [1.0, 2.0]
+    print("ready", flush=True)
+    safe(completions=["hang", "hang", "a"])
+"""
+
+
+def workers_of(process):
+    """The process ids of its workers."""
+    children = psutil.Process(process).children()
+    return {child.pid for child in children if any("pebble_pool_worker" in part for part in child.cmdline())}
+
+
+def is_alive(process):
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_orphans(tmp_path, ending):
+    """Ctrl-C, an end from outside and kill -9, while every worker is inside a call that no signal interrupts. The
+    reward is a function of the script, which its workers did not import again."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with (tmp_path / "said").open("w+") as said:
+        parent = subprocess.Popen(
+            [sys.executable, script], stdout=said, stderr=said, env=environment, start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        while "ready" not in (tmp_path / "said").read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        workers = workers_of(parent.pid)
+        assert len(workers) == 2, (tmp_path / "said").read_text()
+        if ending == signal.SIGINT:
+            os.killpg(parent.pid, ending)  # as a terminal does
+        else:
+            parent.send_signal(ending)
+        assert parent.wait(timeout=30) != 0
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_alive, workers))
+    assert (tmp_path / "said").read_text().count("imported") == 1

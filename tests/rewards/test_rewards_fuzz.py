@@ -1,0 +1,184 @@
+"""Twenty thousand mutated completions through every reward: no exception, no answer over its time, no memory eaten.
+
+To put another reward to this test, add a line to REWARDS. Programs are processes: every 40th completion is run as one,
+or every one with EVERY_PROGRAM=1 in the environment, which takes tens of minutes.
+"""
+
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rewards import ProgramReward, coherence_reward, format_reward, length_reward, math_answer_reward
+from rewards.code.sandbox import Limits
+from rewards.logic import logic_problems, logic_reward
+
+EXAMPLES, DIFFERENT = 23_000, 20_000  # hypothesis tries some texts twice
+SECONDS = 5.0  # for one completion; a comparison of expressions may take 2 s to read and 2 s to compare
+# That a whole run may add to the process. From 117 to 209 were seen, most of them hypothesis's own: without it, three
+# times as many texts add 22 through `math_answer_reward`, less with each thousand, and 3 through `logic_reward`.
+MEGABYTES = 300
+
+# Half of them are numbers, which are judged without sympy.
+GOLDS = ["42", r"x^2+1", "1,016", r"2\sqrt{3}", "50%", r"e^{-x^2/2}", "-7.5", r"\mathbb{R}\setminus\{0\}"]
+GOLDS += ["3", r"(-\infty,5]", r"\frac{1}{2}", "y=2x+1", "1000", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"]
+TASKS = "chain_sum countdown coin_flip number_sorting rubiks_cube rush_hour propositional_logic spiral_matrix".split()
+PROBLEMS = [logic_problems(task, train=1, heldout=0)[0][0] for task in TASKS]
+
+
+class Case(NamedTuple):
+    """A reward, the columns for its n-th completion, and how many completions go by for one that it judges."""
+
+    reward: Callable[..., list[float | None]]
+    columns: Callable[[int], dict[str, Any]]
+    every: int = 1
+
+
+REWARDS = [
+    Case(format_reward, lambda n: {}),
+    Case(length_reward, lambda n: {}),
+    Case(coherence_reward, lambda n: {}),
+    Case(math_answer_reward, lambda n: {"answer": GOLDS[n % len(GOLDS)], "prompts": "Simplify x^2+1 and 6/8."}),
+    Case(logic_reward, lambda n: {key: PROBLEMS[n % len(PROBLEMS)][key] for key in ("answer", "task", "metadata")}),
+]
+# Each of its programs is a process in a sandbox.
+if shutil.which("bwrap") or os.environ.get("CI") == "true":
+    DOUBLE = {"entry_point": "double", "inputs": [[1], [-3]], "outputs": [2, -6]}
+    REWARDS.append(
+        Case(
+            ProgramReward(limits=Limits(seconds=1.0)),
+            lambda n: DOUBLE,
+            every=1 if "EVERY_PROGRAM" in os.environ else 40,
+        )
+    )
+
+CORPUS = [
+    r"We get $6 \cdot 7 = 42$, so \boxed{42}.",
+    r"\boxed{\frac{1}{2}} or \boxed{\{x^2+1, (2\sqrt{3}, [1,2))\}}",
+    "<think>6*7, that is 42 {</think>\n<answer>42</answer>",
+    "8+8+0=16 3+7+1=11 #### $1,016.50",
+    "The answer is 5 km. 答案是：五十个。因为下雨，所以带伞，然而忘了。",
+    r"\boxed{x = \pm 2 \text{ or } -\infty < y \le 50\%}",
+    '<answer>[1, 2, "B U2 R\'", (A ∧ B)]</answer>',
+    "<answer>F+1 K-2 7*(6-0)/1</answer>",
+    "```python\ndef double(x):\n    return 2 * x\n```",
+    "42",
+    "",
+    r"\boxed{x^2+1}",
+    r"\boxed{\frac{\sin x}{2}+\ln(x+1)}",
+    r"\boxed{e^{-x^2/2}}",
+    r"\boxed{y = 2x+1}",
+    r"\boxed{\mathbb{R}\setminus\{0,(1,2)\}}",
+    r"\boxed{\begin{pmatrix}1&2\\3&4\end{pmatrix}}",
+]
+TOKENS = [
+    *"0123456789{}()[]<>|\\^_=+-*/!,.;:%$#&~'\"",
+    *(
+        "\n",
+        " ",
+        "\x00",
+        "\u202e",
+        "\u200b",
+        "\ud800",
+        "\U0001f642",
+        "٤",
+        "－",
+        "９",
+        "√",
+        "²",
+        "½",
+        "是",
+        "e999999999",
+    ),
+    *(r"\boxed{", r"\frac{", r"\sqrt{", r"\text{", r"\left(", r"\begin{pmatrix}", r"\binom{", r"\sum", r"\pi", r"\cup"),
+    *(
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        "#### ",
+        "answer is ",
+        "^{9^{9^9}}",
+        "(10^9)!",
+        "((((",
+        "9" * 300,
+    ),
+    *(" or ", " million", "nan", "**", "R99999999", "因为", "eval(", "__import__('os')"),
+]
+
+
+def spliced(text: str, edits: list[tuple[int, str]]) -> str:
+    """The text with tokens put in, some of them in place of the character or two that stood there."""
+    for place, token in edits:
+        place %= len(text) + 1
+        text = text[:place] + token + text[place + len(token) % 3 :]
+    return text
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 99), st.sampled_from(TOKENS)), min_size=1, max_size=6)
+MUTATED = st.builds(spliced, st.sampled_from(CORPUS), EDITS)
+
+
+def judged(case: Case, number: int, completion: str) -> float:
+    """The seconds that one completion takes, after a look at its score."""
+    columns = {key: [value] for key, value in case.columns(number).items()}
+    started = time.monotonic()
+    (score,) = case.reward([completion], **columns)
+    seconds = time.monotonic() - started
+    assert score is None or (math.isfinite(score) and 0 <= score <= 1), (case.reward, completion, score)
+    return seconds
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def test_mutated_completions():
+    """Whatever stands in a completion, a reward gives a score, soon: one exception would end a run of hours."""
+    before, seen = peak_megabytes(), set()
+    slowest = {case.reward.__name__: (0.0, "") for case in REWARDS}
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.one_of(MUTATED, MUTATED, MUTATED, st.text()))
+    def check(completion: str) -> None:
+        for case in (case for case in REWARDS if len(seen) % case.every == 0):
+            seconds = judged(case, len(seen), completion)
+            slowest[case.reward.__name__] = max(slowest[case.reward.__name__], (seconds, completion))
+        seen.add(completion)
+
+    check()
+    assert len(seen) >= DIFFERENT
+    assert max(slowest.values())[0] < SECONDS, slowest
+    assert peak_megabytes() - before < MEGABYTES
+
+
+HUGE = [
+    "9" * 1_000_000,
+    "因为" * 300_000,
+    "<think>" * 100_000 + "</think>" * 100_000,
+    "<answer>" * 100_000 + "42" + "</answer>" * 100_000,
+    r"\boxed{" * 100_000 + "42" + "}" * 100_000,
+    "word " * 200_000,
+    "(" * 500_000 + ")" * 500_000,
+    "\n" * 1_000_000,
+    "\x00" * 1_000_000,
+    "\U0001f642" * 250_000,
+    "#### 1,016\n" * 90_000,
+    "答案是 42。" * 100_000,
+]
+
+
+@pytest.mark.parametrize("case", REWARDS, ids=lambda case: case.reward.__name__)
+def test_a_megabyte_is_judged_at_once(case):
+    """A search that begins anew at every opening tag takes hours on a megabyte of them."""
+    assert max(judged(case, number, text) for number, text in enumerate(HUGE)) < SECONDS

@@ -1,0 +1,490 @@
+"""The sandbox as two tables of what a program may try, and what else a user would miss if it broke."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL
+from pathlib import Path
+
+import pytest
+
+from rewards.code import sandbox_policy
+from rewards.code.sandbox import Limits, run_program
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None and os.environ.get("CI") != "true",
+    reason="bwrap is missing: apt install bubblewrap",
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = Limits(seconds=0.5)
+BASE_PACKAGES = [
+    Path(sysconfig.get_path("purelib", vars={"base": sys.base_prefix})),
+    Path("/usr/lib/python3/dist-packages"),
+]
+
+# What an attempt returns has escaped, what it raises was stopped.
+ATTEMPT = """
+import ctypes, os, resource, signal, socket, subprocess, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+def checked(result):
+    if result == -1:
+        raise OSError(ctypes.get_errno(), "refused")
+    return result
+def attempt():
+    {attempt}
+try:
+    print("escaped", attempt())
+except Exception as error:
+    print("stopped", repr(error))
+"""
+
+# Without the sandbox each of these succeeds, which a test checks. `outside` says what the names in braces are.
+ESCAPES = {
+    # files of the machine, the user and the project
+    "users": "return open('/etc/passwd').read()",
+    "users by a relative path": "return open('../' * 20 + 'etc/passwd').read()",
+    "users by a link": "os.symlink('/etc', 'link'); return open('link/passwd').read()",
+    "programs": "return subprocess.run(['/bin/sh', '-c', 'true'], check=True)",
+    "packages beside the training": "sys.path.append('{packages}'); import pytest; return pytest",
+    "packages of the interpreter": "return os.listdir('{base_packages}')[0]",
+    "the project": "return open('{root}/README.md').read()",
+    "home": "return [name for name in os.listdir('{home}') if '{home}/' + name not in sys.prefix][0]",
+    "a known file": "return open('{folder}/secret').read()",
+    # processes and the kernel
+    "processes": "return os.listdir('/proc')",
+    "the environment of a process": "return open('/proc/{pid}/environ').read()",
+    "a signal to a process": "return os.kill({pid}, 0)",
+    "tracing": "return checked(libc.ptrace(0, 0, 0, 0))",
+    "kernel settings": "return open('/proc/sys/kernel/hostname').read()",
+    "kernel devices": "return os.listdir('/sys/class')",
+    "a terminal": "return os.openpty()",
+    "the machine's name": "assert os.uname().nodename == '{host}'",
+    # connections
+    "TCP": "return socket.create_connection(('127.0.0.1', {port}))",
+    "UDP": "return socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
+    "a unix socket": "socket.socket(socket.AF_UNIX).connect('{folder}/socket')",
+    "an abstract socket": "socket.socket(socket.AF_UNIX).connect(chr(0) + '{abstract}')",
+    "the kernel's network interface": "return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    # memory that no limit counts
+    "files in memory": "return os.memfd_create('x')",
+    "shared memory": "return checked(libc.shmctl(checked(libc.shmget(0, 4096, 0o1600)), 0, None))",
+    "shared memory as a file": "file = open('/dev/shm/{abstract}', 'w'); os.remove(file.name); return file",
+}
+
+# These would do harm without the sandbox, or take root.
+HARMFUL = {
+    # files
+    "passwords": "return open('/etc/shadow').read()",
+    "writing to the root": "return open('/escaped', 'w')",
+    "writing to the standard library": "return open(os.__file__, 'a')",
+    "changing the interpreter": "return os.chmod(sys.executable, 0o777)",
+    "linking out of /tmp": "return os.link(os.__file__, '/tmp/os.py')",
+    "a setuid program": "return os.execv('/usr/bin/su', ['su'])",
+    "another root": "return os.chroot('/tmp')",
+    "mounting": "os.mkdir('/tmp/m'); return checked(libc.mount(b'proc', b'/tmp/m', b'proc', 0, None))",
+    "making the root writable": "return checked(libc.mount(b'none', b'/', None, 0x1020, None))",
+    "unmounting": "return checked(libc.umount2(b'/tmp', 2))",
+    # devices
+    "a disk": "return [open(disk, 'rb') for disk in ('/dev/sda', '/dev/vda') if os.path.exists(disk)][0]",
+    "memory": "return open('/dev/mem', 'rb')",
+    "a new device": "return os.mknod('/tmp/disk', 0o60666, os.makedev(8, 0))",
+    # rights
+    "becoming root": "return os.setuid(0)",
+    "root's group": "return os.setgroups([0])",
+    "a user namespace": "return checked(libc.unshare(0x10000000))",
+    "a new name for the machine": "return socket.sethostname('escaped')",
+    "more memory": "return resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "more processes": "return resource.setrlimit(resource.RLIMIT_NPROC, (4096, 4096))",
+    "priority": "return os.nice(-5)",
+    "a name look-up": "return socket.getaddrinfo('example.com', 80)",
+}
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory) -> dict[str, object]:
+    """What there is to find: paths, this process, and listening sockets of every kind."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "secret").write_text("secret")
+    abstract = uuid.uuid4().hex
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as named,
+        socket.socket(socket.AF_UNIX) as unnamed,
+    ):
+        for server, address in ((named, str(folder / "socket")), (unnamed, "\0" + abstract)):
+            server.bind(address)
+            server.listen()
+        yield {
+            "folder": folder,
+            "abstract": abstract,
+            "port": tcp.getsockname()[1],
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "home": Path.home(),
+            "root": ROOT,
+            "packages": Path(pytest.__file__).parent.parent,
+            "base_packages": next(folder for folder in BASE_PACKAGES if folder.is_dir() and any(folder.iterdir())),
+        }
+
+
+def attempt(line: str, outside: dict[str, object]) -> str:
+    for name, value in outside.items():
+        line = line.replace(f"{{{name}}}", str(value))
+    return ATTEMPT.replace("{attempt}", line)
+
+
+@pytest.mark.parametrize("name", [*ESCAPES, *HARMFUL])
+def test_attempts_are_stopped(name, outside):
+    """A wall that falls turns at least one of the table red."""
+    assert run_program(attempt((ESCAPES | HARMFUL)[name], outside)).stdout.startswith(b"stopped")
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_without_the_sandbox_the_attempts_succeed(name, outside):
+    """An attempt that fails anywhere would show nothing about the sandbox."""
+    assert run_program(attempt(ESCAPES[name], outside), allow_unsandboxed=True).stdout.startswith(b"escaped")
+
+
+def test_denied_system_calls_fail_with_eperm():
+    """Each call of the list, by number: without the filter most would fail with another error, or do something."""
+    library = CDLL("libseccomp.so.2")
+    numbers = {
+        name: library.seccomp_syscall_resolve_name(name.encode()) for name in sandbox_policy.DENIED_CALLS.split()
+    }
+    numbers = {name: number for name, number in numbers.items() if number >= 0}  # this machine has no others
+    assert len(numbers) > 50
+    outcome = run_program(f"""
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+def error(number, *arguments):
+    return "none" if libc.syscall(number, *arguments) != -1 else errno.errorcode[ctypes.get_errno()]
+print({{name for name, number in {numbers}.items() if error(number, 0, 0, 0, 0, 0, 0) != "EPERM"}})
+print(error({library.seccomp_syscall_resolve_name(b"clone")}, 0x10000011, 0, 0, 0, 0))
+print(error({library.seccomp_syscall_resolve_name(b"clone3")}, 0, 0))
+""")
+    assert outcome.stdout.split() == [b"set()", b"EPERM", b"ENOSYS"]
+
+
+FAILED, TIMEOUT, OUTPUT, OK = "failed", "timeout", "output", "ok"
+
+IGNORES_SIGNALS = """
+import signal, time
+for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+time.sleep(60)
+"""
+DAEMON = """
+import os, time
+if os.fork(): os._exit(0)
+os.setsid()
+if os.fork(): os._exit(0)
+time.sleep(60)
+"""
+COUNTS_FORKS = """
+import os, time
+count = 0
+try:
+    while True:
+        if not os.fork(): time.sleep(60)
+        count += 1
+except OSError:
+    print(10 < count < 16)
+"""
+COUNTS_THREADS = """
+import threading, time
+count = 0
+try:
+    while True:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        count += 1
+except RuntimeError:
+    print(10 < count < 16)
+"""
+FILLS_THE_DISK = """
+total = 0
+try:
+    while True: total += open(f"{total}", "wb").write(bytes(10**5))
+except OSError:
+    print(10**7 < total <= 2**24)
+"""
+OPEN_FILES = """
+import os
+for number in range(256):
+    try: print(number, os.fstat(number).st_rdev == os.stat("/dev/null").st_rdev)
+    except OSError: pass
+"""
+
+# What a program does, how that ends, and what it wrote. None stands for anything.
+BEHAVIOURS = [
+    # ordinary programs
+    ("print(input()[::-1])", OK, b"cba\n"),
+    ("import sys; print(sys.argv, __name__, sys.stdin.read())", OK, b"['program.py'] __main__ abc\n"),
+    ("print(1); exit()", OK, b"1\n"),
+    ("print(1); quit(3)", FAILED, b"1\n"),
+    ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)", OK, b"True\n"),
+    ("import asyncio\nasync def f(): print(1)\nasyncio.run(f())", OK, b"1\n"),
+    ("import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()", OK, b"1\n"),
+    ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'abc'))", OK, b"3\n"),
+    ("print('é', '\\U0001f600')", OK, "é \U0001f600\n".encode()),
+    ("x = " + "1 + " * 2000 + "1\nprint(x)", OK, b"2001\n"),
+    ("import sys; print(1, file=sys.stderr)", OK, b""),
+    ("", OK, b""),
+    # no programs
+    ("def", FAILED, b""),
+    ("\0", FAILED, b""),
+    ("\ud800", FAILED, b""),
+    ("(" * 100_000, FAILED, b""),
+    ("I think that the answer is 42.", FAILED, b""),
+    # ends of all kinds
+    ("1 / 0", FAILED, b""),
+    ("import os; os._exit(0)", OK, b""),
+    ("import os; os.abort()", FAILED, b""),
+    ("import ctypes; ctypes.string_at(0)", FAILED, b""),
+    ("import os; os.kill(os.getpid(), 9)", FAILED, b""),
+    ("import os; os.kill(-1, 9)", None, b""),
+    ("import os; os.kill(1, 9); print(1)", None, None),
+    ("f = lambda: f()\nf()", FAILED, b""),
+    ("import sys; sys.setrecursionlimit(10**9)\nf = lambda: f()\nf()", None, b""),
+    ("x = []\nfor _ in range(10**6): x = [x]\nimport sys; sys.setrecursionlimit(10**9); repr(x)", FAILED, b""),
+    ("import os; os.close(0); os.close(1); os.close(2)", None, b""),
+    ("import os\nfor n in range(256):\n  try: os.write(n, b'x')\n  except OSError: pass", OK, None),
+    # time
+    ("while True: pass", TIMEOUT, b""),
+    ("print(1, flush=True)\nwhile True: pass", TIMEOUT, b"1\n"),
+    ("10 ** 10 ** 10", TIMEOUT, b""),  # one call into C, which no signal handler of Python's interrupts
+    ("import time; time.sleep(60)", TIMEOUT, b""),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", TIMEOUT, b""),
+    (IGNORES_SIGNALS, TIMEOUT, b""),
+    (DAEMON, OK, b""),
+    ("import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", TIMEOUT, b""),
+    # memory
+    ("bytearray(10**10)", FAILED, b""),
+    ("x = [0]\nwhile True: x += x", FAILED, b""),
+    ("import mmap; mmap.mmap(-1, 10**9)", FAILED, b""),
+    # processes
+    ("import os\nwhile True: os.fork()", None, b""),
+    (COUNTS_FORKS, OK, b"True\n"),
+    (COUNTS_THREADS, OK, b"True\n"),
+    # files
+    ("open('x', 'wb').write(bytes(2 * 10**7))", FAILED, b""),
+    ("open('x', 'wb').truncate(10**12)", FAILED, b""),
+    (FILLS_THE_DISK, OK, b"True\n"),
+    # output
+    ("print('x' * 10**7)", OUTPUT, None),
+    ("for _ in range(1000): print('x' * 10**6)", OUTPUT, None),
+    ("import os; os.ftruncate(1, 10**7)", OUTPUT, None),
+    ("import os; os.ftruncate(1, 10**12)", FAILED, b""),
+    ("import os; os.posix_fallocate(1, 0, 10**12)", FAILED, b""),
+    # what a program is given
+    (OPEN_FILES, OK, b"0 False\n1 False\n2 True\n3 True\n"),
+    ("import os; print(os.listdir(), sorted(os.listdir('/dev')))", OK, b"[] ['null', 'urandom', 'zero']\n"),
+    ("import os; print({*os.environ} <= {'PWD', 'LC_CTYPE'})", OK, b"True\n"),
+    ("import resource; print(resource.getrlimit(resource.RLIMIT_CORE))", OK, b"(0, 0)\n"),
+]
+
+
+@pytest.mark.parametrize(("program", "status", "stdout"), BEHAVIOURS, ids=range(len(BEHAVIOURS)))
+def test_behaviours(program, status, stdout):
+    """None of these harms, hangs or raises; each ends as it should, and what was written before that is kept."""
+    started = time.monotonic()
+    outcome = run_program(program, stdin=b"abc", limits=SHORT if status in (TIMEOUT, None) else Limits(seconds=20))
+    assert status is None or outcome.status == status
+    assert stdout is None or outcome.stdout == stdout
+    assert len(outcome.stdout) <= 2**20
+    assert time.monotonic() - started < 15
+
+
+def running(word: str) -> Path | None:
+    """The folder of a process on this machine whose command line ends with the word."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes().endswith(word.encode() + b"\0"):
+                return process
+        except OSError:  # it has ended
+            pass
+    return None
+
+
+def becomes(condition: Callable[[], object]) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+STAYS = """
+import os, sys
+for _ in range(2):
+    if os.fork():
+        {parent}
+    os.setsid()
+os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(100)", {word!r}])
+"""
+
+
+@pytest.mark.parametrize("parent", ["os._exit(0)", "os.wait()"])
+def test_nothing_is_left_running(parent):
+    """Daemons must end with the program that started them, or at its deadline; they would pile up over a training."""
+    word = uuid.uuid4().hex
+    with ThreadPoolExecutor() as pool:
+        started = time.monotonic()
+        run = pool.submit(run_program, STAYS.format(parent=parent, word=word), limits=Limits(seconds=3))
+        if parent == "os.wait()":
+            assert becomes(lambda: running(word))  # so the search would find it
+        run.result()
+    assert becomes(lambda: not running(word))
+    assert time.monotonic() - started < 20
+
+
+def test_walls_from_outside():
+    """Some walls stand behind others, so that no attempt from inside would tell that they are gone."""
+    word = uuid.uuid4().hex
+    with ThreadPoolExecutor() as pool:
+        pool.submit(run_program, STAYS.format(parent="os.wait()", word=word), limits=Limits(seconds=3))
+        assert becomes(lambda: running(word))
+        process = running(word)
+        for namespace in ("net", "pid", "ipc", "uts", "mnt", "cgroup"):
+            assert (process / "ns" / namespace).readlink() != Path("/proc/self/ns", namespace).readlink(), namespace
+        status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+        mounts = [line.split()[4:6] for line in (process / "mountinfo").read_text().splitlines()]
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+    assert 0 not in map(int, status["Uid"].split() + status["Gid"].split())
+    writable = {point for point, options in mounts if options.startswith("rw")}
+    assert writable == {"/tmp", "/dev/null", "/dev/urandom", "/dev/zero"}
+
+
+def test_programs_end_with_the_training():
+    """A killed training must take its programs along, whose deadline nobody keeps any more."""
+    word = uuid.uuid4().hex
+    training = (
+        f"from rewards.code.sandbox import *; run_program({STAYS.format(parent='os.wait()', word=word)!r}, limits="
+    )
+    process = subprocess.Popen([sys.executable, "-c", training + "Limits(seconds=100))"], cwd=ROOT)
+    assert becomes(lambda: running(word))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert becomes(lambda: not running(word))
+
+
+def test_a_program_finds_nothing_of_an_earlier_one():
+    """A module planted in the working folder would be imported by the programs after it."""
+    plant = "import os\nfor n in ('json', 'decimal'): open(f'/tmp/{n}.py', 'w').write('print(1)')\nprint(os.listdir())"
+    assert b"json.py" in run_program(plant).stdout
+    assert run_program("import os, json, decimal; print(os.listdir('/tmp'))").stdout == b"[]\n"
+
+
+def test_programs_run_side_by_side():
+    """Threads of one process must not mix up the inputs, outputs or file descriptors of their programs."""
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = pool.map(lambda n: run_program("print(input())", stdin=b"%d" % n), range(24))
+        assert [outcome.stdout for outcome in outcomes] == [b"%d\n" % n for n in range(24)]
+
+
+def test_limits_are_the_callers():
+    """A limit that is ignored would only show once a program needs it."""
+    limits = Limits(seconds=20, memory_mb=1024, processes=4, file_mb=2, output_kb=1)
+    program = "import os, resource as r; s = os.statvfs('/tmp'); print(s.f_blocks * s.f_frsize, "
+    program += "*[r.getrlimit(n)[1] for n in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_FSIZE, r.RLIMIT_CPU)])"
+    assert run_program(program, limits=limits).stdout.split() == [b"%d" % n for n in (2**21, 2**30, 4, 2**21, 21)]
+    assert run_program("print('x' * 1023)", limits=limits).status == OK
+    outcome = run_program("print('x' * 1024)", limits=limits)
+    assert (outcome.status, len(outcome.stdout)) == (OUTPUT, 1024)
+
+
+def test_starting_takes_less_than_50_ms():
+    """Hundreds of programs run in a step. The fastest of some starts counts, since other work takes the cores, too."""
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        run_program("")
+        return time.perf_counter() - started
+
+    assert any(seconds() < 0.05 for _ in range(60))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="needs root and a system Python")
+def test_anyone_but_root_gets_a_user_namespace():
+    """Bubblewrap is given other options there, which tests that run as root would never see."""
+    programs = ["import os; print(os.getuid())", COUNTS_FORKS, ATTEMPT.replace("{attempt}", HARMFUL["unmounting"])]
+    # Imported as root, who may enter every folder; TMPDIR and the checkout may lie where nobody else may.
+    script = f"""import os
+from rewards.code.sandbox import run_program
+os.chdir("/")
+os.setgroups([])
+os.setgid(61000)
+os.setuid(61000)
+for program in {programs}: print(run_program(program).stdout)"""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "rewards", Path(folder, "rewards"), ignore=shutil.ignore_patterns("__pycache__"))
+        Path(folder, "rewards", "__init__.py").write_text("")  # the system's Python has no packages
+        done = subprocess.run(["/usr/bin/python3", "-c", script], cwd=folder, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    shown = done.stdout.splitlines()
+    assert shown[:2] == [rb"b'65534\n'", rb"b'True\n'"]
+    assert b"stopped" in shown[2]
+
+
+def test_root_becomes_nobody_in_particular():
+    """A program of root's must not own a file or process of the machine, so its user is one that nothing else has."""
+    user = int(run_program("import os; assert os.getuid() == os.getgid(); print(os.getuid())").stdout)
+    assert user == 65534 or 61184 <= user < 65520
+    script = "from rewards.code.sandbox import *; print(run_program('import os; print(os.getgroups())').stdout)"
+    options = {"extra_groups": (7,)} if os.geteuid() == 0 else {}
+    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, check=True, **options)
+    assert shown.stdout in (b"b'[]\\n'\n", b"b'[65534]\\n'\n")
+
+
+def test_refused_without_bubblewrap(monkeypatch):
+    """Programs must not run unprotected because something was not installed, and the message says what to type."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match=r"bwrap was not found: install bubblewrap \(apt install bubblewrap\), or"):
+        run_program("print(1)")
+    assert run_program("print(1)", allow_unsandboxed=True).stdout == b"1\n"
+
+
+def test_a_sandbox_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path):
+    """Where bwrap may open no namespace, every program would score 0 without a word."""
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="No permissions to create new namespace"):
+        run_program("print(1)")
+
+
+def test_what_remains_without_the_sandbox(monkeypatch):
+    """`allow_unsandboxed` still promises an empty environment, a folder of its own, limits and an end."""
+    monkeypatch.setenv("SECRET", "1")
+    program = "import os; print('SECRET' in os.environ, os.listdir(), os.getcwd())"
+    outcome = run_program(program, allow_unsandboxed=True)
+    assert outcome.stdout.startswith(b"False [] ")
+    assert not Path(outcome.stdout.split()[-1].decode()).exists()
+    for program, status in (
+        ("bytearray(10**10)", FAILED),
+        ("open('x', 'wb').write(bytes(2 * 10**7))", FAILED),
+        ("print('x' * 10**7)", OUTPUT),
+        ("while True: pass", TIMEOUT),
+    ):
+        assert run_program(program, limits=SHORT, allow_unsandboxed=True).status == status
+    program = "import resource; print(resource.getrlimit(resource.RLIMIT_NPROC))"
+    here = resource.getrlimit(resource.RLIMIT_NPROC)  # all that this user runs counts, so a low one would fail threads
+    assert run_program(program, allow_unsandboxed=True).stdout.decode() == f"{here}\n"
+    word = uuid.uuid4().hex
+    child = STAYS.format(parent="os.wait()", word=word).replace("os.setsid()", "pass")
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(run_program, child, limits=Limits(seconds=3), allow_unsandboxed=True)
+        assert becomes(lambda: running(word))
+        assert run.result().status == TIMEOUT
+    assert becomes(lambda: not running(word))

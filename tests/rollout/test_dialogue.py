@@ -1,0 +1,315 @@
+"""Text environments of several turns: what is read, what is trained, what a broken environment costs."""
+
+import copy
+import re
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from grpo_ext.engine.decode import Drawn
+from grpo_ext.evaluation.complete import complete
+from grpo_ext.evaluation.dialogue import evaluate_dialogue
+from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
+from grpo_ext.rollout.example_envs import Calculator
+from tests.conftest import log_of, own_words_of, random_lora, texts_of
+from tests.trainer.test_tools import loss_by_hand
+
+# Only environments write this character: the model is kept from it.
+MARK = "~"
+ANSWERS = re.compile(f"{MARK}[^{MARK}]*{MARK}")
+LIMITS = {"max_completion_length": 40, "num_iterations": 2, "max_steps": 2}
+
+
+class Digits(TextEnv):
+    """Says how many turns it has heard and ends at the first X, Y or Z; worth the share of digits."""
+
+    def reset(self, row):
+        self.heard = []
+        return super().reset(row)
+
+    def step(self, text):
+        self.heard.append(text)
+        return f"{MARK}{'.' * (len(text) % 4)}{len(self.heard)}{MARK}", any(c in "XYZ" for c in text)
+
+    def reward(self):
+        text = "".join(self.heard)
+        return sum(c.isdigit() for c in text) / max(1, len(text))
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental
+
+
+@pytest.fixture
+def build_player(build, small_model, tokenizer):
+    """`build_player(Env, max_turns=4)`: a trainer on a tiny random llama that plays it."""
+
+    def make(env=Digits, *, max_turns=4, max_turn_tokens=8, model=small_model, arguments=None, **settings):
+        dialogue = Dialogue(env, max_turns=max_turns, max_turn_tokens=max_turn_tokens)
+        no_mark = {"suppress_tokens": [tokenizer.convert_tokens_to_ids(MARK), tokenizer.pad_token_id]}
+        settings = {"reward": dialogue_reward, "generation_kwargs": no_mark} | LIMITS | settings
+        arguments = {"rollout_func": dialogue} | (arguments or {})
+        return build(copy.deepcopy(model), peft_config=random_lora(), arguments=arguments, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
+def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenizer, loss_type):
+    """The loss of every update and each gradient against the document's formula on TRL's rows and full logits, or the
+    sampled log-probs against the same logits, with the mask taken from the text; then other words of the environment
+    change what is learnt of the model's only through what it reads."""
+    trainer = build_player(loss_type=loss_type)
+    updates, compute_loss = [], trainer._compute_loss
+
+    def compared(model, inputs):
+        mask_BC = own_words_of(inputs, tokenizer, ANSWERS)
+        assert torch.equal(inputs["completion_mask"] * inputs["tool_mask"], mask_BC)
+        loss = compute_loss(model, inputs)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        wanted = None
+        if loss_type == "grpo_sequence":
+            by_hand = loss_by_hand(trainer, inputs, mask_BC)
+            assert loss.item() == pytest.approx(by_hand.item(), abs=2e-5)
+            wanted = torch.autograd.grad(by_hand, parameters, retain_graph=True)
+        updates.append((inputs, mask_BC, grads, wanted))
+        return loss
+
+    trainer._compute_loss = compared
+    trainer.train()
+    assert len(updates) == 2
+    for inputs, mask_BC, grads, wanted in updates:
+        sampled_BC = inputs["sampling_per_token_logps"]
+        torch.testing.assert_close(sampled_BC * mask_BC, inputs["old_per_token_logps"] * mask_BC, atol=1e-5, rtol=0)
+        assert (sampled_BC[mask_BC == 0] == 0).all()
+        for grad, want in zip(grads, wanted or grads, strict=True):
+            assert want.norm() > 0
+            assert (grad - want).norm() < 1e-4 * want.norm()
+    assert log_of(trainer, "dialogue/turns")[0] > 1.5
+    assert log_of(trainer, "sampling/logp_gap") == []  # no sampled log-probs are taken for tokens that nobody drew
+
+
+def test_no_history_is_read_twice(build_player, tokenizer):
+    """Tokens that go through the embedding in a rollout: the first words once a group, then every token of each row
+    but its last."""
+    trainer = build_player(max_steps=1, num_iterations=1, beta=0.0)
+    tokens, play = [], trainer.play
+    (embedding,) = (m for m in trainer.model.modules() if isinstance(m, torch.nn.Embedding))
+
+    def watched(dialogue):
+        with embedding.register_forward_hook(lambda module, inputs, output: tokens.append(inputs[0].numel())):
+            played.append(play(dialogue))
+        return played[-1]
+
+    played = []
+    trainer.play = watched
+    trainer.train()
+    (rollout,) = played
+    prompts = {tuple(ids) for ids in rollout["prompt_ids"]}
+    assert len(prompts) == 2
+    assert len({tuple(ids) for ids in rollout["completion_ids"]}) == len(rollout["completion_ids"]) == 8
+    assert sum(tokens) == sum(map(len, prompts)) + sum(len(ids) - 1 for ids in rollout["completion_ids"])
+    assert trainer._sampler._kept_rows == {}
+
+
+def test_rewards_and_rows_stay_together(build_player, tokenizer):
+    """Each row's reward is that of what stands in its completion, whatever order rows end in; and each rollout plays
+    its own rows of the data, not those of one before."""
+    trainer = build_player(max_steps=2, num_iterations=1)
+    trainer.train()
+    logs = trainer._logs
+    for text, reward in zip(logs["completion"], logs["rewards"]["dialogue_reward"], strict=True):
+        own = ANSWERS.sub("", text)
+        assert reward == pytest.approx(sum(c.isdigit() for c in own) / max(1, len(own)))
+    (part,) = trainer._buffered_inputs
+    played = texts_of(trainer, part)
+    assert sorted(played) == sorted(zip(logs["prompt"], logs["completion"], strict=True))  # those of the last rollout
+    lengths = {len(ANSWERS.findall(text)) for text in logs["completion"]}
+    assert len(lengths) > 1
+
+
+# Limits, on turns that are given
+
+
+class Script:
+    """Draws what it is told to, in place of a model: a turn is a text, cut where it is longer than it may be."""
+
+    def __init__(self, tokenizer, *turns):
+        self.tokenizer, self.turns, self.limits, self.read = tokenizer, iter(turns), [], []
+
+    def __call__(self, histories, limits):
+        self.limits.append(limits)
+        self.read.append(self.tokenizer.batch_decode(histories))
+        rows = [self.tokenizer(text)["input_ids"] for text in next(self.turns)]
+        return Drawn(
+            tokens=[ids[:limit] for ids, limit in zip(rows, limits, strict=True)],
+            logps=[[-1.0] * min(len(ids), limit) for ids, limit in zip(rows, limits, strict=True)],
+            is_cut=[len(ids) > limit for ids, limit in zip(rows, limits, strict=True)],
+        )
+
+
+def play(tokenizer, script, rows, env=Digits, max_tokens=100, **settings):
+    dialogue = Dialogue(env, **settings)
+    turns = Turns(tokenizer, [tokenizer.eos_token_id])
+    return dialogue.play(rows, turns, script, max_tokens=max_tokens, eos_token_id=tokenizer.eos_token_id)
+
+
+def test_turns_and_tokens_have_limits(tokenizer):
+    """The second row ends by itself; the first has its third and last turn cut, and nothing is said after it."""
+    script = Script(tokenizer, ["ab1", "xyzZ"], ["cdefg"], ["hij"])
+    rows = [{"prompt": "p"}, {"prompt": "q"}]
+    first, second = play(tokenizer, script, rows, max_turns=3, max_turn_tokens=4, max_tokens=18)
+    assert script.limits == [[4, 4], [4], [2]]
+    assert script.read == [["p", "q"], ["pab1~...1~"], ["pab1~...1~cdef~2~"]]
+    text = tokenizer.decode(first.completion_ids)
+    assert text == "ab1~...1~cdef~2~hi"
+    assert [c for c, own in zip(text, first.is_own, strict=True) if not own] == list("~...1~~2~")
+    assert first.logps == [-1.0 if own else 0.0 for own in first.is_own]
+    assert (first.turns, first.is_cut, second.turns, second.is_cut) == (3, True, 1, False)
+    assert tokenizer.decode(second.completion_ids) == "xyzZ"
+    assert (first.reward, second.reward) == (1 / 9, 0.0)
+
+
+def test_the_last_turn_is_the_last(tokenizer):
+    """With room for more tokens, it is the number of turns that ends the episode, and no answer follows."""
+    (episode,) = play(tokenizer, Script(tokenizer, ["ab"], ["cd"], ["ef"]), [{"prompt": "p"}], max_turns=2)
+    assert tokenizer.decode(episode.completion_ids) == "ab~..1~cd"
+    assert episode.turns == 2
+
+
+def test_an_answer_that_leaves_no_room_is_not_given(tokenizer):
+    (episode,) = play(tokenizer, Script(tokenizer, ["abc"]), [{"prompt": "p"}], max_tokens=9)
+    assert tokenizer.decode(episode.completion_ids) == "abc"  # "~...1~" would make nine
+    assert (episode.turns, episode.is_over, episode.is_cut) == (1, True, False)
+
+
+def test_copies_of_a_row_do_not_share_it(tokenizer):
+    """An environment may write into its row."""
+
+    class Writes(Digits):
+        def reset(self, row):
+            row["prompt"] += "!"
+            return super().reset(row)
+
+    row = {"prompt": "p"}
+    script = Script(tokenizer, ["X", "X"])
+    play(tokenizer, script, [row, row], env=Writes)
+    assert script.read == [["p!", "p!"]]
+
+
+# Environments that raise
+
+
+class Fragile(Digits):
+    """Fails in the way that its row says."""
+
+    def reset(self, row):
+        self.fault = row["fault"]
+        if self.fault == "reset":
+            raise KeyError("no such game")
+        return "" if self.fault == "empty" else super().reset(row)
+
+    def step(self, text):
+        if self.fault == "step":
+            raise ZeroDivisionError("in step")
+        return None if self.fault == "nothing" else [] if self.fault == "no pair" else super().step(text)
+
+    def reward(self):
+        return {"reward": None, "nan": float("nan")}.get(self.fault, 1.0)
+
+
+@pytest.mark.parametrize("fault", ["reset", "empty", "step", "no pair", "reward"])
+def test_what_raises_costs_its_own_episode(build_player, tokenizer, fault):
+    """The rows beside it are trained as they are; it has no reward and no advantage; six of eight end the run."""
+    rows = ["none", "none", fault, "none"]
+    columns = {"columns": {"fault": rows}, "num_iterations": 1, "beta": 0.0}
+    trainer = build_player(Fragile, num_generations=2, per_device_train_batch_size=8, max_steps=1, **columns)
+    trainer.train()
+    assert log_of(trainer, "dialogue/errors") == [2.0]
+    (part,) = trainer._buffered_inputs
+    rewards = dict(zip(trainer._logs["prompt"], trainer._logs["rewards"]["dialogue_reward"], strict=True))
+    assert sum(reward != reward for reward in rewards.values()) == 1  # NaN
+    assert (part["completion_mask"].sum(dim=1) >= 1).all()
+    many = {"columns": {"fault": [fault] * 4}, "num_iterations": 1}
+    with pytest.raises(RuntimeError, match=r"Fragile raised .* in 8 of the last 8 episodes"):
+        build_player(Fragile, max_steps=1, **many).train()
+
+
+def test_nan_is_no_reward_and_no_failure(build_player):
+    trainer = build_player(Fragile, max_steps=1, num_iterations=1, columns={"fault": ["nan", "none", "none", "none"]})
+    trainer.train()
+    assert log_of(trainer, "dialogue/errors") == [0.0]
+    assert sum(reward != reward for reward in trainer._logs["rewards"]["dialogue_reward"]) in (0, 4)
+
+
+# What it does not go with, and evaluation
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share_prompt": False}, "Dialogue goes on from states that shared sampling keeps"),
+        ({"dead_groups": "resample"}, "dead_groups='resample' does not work with rollout_func"),
+        ({"num_generations_max": 8}, "num_generations_max=8 does not work with rollout_func"),
+        ({"replay_fraction": 0.5, "generation_kwargs": None}, "replay_fraction=0.5 does not work with rollout_func"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_by_name(build_player, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_player(**settings)
+
+
+def test_limits_below_one_and_other_trainers(build, small_model):
+    for name in ("max_turns", "max_turn_tokens"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            Dialogue(Digits, **{name: 0})
+    with pytest.raises(TypeError, match="Dialogue is played by GRPOExtTrainer, got GRPOTrainer"):
+        build(small_model, trainer=GRPOTrainer, arguments={"rollout_func": Dialogue(Digits)}).train()
+
+
+class Calculated(Calculator):
+    """Of an answer that has been begun digit by digit."""
+
+    def reset(self, row):
+        self.begun = row["question"][2]
+        return f"{super().reset(row)} {self.begun}"
+
+    def step(self, text):
+        text, self.begun = self.begun + text, ""
+        return super().step(text)
+
+
+def test_what_the_calculator_says_is_read(tiny_model, tokenizer):
+    """The embedded model computes its digits right: stopped at every "=" and given them, it writes, greedily, what
+    transformers draws from it in one go. Given wrong ones, it goes on from these."""
+    questions = [("538+478=?", "1016"), ("120+345=?", "465"), ("999+101=?", "1100"), ("614+303=?", "917")]
+    rows = [{"prompt": f"Question: {q}\nAnswer:", "question": q, "answer": answer} for q, answer in questions]
+    prompts = [f"{row['prompt']} {row['question'][2]}" for row in rows]
+    settings = {"max_new_tokens": 64, "temperature": 0.8}
+    plain = complete(tiny_model, tokenizer, prompts, max_new_tokens=64)
+
+    def asked(env):
+        return evaluate_dialogue(
+            tiny_model, tokenizer, rows, Dialogue(env), stop_strings=["="], samples=2, batch_size=3, **settings
+        )
+
+    calculated = asked(Calculated)
+    assert calculated.completions == plain
+    assert calculated.right == [True] * 4
+    assert calculated.greedy.value == 1.0
+    assert calculated.sampled.n == 4
+    assert all(text.count("=") == 3 for text in plain)
+
+    class Wrong(Calculated):
+        def step(self, text):
+            result, is_over = super().step(text)
+            return (result if result is None else "7"), is_over
+
+    wrong = asked(Wrong)
+    assert all(text.count("=7 ") == 3 for text in wrong.completions)
+    assert wrong.right != calculated.right

@@ -1,0 +1,265 @@
+"""Groups of recent steps in the places of dead ones: what is kept, for how long, and what the update makes of them."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from grpo_ext.rollout.replay_buffer import GroupReplayBuffer, KeptGroup
+from grpo_ext.rollout.types import Answer
+from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, texts_of
+
+SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 2, "beta": 0.0, "entropy_coef": 0.0}
+SETTINGS |= {"replay_fraction": 0.5, "learning_rate": 1e-2}
+
+
+def kept(step, text="a", **changes):
+    fields = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "logps": [-0.1, -2.0 / 3], "is_cut": False}
+    fields |= {"temperature": 0.8, "extra": {}}
+    answer = Answer(example={"prompt": text}, completion=text, **fields | changes)
+    return KeptGroup(answers=[answer], rewards_GF=[[1.0, math.nan]], drawn_M=[1.0, math.nan], step=step)
+
+
+def test_the_youngest_come_first_and_once():
+    buffer = GroupReplayBuffer(capacity=3, max_age=2)
+    buffer.add([kept(0), kept(1)])
+    buffer.add([kept(2), kept(3)])
+    assert len(buffer) == 3
+    assert [group.step for group in buffer.take(2)] == [3, 2]
+    assert [group.step for group in buffer.take(2)] == [1]
+    assert buffer.take(2) == []
+
+
+def test_old_groups_are_dropped_and_counted():
+    buffer = GroupReplayBuffer(capacity=9, max_age=2)
+    buffer.add([kept(step) for step in (0, 1, 2, 3)])
+    assert buffer.drop_old(2) == 0
+    assert buffer.drop_old(4) == 2
+    assert [group.step for group in buffer.take(9)] == [3, 2]
+
+
+def test_a_saved_buffer_is_the_same(tmp_path):
+    """To the last bit of each log-prob; messages, rewards that were not judged, and what JSON has no form for."""
+    messages = [{"role": "user", "content": "Größe ≠ 尺寸"}]
+    groups = [kept(1, messages), kept(2, is_cut=None, extra={"seen": torch.tensor(1)})]
+    buffer = GroupReplayBuffer(capacity=9, max_age=2)
+    buffer.add(groups)
+    buffer.save(tmp_path / "replay.json")
+    again = GroupReplayBuffer(capacity=9, max_age=2)
+    again.load(tmp_path / "replay.json")
+    second, first = again.take(9)
+    assert first.answers == groups[0].answers
+    assert second.answers[0].extra == {"seen": "tensor(1)"}
+    assert str(first.rewards_GF) == "[[1.0, nan]]"
+    assert (first.step, second.step) == (1, 2)
+
+
+# In training
+
+
+class DeadFrom:
+    """Rewards by place in the group, all different, but for two prompts: from a step on, theirs are all 1."""
+
+    __name__ = "dead_from"
+
+    def __init__(self, step=1, prompts=(PROMPTS[0], PROMPTS[2])):
+        self.step, self.dead = step, prompts
+
+    def __call__(self, prompts, trainer_state, **columns):
+        is_dead = trainer_state.global_step >= self.step
+        return [1.0 if is_dead and p in self.dead else (i % 4) ** 2 / 9 for i, p in enumerate(prompts)]
+
+
+def train(build, model, **settings):
+    """The trainer, and of each micro-batch its inputs, the log-probs that a plain forward gives, and the loss."""
+    trainer = build(copy.deepcopy(model), peft_config=random_lora(), **{"reward": DeadFrom()} | SETTINGS | settings)
+    seen, compute_loss = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        logps_BC = plain_logps(trainer, inputs)
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        seen.append((inputs, logps_BC, loss.item()))
+        return loss
+
+    trainer.compute_loss = watched
+    trainer.train()
+    return trainer, seen
+
+
+@torch.no_grad()
+def plain_logps(trainer, inputs):
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    C = inputs["completion_ids"].size(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = trainer.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -C - 1 : -1]
+    logits = logits / inputs["temperature"].view(-1, 1, 1)
+    return logits.log_softmax(-1).gather(2, ids[:, -C:].unsqueeze(2)).squeeze(2)
+
+
+def of_prompts(trainer, inputs, prompts):
+    """Text, advantage and log-probs of the rows on these prompts, sorted."""
+    rows = zip(
+        texts_of(trainer, inputs),
+        inputs["advantages"].tolist(),
+        inputs["sampling_per_token_logps"].tolist(),
+        strict=True,
+    )
+    return sorted((text, a, [x for x in logps if x]) for text, a, logps in rows if text[0] in prompts)
+
+
+def test_dead_places_go_to_groups_of_the_step_before(build, small_model):
+    """The two youngest groups of step 0 take the two dead places of step 1, with their answers, the log-probs that they
+    were drawn with and their advantages; the groups that are alive stay."""
+    trainer, seen = train(build, small_model)
+    (before, _, _), (after, _, _) = seen
+    assert before["is_replayed"].tolist() == [False] * 16
+    assert after["is_replayed"].sum() == 8
+    replayed = {name: value[after["is_replayed"]] for name, value in after.items() if value.dim()}
+    prompts = {prompt for prompt, _ in texts_of(trainer, replayed)}
+    assert len(prompts) == 2
+    assert of_prompts(trainer, replayed, prompts) == of_prompts(trainer, before, prompts)
+    fresh = {name: value[~after["is_replayed"]] for name, value in after.items() if value.dim()}
+    assert {prompt for prompt, _ in texts_of(trainer, fresh)} == {PROMPTS[1], PROMPTS[3]}
+    assert log_of(trainer, "replay/hit_rate") == [1.0]
+    assert log_of(trainer, "replay/age") == [1.0]
+    assert log_of(trainer, "frac_groups/all_right") == [0.0, 0.5]
+    # of what was drawn, whatever took its place
+    alive = sum(i**2 / 9 for i in range(4)) / 4
+    assert log_of(trainer, "reward_drawn") == pytest.approx([alive, (alive + 1) / 2])
+    assert log_of(trainer, "reward") == pytest.approx([alive, alive])
+    assert len(trainer._replay) == 2 + 2
+
+
+def by_hand(inputs, logps_BC):
+    """The document's loss without KL and entropy; old log-probs are this policy's but where a row is replayed."""
+    mask = inputs["completion_mask"]
+    old = inputs["sampling_per_token_logps"].where(inputs["is_replayed"].unsqueeze(1), logps_BC)
+    ratio = ((logps_BC - old) * mask).sum(1).exp()
+    advantages = inputs["advantages"]
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean().item(), ratio
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"chunk_tokens": 40},
+        {"temperature": 0.6, "temperature_schedule": "linear", "temperature_end": 1.4},
+    ],
+    ids=["whole", "chunks", "temperature"],
+)
+def test_the_loss_of_replayed_rows_by_hand(build, small_model, settings):
+    """The ratio is to the policy that drew the row, at the temperature that it was drawn at."""
+    _, seen = train(build, small_model, max_steps=3, **settings)
+    for step, (inputs, logps_BC, loss) in enumerate(seen):
+        want, ratio = by_hand(inputs, logps_BC)
+        assert loss == pytest.approx(want, abs=1e-5)
+        is_off = (ratio - 1).abs() > 1e-4
+        assert torch.equal(is_off, inputs["is_replayed"])
+        temperatures = set(inputs["temperature"].tolist())
+        assert len(temperatures) == (2 if step and "temperature_end" in settings else 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"epsilon": 1e-8}, {"temperature": 0.3, "temperature_schedule": "linear", "temperature_end": 1.6}],
+    ids=["believed", "not_believed", "temperature"],
+)
+def test_several_steps_on_a_rollout(build, small_model, settings):
+    """Where TRL scores a rollout for its old log-probs, those of replayed rows stay the ones they were drawn with, the
+    sampler is not judged by them, and fresh rows keep theirs in the second step. With such an epsilon the sampler is
+    never believed, and TRL scores every row."""
+    trainer, seen = train(build, small_model, num_iterations=2, max_steps=8, learning_rate=1e-3, **settings)
+    for inputs, _, _ in seen:
+        gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs().max()
+        assert gap < 1e-4
+    assert seen[2][0]["is_replayed"].sum() == 8
+    assert max(log_of(trainer, "sampling/logp_gap")) < 1e-3
+    drift = ((seen[2][1] - seen[2][0]["old_per_token_logps"]) * seen[2][0]["completion_mask"]).sum(1).abs()
+    assert (drift[seen[2][0]["is_replayed"]] > 1e-3).all()
+
+
+def test_what_is_far_from_the_policy_is_dropped(build, small_model):
+    """At a learning rate that moves some answers by more than a nat, not others: a group is dropped where any of its
+    answers has moved so far, as plain forwards before and after the step tell."""
+    trainer = build(
+        copy.deepcopy(small_model), peft_config=random_lora(), reward=DeadFrom(), **SETTINGS | {"learning_rate": 3.0}
+    )
+    seen, compute_loss = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        first = seen[0][0] if seen else inputs
+        seen.append((inputs, plain_logps(trainer, first)))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    (first, before), (second, after) = seen
+    moved_B = ((after - before) * first["completion_mask"]).sum(1).abs().tolist()
+    furthest = {}
+    for (prompt, _), moved in zip(texts_of(trainer, first), moved_B, strict=True):
+        furthest[prompt] = max(moved, furthest.get(prompt, 0.0))
+    close = {prompt for prompt, moved in furthest.items() if moved <= 1.0}
+    assert len(close) == 1
+    assert log_of(trainer, "replay/dropped_far") == [0.0, 3.0]
+    assert log_of(trainer, "replay/hit_rate") == [0.5]
+    replayed = {name: value[second["is_replayed"]] for name, value in second.items() if value.dim()}
+    assert of_prompts(trainer, replayed, PROMPTS) == of_prompts(trainer, first, close)
+    assert (second["advantages"] == 0).sum() == 4  # the other place stays dead
+
+
+def test_another_temperature_is_no_distance(build, small_model):
+    """Log-probs at 0.1 and at 1.4 differ by nats; those that are compared are taken at the temperature of the row."""
+    moving = {"temperature": 0.1, "temperature_schedule": "linear", "temperature_end": 1.4, "learning_rate": 1e-9}
+    trainer, _ = train(build, small_model, **moving)
+    assert log_of(trainer, "replay/hit_rate") == [1.0]
+
+
+def test_what_is_old_is_dropped(build, small_model):
+    """Three steps of nothing alive: the four groups of step 0 are too old in step 3, where places for them come up."""
+    reward = DeadFrom(1, PROMPTS)
+    trainer, _ = train(
+        build, small_model, reward=reward, max_steps=4, replay_max_age=2, replay_fraction=0.25, learning_rate=1e-3
+    )
+    assert log_of(trainer, "replay/hit_rate") == [1.0, 1.0, 0.0]
+    assert log_of(trainer, "replay/age") == [1.0, 2.0]
+    assert log_of(trainer, "replay/dropped_old") == [0.0, 0.0, 0.0, 2.0]
+
+
+def test_without_dead_groups_nothing_changes(build, small_model):
+    reward = DeadFrom(99)
+    plain = build(
+        copy.deepcopy(small_model), peft_config=random_lora(), reward=reward, **SETTINGS | {"replay_fraction": 0}
+    )
+    plain.train()
+    ours, _ = train(build, small_model, reward=reward)
+    for name, value in adapter_of(plain).items():
+        assert torch.equal(adapter_of(ours)[name], value), name
+
+
+def test_a_stopped_run_goes_on_with_its_memory(build, small_model, tmp_path):
+    settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 1}
+    whole, seen = train(build, small_model, **settings)
+    again = build(
+        copy.deepcopy(small_model),
+        peft_config=random_lora(),
+        reward=DeadFrom(),
+        **SETTINGS | settings | {"max_steps": 2},
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert log_of(again, "replay/hit_rate") == [1.0]
+    (part,) = again._buffered_inputs
+    replayed = {name: value[part["is_replayed"]] for name, value in part.items() if value.dim()}
+    assert of_prompts(again, replayed, PROMPTS) == of_prompts(
+        whole, seen[0][0], {p for p, _ in texts_of(again, replayed)}
+    )
+
+
+def test_refused_where_nothing_can_be_replayed(build, small_model):
+    with pytest.raises(ValueError, match=r"replay_fraction=0.1 of 4 groups a rollout is none. Use at least 0.25"):
+        build(small_model, **SETTINGS | {"replay_fraction": 0.1})
+    small_model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"replay_fraction=0\.5 needs the log-probs of shared sampling"):
+        build(small_model, **SETTINGS)

@@ -1,0 +1,103 @@
+"""Dead groups left out of the update: the same adapter to the bit, fewer tokens, the same metrics; and when they are
+kept."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch.nn import Embedding
+
+from tests.conftest import PROMPTS, adapter_of, log_of, random_lora
+
+SETTINGS = {"beta": 0.0, "entropy_coef": 0.0, "max_steps": 5, "num_generations": 4}
+
+
+def one_dead_group(prompts, completions, **columns):
+    """All answers to the first prompt are worth the same, those to the others are not."""
+    return [
+        1.0 if prompt == PROMPTS[0] else float(len(text) % 3) for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
+def train(build, model, **settings):
+    """How many tokens went through the embedding while there was a graph comes along."""
+    trainer = build(copy.deepcopy(model), peft_config=random_lora(), **{"reward": one_dead_group} | SETTINGS | settings)
+    tokens = []
+
+    def count(module, inputs, output):
+        if trainer.model.training and torch.is_grad_enabled():
+            tokens.append(inputs[0].numel())
+
+    (embedding,) = (m for m in trainer.model.modules() if isinstance(m, Embedding))
+    hook = embedding.register_forward_hook(count)
+    trainer.train()
+    hook.remove()
+    return trainer, sum(tokens)
+
+
+ALL_AT_ONCE = {"per_device_train_batch_size": 16}
+ONE_GROUP_A_TIME = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+}  # some have nothing left in them
+PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "chunk_tokens": 40, "num_iterations": 2}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings"),
+    [
+        ("grpo_sequence", ALL_AT_ONCE),
+        ("grpo_sequence", ONE_GROUP_A_TIME),
+        ("grpo_sequence", PARTS),
+        ("grpo", PARTS),
+        ("dapo", ALL_AT_ONCE),
+        ("cispo", ONE_GROUP_A_TIME),
+    ],
+)
+def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):
+    settings = {"loss_type": loss_type, **settings}
+    keep, all_tokens = train(build, small_model, **settings)
+    skip, tokens = train(build, small_model, dead_groups="skip", **settings)
+    start = adapter_of(build(copy.deepcopy(small_model), peft_config=random_lora()))
+    for name, value in adapter_of(keep).items():
+        assert torch.equal(adapter_of(skip)[name], value), name
+        assert not torch.equal(start[name], value), name
+    assert tokens < 0.85 * all_tokens  # one of four prompts is dead
+    assert log_of(skip, "frac_groups/all_right") == [0.25] * len(log_of(skip, "frac_groups/all_right"))
+    for name in ("loss", "grad_norm", "frac_dead_groups"):
+        assert log_of(skip, name) == log_of(keep, name), name
+    for name in ("entropy", "ratio", "clip_ratio/region_mean"):
+        assert log_of(skip, name) == pytest.approx(log_of(keep, name), rel=0.1), name
+
+
+def test_all_dead(build, small_model):
+    """Nothing to learn at all: nothing is run, and nothing moves."""
+    trainer, tokens = train(
+        build, small_model, dead_groups="skip", reward=lambda completions, **columns: [0.5] * len(completions)
+    )
+    assert tokens == 0
+    assert log_of(trainer, "loss") == [0.0] * 5
+    start = adapter_of(build(copy.deepcopy(small_model), peft_config=random_lora()))
+    assert all(torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"beta": 0.1}, "beta=0.1"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0.01"),
+        ({"log_kl": True}, "log_kl"),
+        ({"loss_type": "grpo", "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
+        ({"share_prompt": False}, "prompts are not shared"),
+    ],
+)
+def test_kept_where_they_carry_a_gradient(build, small_model, caplog, settings, reason):
+    """Said once, and then the training is that of keep."""
+    with caplog.at_level(logging.WARNING):
+        skip, tokens = train(build, small_model, dead_groups="skip", **{"max_steps": 2} | settings)
+    assert [record.message for record in caplog.records if "dead_groups" in record.message and reason in record.message]
+    keep, all_tokens = train(build, small_model, **{"max_steps": 2} | settings)
+    assert tokens == all_tokens
+    for name, value in adapter_of(keep).items():
+        assert torch.equal(adapter_of(skip)[name], value), name

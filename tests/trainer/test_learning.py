@@ -1,0 +1,153 @@
+"""That it learns as stock TRL does, on the embedded model; and the study that shows it, through its command line."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from grpo_ext.data import load_problems
+from recipes.math import parse
+from recipes.tiny_math import study
+from recipes.tiny_math.study_report import table
+from rewards import math_answer_reward
+from tests.conftest import SETTINGS, TINY_DATA, TINY_MODEL, adapter_of, log_of
+
+STEPS = 20
+# Adam divides a gradient by its own size: with its usual epsilon of 1e-8, where a gradient is nothing but rounding, it
+# would make a step of it. Here a gradient of norm 0.4 over 163,840 parameters is 1e-3 in each.
+STOCK = {
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "beta": 0.1,
+    "temperature": 0.8,
+    "entropy_coef": 0.01,
+    "disable_dropout": True,
+    "max_grad_norm": 0.5,
+    "max_steps": STEPS,
+    "num_generations": 8,
+    "per_device_train_batch_size": 32,
+    "max_completion_length": 48,
+    "optim": "adamw_torch",
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "adam_epsilon": 1e-4,
+}
+
+
+def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkeypatch):
+    """On the completions that stock TRL draws as it learns. Any difference of the update, of the size of another
+    normaliser or a row out of place, adds up over the steps; what is left is rounding, which adds up too."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental
+    problems = load_problems(str(TINY_DATA), tokenizer, max_heldout=1)
+    drawn = []
+
+    def reward(completions, completion_ids, **columns):
+        drawn.append(completion_ids)
+        return math_answer_reward(completions, **columns)
+
+    def train(kind, config, **arguments):
+        here = {"reward_workers": 0} if config is GRPOExtConfig else {}  # the reward notes what it is given
+        trainer = kind(
+            str(TINY_MODEL),
+            reward_funcs=reward,
+            args=config(**SETTINGS | STOCK | {"output_dir": str(tmp_path)} | here),
+            train_dataset=problems.train,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            **arguments,
+        )
+        start = adapter_of(trainer)
+        trainer.train()
+        return trainer, start, adapter_of(trainer)
+
+    stock, start, want = train(GRPOTrainer, GRPOConfig)
+    again = iter(list(drawn))
+
+    def given(prompts, trainer):
+        return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": next(again), "logprobs": None}
+
+    ours, same_start, got = train(GRPOExtTrainer, GRPOExtConfig, rollout_func=given)
+    assert ours._shares_prompts
+    assert drawn[STEPS:] == drawn[:STEPS]
+    rewards = log_of(ours, "reward")
+    assert rewards == log_of(stock, "reward")
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+    for name, value in want.items():
+        assert torch.equal(start[name], same_start[name])
+        moved = (value - start[name]).abs().max()
+        assert moved > 2e-4, f"{name} moved by {moved:.1e} only, which agreement to 1e-6 says little about"
+        torch.testing.assert_close(got[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_study_through_its_command_line(tmp_path, capsys, monkeypatch):
+    """Points of two trainers on the same problems, a table and a picture; what is through is not run again."""
+    built = []
+    for name, kind in (("GRPOTrainer", GRPOTrainer), ("GRPOExtTrainer", GRPOExtTrainer)):
+        monkeypatch.setattr(study, name, lambda kind=kind, **arguments: built.append(kind) or kind(**arguments))
+    command = f"--arms token,stock --seeds 1 --steps 1 --problems 8 --output {tmp_path}".split()
+    study.main(command)
+    assert built == [GRPOExtTrainer, GRPOTrainer]
+    said = capsys.readouterr().out
+    points = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert [(point["arm"], point["step"]) for point in points] == [(a, s) for a in ("token", "stock") for s in (0, 1)]
+    assert all(point["answers"] == 8 and 0 <= point["right"] <= 8 for point in points)
+    for name in ("right", "right_greedy"):
+        assert points[0][name] == points[2][name]  # before the first step
+    assert points[1]["seconds_per_step"] > 0
+    assert [line.split(" | ")[0] for line in said.splitlines()[2:4]] == [
+        "| token-level GRPO",
+        "| stock TRL, same settings as token-level",
+    ]
+    picture = tmp_path / "study.png"
+    assert picture.stat().st_size > 10_000
+
+    picture.unlink()
+    monkeypatch.setattr(study, "train", lambda *run: pytest.fail(f"{run[:2]} was trained again"))
+    study.main(command)
+    assert capsys.readouterr().out == said
+    assert picture.exists()
+    with pytest.raises(SystemExit):
+        study.main(["--arms", "tokens"])
+    assert "'tokens' is none of document, token, stock" in capsys.readouterr().err
+
+
+def test_arms_of_the_study():
+    """Each differs from `make math` by what its name says, and stock TRL is given the settings of the token arm."""
+    default = parse([])[1]
+    changes = {}
+    for arm, flags in study.ARMS.items():
+        args = parse(flags.split())[1]
+        of_both = {name: (getattr(default, name), getattr(args, name)) for name in default.__dataclass_fields__}
+        changes[arm] = {name: value for name, (by_default, value) in of_both.items() if value != by_default}
+    alone = {"beta": 0.0, "entropy_coef": 0.0}
+    assert changes == {
+        "document": {},
+        "token": {"loss_type": "grpo", "scale_rewards": "group"},
+        "stock": {"loss_type": "grpo", "scale_rewards": "group"},
+        "exact": {"kl_estimator": "exact"},
+        "keep": alone,
+        "skip": alone | {"dead_groups": "skip"},
+        "resample": alone | {"dead_groups": "resample"},
+    }
+
+
+def test_the_table_of_a_study():
+    """Worked out by hand: two seeds of 100 answers are 200; the median of the steps to 0.9, and a run without."""
+    curves = {
+        ("document", 0): {0: 20, 5: 90, 10: 98},
+        ("document", 1): {0: 40, 5: 60, 10: 92},
+        ("token", 0): {0: 20, 5: 30, 10: 89},
+    }
+    points = []
+    for (arm, seed), rights in curves.items():
+        for step, right in rights.items():
+            points.append({"arm": arm, "seed": seed, "step": step, "answers": 100, "right": right})
+            points[-1] |= {"right_greedy": right, "seconds_per_step": 1.0 + seed} if step in (0, 10) else {}
+    first, second = table(points).splitlines()[2:]
+    # Wilson intervals of 60 and 190 of 200
+    change = "0.30 [0.24, 0.37] -> 0.95 [0.91, 0.97]"
+    assert first == f"| the document's objective (k3) | 2 | {change} | {change} | 7.5 | 1.50 |"
+    assert second.endswith("| more than 10 | 1.00 |")

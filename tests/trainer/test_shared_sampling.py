@@ -1,0 +1,168 @@
+"""Training on completions that were drawn together: old log-probs from the sampler, stop strings, ends of sequence."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from trl import GRPOTrainer
+
+from grpo_ext.engine.decode import GroupSampler
+from tests.conftest import adapter_of, random_lora
+
+STOP = {"generation_kwargs": {"stop_strings": ["1", "2"]}}
+
+
+def metric(trainer, name):
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def rows_scored(trainer):
+    """How many rows each pass without gradients scores, reference passes apart."""
+    counts = []
+    lm = trainer.model.get_base_model()
+    score = lm.forward
+
+    def counted(*args, shared_rows=None, **kwargs):
+        layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+        adapters_on = not any(layer.disable_adapters for layer in layers)
+        if shared_rows is not None and adapters_on and not torch.is_grad_enabled():
+            counts.append(len(shared_rows.completion_ids_BC))
+        return score(*args, shared_rows=shared_rows, **kwargs) if shared_rows else score(*args, **kwargs)
+
+    lm.forward = counted
+    return counts
+
+
+def run(build, model, **settings):
+    trainer = build(
+        copy.deepcopy(model),
+        peft_config=random_lora(),
+        **{"num_iterations": 2, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5, "beta": 0.1} | settings,
+    )
+    start = adapter_of(trainer)
+    counts = rows_scored(trainer) if getattr(trainer, "_shares_prompts", False) else []
+    trainer.train()
+    assert all(not torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
+    return trainer, counts
+
+
+def same_adapters(one, other):
+    for name, value in adapter_of(one).items():
+        torch.testing.assert_close(adapter_of(other)[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_old_log_probs_are_the_samplers(build, small_model):
+    """The first rollout is scored whole, to measure; from then on one row of each, and the training is the same."""
+    ours, counts = run(build, small_model)
+    plain, _ = run(build, small_model, share_prompt=False)
+    assert counts == [8, 1, 1]
+    gaps = metric(ours, "sampling/logp_gap")
+    assert len(gaps) == 3
+    assert 0 < max(gaps) < 1e-4
+    same_adapters(ours, plain)
+
+
+def test_a_sampler_that_disagrees_is_not_believed(build, small_model, monkeypatch):
+    """TRL's pass runs at every rollout, and the training stays what it is: here the sampler's temperature is wrong."""
+    plain, _ = run(build, small_model, share_prompt=False)
+    build_sampler = GroupSampler.__init__
+    monkeypatch.setattr(GroupSampler, "__init__", lambda self, temperature: build_sampler(self, 2.0))
+    ours, counts = run(build, small_model)
+    assert counts == [8, 8, 8]
+    assert min(metric(ours, "sampling/logp_gap")) > 0.02
+    same_adapters(ours, plain)
+
+
+def test_a_sampler_that_comes_to_disagree_is_left(build, small_model, monkeypatch):
+    draw, calls = GroupSampler.__call__, []
+
+    def drifting(self, *args, **kwargs):
+        calls.append(self)
+        self.temperature = 0.8 if len(calls) == 1 else 2.0
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(GroupSampler, "__call__", drifting)
+    ours, counts = run(build, small_model)
+    assert counts == [8, 1, 8, 8]
+    monkeypatch.undo()
+    plain, _ = run(build, small_model, share_prompt=False)
+    same_adapters(ours, plain)
+
+
+def test_no_pass_where_none_is_needed(build, small_model):
+    trainer, counts = run(build, small_model, num_iterations=1, max_steps=2)
+    assert counts == []
+    assert metric(trainer, "sampling/logp_gap") == []
+
+
+@pytest.mark.parametrize("loss_type", ["grpo_sequence", "dapo"])
+def test_stop_strings(build, small_model, tokenizer, loss_type):
+    """Stock TRL raises. Here a completion ends with its stop string, is not called cut, and keeps its place in the
+    loss where those that are cut are masked."""
+    with pytest.raises(ValueError, match="stop strings"):
+        build(small_model, trainer=GRPOTrainer, **STOP).train()
+    seen = []
+
+    def reward(completions, completion_ids, **columns):
+        seen.append(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer, _ = run(
+        build, small_model, reward=reward, mask_truncated_completions=True, loss_type=loss_type, max_steps=2, **STOP
+    )
+    completions = [ids for batch in seen for ids in batch]
+    texts = tokenizer.batch_decode(completions)
+    ended = [text.endswith(("1", "2", tokenizer.eos_token)) for text in texts]
+    assert any(text.endswith(("1", "2")) for text in texts)
+    assert not any(digit in text[:-1] for text in texts for digit in "12")
+    assert all(len(ids) == 12 for ids, end in zip(completions, ended, strict=True) if not end)
+    rows = seen[0]
+    cut = [not end for end in ended[: len(rows)]]
+    assert metric(trainer, "completions/clipped_ratio")[0] == pytest.approx(sum(cut) / len(cut))
+    terminated = [len(ids) for ids, is_cut in zip(rows, cut, strict=True) if not is_cut]
+    assert metric(trainer, "completions/mean_terminated_length")[0] == pytest.approx(sum(terminated) / len(terminated))
+    buffered = trainer._buffered_inputs[0]
+    kept = sorted(buffered["completion_mask"].sum(dim=1).tolist())
+    last, last_ended = seen[-1], ended[-len(seen[-1]) :]
+    assert kept == sorted(len(ids) * end for ids, end in zip(last, last_ended, strict=True))
+    assert buffered["num_items_in_batch"] == sum(kept)
+
+
+def test_several_ends_of_sequence(build, small_model, tokenizer):
+    """Ids that the user adds end a completion, and one that ends with them is not cut."""
+    ends = tokenizer.convert_tokens_to_ids(list("123456"))
+    seen = []
+
+    def reward(completions, completion_ids, **columns):
+        seen.extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer, _ = run(
+        build, small_model, reward=reward, max_steps=1, num_iterations=1, generation_kwargs={"eos_token_id": ends}
+    )
+    assert all(ids[-1] in ends or len(ids) == 12 or ids[-1] == tokenizer.eos_token_id for ids in seen)
+    assert any(ids[-1] in ends for ids in seen)
+    assert not any(token in ends for ids in seen for token in ids[:-1])
+    cut = sum(ids[-1] not in [*ends, tokenizer.eos_token_id] for ids in seen) / len(seen)
+    assert metric(trainer, "completions/clipped_ratio")[0] == pytest.approx(cut)
+
+
+def test_what_needs_the_loop_of_transformers(build, small_model, caplog):
+    """Beams are transformers' own: said once, by name, and with a stop string refused before anything is drawn."""
+    beams = {"num_beams": 2}
+    with caplog.at_level(logging.WARNING):
+        trainer = build(copy.deepcopy(small_model), peft_config=random_lora(), generation_kwargs=beams, max_steps=1)
+    assert caplog.text.count("transformers' own loop is taken: generation is by beam_sample") == 1
+    assert not trainer._samples_shared
+    trainer.train()
+    with pytest.raises(ValueError, match="stop_strings"):
+        build(small_model, peft_config=random_lora(), generation_kwargs=beams | {"stop_strings": ["1"]})
+
+
+def test_the_model_is_left_as_it_was(build, small_model):
+    trainer = build(small_model, peft_config=random_lora(), max_steps=1, **STOP)
+    trainer.train()
+    assert "generate" not in vars(small_model)
+    assert trainer.generation_config.stop_strings == ["1", "2"]

@@ -1,0 +1,218 @@
+"""Completions in which the model calls tools, on shared prompts: against stock TRL, and the sequence loss by hand."""
+
+import itertools
+import random
+import re
+
+import pytest
+import torch
+from torch.nn.functional import pad
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import GRPOTrainer
+from trl.chat_template_utils import qwen2_5_chat_template
+
+from grpo_ext import GRPOExtTrainer
+from tests.conftest import TINY_MODEL, adapter_of, log_of, own_words_of, random_lora, small_shape
+from tests.trainer.test_trl_options import assert_same_training, train
+
+# A call in three tokens of a model that otherwise writes characters, so that one of two layers can learn it.
+CALL, CALLED = '<tool_call>\n{"name": "look_up", "arguments": {"page": ', "}}\n</tool_call>"
+QUESTIONS = [[{"role": "user", "content": text}] for text in ("Which page?", "How old is it?", "Who?", "7+8=?")]
+# What stands between two turns of the model, and is neither of its words.
+BETWEEN_TURNS = re.compile(
+    r"\n<\|im_start\|>user\n<tool_response>\n[^<]*\n</tool_response><\|im_end\|>\n<\|im_start\|>assistant\n"
+)
+
+
+def look_up(page: int) -> str:
+    """
+    Read a page of the book.
+
+    Args:
+        page: its number, from 0 to 9.
+    """
+    if page > 9:
+        raise ValueError(f"There is no page {page}.")
+    return str(page * 7)
+
+
+def shelves():
+    """A class of environments, numbered from 0, whose first words make different prompts of the rows of a group."""
+    numbers = itertools.count()
+
+    class Shelf:
+        def __init__(self):
+            self.number = next(numbers)
+
+        def reset(self, **columns):
+            self.pages = []
+            return f" It is on shelf {self.number % 2}."
+
+        def look_up(self, page: int) -> str:
+            """
+            Read a page.
+
+            Args:
+                page: its number, from 0 to 9.
+            """
+            self.pages.append(page)
+            return f"{page * 7}, and {len(self.pages)} read"
+
+        def get_reward(self):
+            return float(len(set(self.pages)))
+
+    return Shelf
+
+
+def calls_and_digits(completions, **columns):
+    """How often the tool was called, and a tenth of the digits of the last words."""
+    return [
+        sum(message["role"] == "tool" for message in messages)
+        + sum(map(int, re.findall(r"\d", messages[-1]["content"]))) / 10
+        for messages in completions
+    ]
+
+
+# What makes the tool known: a function, or the class of an environment, fresh for each trainer.
+KINDS = {"tools": lambda: {"tools": [look_up]}, "environment_factory": lambda: {"environment_factory": shelves()}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """That of the embedded model, with Qwen's chat template, which TRL knows how to read calls from."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, model_max_length=2048)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.add_tokens([CALL, CALLED])
+    tokenizer.chat_template = qwen2_5_chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def caller(tokenizer):
+    """A llama of two layers that was taught to call the tool in most of its turns, and to answer in the rest."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer) | {"max_position_embeddings": 2048}))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rng = random.Random(0)
+    for _ in range(60):
+        rows = [turns(tokenizer, rng) for _ in range(8)]
+        longest = max(len(ids) for ids, _ in rows)
+        ids_BT, labels_BT = (
+            torch.stack([pad(torch.tensor(row[i]), (0, longest - len(row[i])), value=fill) for row in rows])
+            for i, fill in ((0, tokenizer.pad_token_id), (1, -100))
+        )
+        loss = model(input_ids=ids_BT, labels=labels_BT).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def turns(tokenizer, rng):
+    """Token ids of a conversation with a call or two, and its labels: the model's own words."""
+    prompt = tokenizer.apply_chat_template(rng.choice(QUESTIONS), add_generation_prompt=True, tokenize=False)
+    ids, labels = [], []
+    for text, is_own in [(prompt, False), *own_words(rng)]:
+        part = tokenizer(text)["input_ids"]
+        ids += part
+        labels += part if is_own else [-100] * len(part)
+    return ids, labels
+
+
+def own_words(rng):
+    while rng.random() < 0.7:
+        page = rng.randrange(10)
+        yield f"{CALL}{page}{CALLED}<|im_end|>", True
+        result = f"\n<tool_response>\n{look_up(page)}\n</tool_response>"
+        yield f"\n<|im_start|>user{result}<|im_end|>\n<|im_start|>assistant\n", False
+    yield f"{rng.randrange(100)}<|im_end|>", True
+
+
+@pytest.fixture
+def train_caller(build, caller, monkeypatch):
+    """`train_caller(trainer_class, kind)`: four steps on two rollouts, whose rows call the tool."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # environment_factory is experimental
+
+    def run(trainer, kind, watch=None, **settings):
+        settings = {"max_completion_length": 130, "reward": calls_and_digits} | settings
+        settings |= {"prompts": QUESTIONS, "arguments": KINDS[kind]()}
+        return train(build, caller, trainer, watch, peft_config=random_lora(lora_alpha=1), **settings)
+
+    return run
+
+
+CASES = {
+    "tools": {},
+    "environment_factory": {},
+    "tools, answers cut and masked": {"max_completion_length": 60, "mask_truncated_completions": True},
+    "environment_factory, off-policy mask": {"off_policy_mask_threshold": 0.01},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_stock_trl(train_caller, case):
+    """Later turns are drawn on longer prompts, one a row, in which a sampler may lose a row or its random state."""
+    kind = case.partition(",")[0]
+    stock, _ = train_caller(GRPOTrainer, kind, **CASES[case])
+    ours, start = train_caller(GRPOExtTrainer, kind, **CASES[case])
+    assert_same_training(ours, stock)
+    assert all(not torch.equal(value, start[name]) for name, value in adapter_of(ours).items())
+    assert min(log_of(ours, "tools/call_frequency")) > 0
+    assert (max(log_of(ours, "completions/clipped_ratio")) > 0) is ("cut" in case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind):
+    """They stand inside a completion: a hole in what counts, none in what is read. The loss of every update and each
+    gradient against the document's formula on TRL's rows and full logits, the mask taken from the text."""
+    updates = []
+
+    def watch(trainer):
+        compute_loss = trainer._compute_loss
+
+        def compared(model, inputs):
+            loss, by_hand = (
+                compute_loss(model, inputs),
+                loss_by_hand(trainer, inputs, own_words_of(inputs, tokenizer, BETWEEN_TURNS)),
+            )
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            grads, wanted = (torch.autograd.grad(of, parameters, retain_graph=True) for of in (loss, by_hand))
+            updates.append((loss.item(), by_hand.item(), grads, wanted))
+            return loss
+
+        trainer._compute_loss = compared
+
+    ours, _ = train_caller(GRPOExtTrainer, kind, watch, loss_type="grpo_sequence", scale_rewards="population")
+    assert ours._shares_prompts
+    assert min(log_of(ours, "tools/call_frequency")) > 0
+    assert len(updates) == 4
+    for loss, by_hand, grads, wanted in updates:
+        assert loss == pytest.approx(by_hand, abs=2e-5)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert want.norm() > 0
+            assert (grad - want).norm() < 1e-4 * want.norm()
+
+
+def loss_by_hand(trainer, inputs, mask_BC):
+    """-J of the document, epsilon 0.2 and k3 weighted by the ratio of each token, from logits of padded rows."""
+    C = mask_BC.size(1)
+    ids_BT = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention_BT = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
+
+    def logps_of_all():
+        logits_BTV = trainer.model(input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions_BT).logits
+        return (logits_BTV[:, -C - 1 : -1] / trainer.temperature).log_softmax(dim=-1)
+
+    logps_BCV = logps_of_all()
+    with torch.no_grad(), trainer.model.disable_adapter():
+        ref_BCV = logps_of_all()
+    targets_BC1 = inputs["completion_ids"].unsqueeze(2)
+    logps_BC, ref_BC = (values.gather(2, targets_BC1).squeeze(2) for values in (logps_BCV, ref_BCV))
+    log_ratio_BC = (logps_BC - inputs["old_per_token_logps"]) * mask_BC
+    ratio_B, A_B = log_ratio_BC.sum(dim=1).exp(), inputs["advantages"]
+    surrogate_B = torch.minimum(ratio_B * A_B, ratio_B.clamp(0.8, 1.2) * A_B)
+    kl_BC = ((ref_BC - logps_BC).exp() - (ref_BC - logps_BC) - 1) * log_ratio_BC.exp()
+    entropies_BC = -(logps_BCV.exp() * logps_BCV).sum(dim=2)
+    entropy_B = (entropies_BC * mask_BC).sum(dim=1) / mask_BC.sum(dim=1)
+    return -(surrogate_B - 0.1 * (kl_BC * mask_BC).sum(dim=1) + 0.01 * entropy_B).mean()
