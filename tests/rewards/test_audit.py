@@ -99,7 +99,7 @@ def test_through_its_command_line(capsys, tmp_path):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(row | {"answer": "5 or 6"}) + "\n" for row in ROWS))
     with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):
-        cli.main(["audit", "--data", str(data), "--reward", "test_audit:likes_many_words"])
+        cli.main(["audit", "--data", str(data), "--reward", f"{__name__}:likes_many_words"])
     assert "8 of 8" in capsys.readouterr().out
 
 
