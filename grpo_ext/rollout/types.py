@@ -1,6 +1,7 @@
-"""A rollout that is put together before TRL works on it: answers, their rewards, and what else was drawn for them.
+"""The values that travel from sampling to the loss: completions, and the rollout that they form.
 
-Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M answers drawn to a prompt, G or more.
+Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M completions sampled for a prompt, at
+least G.
 """
 
 from dataclasses import dataclass, field
@@ -10,18 +11,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Completion:
     """One row of a rollout.
 
     Attributes:
-        example: the row of the data set, with its `prompt`.
-        prompt_ids, completion_ids: as TRL's `_generate` gives them.
-        completion: text or messages, what reward functions see.
-        logps: of the completion's tokens, under the policy that drew them at `temperature` (nats); None where the
-            sampler does not say.
-        is_cut: whether it ended because no more tokens were allowed; None where the sampler does not say.
-        temperature: that it was drawn at.
-        extra: what reward functions logged beside.
+        example: the row of the dataset, with its `prompt`.
+        prompt_ids, completion_ids: token ids, as TRL's `_generate` returns them.
+        completion: text or messages, as reward functions see it.
+        logps: log-probs of the completion's tokens under the policy that sampled them at `temperature` (nats); None if
+            the sampler does not report them.
+        is_cut: whether it ended because no more tokens were allowed; None if the sampler does not report it.
+        temperature: the temperature that it was sampled at.
+        extra: values that reward functions logged for it (`log_extra`).
     """
 
     example: dict[str, Any]
@@ -34,34 +35,68 @@ class Answer:
     extra: dict[str, Any]
 
 
-@dataclass(kw_only=True)
-class Rollout:
-    """The rows that TRL is to work on, groups next to each other.
+@dataclass(frozen=True, kw_only=True)
+class SampledRows:
+    """What is known about the rows of this process when they are scored.
 
     Attributes:
-        answers: the rows of this process.
-        first: the place of its first row among those of all processes.
-        rewards_BF: of the rows of all processes; NaN where a function did not judge.
-        drawn_PM: the total reward of every answer that was drawn to a group's prompt, those that are not among the rows
-            too; NaN where there is none or nobody judged it.
-        replayed: groups that an earlier policy drew.
+        temperatures: the temperature that each row was sampled at.
+        logps: log-probs at sampling, row by row; None if they are not those of the policy's own tokens.
+        is_cut: whether each row ended because no more tokens were allowed; None if the sampler does not report it.
+        is_replayed: whether an earlier policy sampled the row.
     """
 
-    answers: list[Answer]
-    first: int
+    temperatures: list[float]
+    logps: list[list[float]] | None
+    is_cut: list[bool] | None
+    is_replayed: list[bool]
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """Completions with their rewards, the rows of a group next to each other.
+
+    Attributes:
+        completions: the rows of this process.
+        first_row: index of its first row among the rows of all processes.
+        rewards_BF: rewards of the rows of all processes; NaN if a function did not score a row.
+        all_rewards_PM: total reward of every completion that was sampled for each group's prompt, including those that
+            are not among the rows; NaN if there is none or nothing scored it.
+        sampled_PM: `all_rewards_PM` of every group that was sampled on the way, including those that were replaced.
+        replayed: groups that an earlier policy sampled.
+    """
+
+    completions: list[Completion]
+    first_row: int
     rewards_BF: Tensor
-    drawn_PM: Tensor
+    all_rewards_PM: Tensor
+    sampled_PM: list[Tensor]
     replayed: set[int] = field(default_factory=set)
 
-    def put(self, group: int, answers: list[Answer], rewards_GF: Tensor, drawn_M: Tensor) -> None:
-        """Replace a group; `answers` may be empty where this process has none of its rows."""
-        G = len(rewards_GF)
-        self.rewards_BF[group * G : (group + 1) * G] = rewards_GF
-        self.drawn_PM[group] = drawn_M
-        for row, answer in enumerate(answers, start=group * G - self.first):
-            if 0 <= row < len(self.answers):
-                self.answers[row] = answer
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.rewards_BF) // len(self.all_rewards_PM)
 
-    def is_replayed(self, num_generations: int) -> list[bool]:
-        """Of each row of this process, whether an earlier policy drew it."""
-        return [(self.first + row) // num_generations in self.replayed for row in range(len(self.answers))]
+    def replace_group(
+        self, group: int, completions: list[Completion], rewards_GF: Tensor, all_rewards_M: Tensor
+    ) -> None:
+        """Replace a group; `completions` may be empty if this process has none of its rows."""
+        G = self.group_size
+        self.rewards_BF[group * G : (group + 1) * G] = rewards_GF
+        self.all_rewards_PM[group] = all_rewards_M
+        for row, completion in enumerate(completions, start=group * G - self.first_row):
+            if 0 <= row < len(self.completions):
+                self.completions[row] = completion
+
+    def sampled_rows(self) -> SampledRows:
+        """What the scoring passes need to know about the rows."""
+        logps = [completion.logps for completion in self.completions if completion.logps is not None]
+        endings = [completion.is_cut for completion in self.completions if completion.is_cut is not None]
+        rows, G = len(self.completions), self.group_size
+        return SampledRows(
+            temperatures=[completion.temperature for completion in self.completions],
+            logps=logps if len(logps) == rows else None,
+            is_cut=endings if len(endings) == rows else None,
+            is_replayed=[(self.first_row + row) // G in self.replayed for row in range(rows)],
+        )
