@@ -42,22 +42,22 @@ class Rollout:
         answers: the rows of this process.
         first: the place of its first row among those of all processes.
         rewards_BF: of the rows of all processes; NaN where a function did not judge.
-        drawn_PM: the total reward of every answer that was drawn to a group's prompt, those that are not among the rows
-            too; NaN where there is none or nobody judged it.
+        all_rewards_PM: the total reward of every answer that was drawn to a group's prompt, those that are not among
+            the rows too; NaN where there is none or nobody judged it.
         replayed: groups that an earlier policy drew.
     """
 
     answers: list[Answer]
     first: int
     rewards_BF: Tensor
-    drawn_PM: Tensor
+    all_rewards_PM: Tensor
     replayed: set[int] = field(default_factory=set)
 
     def put(self, group: int, answers: list[Answer], rewards_GF: Tensor, drawn_M: Tensor) -> None:
         """Replace a group; `answers` may be empty where this process has none of its rows."""
         G = len(rewards_GF)
         self.rewards_BF[group * G : (group + 1) * G] = rewards_GF
-        self.drawn_PM[group] = drawn_M
+        self.all_rewards_PM[group] = drawn_M
         for row, answer in enumerate(answers, start=group * G - self.first):
             if 0 <= row < len(self.answers):
                 self.answers[row] = answer
