@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, get_dataset_config_names, load_datase
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from grpo_ext.model.load import unreachable
+from grpo_ext.model.load import unreachable_message
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "code")
@@ -139,7 +139,7 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
             config = get_dataset_config_names(name)[0]
         splits = load_dataset(name, config)
     except (ConnectionError, DatasetNotFoundError, OSError) as error:
-        raise SystemExit(unreachable("Data set", name, error)) from None
+        raise SystemExit(unreachable_message("Data set", name, error)) from None
     if not path.is_dir():
         for rows in splits.values():
             rows.info.dataset_name = name  # `datasets` leaves the owner out

@@ -12,11 +12,11 @@ from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.phase_timer import PhaseTimer
 from grpo_ext.console.progress import RewardProgress
 from grpo_ext.losses.advantages import population_advantages
-from grpo_ext.losses.sequence_grpo import SequenceObjective
+from grpo_ext.losses.sequence_grpo import SequenceGRPO
 from grpo_ext.machine import peak_memory_mb
 from grpo_ext.mechanisms.guards import GuardedTrainer
-from grpo_ext.mechanisms.reference_kl import written
-from grpo_ext.model.adapters import restore_float32, snapshot
+from grpo_ext.mechanisms.reference_kl import completion_loss_mask
+from grpo_ext.model.adapters import copy_adapter_values, restore_adapter_in_float32
 from grpo_ext.model.load import frozen_dtype
 from grpo_ext.report.metrics_file import MetricsFile
 from grpo_ext.rollout.reward_workers import WorkersEnd, in_workers
@@ -93,13 +93,13 @@ class GRPOExtTrainer(GuardedTrainer):
             reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
         self._phases = PhaseTimer()
         self._timed_from_step: int | None = None
-        adapter_values = snapshot(model)
+        adapter_values = copy_adapter_values(model)
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # it cannot mix dtypes (TRL #6089)
-            restore_float32(self.model, adapter_values)
+            restore_adapter_in_float32(self.model, adapter_values)
         if args.scale_rewards == "population":
             self.scale_rewards = "none"  # TRL's own value, so that its rollout runs; ours replaces the result
-        self._sequence_objective = SequenceObjective(
+        self._sequence_grpo = SequenceGRPO(
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
             delta=args.delta,
@@ -136,7 +136,7 @@ class GRPOExtTrainer(GuardedTrainer):
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         assert self._rewards_per_func_BF is not None
         advantages_B = population_advantages(
-            self._total(self._rewards_per_func_BF), num_generations, drawn_PM=self._drawn_PM
+            self._total(self._rewards_per_func_BF), num_generations, all_rewards_PM=self._all_rewards_PM
         )
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages_B))):
@@ -159,7 +159,7 @@ class GRPOExtTrainer(GuardedTrainer):
         if self.loss_type != "grpo_sequence":
             return super()._compute_loss(model, inputs)
         completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        mask = written(inputs)
+        mask = completion_loss_mask(inputs)
         with self._exact_kl_of(inputs):
             logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
@@ -171,7 +171,7 @@ class GRPOExtTrainer(GuardedTrainer):
                 **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
             )
         assert entropies is not None
-        loss, metrics = self._sequence_objective(
+        loss, metrics = self._sequence_grpo(
             logps,
             old_logps_BC=inputs.get("old_per_token_logps"),
             kl_BC=self._token_kl(inputs, logps) if self._has_reference else None,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import GRPOTrainer
 
-from grpo_ext.model.adapters import part_here
+from grpo_ext.model.adapters import local_shard
 
 OF_TRANSFORMERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "full_determinism", "bf16", "fp16", "tf32"),
@@ -50,7 +50,7 @@ def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
     base = [p for name, p in model.named_parameters() if not _is_adapters(model, name)]
     facts = {
         "base_model": model.config.name_or_path,
-        "weights": _digest(*(_some(part_here(parameter)) for parameter in base)),
+        "weights": _digest(*(_some(local_shard(parameter)) for parameter in base)),
         "model_config": _digest(json.dumps(model_config, sort_keys=True, default=str)),
         "dtype": str(base[0].dtype).removeprefix("torch."),
     }

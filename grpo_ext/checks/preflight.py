@@ -23,7 +23,7 @@ from grpo_ext.checks import prompts as check_prompts
 from grpo_ext.checks import rewards as check_rewards
 from grpo_ext.checks.worst_case_step import Rehearsal, rehearse, why_not_rehearsed
 from grpo_ext.model.adapters import trainable_parameters
-from grpo_ext.model.chat import render
+from grpo_ext.model.chat import tokenize_prompt
 
 logger = get_logger(__name__)
 
@@ -151,7 +151,7 @@ def before_training(trainer: GRPOTrainer) -> None:
     ends = set(trainer.eos_token_ids)
     for warning in check_prompts.warnings_of_template(trainer._tokenizer, data[0]["prompt"], template, ends):
         logger.warning(warning)
-    rehearsal = rehearse(trainer, data[row], render(trainer._tokenizer, data[0]["prompt"], **template))
+    rehearsal = rehearse(trainer, data[row], tokenize_prompt(trainer._tokenizer, data[0]["prompt"], **template))
     if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
         _show(rehearsal, scores)
 

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from grpo_ext.model.chat import render
+from grpo_ext.model.chat import tokenize_prompt
 
 # Of the prompts with most characters, so many are tokenised to find the one with most tokens.
 CANDIDATES = 32
@@ -41,7 +41,7 @@ def without_overlong(
         ValueError: there are such prompts and `action` is "error", or nothing else is left.
     """
     lengths = data.map(
-        lambda row: {"tokens": len(render(tokenizer, row["prompt"], **template))},
+        lambda row: {"tokens": len(tokenize_prompt(tokenizer, row["prompt"], **template))},
         remove_columns=data.column_names,
         desc="prompt lengths",
     )["tokens"]
@@ -59,7 +59,9 @@ def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: di
     """Row and token ids of the longest prompt; among many, of those with most characters."""
     prompts = data["prompt"][:]
     rows = sorted(range(len(prompts)), key=lambda row: -len(str(prompts[row])))[:CANDIDATES]
-    return max(((row, render(tokenizer, prompts[row], **template)) for row in rows), key=lambda found: len(found[1]))
+    return max(
+        ((row, tokenize_prompt(tokenizer, prompts[row], **template)) for row in rows), key=lambda found: len(found[1])
+    )
 
 
 def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int) -> None:

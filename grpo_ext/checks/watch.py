@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from grpo_ext.model.adapters import part_here, trainable_parameters
+from grpo_ext.model.adapters import local_shard, trainable_parameters
 
 logger = get_logger(__name__)
 
@@ -63,7 +63,7 @@ class Tripwires(TrainerCallback):
         trainer, step = self._trainer, state.global_step + 1
         self._rate = max(group["lr"] for group in trainer.optimizer.param_groups)
         parameters = trainable_parameters(trainer.model).values()
-        norms = self._norms([part_here(p.grad) for p in parameters if p.grad is not None])
+        norms = self._norms([local_shard(p.grad) for p in parameters if p.grad is not None])
         self._had_gradient = bool(norms.any())
         is_bad = self._is_bad
         if not args.fp16:  # there, transformers' scaler looks for overflows itself, and expects some
@@ -188,5 +188,5 @@ class Tripwires(TrainerCallback):
 def _marks(trainer: GRPOTrainer) -> Tensor:
     """Two sums of what is here of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever
     otherwise."""
-    values = [part_here(p).detach().double() for p in trainable_parameters(trainer.model).values()]
+    values = [local_shard(p).detach().double() for p in trainable_parameters(trainer.model).values()]
     return torch.stack([torch.stack([v.sum(), v.abs().sum()]) for v in values])

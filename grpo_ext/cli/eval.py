@@ -20,7 +20,7 @@ from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.data import draw, with_prompts
 from grpo_ext.evaluation.complete import Estimate, evaluate
-from grpo_ext.model.load import PolicyConfig, keep_four_bits, load_tokenizer, model_init_kwargs, quantization
+from grpo_ext.model.load import PolicyConfig, disable_4bit_repacking, load_tokenizer, model_init_kwargs, quantization
 from grpo_ext.rollout.reward_workers import in_workers
 from rewards.workers.pool import IsolatedReward
 
@@ -104,7 +104,7 @@ def _load(model_args: PolicyConfig, args: GRPOExtConfig, adapter: str | None) ->
         device_map={"": args.device},
         **model_init_kwargs(model_args, args),
     )
-    keep_four_bits(model)
+    disable_4bit_repacking(model)
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from grpo_ext.console.quiet import quiet_libraries
-from grpo_ext.model.merge import DTYPES, merge
+from grpo_ext.model.merge import DTYPES, merge_adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Merge, save, load again, and print how far the logits are from those of base and adapter."""
     quiet_libraries()
-    found = merge(options.adapter, options.out, base=options.base, dtype=options.dtype)
+    found = merge_adapter(options.adapter, options.out, base=options.base, dtype=options.dtype)
     print(f"merged with base and adapter, in {options.dtype}: {found}")
     print(f"the model, its tokenizer and its generation config are in {options.out}")

@@ -6,14 +6,14 @@ from rich.table import Table
 from trl import GRPOTrainer
 
 from grpo_ext.machine import device_name, memory_in_use
-from grpo_ext.model.adapters import share_of_trainable
+from grpo_ext.model.adapters import count_parameters
 
 
 def describe(trainer: GRPOTrainer, *, model_name: str, data: str) -> dict[str, str]:
     """The lines of the banner, label -> text."""
     args = trainer.args
     is_adapter = hasattr(trainer.model, "peft_config")
-    trainable, total = share_of_trainable(trainer.model)
+    trainable, total = count_parameters(trainer.model)
     frozen = total - trainable if is_adapter else total
     rows = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     groups = rows / args.num_generations

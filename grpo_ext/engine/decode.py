@@ -5,7 +5,7 @@ its own sampling loop would have drawn from the same random state, and the log-p
 
     sampler = GroupSampler(temperature=0.8)
     sequences_BT = lm.generate(input_ids, attention_mask=mask, custom_generate=sampler)
-    sampler.drawn.logps        # a list of floats a row
+    sampler.completions.logps        # a list of floats a row
 
 Legend: B rows, P distinct prompts, S prompt tokens, T tokens so far, V vocabulary.
 """
@@ -27,13 +27,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from grpo_ext.engine.decode_cache import Lanes, can_pack
-from grpo_ext.engine.groups import unpadded
-from grpo_ext.engine.prompts import Prompt, PromptStates, read_prompts
+from grpo_ext.engine.batch import strip_padding
+from grpo_ext.engine.decode_cache import DecodeBatch, can_share_slot
+from grpo_ext.engine.prefill import PrefilledPrompts, Prompt, prefill_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class SampledCompletions:
     """What the sampler drew, row by row.
 
     Attributes:
@@ -56,22 +56,21 @@ class GroupSampler:
 
     Attributes:
         temperature: as given; it may be set anew between calls.
-        limits: tokens that each row of the next call may have at most, where `generate` allows more; None for no more
-            than its own bound.
-        drawn: of the last call.
+        max_new_tokens_per_row: bounds for the next call, in addition to that of `generate`; None for none.
+        completions: of the last call.
     """
 
-    drawn: Drawn
+    completions: SampledCompletions
 
     def __init__(self, temperature: float):
         self.temperature = temperature
-        self.limits: Sequence[int] | None = None
+        self.max_new_tokens_per_row: Sequence[int] | None = None
         self._keeps_prompts = self._keeps_rows = False
-        self._kept: PromptStates | None = None
+        self._kept: PrefilledPrompts | None = None
         self._kept_rows: dict[Prompt, DynamicCache] = {}  # of the last call, by the tokens that they have read
 
     @contextmanager
-    def keeping_prompts(self) -> Iterator[None]:
+    def keep_prompt_caches(self) -> Iterator[None]:
         """Until this is left, keep the states of the prompts that were read last: a call that asks for more answers to
         some of them reads nothing. The weights must not change meanwhile."""
         self._keeps_prompts = True
@@ -81,7 +80,7 @@ class GroupSampler:
             self._keeps_prompts, self._kept = False, None
 
     @contextmanager
-    def keeping_rows(self) -> Iterator[None]:
+    def keep_row_caches(self) -> Iterator[None]:
         """Until this is left, keep the states of the rows that were drawn last: a prompt of the next call that begins
         with such a row goes on from it, in any order of rows. The weights must not change meanwhile."""
         self._keeps_rows = True
@@ -108,16 +107,20 @@ class GroupSampler:
             Prompts and completions, shape (B, S + C), finished rows padded on the right.
         """
         mask = model_kwargs["attention_mask"]
-        prompts = unpadded(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        prompts = strip_padding(input_ids, torch.ones_like(input_ids) if mask is None else mask)
         options = {name: value for name, value in model_kwargs.items() if name == "logits_to_keep"}
         states = self._kept
         if states is None or not states.row_of.keys() >= set(prompts):
-            states = read_prompts(model, prompts, input_ids.device, self._kept_rows, **options)
+            states = prefill_prompts(model, prompts, input_ids.device, self._kept_rows, **options)
         self._kept = states if self._keeps_prompts else None
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
         most = stopping_criteria.max_length - input_ids.size(1)
-        limits = [most] * len(prompts) if self.limits is None else [min(most, limit) for limit in self.limits]
-        lanes = open_lanes(model, states, prompts, max_new_tokens=max(limits))
+        limits = (
+            [most] * len(prompts)
+            if self.max_new_tokens_per_row is None
+            else [min(most, limit) for limit in self.max_new_tokens_per_row]
+        )
+        batch = start_decoding(model, states, prompts, max_new_tokens=max(limits))
         del states
         self._kept_rows = {}
         prompt_tokens = input_ids.size(1)
@@ -129,7 +132,9 @@ class GroupSampler:
         logps: list[Tensor] = []
         with model._optimize_model_for_decode():
             while True:
-                tokens_B, logps_B = self._draw(input_ids, logits_BV, logits_processor, generation_config.do_sample)
+                tokens_B, logps_B = self._sample_tokens(
+                    input_ids, logits_BV, logits_processor, generation_config.do_sample
+                )
                 logps.append(logps_B)
                 tokens_B = tokens_B.where(is_alive_B, generation_config._pad_token_tensor)
                 input_ids = torch.cat([input_ids, tokens_B.unsqueeze(1)], dim=1)
@@ -140,23 +145,23 @@ class GroupSampler:
                 is_alive_B &= ~(stops_B | cuts_B)
                 alive = is_alive_B.tolist()
                 if self._keeps_rows:
-                    ended |= {row: lanes.alone(row) for row in lanes.rows if not alive[row]}
+                    ended |= {row: batch.extract_row(row) for row in batch.active_rows if not alive[row]}
                 if not any(alive):
                     break
-                lanes.keep(alive)
-                rows, logits = lanes.advance(model, tokens_B, **options)
+                batch.drop_finished(alive)
+                rows, logits = batch.step(model, tokens_B, **options)
                 logits_BV = logits.new_zeros(len(prompts), logits.size(1)).index_copy_(0, rows, logits)
         tokens = _cut(input_ids[:, prompt_tokens:], lengths_B)
         # The last token of a row was drawn, and not read.
         self._kept_rows = {prompts[row] + tuple(tokens[row][:-1]): cache for row, cache in ended.items()}
-        self.drawn = Drawn(
+        self.completions = SampledCompletions(
             tokens=tokens,
             logps=_cut(torch.stack(logps, dim=1), lengths_B),
             is_cut=is_cut_B.tolist(),
         )
         return input_ids
 
-    def _draw(
+    def _sample_tokens(
         self, input_ids: Tensor, logits_BV: Tensor, logits_processor: LogitsProcessorList, do_sample: bool
     ) -> tuple[Tensor, Tensor]:
         """The next token of every row, finished ones too (their logits are zeros), and its log-prob, shapes (B,).
@@ -172,20 +177,22 @@ class GroupSampler:
         return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
 
 
-def open_lanes(lm: PreTrainedModel, states: PromptStates, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Lanes:
-    """Lanes for rows that continue these prompts, `prompts[i]` the one of row i.
+def start_decoding(
+    lm: PreTrainedModel, states: PrefilledPrompts, prompts: Sequence[Prompt], *, max_new_tokens: int
+) -> DecodeBatch:
+    """DecodeBatch for rows that continue these prompts, `prompts[i]` the one of row i.
 
-    Where siblings can share a lane, as many do as their completions together are no longer than the shortest prompt:
+    Where siblings can share a slot, as many do as their completions together are no longer than the shortest prompt:
     what is gained is that a prompt is held and read once for all of them, what is paid is that each sibling also looks
     past the tokens of the others.
     """
     rows_of: dict[Prompt, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(prompt, []).append(row)
-    width = max(1, min(map(len, prompts)) // max_new_tokens) if can_pack(lm, states.caches[0]) else 1
-    lanes = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
+    width = max(1, min(map(len, prompts)) // max_new_tokens) if can_share_slot(lm, states.caches[0]) else 1
+    batch = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=states.logits_PV.device)
-    return Lanes(states.caches, [states.row_of[prompts[lane[0]]] for lane in lanes], lanes, lengths_B)
+    return DecodeBatch(states.caches, [states.row_of[prompts[slot[0]]] for slot in batch], batch, lengths_B)
 
 
 def _stops(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """Where the rows of a batch stand in the cache while they are decoded, and how finished ones leave it.
 
-In: the caches of the prompts that were read. A lane is one row of the decoding cache: a prompt's states, and behind
+In: the caches of the prompts that were read. A slot is one row of the decoding cache: a prompt's states, and behind
 them the tokens of one or of several siblings. With several, the prompt's states are held and read once for all of
 them, and an attention mask keeps the siblings apart:
 
-    cache of a lane   [. . p p p p | a b | a b | a b]      . padding, p prompt, a and b two siblings
+    cache of a slot   [. . p p p p | a b | a b | a b]      . padding, p prompt, a and b two siblings
     queries           [a b]                                a sees p and a, b sees p and b
 
-Legend: R lanes, n rows of a lane, B rows of the batch, T cached tokens.
+Legend: R slots, n rows of a slot, B rows of the batch, T cached tokens.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from grpo_ext.engine.prompt_cache import join, read_states, row_alone, write_states
+from grpo_ext.engine.prefill import cache_states, extract_cache_row, join_caches, with_states
 
-PROMPT, NOBODY = -1, -2  # owners of a cached token, beside the rows: every row of its lane, none of them
-NO_ROW = -3  # a place in a lane without a row
+PROMPT, NOBODY = -1, -2  # owners of a cached token, beside the rows: every row of its slot, none of them
+NO_ROW = -3  # a place in a slot without a row
 
 
-class Lanes:
+class DecodeBatch:
     """A batch in the middle of its decoding.
 
     Args:
         caches: what the prompts left, see `prompt_cache.join`.
-        prompts: of each lane, its index in `caches`.
-        rows: of each lane, the rows of the batch on it.
+        prompts: of each slot, its index in `caches`.
+        rows: of each slot, the rows of the batch on it.
         prompt_lengths: tokens of each row's prompt, shape (B,).
     """
 
@@ -38,29 +38,29 @@ class Lanes:
         self, caches: Sequence[DynamicCache], prompts: list[int], rows: list[list[int]], prompt_lengths: Tensor
     ):
         self._device = prompt_lengths.device
-        self._cache = _growing(join(caches, torch.tensor(prompts, device=self._device)))
-        self._is_packed = any(len(lane) > 1 for lane in rows)
+        self._cache = _growing(join_caches(caches, torch.tensor(prompts, device=self._device)))
+        self._is_packed = any(len(slot) > 1 for slot in rows)
         self._positions_B = prompt_lengths
         longest = max(cache.get_seq_length() for cache in caches)
-        padding_R = longest - prompt_lengths[torch.tensor([lane[0] for lane in rows], device=self._device)]
+        padding_R = longest - prompt_lengths[torch.tensor([slot[0] for slot in rows], device=self._device)]
         is_padding_RT = torch.arange(longest, device=self._device) < padding_R.unsqueeze(1)
         self._owners_RT = torch.where(is_padding_RT, NOBODY, PROMPT)
         self._is_padded = bool(is_padding_RT.any())
         self._place(rows)
 
     def _place(self, rows: list[list[int]]) -> None:
-        self._rows = rows
+        self._slots = rows
         width = max(map(len, rows))
-        padded = [lane + [NO_ROW] * (width - len(lane)) for lane in rows]
+        padded = [slot + [NO_ROW] * (width - len(slot)) for slot in rows]
         self._rows_Rn = torch.tensor(padded, device=self._device)
         self._is_row_Rn = self._rows_Rn >= 0
 
     @property
-    def rows(self) -> list[int]:
+    def active_rows(self) -> list[int]:
         """Those that are left."""
-        return [row for lane in self._rows for row in lane]
+        return [row for slot in self._slots for row in slot]
 
-    def advance(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Feed one token of every row that is left.
 
         Returns:
@@ -91,29 +91,29 @@ class Lanes:
         mask_RnT = torch.zeros_like(sees_RnT, dtype=lm.dtype).masked_fill(~sees_RnT, torch.finfo(lm.dtype).min)
         return mask_RnT.unsqueeze(1)
 
-    def alone(self, row: int) -> DynamicCache:
+    def extract_row(self, row: int) -> DynamicCache:
         """The states of a row that is left: of its prompt and of its tokens that were fed, without padding."""
-        lane = next(i for i, rows in enumerate(self._rows) if row in rows)
-        owners_T = self._owners_RT[lane]
-        return _settled(row_alone(self._cache, lane, (owners_T == PROMPT) | (owners_T == row)))
+        slot = next(i for i, rows in enumerate(self._slots) if row in rows)
+        owners_T = self._owners_RT[slot]
+        return _settled(extract_cache_row(self._cache, slot, (owners_T == PROMPT) | (owners_T == row)))
 
-    def keep(self, is_alive: Sequence[bool]) -> None:
-        """Let finished rows leave, and lanes without rows with them."""
-        rows = [[row for row in lane if is_alive[row]] for lane in self._rows]
-        if rows == self._rows:
+    def drop_finished(self, is_alive: Sequence[bool]) -> None:
+        """Let finished rows leave, and slots without rows with them."""
+        rows = [[row for row in slot if is_alive[row]] for slot in self._slots]
+        if rows == self._slots:
             return
-        left = [i for i, lane in enumerate(rows) if lane]
+        left = [i for i, slot in enumerate(rows) if slot]
         if len(left) < len(rows):
             index = torch.tensor(left, device=self._device)
-            states = [state[index] for state in read_states(self._cache)]
-            self._cache = _growing(write_states(self._cache, states))
+            states = [state[index] for state in cache_states(self._cache)]
+            self._cache = _growing(with_states(self._cache, states))
             self._owners_RT = self._owners_RT[index]
             self._is_padded = bool((self._owners_RT == NOBODY).any())
         self._place([rows[i] for i in left])
 
 
-def can_pack(lm: PreTrainedModel, cache: DynamicCache) -> bool:
-    """Whether siblings can share a lane: only keys and values of all tokens, places told by `position_ids` alone, and
+def can_share_slot(lm: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether siblings can share a slot: only keys and values of all tokens, places told by `position_ids` alone, and
     an attention that takes a mask of its own."""
     config = lm.config.get_text_config()
     return (

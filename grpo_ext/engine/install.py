@@ -1,7 +1,7 @@
 """How a model gets shared scoring and shared sampling, and the reasons why one cannot have them.
 
-`add_shared_scoring` gives the forward of a causal language model one more keyword, `shared_rows`, beside those that
-TRL's fused head gave it. The scoring then runs inside the wrapped forward, where data-parallel training expects it.
+`install_shared_scoring` gives the forward of a causal language model one more keyword, `scoring_batch`. The
+scoring then runs inside the wrapped forward, where data-parallel training expects it.
 `shared_sampling` puts a sampler in place of the decoding loop of its `generate`.
 """
 
@@ -25,37 +25,37 @@ from transformers.generation import GenerationMode
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
+from grpo_ext.engine.batch import ScoringBatch
 from grpo_ext.engine.decode import GroupSampler
-from grpo_ext.engine.head import Head
-from grpo_ext.engine.prompt_cache import why_not_forkable
-from grpo_ext.engine.rows import Rows
+from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.prefill import why_unforkable
 from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
 from grpo_ext.model.unwrap import base_of
 
 # A prompt read in two parts is not the same to them as one read at once.
-NOT_EXACT = ("bamba",)
+INEXACT_ARCHITECTURES = ("bamba",)
 # Rotary embeddings whose frequencies depend on how long the sequence is that one forward sees.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def add_shared_scoring(lm: PreTrainedModel) -> None:
-    """Let `lm(shared_rows=Rows(...))` return the `Scores` of rows that share prompts.
+def install_shared_scoring(lm: PreTrainedModel) -> None:
+    """Let `lm(scoring_batch=ScoringBatch(...))` return the `Scores` of rows that share prompts.
 
     Call it after TRL's `add_fused_lm_head`, on the model that PEFT wraps. Every other call is TRL's own.
     """
     fused_forward = lm.forward
-    head = Head.of(lm, fused_forward)
+    head = TiledHead.of(lm, fused_forward)
 
     @functools.wraps(type(lm).forward)
-    def forward(self: PreTrainedModel, *args: Any, shared_rows: Rows | None = None, **kwargs: Any) -> Any:
-        if shared_rows is None:
+    def forward(self: PreTrainedModel, *args: Any, scoring_batch: ScoringBatch | None = None, **kwargs: Any) -> Any:
+        if scoring_batch is None:
             return fused_forward(*args, **kwargs)
         # Checkpointed layers drop the cache with no more than a log line, and the completion loses its prompt.
         with disable_gradient_checkpointing(self):
-            if torch.is_grad_enabled() and not shared_rows.fit_one_chunk():
-                return score_in_chunks(self, shared_rows, head, _recompute_context(self))
-            return score(self, shared_rows, head)
+            if torch.is_grad_enabled() and not scoring_batch.fits_one_chunk():
+                return score_in_chunks(self, scoring_batch, head, _recompute_context(self))
+            return score(self, scoring_batch, head)
 
     lm.forward = types.MethodType(forward, lm)
 
@@ -103,7 +103,7 @@ def shared_sampling(
             del lm.generate
 
 
-def why_not_sampled(*configs: GenerationConfig) -> str | None:
+def why_sampling_unsupported(*configs: GenerationConfig) -> str | None:
     """The reason why these settings of `generate` need transformers' own decoding loop; None where they do not."""
     for config in configs:
         mode = config.get_generation_mode()
@@ -120,13 +120,15 @@ def why_not_sampled(*configs: GenerationConfig) -> str | None:
     return None
 
 
-def why_not_shared(model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: bool, is_sharded: bool) -> str | None:
+def why_scoring_unsupported(
+    model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: bool, is_sharded: bool
+) -> str | None:
     """The reason why prompts cannot be shared exactly, in words for a log; None where they can."""
     lm = base_of(model)
     config = lm.config.get_text_config()
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     adapters = model.peft_config.values() if hasattr(model, "peft_config") else ()
-    if config.model_type in NOT_EXACT:
+    if config.model_type in INEXACT_ARCHITECTURES:
         return f"{config.model_type} does not read a prompt in two parts as it reads it at once"
     if is_multimodal:
         return "its inputs are multimodal"
@@ -148,12 +150,12 @@ def why_not_shared(model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: b
         return "attention dropout is on"
     if getattr(config, "router_jitter_noise", 0.0):
         return "its routers add noise (router_jitter_noise)"
-    return _why_cache_not_forkable(lm)
+    return _why_cache_unforkable(lm)
 
 
-def _why_cache_not_forkable(lm: PreTrainedModel) -> str | None:
+def _why_cache_unforkable(lm: PreTrainedModel) -> str | None:
     """Let the model read two tokens and look at the cache that it makes."""
     with torch.no_grad(), disable_gradient_checkpointing(lm):
         output = lm.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=True)
     cache = getattr(output, "past_key_values", None)
-    return "it has no cache" if cache is None else why_not_forkable(cache)
+    return "it has no cache" if cache is None else why_unforkable(cache)

@@ -58,7 +58,7 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(tensors)).sum(dim=0)
 
 
-class Routing:
+class RouterRecorder:
     """Listens to the routers of a backbone, forward by forward, while it is entered.
 
     Args:
@@ -69,21 +69,21 @@ class Routing:
     """
 
     def __init__(self, lm: PreTrainedModel, top_k: int | None):
-        self.options = {} if top_k is None else {"output_router_logits": True}
+        self.forward_options = {} if top_k is None else {"output_router_logits": True}
         self._backbone, self._top_k = lm.base_model, top_k
         self._heard: tuple[Tensor, ...] = ()
 
-    def __enter__(self) -> "Routing":
-        self._hook = self._backbone.register_forward_hook(self._hear)
+    def __enter__(self) -> "RouterRecorder":
+        self._hook = self._backbone.register_forward_hook(self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._hook.remove()
 
-    def _hear(self, module: nn.Module, inputs: object, output: Any) -> None:
+    def _record(self, module: nn.Module, inputs: object, output: Any) -> None:
         self._heard = output.router_logits if self._top_k is not None else ()
 
-    def take(self, weights: Tensor) -> RouterSums | None:
+    def pop_sums(self, weights: Tensor) -> RouterSums | None:
         """The sums of the last forward, each token with its weight; shaped as the ids that went in."""
         if self._top_k is None:
             return None

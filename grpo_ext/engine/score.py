@@ -20,18 +20,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo_ext.engine.decode_cache import can_pack
-from grpo_ext.engine.groups import Siblings
-from grpo_ext.engine.head import Head
-from grpo_ext.engine.moe_aux_loss import RouterSums, Routing, total
-from grpo_ext.engine.prompt_cache import fork, read_states, write_states
-from grpo_ext.engine.reading import read
-from grpo_ext.engine.rows import Chunk, Rows, Scores, assemble, nothing, prompt_ids, prompt_weights
+from grpo_ext.engine.batch import (
+    Chunk,
+    Scores,
+    ScoringBatch,
+    Siblings,
+    assemble_scores,
+    empty_scores,
+    prompt_ids,
+    prompt_weights,
+)
+from grpo_ext.engine.decode_cache import can_share_slot
+from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total
+from grpo_ext.engine.prefill import cache_states, fork, prefill, with_states
 
-PACKED_TOKENS = 512  # of a chunk, that go into one row even on a shorter prompt
+ALWAYS_PACKED_TOKENS = 512  # of a chunk, that go into one row even on a shorter prompt
 
 
-def score(lm: PreTrainedModel, rows: Rows, head: Head) -> Scores:
+def score(lm: PreTrainedModel, rows: ScoringBatch, head: TiledHead) -> Scores:
     """Score on the graph that the caller's grad mode asks for, all of it at once.
 
     Args:
@@ -39,17 +46,17 @@ def score(lm: PreTrainedModel, rows: Rows, head: Head) -> Scores:
     """
     chunks: list[Chunk] = []
     routed = []  # of the prompts
-    with Routing(lm, rows.experts_per_token) as routing:
+    with RouterRecorder(lm, rows.experts_per_token) as routing:
         scorer = Scorer(lm=lm, rows=rows, head=head, routing=routing)
-        for siblings in rows.joined():
-            cache = read(lm, prompt_ids(rows, siblings), **routing.options)
+        for siblings in rows.joined_groups():
+            cache = prefill(lm, prompt_ids(rows, siblings), **routing.forward_options)
             if cache is not None:
-                routed.append(routing.take(prompt_weights(rows, siblings, siblings.prompt_tokens - 1)))
+                routed.append(routing.pop_sums(prompt_weights(rows, siblings, siblings.prompt_tokens - 1)))
             chunks += [scorer.score(siblings, chunk, cache) for chunk in rows.chunks(siblings)]
     if not chunks:
-        return nothing(lm, rows)
+        return empty_scores(lm, rows)
     everything = total(routed + [chunk.routed for chunk in chunks])
-    return assemble(rows, chunks, None if everything is None else everything.loss())
+    return assemble_scores(rows, chunks, None if everything is None else everything.loss())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +64,15 @@ class Scorer:
     """Scores some rows of a group on the cache of its prompt; the arguments are those of `score`."""
 
     lm: PreTrainedModel
-    rows: Rows
-    head: Head
-    routing: Routing
+    rows: ScoringBatch
+    head: TiledHead
+    routing: RouterRecorder
 
     def score(self, siblings: Siblings, chunk: range, cache: DynamicCache | None) -> Chunk:
         """Score the rows `chunk`, a range into `siblings.rows`, on a cache of all prompt tokens but the last one."""
         members = [siblings.rows[i] for i in chunk]
         longest = siblings.lengths[chunk.start]
-        prompt_of = [siblings.prompt_of[i] for i in chunk]
+        prompt_indices = [siblings.prompt_indices[i] for i in chunk]
         # The last token says nothing about log-probs, but it is routed. One token alone would be taken for a decoding
         # step, in which recurrent layers write into the states in place.
         width = max(2, longest + (self.rows.experts_per_token is not None))
@@ -73,7 +80,7 @@ class Scorer:
         lengths_n1 = targets_nc.new_tensor([[siblings.lengths[i]] for i in chunk])
         places_c = torch.arange(width, device=targets_nc.device)
         is_token_nc = places_c < lengths_n1
-        first_n1 = targets_nc.new_tensor([[siblings.prompts[i][-1]] for i in prompt_of])
+        first_n1 = targets_nc.new_tensor([[siblings.prompts[i][-1]] for i in prompt_indices])
         ids_nc = torch.cat([first_n1, targets_nc[:, :-1]], dim=1)
         positions_nc = (siblings.prompt_tokens - 1 + places_c).expand_as(targets_nc)
         routed = None
@@ -81,9 +88,9 @@ class Scorer:
             hidden_TH = self._read_packed(ids_nc, positions_nc, is_token_nc, cache)
         else:
             # Padding stands on the right, where no token of the row looks: no attention mask is needed.
-            forked = None if cache is None else fork(cache, prompt_of)
-            hidden_TH = self._read(ids_nc, positions_nc, forked, **self.routing.options)[is_token_nc]
-            routed = self.routing.take(places_c <= lengths_n1)
+            forked = None if cache is None else fork(cache, prompt_indices)
+            hidden_TH = self._read(ids_nc, positions_nc, forked, **self.routing.forward_options)[is_token_nc]
+            routed = self.routing.pop_sums(places_c <= lengths_n1)
         return self._score_tokens(members, hidden_TH, targets_nc, is_token_nc[:, :longest], routed)
 
     def _packs(self, siblings: Siblings, chunk: range, cache: DynamicCache) -> bool:
@@ -95,8 +102,8 @@ class Scorer:
         return (
             len(siblings.prompts) == 1
             and len(chunk) > 1
-            and tokens <= max(PACKED_TOKENS, siblings.prompt_tokens)
-            and can_pack(self.lm, cache)
+            and tokens <= max(ALWAYS_PACKED_TOKENS, siblings.prompt_tokens)
+            and can_share_slot(self.lm, cache)
             and self.rows.experts_per_token is None
         )
 
@@ -107,7 +114,7 @@ class Scorer:
         hidden = torch.finfo(self.lm.dtype).min
         mask_TT = torch.zeros_like(sees_TT, dtype=self.lm.dtype).masked_fill(~sees_TT, hidden)
         ids_1T, positions_1T = ids_nc[is_token_nc].unsqueeze(0), positions_nc[is_token_nc].unsqueeze(0)
-        own_cache = write_states(cache, read_states(cache))  # whose layers the forward replaces
+        own_cache = with_states(cache, cache_states(cache))  # whose layers the forward replaces
         mask_11TT = pad(mask_TT, (cache.get_seq_length(), 0))[None, None]
         return self._read(ids_1T, positions_1T, own_cache, attention_mask=mask_11TT)[0]
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.models.utils import disable_gradient_checkpointing
 
 from grpo_ext.evaluation.estimates import Estimate, pass_at_k
-from grpo_ext.model.chat import render
+from grpo_ext.model.chat import tokenize_prompt
 
 Problem = dict[str, Any]
 Completion = str | list[dict[str, str]]
@@ -120,7 +120,7 @@ def complete(
     # As many on each process: where parameters are sharded, all of them run every batch together.
     even = [*prompts, *list(prompts[-1:]) * (-len(prompts) % state.num_processes)]
     with state.split_between_processes(even) as mine, sampling_only(model, seed + state.process_index):
-        ids = [render(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
+        ids = [tokenize_prompt(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
         texts = [""] * len(ids)
         silent = description is None or not state.is_main_process

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_ext.engine.decode import Drawn, GroupSampler
+from grpo_ext.engine.decode import GroupSampler, SampledCompletions
 from grpo_ext.engine.install import shared_sampling
 from grpo_ext.evaluation.complete import Evaluation, Problem, generation_config, sampling_only, summed_up
 from grpo_ext.model.unwrap import base_of
@@ -80,11 +80,11 @@ def _drawing(
 ) -> Iterator[Draw]:
     lm, sampler = base_of(model), GroupSampler(config.temperature)
 
-    def draw(histories: list[list[int]], limits: list[int]) -> Drawn:
-        sampler.limits = limits
+    def draw(histories: list[list[int]], limits: list[int]) -> SampledCompletions:
+        sampler.max_new_tokens_per_row = limits
         inputs = tokenizer.pad({"input_ids": histories}, padding_side="left", return_tensors="pt").to(model.device)
         lm.generate(**inputs, generation_config=config)
-        return sampler.drawn
+        return sampler.completions
 
-    with sampler.keeping_rows(), shared_sampling(lm, sampler, stop_strings, tokenizer):
+    with sampler.keep_row_caches(), shared_sampling(lm, sampler, stop_strings, tokenizer):
         yield draw

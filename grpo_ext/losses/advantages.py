@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Two rewards that differ by less than this are equal. In float32, eight equal rewards of 0.1 have a standard deviation
 # of rounding noise, which a division by (std + 1e-8) would blow up to advantages of order one.
-EQUAL_REWARDS = 1e-6
+REWARD_TOLERANCE = 1e-6
 
 
 def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
     return total_B.where(judged_BF.any(dim=-1), torch.nan)
 
 
-def alive_groups(rewards_PG: Tensor) -> Tensor:
+def mixed_groups(rewards_PG: Tensor) -> Tensor:
     """Whether each group carries a learning signal: two answers could be judged and their rewards differ.
 
     Args:
@@ -47,17 +47,17 @@ def alive_groups(rewards_PG: Tensor) -> Tensor:
     rewards_PG = rewards_PG.double()
     judged_PG = rewards_PG.isfinite()
     spread_P = rewards_PG.where(judged_PG, -torch.inf).amax(dim=1) - rewards_PG.where(judged_PG, torch.inf).amin(dim=1)
-    return (judged_PG.sum(dim=1) >= 2) & (spread_P >= EQUAL_REWARDS)
+    return (judged_PG.sum(dim=1) >= 2) & (spread_P >= REWARD_TOLERANCE)
 
 
-def kinds_of_groups(rewards_PG: Tensor, attainable: float) -> dict[str, float]:
+def group_kind_shares(rewards_PG: Tensor, attainable: float) -> dict[str, float]:
     """Shares of groups that are mixed, all right and all wrong; a group that nobody could judge is none of these.
 
     Args:
-        rewards_PG: as in `alive_groups`.
+        rewards_PG: as in `mixed_groups`.
         attainable: the reward of a perfect answer. A dead group is all right where its rewards are at least half of it.
     """
-    alive_P = alive_groups(rewards_PG)
+    alive_P = mixed_groups(rewards_PG)
     common_P = rewards_PG.where(rewards_PG.isfinite(), -torch.inf).amax(dim=1)
     judged_P = common_P.isfinite()
     right_P = common_P >= attainable / 2
@@ -66,7 +66,7 @@ def kinds_of_groups(rewards_PG: Tensor, attainable: float) -> dict[str, float]:
 
 
 def population_advantages(
-    rewards_B: Tensor, num_generations: int, *, drawn_PM: Tensor | None = None, epsilon: float = 1e-8
+    rewards_B: Tensor, num_generations: int, *, all_rewards_PM: Tensor | None = None, epsilon: float = 1e-8
 ) -> Tensor:
     """A_i = (R_i - mean(R)) / (std(R) + epsilon) inside each group, with the population standard deviation.
 
@@ -77,8 +77,9 @@ def population_advantages(
     Args:
         rewards_B: shape (B,), the rows of a group next to each other.
         num_generations: G; B must be a multiple of it.
-        drawn_PM: rewards of all answers that were drawn to each prompt, where the rows are a part of them only: mean
-            and deviation are then those of all, and what is dead is decided by all. None: the rows are all there is.
+        all_rewards_PM: rewards of all answers that were drawn to each prompt, where the rows are a part of them
+            only: mean and deviation are then those of all, and what is dead is decided by all. None: the rows are all
+            there is.
         epsilon: keeps the division finite; in units of reward.
 
     Returns:
@@ -87,11 +88,11 @@ def population_advantages(
     Source: DeepSeekMath (arXiv:2402.03300), equation 3 with outcome supervision; std divides by the count.
     """
     rewards_PG = rewards_B.double().view(-1, num_generations)
-    drawn_PM = rewards_PG if drawn_PM is None else drawn_PM.double()
-    judged_PM = drawn_PM.isfinite()
+    all_rewards_PM = rewards_PG if all_rewards_PM is None else all_rewards_PM.double()
+    judged_PM = all_rewards_PM.isfinite()
     count_P1 = judged_PM.sum(dim=1, keepdim=True).clamp(min=1)
-    mean_P1 = drawn_PM.where(judged_PM, 0.0).sum(dim=1, keepdim=True) / count_P1
-    variance_P1 = (drawn_PM - mean_P1).where(judged_PM, 0.0).square().sum(dim=1, keepdim=True) / count_P1
-    counts_PG = rewards_PG.isfinite() & alive_groups(drawn_PM).unsqueeze(1)
+    mean_P1 = all_rewards_PM.where(judged_PM, 0.0).sum(dim=1, keepdim=True) / count_P1
+    variance_P1 = (all_rewards_PM - mean_P1).where(judged_PM, 0.0).square().sum(dim=1, keepdim=True) / count_P1
+    counts_PG = rewards_PG.isfinite() & mixed_groups(all_rewards_PM).unsqueeze(1)
     advantages_PG = ((rewards_PG - mean_P1) / (variance_P1.sqrt() + epsilon)).where(counts_PG, 0.0)
     return advantages_PG.view(-1).float()

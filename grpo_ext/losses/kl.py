@@ -47,7 +47,7 @@ def sampled_kl(
     *,
     old_logps_BC: Tensor | None,
     mask_BC: Tensor,
-    corrected: bool,
+    bias_corrected: bool,
 ) -> Tensor:
     """The KL of each token as `estimator` has it, from the tokens that were sampled.
 
@@ -56,7 +56,7 @@ def sampled_kl(
         logps_BC, ref_logps_BC: under policy (with gradient) and reference.
         old_logps_BC: under the policy that drew the tokens; None where that is this very policy.
         mask_BC: 1 on tokens that count.
-        corrected: multiply by the token's ratio of policy and old policy, TRL's `use_bias_correction_kl`
+        bias_corrected: multiply by the token's ratio of policy and old policy, TRL's `use_bias_correction_kl`
             (DeepSeek-V3.2, arXiv:2512.02556). For k1 and k3 the ratio is differentiated, which makes the gradient the
             right one on and off policy; for k2, whose gradient is right on policy as it is, the ratio is a weight.
 
@@ -67,7 +67,7 @@ def sampled_kl(
     counts_BC = mask_BC.bool()
     logps_BC, ref_logps_BC = logps_BC.where(counts_BC, 0.0), ref_logps_BC.where(counts_BC, 0.0)
     kl_BC = {"k1": k1, "k2": k2, "k3": k3}[estimator](logps_BC, ref_logps_BC)
-    if not corrected:
+    if not bias_corrected:
         return kl_BC
     old_logps_BC = logps_BC.detach() if old_logps_BC is None else old_logps_BC.where(counts_BC, 0.0)
     ratio_BC = (logps_BC - old_logps_BC).exp()

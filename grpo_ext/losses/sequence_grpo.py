@@ -24,7 +24,7 @@ MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceObjective:
+class SequenceGRPO:
     """The constants of the objective.
 
     Attributes:

@@ -8,7 +8,7 @@ TEMPERATURE_SCHEDULES = ("constant", "linear", "entropy")
 # Of the controller: what a gap of one nat does to the logarithm of the temperature in one rollout, and how far from its
 # start the temperature may go.
 GAIN = 0.2
-WIDEST_FACTOR = 2.0
+MAX_FACTOR = 2.0
 
 
 def linear_temperature(start: float, end: float, step: int, max_steps: int) -> float:
@@ -36,5 +36,5 @@ class EntropyController:
         """The temperature for the next rollout, after one whose tokens had this mean entropy in nats."""
         if math.isfinite(entropy):
             wanted = self.temperature * math.exp(GAIN * (self.target - entropy))
-            self.temperature = min(max(wanted, self.start / WIDEST_FACTOR), self.start * WIDEST_FACTOR)
+            self.temperature = min(max(wanted, self.start / MAX_FACTOR), self.start * MAX_FACTOR)
         return self.temperature

@@ -7,7 +7,7 @@ from torch import nn
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.shared_prompt import SharedPromptTrainer
-from grpo_ext.model.lm_head_lora import frozen_head_shown, has_adapter_on_head, why_head_not_trained
+from grpo_ext.model.lm_head_lora import has_head_adapter, hide_head_adapter, why_head_untrainable
 
 
 class AdaptedHeadTrainer(SharedPromptTrainer):
@@ -19,14 +19,14 @@ class AdaptedHeadTrainer(SharedPromptTrainer):
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
         has_adapter = hasattr(model, "peft_config") or keywords.get("peft_config") is not None
-        with frozen_head_shown(model) if has_adapter else nullcontext():
+        with hide_head_adapter(model) if has_adapter else nullcontext():
             super().__init__(model, reward_funcs, args, *rest, **keywords)
-        self._adapts_head = has_adapter_on_head(self.model)
+        self._adapts_head = has_head_adapter(self.model)
         if self._adapts_head:
             self._require_trainable_head()
 
     def _require_trainable_head(self) -> None:
-        reason = why_head_not_trained(self.model, self.args)
+        reason = why_head_untrainable(self.model, self.args)
         if reason is None and not self._shares_prompts:
             reason = (
                 "it is where prompts are shared, and here they are not (the log says why, or share_prompt=False). Use "

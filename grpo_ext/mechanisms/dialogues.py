@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from grpo_ext.engine.decode import Drawn
+from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.mechanisms.shared_sampling import SharedSamplingTrainer
 from grpo_ext.rollout.chat_turns import Turns
 from grpo_ext.rollout.dialogue import Dialogue
@@ -43,7 +43,7 @@ class DialogueTrainer(SharedSamplingTrainer):
 
     def play(self, dialogue: Dialogue) -> dict[str, list[Any]]:
         """Play the rows of this rollout: what TRL expects of a `rollout_func`, and the column of `dialogue_reward`."""
-        with self._sampler.keeping_rows():
+        with self._sampler.keep_row_caches():
             episodes = dialogue.play(
                 self._rows,
                 self._turns,
@@ -65,11 +65,11 @@ class DialogueTrainer(SharedSamplingTrainer):
             "episode_reward": [episode.reward for episode in episodes],
         }
 
-    def _draw_turn(self, histories: list[list[int]], limits: list[int]) -> Drawn:
-        self._sampler.limits = limits
+    def _draw_turn(self, histories: list[list[int]], limits: list[int]) -> SampledCompletions:
+        self._sampler.max_new_tokens_per_row = limits
         try:
             tokens, logps = self._generate_single_turn(histories, None, {}, self.num_generations)
         finally:
-            self._sampler.limits = None
+            self._sampler.max_new_tokens_per_row = None
         assert logps is not None  # sampling is shared
-        return Drawn(tokens=tokens, logps=logps, is_cut=self._is_cut)
+        return SampledCompletions(tokens=tokens, logps=logps, is_cut=self._is_cut)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.losses.advantages import alive_groups
+from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.losses.subset import max_variance_subset
 from grpo_ext.mechanisms.rounds import RoundsTrainer
 from grpo_ext.rollout.types import Rollout
@@ -44,7 +44,7 @@ class GrowthTrainer(RoundsTrainer):
     def _draw(self, inputs: list[dict[str, Any]]) -> Rollout:
         if self.args.num_generations_max is None:
             return super()._draw(inputs)
-        with self._sampler.keeping_prompts():
+        with self._sampler.keep_prompt_caches():
             return self._grow(inputs, super()._draw(inputs), self.args.num_generations_max)
 
     def _grow(self, inputs: list[dict[str, Any]], rollout: Rollout, most: int) -> Rollout:
@@ -59,7 +59,7 @@ class GrowthTrainer(RoundsTrainer):
         rewards_PMF = _with_room(rollout.rewards_BF.unflatten(0, (-1, G)), most)
         drawn, grown = G, set[int]()
         while drawn < most:
-            dead = (~alive_groups(self._total(rewards_PMF))).nonzero().flatten().tolist()
+            dead = (~mixed_groups(self._total(rewards_PMF))).nonzero().flatten().tolist()
             dead_of = [[i for i in dead if i // groups == r] for r in range(self.accelerator.num_processes)]
             # Every process draws for as many groups; what is drawn for the first one, to fill up, is not used.
             places = max(map(len, dead_of))
@@ -75,14 +75,14 @@ class GrowthTrainer(RoundsTrainer):
                     answers[group - first] += more[here : here + extra]
             grown |= set(dead)
             drawn += extra
-        rollout.drawn_PM = self._total(rewards_PMF)
-        alive = grown & set(alive_groups(rollout.drawn_PM).nonzero().flatten().tolist())
+        rollout.all_rewards_PM = self._total(rewards_PMF)
+        alive = grown & set(mixed_groups(rollout.all_rewards_PM).nonzero().flatten().tolist())
         self._metrics["train"]["growth/groups"].append(float(len(grown)))
         self._metrics["train"]["growth/alive"].append(float(len(alive)))
         for group in alive:
-            chosen = max_variance_subset(rollout.drawn_PM[group], G)
+            chosen = max_variance_subset(rollout.all_rewards_PM[group], G)
             kept = [answers[group - first][i] for i in chosen] if group // groups == rank else []
-            rollout.put(group, kept, rewards_PMF[group, chosen], rollout.drawn_PM[group])
+            rollout.put(group, kept, rewards_PMF[group, chosen], rollout.all_rewards_PM[group])
         return rollout
 
 

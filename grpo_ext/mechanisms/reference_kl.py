@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.losses.kl import sampled_kl
 from grpo_ext.mechanisms.resampling import ResamplingTrainer
-from grpo_ext.model.reference import REFERENCE, ReferenceSync, why_not_mixed, why_not_the_start
+from grpo_ext.model.reference import REFERENCE, ReferenceSync, why_base_is_changed, why_unmixable
 from grpo_ext.model.unwrap import base_of
 
 
@@ -34,7 +34,7 @@ class ReferenceKLTrainer(ResamplingTrainer):
         beta, syncs = args.beta, args.sync_ref_model
         adapters = [*getattr(model, "peft_config", {}).values(), keywords.get("peft_config")]
         self._has_reference = beta != 0.0 or args.log_kl
-        for reason in map(why_not_the_start, filter(None, adapters)):
+        for reason in map(why_base_is_changed, filter(None, adapters)):
             if reason is not None and self._has_reference:
                 raise ValueError(reason)
         if args.log_kl:
@@ -55,7 +55,7 @@ class ReferenceKLTrainer(ResamplingTrainer):
                 "sync_ref_model mixes adapters that are in one piece, and here parameters are sharded (FSDP, ZeRO-3). "
                 "Use sync_ref_model=False, or accelerate_configs/multi_gpu.yaml."
             )
-        reason = why_not_mixed(self.model) if self.args.ref_model_mixup_alpha < 1.0 else None
+        reason = why_unmixable(self.model) if self.args.ref_model_mixup_alpha < 1.0 else None
         if reason is not None:
             raise ValueError(
                 f"ref_model_mixup_alpha={self.args.ref_model_mixup_alpha} mixes what adapters add to linear layers, "
@@ -101,7 +101,7 @@ class ReferenceKLTrainer(ResamplingTrainer):
         with self._exact_kl_of(inputs), self._beta(0.0):
             loss = super()._compute_loss(model, inputs)
         self._heard = None
-        kl_BC, mask_BC = self._token_kl(inputs, heard[0]), written(inputs)
+        kl_BC, mask_BC = self._token_kl(inputs, heard[0]), completion_loss_mask(inputs)
         kl_B = (kl_BC * mask_BC).sum(dim=1) / mask_BC.sum(dim=1).clamp(min=1.0)
         mode = "train" if self.model.training else "eval"
         totals = self.accelerator.reduce(torch.stack([(kl_BC.detach() * mask_BC).sum(), mask_BC.sum().float()]))
@@ -127,8 +127,8 @@ class ReferenceKLTrainer(ResamplingTrainer):
                 logps_BC,
                 inputs["ref_per_token_logps"],
                 old_logps_BC=inputs.get("old_per_token_logps"),
-                mask_BC=written(inputs),
-                corrected=self.args.use_bias_correction_kl,
+                mask_BC=completion_loss_mask(inputs),
+                bias_corrected=self.args.use_bias_correction_kl,
             )
         kls_BC, self._kls_BC = self._kls_BC, None
         if kls_BC is None and inputs["completion_mask"].any():
@@ -158,7 +158,7 @@ class ReferenceKLTrainer(ResamplingTrainer):
             self.beta = own
 
 
-def written(inputs: dict[str, Any]) -> Tensor:
+def completion_loss_mask(inputs: dict[str, Any]) -> Tensor:
     """1 on the tokens that the model wrote, shape (B, C)."""
     mask_BC = inputs["completion_mask"]
     return mask_BC * inputs["tool_mask"] if "tool_mask" in inputs else mask_BC

@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import pad
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.losses.advantages import alive_groups
+from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.mechanisms.temperature import TemperatureTrainer
 from grpo_ext.rollout.replay_buffer import GroupReplayBuffer, KeptGroup
 from grpo_ext.rollout.types import Answer, Rollout
@@ -59,7 +59,7 @@ class ReplayTrainer(TemperatureTrainer):
     def _collect(self, inputs: list[dict[str, Any]]) -> Rollout:
         rollout = super()._collect(inputs)
         if self._replays:
-            alive_P = alive_groups(rollout.drawn_PM)
+            alive_P = mixed_groups(rollout.all_rewards_PM)
             mixed = self._groups_of(rollout, alive_P.nonzero().flatten().tolist())
             self._fill(rollout, (~alive_P).nonzero().flatten().tolist())
             self._replay.add(mixed)
@@ -70,12 +70,16 @@ class ReplayTrainer(TemperatureTrainer):
         """Groups of the rollout, the same on every process."""
         answers = [replace(answer, example={"prompt": answer.example["prompt"]}) for answer in rollout.answers]
         answers = gather_object(answers)
-        G, rewards_BF, drawn_PM = self.num_generations, rollout.rewards_BF.tolist(), rollout.drawn_PM.tolist()
+        G, rewards_BF, all_rewards_PM = (
+            self.num_generations,
+            rollout.rewards_BF.tolist(),
+            rollout.all_rewards_PM.tolist(),
+        )
         return [
             KeptGroup(
                 answers=answers[group * G : (group + 1) * G],
                 rewards_GF=rewards_BF[group * G : (group + 1) * G],
-                drawn_M=drawn_PM[group],
+                drawn_M=all_rewards_PM[group],
                 step=self.state.global_step,
             )
             for group in groups
@@ -96,7 +100,7 @@ class ReplayTrainer(TemperatureTrainer):
         metrics["replay/dropped_far"].append(float(far))
         for place, group in zip(wanted, found, strict=False):
             rewards_GF = rollout.rewards_BF.new_tensor(group.rewards_GF)
-            rollout.put(place, group.answers, rewards_GF, rollout.drawn_PM.new_tensor(group.drawn_M))
+            rollout.put(place, group.answers, rewards_GF, rollout.all_rewards_PM.new_tensor(group.drawn_M))
             rollout.replayed.add(place)
             metrics["replay/age"].append(float(step - group.step))
         if wanted:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.losses.advantages import alive_groups
+from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.mechanisms.growth import GrowthTrainer
 from grpo_ext.rollout.types import Rollout
 
@@ -41,7 +41,7 @@ class ResamplingTrainer(GrowthTrainer):
         G, world, rank = self.num_generations, self.accelerator.num_processes, self.accelerator.process_index
         draw, resampled = self._random_prompts(), 0
         for _ in range(self.args.max_resample_rounds):
-            dead = (~alive_groups(rollout.drawn_PM)).nonzero().flatten().tolist()
+            dead = (~mixed_groups(rollout.all_rewards_PM)).nonzero().flatten().tolist()
             if not dead:
                 break
             # As many rows in each process, whole groups where they may grow: more groups, maybe, than there are places.
@@ -53,12 +53,12 @@ class ResamplingTrainer(GrowthTrainer):
             examples = [self.train_dataset[i] for i in fresh_indices]
             rows = [dict(example) for example in examples for _ in range(G)]
             fresh = self._draw(rows[rank * len(rows) // world : (rank + 1) * len(rows) // world])
-            self._counted.append(fresh.drawn_PM)
+            self._counted.append(fresh.all_rewards_PM)
             answers = gather_object(fresh.answers)
-            alive = alive_groups(fresh.drawn_PM).nonzero().flatten().tolist()
+            alive = mixed_groups(fresh.all_rewards_PM).nonzero().flatten().tolist()
             for place, group in zip(dead, alive, strict=False):
                 of_group = slice(group * G, (group + 1) * G)
-                rollout.put(place, answers[of_group], fresh.rewards_BF[of_group], fresh.drawn_PM[group])
+                rollout.put(place, answers[of_group], fresh.rewards_BF[of_group], fresh.all_rewards_PM[group])
                 resampled += 1
         self._metrics["train"]["resampled_groups"].append(float(resampled))
         return rollout

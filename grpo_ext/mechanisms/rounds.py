@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.losses.advantages import combine_rewards, kinds_of_groups
+from grpo_ext.losses.advantages import combine_rewards, group_kind_shares
 from grpo_ext.mechanisms.dialogues import DialogueTrainer
 from grpo_ext.rollout.types import Answer, Rollout
 
@@ -27,7 +27,7 @@ class RoundsTrainer(DialogueTrainer):
         self._collects = False  # whether rollouts are put together first
         self._rollout: Rollout | None = None  # complete, for TRL to work on
         self._rewards_per_func_BF: Tensor | None = None  # of all processes' rows of the rollout
-        self._drawn_PM: Tensor | None = None  # total rewards of all answers drawn to each of its groups
+        self._all_rewards_PM: Tensor | None = None  # total rewards of all answers drawn to each of its groups
         self._counted: list[Tensor] = []  # those of the groups drawn for it, also of groups that it does not hold
         super().__init__(model, reward_funcs, args, *rest, **keywords)
 
@@ -46,10 +46,10 @@ class RoundsTrainer(DialogueTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        self._drawn_PM, self._counted = None, []
+        self._all_rewards_PM, self._counted = None, []
         if mode == "train" and self._collects:
             self._rollout = self._collect(inputs)
-            self._rewards_per_func_BF, self._drawn_PM = self._rollout.rewards_BF, self._rollout.drawn_PM
+            self._rewards_per_func_BF, self._all_rewards_PM = self._rollout.rewards_BF, self._rollout.all_rewards_PM
             self._metrics["train"]["reward_drawn"].append(torch.cat(self._counted).nanmean().item())
             inputs = [answer.example for answer in self._rollout.answers]
         try:
@@ -66,15 +66,15 @@ class RoundsTrainer(DialogueTrainer):
     def _collect(self, inputs: list[dict[str, Any]]) -> Rollout:
         """A rollout for these rows of the data, put together as the mechanisms want it."""
         rollout = self._draw(inputs)
-        self._counted.append(rollout.drawn_PM.clone())
+        self._counted.append(rollout.all_rewards_PM.clone())
         return rollout
 
     def _draw(self, inputs: list[dict[str, Any]]) -> Rollout:
         """Whole groups of answers to these rows of this process."""
         answers, rewards_BF = self._answer(inputs)
-        drawn_PM = self._total(rewards_BF).view(-1, self.num_generations)
+        all_rewards_PM = self._total(rewards_BF).view(-1, self.num_generations)
         first = self.accelerator.process_index * len(answers)
-        return Rollout(answers=answers, first=first, rewards_BF=rewards_BF, drawn_PM=drawn_PM)
+        return Rollout(answers=answers, first=first, rewards_BF=rewards_BF, all_rewards_PM=all_rewards_PM)
 
     def _answer(self, inputs: list[dict[str, Any]]) -> tuple[list[Answer], Tensor]:
         """An answer to each of these rows of this process, and the rewards of all processes, shape (B, F)."""
@@ -126,7 +126,7 @@ class RoundsTrainer(DialogueTrainer):
 
     def _count_groups(self, mode: str) -> None:
         attainable = self.reward_weights.clamp(min=0).sum().item()
-        kinds = kinds_of_groups(torch.cat(self._counted), attainable)
+        kinds = group_kind_shares(torch.cat(self._counted), attainable)
         for kind, share in kinds.items():
             self._metrics[mode][f"frac_groups/{kind}"].append(share)
         self._metrics[mode]["frac_dead_groups"].append(1.0 - kinds["mixed"])

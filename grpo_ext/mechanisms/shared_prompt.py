@@ -8,16 +8,20 @@ from torch import Tensor, nn
 from trl.trainer.utils import split_tensor_dict
 
 from grpo_ext.config import GRPOExtConfig
-from grpo_ext.engine.groups import find_siblings, keep_together, unpadded
-from grpo_ext.engine.install import add_shared_scoring, why_not_shared
-from grpo_ext.engine.rows import Rows, Scores
+from grpo_ext.engine.batch import (
+    NO_GRAD_CHUNK_FACTOR,
+    Scores,
+    ScoringBatch,
+    find_siblings,
+    order_by_group,
+    strip_padding,
+)
+from grpo_ext.engine.install import install_shared_scoring, why_scoring_unsupported
 from grpo_ext.mechanisms.publishing import PublishingTrainer
-from grpo_ext.model.load import keep_four_bits
+from grpo_ext.model.load import disable_4bit_repacking
 from grpo_ext.model.unwrap import base_of
 
 logger = get_logger(__name__)
-
-WITHOUT_GRAPH = 8  # a token that carries no graph takes less than this part of one that does: more fit in a chunk
 
 
 class SharedPromptTrainer(PublishingTrainer):
@@ -44,7 +48,7 @@ class SharedPromptTrainer(PublishingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        keep_four_bits(self.model)  # before anything runs
+        disable_4bit_repacking(self.model)  # before anything runs
         self._shares_prompts = self.args.share_prompt and self._set_up_sharing()
 
     @property
@@ -54,7 +58,7 @@ class SharedPromptTrainer(PublishingTrainer):
 
     def _set_up_sharing(self) -> bool:
         """Teach the model to score rows that share prompts; where it cannot, say why, once."""
-        reason = why_not_shared(self.model, self.args, is_multimodal=self._is_vlm, is_sharded=self._is_sharded)
+        reason = why_scoring_unsupported(self.model, self.args, is_multimodal=self._is_vlm, is_sharded=self._is_sharded)
         if reason is not None:
             logger.warning(f"Prompts are not shared between completions, TRL's plain path is taken: {reason}.")
             return False
@@ -62,7 +66,7 @@ class SharedPromptTrainer(PublishingTrainer):
             logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
         for model in (self.model, self.ref_model):
             if model is not None:
-                add_shared_scoring(base_of(model))
+                install_shared_scoring(base_of(model))
         return True
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,7 +86,7 @@ class SharedPromptTrainer(PublishingTrainer):
             name: torch.cat([part[name] for part in rolled_out]) if value.ndim else value
             for name, value in rolled_out[0].items()
         }
-        order = keep_together(rollout["prompt_group"].tolist())
+        order = order_by_group(rollout["prompt_group"].tolist())
         rollout = {name: value[order] if value.ndim else value for name, value in rollout.items()}
         self._buffered_inputs = split_tensor_dict(rollout, self.args.steps_per_generation)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -116,13 +120,13 @@ class SharedPromptTrainer(PublishingTrainer):
             one_row_at_a_time = [group.prompt_tokens + group.lengths[0] for group in siblings + idle]
             chunk_tokens = max(one_row_at_a_time, default=1)
         if chunk_tokens is not None and not torch.is_grad_enabled():
-            chunk_tokens *= WITHOUT_GRAPH
+            chunk_tokens *= NO_GRAD_CHUNK_FACTOR
         text_config = base_of(self.model).config.get_text_config()
-        rows = Rows(
+        rows = ScoringBatch(
             completion_ids_BC=input_ids[:, -logits_to_keep:],
-            siblings=siblings,
+            groups=siblings,
             temperatures=self._temperatures or [self.temperature] * len(input_ids),
-            apart=[] if self._leaves_idle_out else idle,
+            separate_groups=[] if self._leaves_idle_out else idle,
             max_rows=batch_size,
             chunk_tokens=chunk_tokens,
             experts_per_token=text_config.num_experts_per_tok if compute_aux_loss else None,
@@ -131,12 +135,12 @@ class SharedPromptTrainer(PublishingTrainer):
             ref_hidden_BCH=self._ref_hidden_BCH,
         )
         with self.accelerator.autocast():
-            scores: Scores = model(shared_rows=rows)
+            scores: Scores = model(scoring_batch=rows)
         self._hidden_BCH, self._kls_BC = scores.hidden_BCH, scores.kls_BC
-        return scores.logps_BC, scores.entropies_BC, scores.balance
+        return scores.logps_BC, scores.entropies_BC, scores.aux_loss
 
 
 def _prompt_groups(output: dict[str, Any]) -> list[int]:
     """A number a row, equal for rows of the same prompt."""
-    prompts = unpadded(output["prompt_ids"], output["prompt_mask"])
+    prompts = strip_padding(output["prompt_ids"], output["prompt_mask"])
     return [prompts.index(prompt) for prompt in prompts]

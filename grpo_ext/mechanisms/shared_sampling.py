@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from grpo_ext.engine.decode import GroupSampler
-from grpo_ext.engine.install import shared_sampling, why_not_sampled
+from grpo_ext.engine.install import shared_sampling, why_sampling_unsupported
 from grpo_ext.mechanisms.adapted_head import AdaptedHeadTrainer
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.rollout.dialogue import Dialogue
@@ -42,7 +42,7 @@ class SharedSamplingTrainer(AdaptedHeadTrainer):
             return
         configs = self.generation_config, base_of(self.model).generation_config
         self._stop_strings = _as_list(next((c.stop_strings for c in configs if c.stop_strings), None))
-        reason = why_not_sampled(*configs)
+        reason = why_sampling_unsupported(*configs)
         self._samples_shared = self._shares_prompts and reason is None
         if self._shares_prompts and reason is not None:
             logger.warning(f"Prompts are not shared in sampling, transformers' own loop is taken: {reason}.")
@@ -63,7 +63,7 @@ class SharedSamplingTrainer(AdaptedHeadTrainer):
         # As in scoring, so that both see the same model; TRL draws without autocast.
         with self.accelerator.autocast(), shared_sampling(lm, self._sampler, self._stop_strings, self._tokenizer):
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
-        drawn = self._sampler.drawn
+        drawn = self._sampler.completions
         lengths = [min(len(ids), len(tokens)) for ids, tokens in zip(completion_ids, drawn.tokens, strict=True)]
         self._is_cut = drawn.is_cut
         return _cut(drawn.tokens, lengths), _cut(drawn.logps, lengths)

@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.losses.temperature import EntropyController, linear_temperature
 from grpo_ext.mechanisms.dead_groups import DeadGroupsTrainer
-from grpo_ext.mechanisms.reference_kl import written
+from grpo_ext.mechanisms.reference_kl import completion_loss_mask
 
 STATE_FILE = "temperature.json"
 
@@ -68,7 +68,7 @@ class TemperatureTrainer(DeadGroupsTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self._controller is not None:
-            self._written = written(inputs)
+            self._written = completion_loss_mask(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Any]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from grpo_ext.engine.head import VOCABULARY_TILE, Head
+from grpo_ext.engine.lm_head import VOCAB_TILE, TiledHead
 from grpo_ext.memory.counter import Tally
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ class Kernels:
             softcap = getattr(lm.config, "final_logit_softcapping", None)
             return _tile_of_cpu(passed, words, hidden, dtype, softcap)
         # One buffer of products, which Triton's kernels turn into gradients in place, and gradients in float32.
-        tile = min(passed.tokens, TOKEN_CHUNK_SIZE) * min(words, VOCABULARY_TILE) * dtype.itemsize
+        tile = min(passed.tokens, TOKEN_CHUNK_SIZE) * min(words, VOCAB_TILE) * dtype.itemsize
         return tile + passed.backward * passed.tokens * hidden * torch.float32.itemsize
 
 
@@ -84,7 +84,7 @@ def _tile_of_cpu(passed: HeadPass, words: int, hidden: int, dtype: torch.dtype, 
         lm: Any = _HeadOnly(words, hidden, dtype)
         hidden_TH = torch.empty(passed.tokens, hidden, dtype=dtype, requires_grad=passed.backward)
         targets_T = torch.zeros(passed.tokens, dtype=torch.long)
-        head = Head(lm=lm, softcap=softcap, scale=1.0)
+        head = TiledHead(lm=lm, softcap=softcap, scale=1.0)
         if not passed.backward:
             with Tally() as tally, torch.no_grad():
                 head.score(hidden_TH, targets_T, 1.0, with_entropies=passed.with_entropies)

@@ -19,12 +19,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
-from grpo_ext.engine.decode import GroupSampler, PromptStates, open_lanes, read_prompts
-from grpo_ext.engine.decode_cache import Lanes
-from grpo_ext.engine.groups import Siblings
-from grpo_ext.engine.head import Head
-from grpo_ext.engine.reading import read
-from grpo_ext.engine.rows import Rows
+from grpo_ext.engine.batch import ScoringBatch, Siblings
+from grpo_ext.engine.decode import GroupSampler, PrefilledPrompts, prefill_prompts, start_decoding
+from grpo_ext.engine.decode_cache import DecodeBatch
+from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.prefill import prefill
 from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
 from grpo_ext.memory.counter import Tally
@@ -76,7 +75,7 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MarkingHead(Head):
+class _MarkingHead(TiledHead):
     """Does nothing but mark when the LM head is at work, and on how many tokens."""
 
     tally: Tally
@@ -119,24 +118,24 @@ def _sampling(model: PeftModel, passed: Pass, kernels: Kernels) -> Phase:
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
     sampler = GroupSampler(temperature=1.0)
     with torch.no_grad(), Tally() as tally, kernels.functions():
-        states = read_prompts(lm, prompts, META, {}, **options)
+        states = prefill_prompts(lm, prompts, META, {}, **options)
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
         # The bookkeeping of lanes reads values: it goes by the device of the logits.
-        on_cpu = PromptStates(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
-        lanes = open_lanes(lm, on_cpu, prompts, max_new_tokens=passed.completion)
+        on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
+        lanes = start_decoding(lm, on_cpu, prompts, max_new_tokens=passed.completion)
         del states, on_cpu
         _fill(lanes, passed.completion - 1)
-        _, logits = lanes.advance(lm, torch.zeros(passed.rows, dtype=torch.long), **options)
+        _, logits = lanes.step(lm, torch.zeros(passed.rows, dtype=torch.long), **options)
         logits_BV = torch.zeros_like(logits)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
-        sampler._draw(torch.zeros(passed.rows, 1, dtype=torch.long), logits_BV, tempered, True)
+        sampler._sample_tokens(torch.zeros(passed.rows, 1, dtype=torch.long), logits_BV, tempered, True)
         held = sum(_bytes(layer) for layer in lanes._cache.layers)
     return Phase(states=held, without_head=tally.peak)
 
 
-def _fill(lanes: Lanes, tokens: int) -> None:
+def _fill(lanes: DecodeBatch, tokens: int) -> None:
     """Let every row of the lanes have so many tokens, as far as memory goes."""
-    width = max(map(len, lanes._rows))
+    width = max(map(len, lanes._slots))
     left = tokens * width
     while left > 0:
         new = min(left, max(width, GROWTH[0], lanes._cache.get_seq_length() // GROWTH[1]))
@@ -177,9 +176,9 @@ def _scoring(model: PeftModel, passed: Pass, kernels: Kernels) -> Phase:
         for i in range(passed.prompts)
     ]
     with Tally() as tally, kernels.functions(), META:
-        rows = Rows(
+        rows = ScoringBatch(
             completion_ids_BC=torch.zeros(passed.rows, passed.completion, dtype=torch.long),
-            siblings=siblings,
+            groups=siblings,
             temperatures=[1.0] * passed.rows,
             max_rows=passed.max_rows,
             chunk_tokens=passed.chunk_tokens,
@@ -192,7 +191,7 @@ def _scoring(model: PeftModel, passed: Pass, kernels: Kernels) -> Phase:
             assert scores.entropies_BC is not None
             torch.autograd.backward([scores.logps_BC, scores.entropies_BC], [torch.empty_like(scores.logps_BC)] * 2)
     model.zero_grad()
-    states = read(lm, torch.zeros(1, passed.prompt, dtype=torch.long, device=META))
+    states = prefill(lm, torch.zeros(1, passed.prompt, dtype=torch.long, device=META))
     held = sum(map(_bytes, states.layers)) if states else 0
     tiles = {at_work: kernels.tile(lm, at_work) for at_work in tally.marked}
     worst = max(tiles, key=lambda at_work: tally.marked[at_work] + tiles[at_work])

@@ -20,7 +20,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 from trl import get_peft_config, get_quantization_config
 
-from grpo_ext.model.load import PolicyConfig, keep_four_bits, unreachable
+from grpo_ext.model.load import PolicyConfig, disable_4bit_repacking, unreachable_message
 
 ATTENTION = "sdpa"  # what transformers takes where nothing is asked for
 
@@ -36,7 +36,7 @@ def config_of(policy: PolicyConfig) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, revision=policy.model_revision).get_text_config()
     except OSError as error:
-        raise SystemExit(unreachable("Model", name, error)) from None
+        raise SystemExit(unreachable_message("Model", name, error)) from None
 
 
 def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -76,7 +76,7 @@ def skeleton(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    keep_four_bits(model)
+    disable_4bit_repacking(model)
     return model
 
 

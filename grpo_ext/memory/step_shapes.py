@@ -5,7 +5,7 @@ passes(Step(prompt=512, completion=256, generations=8, rows=8))     # three, or 
 
 from dataclasses import dataclass, replace
 
-from grpo_ext.mechanisms.shared_prompt import WITHOUT_GRAPH
+from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Pass:
         prompts, each: so many prompts with so many rows each.
         prompt, completion: tokens.
         at_once: prompts that are read together.
-        max_rows, chunk_tokens: see `engine.rows.Rows`.
+        max_rows, chunk_tokens: see `engine.batch.ScoringBatch`.
     """
 
     phase: str
@@ -76,7 +76,7 @@ def _reference(step: Step) -> Pass:
     """Forwards of no more rows than a micro-batch has. They leave their scores alone, so two of them are enough: the
     second finds what the first one leaves."""
     rollout = _pass(step, "reference", rows=step.rows * step.accumulation)
-    budget = None if step.graph_tokens is None else step.graph_tokens * WITHOUT_GRAPH
+    budget = None if step.graph_tokens is None else step.graph_tokens * NO_GRAD_CHUNK_FACTOR
     return replace(
         rollout,
         prompts=min(rollout.prompts, 2 * rollout.at_once),
@@ -90,7 +90,7 @@ def _update(step: Step) -> Pass:
     """With a graph of all of it, or, where it has more tokens than that may have, in chunks."""
     whole = _pass(step, "update", rows=step.rows)
     tokens = whole.prompts * ((1 + whole.each) * step.prompt + whole.each * step.completion)
-    if step.graph_tokens is None or tokens <= step.graph_tokens:  # as `Rows.fit_one_chunk` counts
+    if step.graph_tokens is None or tokens <= step.graph_tokens:  # as `ScoringBatch.fits_one_chunk` counts
         return whole
     return replace(whole, each=min(whole.each, _two_chunks(step, step.graph_tokens)), chunk_tokens=step.graph_tokens)
 

@@ -16,24 +16,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def part_here(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard where FSDP2 or ZeRO-3 spreads it, else all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
-def snapshot(model: nn.Module | str) -> dict[str, Tensor]:
+def copy_adapter_values(model: nn.Module | str) -> dict[str, Tensor]:
     """A copy of the trainable values of a model that carries an adapter; nothing for a name, where none exists yet."""
     if isinstance(model, str) or not hasattr(model, "peft_config"):
         return {}
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
-def restore_float32(model: nn.Module, values: dict[str, Tensor]) -> None:
+def restore_adapter_in_float32(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Store every trainable parameter of a PEFT model in float32, those named in `values` with exactly those values.
 
     Args:
         model: the model that the optimizer will see; not a PEFT model: left alone.
-        values: what `snapshot` returned before something may have rounded the weights; shapes must agree.
+        values: what `copy_adapter_values` returned before something may have rounded the weights; shapes must agree.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -41,7 +41,7 @@ def restore_float32(model: nn.Module, values: dict[str, Tensor]) -> None:
         parameter.data = values.get(name, parameter.data).to(parameter.device, torch.float32)
 
 
-def share_of_trainable(model: PreTrainedModel) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that train and parameters in all; packed 4-bit weights count as the weights they stand for."""
     if hasattr(model, "peft_config"):
         return model.get_nb_trainable_parameters()

@@ -5,7 +5,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], **template: Any) -> list[int]:
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], **template: Any
+) -> list[int]:
     """Token ids of a prompt exactly as TRL's trainer makes them: chat template for messages, plain text otherwise.
 
     Args:

@@ -21,7 +21,7 @@ from grpo_ext.model.unwrap import base_of, head_of
 
 
 @contextmanager
-def frozen_head_shown(model: PreTrainedModel | str) -> Iterator[None]:
+def hide_head_adapter(model: PreTrainedModel | str) -> Iterator[None]:
     """Let `get_output_embeddings` of this model, or of those that TRL's trainer loads by name inside the context,
     return the head without its adapter, now or once there is one; for good, since PEFT asks when it saves."""
     if not isinstance(model, str):
@@ -46,11 +46,11 @@ def _frozen_head(lm: PreTrainedModel) -> nn.Module | None:
     return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
-def has_adapter_on_head(model: PreTrainedModel) -> bool:
+def has_head_adapter(model: PreTrainedModel) -> bool:
     return isinstance(head_of(base_of(model)), BaseTunerLayer)
 
 
-def why_head_not_trained(model: PreTrainedModel, args: GRPOConfig) -> str | None:
+def why_head_untrainable(model: PreTrainedModel, args: GRPOConfig) -> str | None:
     """The reason why the adapter on the LM head cannot be trained as asked, and what to use in its place; None where it
     can."""
     layer = head_of(base_of(model))

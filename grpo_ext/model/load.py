@@ -80,13 +80,13 @@ def load_tokenizer(model_args: PolicyConfig, *, trust_remote_code: bool = False)
             name, revision=model_args.model_revision, trust_remote_code=trust_remote_code, padding_side="left"
         )
     except OSError as error:
-        raise SystemExit(unreachable("Model", name, error)) from None
+        raise SystemExit(unreachable_message("Model", name, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def unreachable(kind: str, name: str, error: BaseException) -> str:
+def unreachable_message(kind: str, name: str, error: BaseException) -> str:
     """One sentence for a model or data set that is neither on disk nor on a reachable Hub."""
     if Path(name).exists():
         return f"{kind} '{name}' is on disk but could not be read: {_first_line(error)}"
@@ -100,7 +100,7 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def keep_four_bits(model: nn.Module) -> None:
+def disable_4bit_repacking(model: nn.Module) -> None:
     """Leave 4-bit weights in the format that they were quantised to.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer the first time that it runs in evaluation mode, and rounds

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_ext.model.load import unreachable
+from grpo_ext.model.load import unreachable_message
 from grpo_ext.model.unwrap import head_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -63,7 +63,7 @@ class Comparison:
         )
 
 
-def merge(adapter: str, out: str | Path, *, base: str | None = None, dtype: str = "bfloat16") -> Comparison:
+def merge_adapter(adapter: str, out: str | Path, *, base: str | None = None, dtype: str = "bfloat16") -> Comparison:
     """Save base and adapter as one model, with tokenizer and generation config, into a new or empty folder.
 
     Args:
@@ -120,7 +120,7 @@ def _refuse_quantised(base: str, revision: str | None) -> None:
     try:
         config = AutoConfig.from_pretrained(base, revision=revision)
     except OSError as error:
-        raise SystemExit(unreachable("Model", base, error)) from None
+        raise SystemExit(unreachable_message("Model", base, error)) from None
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"'{base}' is quantised, and what the adapter adds would be rounded away in its few bits. Add --base NAME, "

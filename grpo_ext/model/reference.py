@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 POLICY, REFERENCE = "default", "ref"  # PEFT's name for the adapter that trains, TRL's for its reference
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations of LoRA
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # initialisations of LoRA
 
 
-def why_not_the_start(config: PeftConfig) -> str | None:
+def why_base_is_changed(config: PeftConfig) -> str | None:
     """The reason why the backbone with this adapter off is not the model that training began with; None where it is."""
     if not isinstance(config, LoraConfig):
         return None
@@ -30,7 +30,7 @@ def why_not_the_start(config: PeftConfig) -> str | None:
             f'lora bias="{config.bias}" changes base weights, so the KL reference would not be the base model. '
             f'Use bias="none" or beta=0.'
         )
-    if str(config.init_lora_weights).startswith(CHANGE_THE_BASE):
+    if str(config.init_lora_weights).startswith(BASE_CHANGING_INITS):
         return (
             f'init_lora_weights="{config.init_lora_weights}" changes base weights, so the KL reference would not be '
             f"the base model. Use init_lora_weights=True or beta=0."
@@ -38,7 +38,7 @@ def why_not_the_start(config: PeftConfig) -> str | None:
     return None
 
 
-def why_not_mixed(model: PeftModel) -> str | None:
+def why_unmixable(model: PeftModel) -> str | None:
     """The reason why products of this adapter cannot be mixed exactly, in words for an error; None where they can."""
     config = model.peft_config[POLICY]
     if not isinstance(config, LoraConfig):

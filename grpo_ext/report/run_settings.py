@@ -22,7 +22,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grpo_ext.machine import device_name
-from grpo_ext.model.adapters import share_of_trainable
+from grpo_ext.model.adapters import count_parameters
 from grpo_ext.report.summary import PACKAGES
 
 SETTINGS_FILE = "run.json"
@@ -46,7 +46,7 @@ class SettingsFile(TrainerCallback):
         assert args.output_dir is not None
         model = kwargs["model"]
         settings = {name: shown(value, name) for name, value in args.to_dict().items() if not _SECRET_NAME.search(name)}
-        trainable, total = share_of_trainable(model)
+        trainable, total = count_parameters(model)
         run = {
             "command": command_line(),
             "base_model": shown(model.config.name_or_path),

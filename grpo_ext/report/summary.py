@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from grpo_ext.evaluation.complete import Evaluation
 from grpo_ext.evaluation.estimates import Difference, Estimate
 from grpo_ext.machine import device_name, peak_memory_mb
-from grpo_ext.model.adapters import share_of_trainable
+from grpo_ext.model.adapters import count_parameters
 
 SUMMARY_FILE = "summary.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -37,7 +37,7 @@ def summarise(
         before, after: evaluations of the starting and the trained policy on the same problems.
     """
     args, state = trainer.args, trainer.state
-    trainable, total = share_of_trainable(trainer.model)
+    trainable, total = count_parameters(trainer.model)
     rollouts = state.global_step * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
     completions = round(rollouts * args.generation_batch_size)
     was, now = asdict(before), asdict(after)

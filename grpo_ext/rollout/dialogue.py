@@ -27,12 +27,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_ext.engine.decode import Drawn
+from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.rollout.chat_turns import Messages, Turns
 from rewards.workers.pool import FEW, LAST_ANSWERS, MOST_FAILURES, name_of
 
 # Draws one turn each of some rows: their token ids so far, and how many more they may have -> what was drawn.
-Draw = Callable[[list[list[int]], list[int]], Drawn]
+Draw = Callable[[list[list[int]], list[int]], SampledCompletions]
 
 
 class TextEnv(ABC):

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from grpo_ext.model.adapters import part_here, trainable_parameters
+from grpo_ext.model.adapters import local_shard, trainable_parameters
 from recipes import math
 from tests.conftest import SETTINGS, TINY_MODEL, adapter_of, random_lora, share_of_digits
 from tests.distributed.two_processes import LONGEST, QUESTIONS, SIBLINGS, STEPS, given_completions
@@ -77,7 +77,7 @@ def train(processes: int, folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "start": start,
         "adapter": full(adapter_of(trainer)),
-        "held_here": {name: part_here(p).numel() for name, p in trainable_parameters(trainer.model).items()},
+        "held_here": {name: local_shard(p).numel() for name, p in trainable_parameters(trainer.model).items()},
         "shares": trainer._shares_prompts,
         **{name: [row[name] for row in logs] for name in ("loss", "grad_norm", "kl", "reward")},
     }

@@ -22,9 +22,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from grpo_ext.engine.groups import find_siblings
-from grpo_ext.engine.install import add_shared_scoring
-from grpo_ext.engine.rows import Rows
+from grpo_ext.engine.batch import ScoringBatch, find_siblings
+from grpo_ext.engine.install import install_shared_scoring
 from tests.conftest import random_lora
 
 CLEAR = Path("/proc/self/clear_refs")
@@ -48,7 +47,7 @@ def build() -> Any:
     lm = LlamaForCausalLM(LlamaConfig(**SHAPE))
     lm.set_attn_implementation("sdpa")
     add_fused_lm_head(lm, outputs=("log_probs", "entropy"))
-    add_shared_scoring(lm)
+    install_shared_scoring(lm)
     return get_peft_model(lm, random_lora())
 
 
@@ -60,10 +59,10 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
     mask = torch.ones_like(ids)
     if how == "shared":
         siblings = find_siblings(ids, mask, C)
-        rows = Rows(
-            completion_ids_BC=ids[:, S:], siblings=siblings, temperatures=[1.0] * len(ids), chunk_tokens=chunk_tokens
+        rows = ScoringBatch(
+            completion_ids_BC=ids[:, S:], groups=siblings, temperatures=[1.0] * len(ids), chunk_tokens=chunk_tokens
         )
-        scores = model(shared_rows=rows)
+        scores = model(scoring_batch=rows)
         logps, entropies = scores.logps_BC, scores.entropies_BC
     else:
         labels = ids.clone()

@@ -32,7 +32,7 @@ def generate(model, ids, mask, seed=0, **settings):
 def both(model, ids, mask, **settings):
     sampler = GroupSampler(temperature=0.8)
     ours = generate(model, ids, mask, custom_generate=sampler, **settings)
-    return generate(model, ids, mask, **settings), ours, sampler.drawn
+    return generate(model, ids, mask, **settings), ours, sampler.completions
 
 
 def unpadded_greedy(model, ids, mask, **settings):
@@ -71,7 +71,7 @@ def test_ragged_prompts_greedily(architecture):
     ids, mask = prompts_of(150, 90, 61, 1, siblings=2)
     sampler = GroupSampler(temperature=0.8)
     generate(model, ids, mask, do_sample=False, custom_generate=sampler)
-    for tokens, alone in zip(sampler.drawn.tokens, unpadded_greedy(model, ids, mask), strict=True):
+    for tokens, alone in zip(sampler.completions.tokens, unpadded_greedy(model, ids, mask), strict=True):
         assert tokens == alone
 
 
@@ -79,11 +79,11 @@ def test_ragged_prompts_greedily(architecture):
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 33, 7)])
 def test_any_number_of_siblings_in_a_lane(llama, monkeypatch, width, lengths):
     """Lanes that are full and lanes that are not, and rows that leave them one by one."""
-    open_lanes = decode.open_lanes
+    start_decoding = decode.start_decoding
     monkeypatch.setattr(
         decode,
-        "open_lanes",
-        lambda *args, max_new_tokens: open_lanes(*args, max_new_tokens=min(lengths) // width),
+        "start_decoding",
+        lambda *args, max_new_tokens: start_decoding(*args, max_new_tokens=min(lengths) // width),
     )
     ids, mask = prompts_of(*lengths)
     stock, ours, _ = both(llama.float(), ids, mask, max_new_tokens=64)
@@ -139,7 +139,7 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(llama):
     sampler = GroupSampler(temperature=0.8)
     generate(llama, ids, mask, custom_generate=sampler, max_new_tokens=64)
     hook.remove()
-    lengths = [len(tokens) for tokens in sampler.drawn.tokens]
+    lengths = [len(tokens) for tokens in sampler.completions.tokens]
     assert len(set(lengths)) > 2
     assert sum(counted) == 40 + 33 + sum(length - 1 for length in lengths)
 

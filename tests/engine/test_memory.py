@@ -49,7 +49,8 @@ def bytes_of_prompt(S: int, tokens: int) -> int:
 
     In units of the prompt's states, the keys and values of all layers:
 
-    - 1: the states themselves. The boundaries between segments are views into those of the whole prompt (`slice_of`).
+    - 1: the states themselves. The boundaries between segments are views into those of the whole prompt
+      (`share_prefix_storage`).
     - 1: the gradients that come in: `totals` over the siblings while their rows are run, `state_grads` after.
     - 1: the gradients of the leaves, which go out to `totals` or to the segment before.
     - 1: the copy for the one row of a chunk, or for a segment: `fork`, which the layers then replace, one by one, by

@@ -106,9 +106,7 @@ def test_the_gradient_of_a_loss(case, loss_type):
         for entropy_coef in (0.0, 0.01):
             trainer.beta = beta
             trainer.entropy_coef, trainer._entropy_bonus_enabled = entropy_coef, entropy_coef > 0
-            trainer._sequence_objective = dataclasses.replace(
-                trainer._sequence_objective, beta=beta, entropy_coef=entropy_coef
-            )
+            trainer._sequence_grpo = dataclasses.replace(trainer._sequence_grpo, beta=beta, entropy_coef=entropy_coef)
             trainer._shares_prompts = False
             wanted = gradients(trainer, inputs)
             metrics = trainer._metrics["train"]

@@ -6,9 +6,8 @@ import transformers
 from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from grpo_ext.engine.groups import Siblings, cut_rows, find_siblings, of_one_length
-from grpo_ext.engine.install import add_shared_scoring
-from grpo_ext.engine.rows import Rows
+from grpo_ext.engine.batch import ScoringBatch, Siblings, find_siblings, join_equal_lengths, split_into_chunks
+from grpo_ext.engine.install import install_shared_scoring
 from grpo_ext.model.unwrap import base_of
 from tests.conftest import random_lora
 
@@ -91,7 +90,7 @@ def make(architecture, attention="eager", dtype=torch.float64):
     for parameter in lm.parameters():  # flat initial weights would make every distribution alike
         parameter.data += 0.05 * torch.randn_like(parameter)
     add_fused_lm_head(lm, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
-    add_shared_scoring(lm)
+    install_shared_scoring(lm)
     lora = {"falcon_h1": ["q_proj", "v_proj", "in_proj", "up_proj"]}.get(architecture, "all-linear")
     model = get_peft_model(lm, random_lora(target_modules=lora))
     return model.to(dtype)
@@ -132,11 +131,13 @@ def plain(model, ids, mask, C):
 
 def rows_of(ids, mask, C, **settings):
     siblings = find_siblings(ids, mask, C)
-    return Rows(completion_ids_BC=ids[:, -C:], siblings=siblings, temperatures=[TEMPERATURE] * len(ids), **settings)
+    return ScoringBatch(
+        completion_ids_BC=ids[:, -C:], groups=siblings, temperatures=[TEMPERATURE] * len(ids), **settings
+    )
 
 
 def shared(model, ids, mask, C, **settings):
-    scores = model(shared_rows=rows_of(ids, mask, C, **settings))
+    scores = model(scoring_batch=rows_of(ids, mask, C, **settings))
     return scores.logps_BC, scores.entropies_BC
 
 
@@ -217,8 +218,8 @@ def test_equal_prompts_are_found_whatever_their_padding():
     ids = torch.tensor([[0, 5, 6, 7, 7], [5, 6, 0, 8, 9], [0, 6, 5, 7, 0], [0, 5, 6, 7, 7]])
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1], [0, 1, 1, 1, 0], [0, 1, 1, 0, 0]])
     assert find_siblings(ids, mask, 2) == [
-        Siblings(prompts=((5, 6),), rows=(1, 0, 3), lengths=(2, 1, 0), prompt_of=(0, 0, 0)),
-        Siblings(prompts=((6, 5),), rows=(2,), lengths=(1,), prompt_of=(0,)),
+        Siblings(prompts=((5, 6),), rows=(1, 0, 3), lengths=(2, 1, 0), prompt_indices=(0, 0, 0)),
+        Siblings(prompts=((6, 5),), rows=(2,), lengths=(1,), prompt_indices=(0,)),
     ]
     mask[0, 3:] = torch.tensor([0, 1])
     assert find_siblings(ids, mask, 2) is None
@@ -228,22 +229,22 @@ def test_equal_prompts_are_found_whatever_their_padding():
 
 def test_prompts_of_one_length_run_side_by_side():
     """Joined within the bounds; each row keeps its own prompt, and the longest come first as ever."""
-    one = Siblings(prompts=((5, 6),), rows=(0, 2), lengths=(3, 1), prompt_of=(0, 0))
-    two = Siblings(prompts=((7,),), rows=(1,), lengths=(2,), prompt_of=(0,))
-    three = Siblings(prompts=((8, 9),), rows=(4, 3), lengths=(2, 2), prompt_of=(0, 0))
-    joined = Siblings(prompts=((5, 6), (8, 9)), rows=(0, 4, 3, 2), lengths=(3, 2, 2, 1), prompt_of=(0, 1, 1, 0))
-    assert of_one_length([one, two, three], None, None) == [two, joined]
-    assert of_one_length([one, two, three], 4, 20) == [two, joined]
-    assert of_one_length([one, two, three], 3, None) == [two, one, three]
-    assert of_one_length([one, two, three], None, 19) == [two, one, three]
+    one = Siblings(prompts=((5, 6),), rows=(0, 2), lengths=(3, 1), prompt_indices=(0, 0))
+    two = Siblings(prompts=((7,),), rows=(1,), lengths=(2,), prompt_indices=(0,))
+    three = Siblings(prompts=((8, 9),), rows=(4, 3), lengths=(2, 2), prompt_indices=(0, 0))
+    joined = Siblings(prompts=((5, 6), (8, 9)), rows=(0, 4, 3, 2), lengths=(3, 2, 2, 1), prompt_indices=(0, 1, 1, 0))
+    assert join_equal_lengths([one, two, three], None, None) == [two, joined]
+    assert join_equal_lengths([one, two, three], 4, 20) == [two, joined]
+    assert join_equal_lengths([one, two, three], 3, None) == [two, one, three]
+    assert join_equal_lengths([one, two, three], None, 19) == [two, one, three]
 
 
 def test_rows_are_cut_by_their_length_with_the_prompt():
     siblings = Siblings(((1,) * 10,), (0, 1, 2, 3, 4), (30, 10, 10, 2, 0), (0,) * 5)
-    assert cut_rows(siblings, None, None) == [range(4)]
-    assert cut_rows(siblings, 3, None) == [range(3), range(3, 4)]
-    assert cut_rows(siblings, None, 45) == [range(1), range(1, 3), range(3, 4)]  # 40, 2 x 20, 12
-    assert cut_rows(siblings, None, 1) == [range(i, i + 1) for i in range(4)]
+    assert split_into_chunks(siblings, None, None) == [range(4)]
+    assert split_into_chunks(siblings, 3, None) == [range(3), range(3, 4)]
+    assert split_into_chunks(siblings, None, 45) == [range(1), range(1, 3), range(3, 4)]  # 40, 2 x 20, 12
+    assert split_into_chunks(siblings, None, 1) == [range(i, i + 1) for i in range(4)]
 
 
 def test_a_checkpointed_model_keeps_its_prompt():
@@ -280,10 +281,10 @@ def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :-C] = -100
     want = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, output_router_logits=True)
-    got = model(shared_rows=rows_of(ids, mask, C, chunk_tokens=chunk_tokens, experts_per_token=2))
-    torch.testing.assert_close(got.balance, want.aux_loss, atol=1e-6, rtol=1e-6)
+    got = model(scoring_batch=rows_of(ids, mask, C, chunk_tokens=chunk_tokens, experts_per_token=2))
+    torch.testing.assert_close(got.aux_loss, want.aux_loss, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got.logps_BC, want.log_probs[:, -C:], atol=5e-5, rtol=0)
-    outputs, wanted = [got.logps_BC, got.balance.unsqueeze(0) * 10], [want.log_probs[:, -C:], want.aux_loss[None] * 10]
+    outputs, wanted = [got.logps_BC, got.aux_loss.unsqueeze(0) * 10], [want.log_probs[:, -C:], want.aux_loss[None] * 10]
     for alone, alone_wanted in ((outputs, wanted), (outputs[1:], wanted[1:])):
         options = {"retain_graph": True, "materialize_grads": True}  # the last layers have no share in the loss alone
         expected, received = gradients(model, alone_wanted, **options), gradients(model, alone, **options)
@@ -317,9 +318,9 @@ def test_exact_kl(architecture, chunk_tokens):
         assert getattr(model.config, factors[architecture]) not in (None, 1.0)
     ids, mask, C = batch()
     with torch.no_grad(), model.disable_adapter():
-        reference = model(shared_rows=rows_of(ids, mask, C, with_hidden=True)).hidden_BCH
+        reference = model(scoring_batch=rows_of(ids, mask, C, with_hidden=True)).hidden_BCH
         logps_ref = whole_distributions(model, ids, mask, C)
-    got = model(shared_rows=rows_of(ids, mask, C, chunk_tokens=chunk_tokens, ref_hidden_BCH=reference)).kls_BC
+    got = model(scoring_batch=rows_of(ids, mask, C, chunk_tokens=chunk_tokens, ref_hidden_BCH=reference)).kls_BC
     logps = whole_distributions(model, ids, mask, C)
     want = (logps.exp() * (logps - logps_ref)).sum(dim=-1) * mask[:, -C:]
     assert want.max() > 0.01

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from grpo_ext.engine.batch import strip_padding
 from grpo_ext.engine.decode import GroupSampler
-from grpo_ext.engine.groups import unpadded
 from tests.engine.test_decode import EOS, prompts_of
 from tests.engine.test_score import make
 
@@ -45,11 +45,11 @@ def shared_draw(model, sampler):
     """Turns drawn by the sampler under test, which is seeded once, before the first."""
 
     def draw(histories, limits):
-        sampler.limits = limits
+        sampler.max_new_tokens_per_row = limits
         ids, mask = padded(histories)
         settings = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": 24}
         model.generate(input_ids=ids, attention_mask=mask, custom_generate=sampler, **settings)
-        return sampler.drawn.tokens, sampler.drawn.logps
+        return sampler.completions.tokens, sampler.completions.logps
 
     return draw
 
@@ -85,12 +85,12 @@ def test_as_if_every_history_were_read_anew(architecture, lengths):
     different lengths, and which share lanes in the first one where the prompts are long. A window of 40 tokens, a
     convolution or a recurrent state that is lost or padded between turns changes them."""
     model = make(architecture, "eager" if architecture == "gemma2" else "sdpa")
-    prompts = unpadded(*prompts_of(*lengths, siblings=3))
+    prompts = strip_padding(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
     slow, _ = play(slow_draw(model), prompts)
     sampler = GroupSampler(TEMPERATURE)
     torch.manual_seed(0)
-    with sampler.keeping_rows():
+    with sampler.keep_row_caches():
         ours, _ = play(shared_draw(model, sampler), prompts)
     for row, (turns, wanted) in enumerate(zip(ours, slow, strict=True)):
         assert [ids for ids, _ in turns] == [ids for ids, _ in wanted], row
@@ -104,12 +104,12 @@ def test_every_token_is_read_once():
     """Through the embedding go each distinct prompt once, and of every row all tokens but its last. Without keeping,
     every turn reads its history again."""
     model = make("llama", "sdpa")
-    prompts = unpadded(*prompts_of(60, 9, siblings=4))
+    prompts = strip_padding(*prompts_of(60, 9, siblings=4))
     counted = []
     hook = model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: counted.append(inputs[0].numel()))
     sampler = GroupSampler(TEMPERATURE)
     torch.manual_seed(0)
-    with sampler.keeping_rows():
+    with sampler.keep_row_caches():
         kept, histories = play(shared_draw(model, sampler), prompts)
     tokens = sum(counted)
     assert sampler._kept_rows == {}

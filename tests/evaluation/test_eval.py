@@ -16,7 +16,7 @@ from grpo_ext import cli
 from grpo_ext.data import load_problems
 from grpo_ext.evaluation.callback import load_before
 from grpo_ext.evaluation.complete import complete, evaluate
-from grpo_ext.model.load import keep_four_bits
+from grpo_ext.model.load import disable_4bit_repacking
 from recipes.tiny_math import build
 from rewards import math_answer_reward
 from rewards.completion import text_of
@@ -93,7 +93,7 @@ def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monk
     )
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=four_bits, dtype=torch.float32)
-    keep_four_bits(model)
+    disable_4bit_repacking(model)
     prompts = [f"Question: {i}+{2 * i}=?\nAnswer:" for i in range(200, 216)]
     texts = complete(model, tokenizer, prompts, max_new_tokens=40)
     rows = [{"prompt": prompt, "expected": text} for prompt, text in zip(prompts, texts, strict=True)]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_ext.losses.advantages import alive_groups, combine_rewards, kinds_of_groups, population_advantages
+from grpo_ext.losses.advantages import combine_rewards, group_kind_shares, mixed_groups, population_advantages
 
 NAN = math.nan
 
@@ -41,7 +41,7 @@ def test_one_group_by_hand(rewards, expected, alive):
     rewards = torch.tensor(rewards, dtype=torch.float64)
     want = torch.tensor(expected, dtype=torch.float32)
     torch.testing.assert_close(population_advantages(rewards, 4), want, atol=1e-6, rtol=0)
-    assert alive_groups(rewards.view(-1, 4)).tolist() == [alive]
+    assert mixed_groups(rewards.view(-1, 4)).tolist() == [alive]
 
 
 def test_groups_are_normalised_apart():
@@ -49,7 +49,7 @@ def test_groups_are_normalised_apart():
     rewards = torch.tensor([1.0, 0.0, 100.0, 300.0, 5.0, 5.0])
     want = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
     torch.testing.assert_close(population_advantages(rewards, 2), want, atol=1e-6, rtol=0)
-    assert alive_groups(rewards.view(-1, 2)).tolist() == [True, True, False]
+    assert mixed_groups(rewards.view(-1, 2)).tolist() == [True, True, False]
 
 
 def test_equal_float32_rewards_carry_no_advantage():
@@ -58,14 +58,14 @@ def test_equal_float32_rewards_carry_no_advantage():
     for value in (0.1, 0.3, 1 / 3, 0.7):
         rewards = torch.full((8,), value, dtype=torch.float32)
         assert population_advantages(rewards, 8).abs().max() == 0
-        assert not alive_groups(rewards.view(-1, 8)).any()
+        assert not mixed_groups(rewards.view(-1, 8)).any()
 
 
 def test_dead_groups_are_told_apart():
     """Of six groups: two mixed (one by its format only), two all right, one all wrong though its format earned 0.2, and
     one that nobody could judge."""
     rewards = [[1.0, 0.0], [0.2, 0.0], [1.2, 1.2], [NAN, 1.0], [0.2, 0.2], [NAN, NAN]]
-    kinds = kinds_of_groups(torch.tensor(rewards), attainable=1.2)
+    kinds = group_kind_shares(torch.tensor(rewards), attainable=1.2)
     assert kinds == pytest.approx({"mixed": 2 / 6, "all_right": 2 / 6, "all_wrong": 1 / 6})
 
 

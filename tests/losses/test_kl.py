@@ -22,12 +22,12 @@ def true_kl(logits):
     return (logps.exp() * (logps - REFERENCE)).sum()
 
 
-def mean_gradient(logits, estimator, *, corrected, old=None):
+def mean_gradient(logits, estimator, *, bias_corrected, old=None):
     """Of the estimator as a loss term, in the mean over words drawn from the policy, or from `old`."""
     logps = logits.log_softmax(0).unsqueeze(0)
     drawn_from = (logps if old is None else old.unsqueeze(0)).detach()
     kl = sampled_kl(
-        estimator, logps, REFERENCE.unsqueeze(0), old_logps_BC=drawn_from, mask_BC=ONES, corrected=corrected
+        estimator, logps, REFERENCE.unsqueeze(0), old_logps_BC=drawn_from, mask_BC=ONES, bias_corrected=bias_corrected
     )
     return torch.autograd.grad((drawn_from.exp() * kl).sum(), logits)[0]
 
@@ -65,11 +65,11 @@ def test_gradients_on_policy(logits):
     """k1: zero. k2, and k1 and k3 times the ratio: the KL's. Plain k3: that of KL(reference || policy)."""
     (true,) = torch.autograd.grad(true_kl(logits), logits)
     assert true.abs().max() > 0.05
-    torch.testing.assert_close(mean_gradient(logits, "k1", corrected=False), torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(mean_gradient(logits, "k1", bias_corrected=False), torch.zeros(4, dtype=torch.float64))
     for estimator, corrected in (("k2", False), ("k2", True), ("k1", True), ("k3", True)):
-        torch.testing.assert_close(mean_gradient(logits, estimator, corrected=corrected), true)
+        torch.testing.assert_close(mean_gradient(logits, estimator, bias_corrected=corrected), true)
     forward = logits.softmax(0).detach() - REFERENCE.exp()
-    torch.testing.assert_close(mean_gradient(logits, "k3", corrected=False), forward)
+    torch.testing.assert_close(mean_gradient(logits, "k3", bias_corrected=False), forward)
     assert not torch.allclose(forward, true, atol=1e-2)
 
 
@@ -79,7 +79,7 @@ def test_corrected_k3_is_k2_word_by_word(logits):
     both = []
     for estimator in ("k2", "k3"):
         arguments = (estimator, logps.unsqueeze(0), REFERENCE.unsqueeze(0))
-        kl = sampled_kl(*arguments, old_logps_BC=None, mask_BC=ONES, corrected=True)
+        kl = sampled_kl(*arguments, old_logps_BC=None, mask_BC=ONES, bias_corrected=True)
         both.append(torch.autograd.grad(kl[0], logps, torch.ones(4), retain_graph=True)[0])
     torch.testing.assert_close(*both)
 
@@ -89,8 +89,8 @@ def test_gradients_off_policy(logits, estimator):
     """Words of an older policy: right with the ratio, wrong without."""
     old = torch.tensor([0.1, 0.5, 0.1, 0.3], dtype=torch.float64).log()
     (true,) = torch.autograd.grad(true_kl(logits), logits)
-    torch.testing.assert_close(mean_gradient(logits, estimator, corrected=True, old=old), true)
-    assert not torch.allclose(mean_gradient(logits, estimator, corrected=False, old=old), true, atol=1e-2)
+    torch.testing.assert_close(mean_gradient(logits, estimator, bias_corrected=True, old=old), true)
+    assert not torch.allclose(mean_gradient(logits, estimator, bias_corrected=False, old=old), true, atol=1e-2)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -98,7 +98,7 @@ def test_what_is_masked_does_not_count(estimator):
     """However large it is: no overflow reaches the value or the gradient."""
     logps = torch.tensor([[-0.5, -900.0]], requires_grad=True)
     reference, old = torch.tensor([[-1.0, 900.0]]), torch.tensor([[-0.4, -2000.0]])
-    kl = sampled_kl(estimator, logps, reference, old_logps_BC=old, mask_BC=torch.tensor([[1, 0]]), corrected=True)
+    kl = sampled_kl(estimator, logps, reference, old_logps_BC=old, mask_BC=torch.tensor([[1, 0]]), bias_corrected=True)
     kl.sum().backward()
     assert kl[0, 1] == 0
     assert logps.grad[0, 1] == 0

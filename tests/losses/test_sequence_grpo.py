@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_ext.losses.kl import k3, sampled_kl
-from grpo_ext.losses.sequence_grpo import SequenceObjective
+from grpo_ext.losses.sequence_grpo import SequenceGRPO
 
 PLAIN = {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None, "beta": 0.0, "entropy_coef": 0.0}
 LOG2 = math.log(2)
@@ -32,8 +32,8 @@ def compute(
     mask = torch.ones_like(logps) if mask is None else torch.tensor(mask)
     kl = None
     if ref is not None:
-        kl = sampled_kl("k3", logps, as_tensor(ref), old_logps_BC=old, mask_BC=mask, corrected=correct_kl)
-    return SequenceObjective(**PLAIN | constants)(
+        kl = sampled_kl("k3", logps, as_tensor(ref), old_logps_BC=old, mask_BC=mask, bias_corrected=correct_kl)
+    return SequenceGRPO(**PLAIN | constants)(
         logps,
         old_logps_BC=old,
         kl_BC=kl,
@@ -106,10 +106,10 @@ def test_masked_tokens_do_not_count():
     logps = torch.tensor([[0.1, -900.0]], dtype=torch.float64, requires_grad=True)
     old, ref = as_tensor([[0.0, 900.0]]), as_tensor([[0.1, 900.0]])
     mask = torch.tensor([[1, 0]])
-    loss, _ = SequenceObjective(**PLAIN | {"beta": 0.1, "entropy_coef": 0.1})(
+    loss, _ = SequenceGRPO(**PLAIN | {"beta": 0.1, "entropy_coef": 0.1})(
         logps,
         old_logps_BC=old,
-        kl_BC=sampled_kl("k3", logps, ref, old_logps_BC=old, mask_BC=mask, corrected=True),
+        kl_BC=sampled_kl("k3", logps, ref, old_logps_BC=old, mask_BC=mask, bias_corrected=True),
         entropies_BC=torch.tensor([[1.0, math.inf]], dtype=torch.float64),
         mask_BC=mask,
         advantages_B=torch.tensor([1.0], dtype=torch.float64),
@@ -154,8 +154,8 @@ def test_gradient_equals_that_of_a_naive_formula(correct_kl):
     mask[:, 0] = 1
     advantages = torch.randn(B, dtype=torch.float64)
     constants = {"epsilon_low": 0.2, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.1, "entropy_coef": 0.01}
-    kl = sampled_kl("k3", logps, ref, old_logps_BC=old, mask_BC=mask, corrected=correct_kl)
-    loss, metrics = SequenceObjective(**constants)(
+    kl = sampled_kl("k3", logps, ref, old_logps_BC=old, mask_BC=mask, bias_corrected=correct_kl)
+    loss, metrics = SequenceGRPO(**constants)(
         logps, old_logps_BC=old, kl_BC=kl, entropies_BC=entropies, mask_BC=mask, advantages_B=advantages
     )
     assert metrics["clip_ratio/low_mean"][0] > 0

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import get_peft_config
 
 from grpo_ext import GRPOExtConfig
-from grpo_ext.model.adapters import share_of_trainable
+from grpo_ext.model.adapters import count_parameters
 from grpo_ext.model.load import PolicyConfig, frozen_dtype, model_init_kwargs, quantization
 from tests.conftest import TINY_MODEL, adapter_of, random_lora
 
@@ -152,6 +152,6 @@ def test_recipe_defaults_of_lora_and_quantisation(tmp_path):
 
 def test_share_of_trainable_counts_packed_weights_as_weights(build, tiny_model):
     """Two 4-bit weights share a byte: counting bytes would make the adapter look twice as large."""
-    plain = share_of_trainable(build(tiny_model, peft_config=random_lora()).model)
-    packed = share_of_trainable(build(str(TINY_MODEL), peft_config=random_lora(), quantization_config=NF4).model)
+    plain = count_parameters(build(tiny_model, peft_config=random_lora()).model)
+    packed = count_parameters(build(str(TINY_MODEL), peft_config=random_lora(), quantization_config=NF4).model)
     assert packed == plain

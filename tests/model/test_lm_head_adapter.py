@@ -15,9 +15,9 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from grpo_ext import GRPOExtConfig
-from grpo_ext.engine.install import add_shared_scoring
-from grpo_ext.engine.low_rank_head import LogitScale, LowRank, score_low_rank
-from grpo_ext.model.lm_head_lora import why_head_not_trained
+from grpo_ext.engine.install import install_shared_scoring
+from grpo_ext.engine.lm_head import HeadLoRA, LogitScale, score_with_lora
+from grpo_ext.model.lm_head_lora import why_head_untrainable
 from grpo_ext.model.reference import REFERENCE, update_reference
 from tests.conftest import TINY_MODEL, adapter_of, log_of, random_lora, small_llama, small_shape
 from tests.engine.test_score import TEMPERATURE, TINY, batch, gradients, rows_of
@@ -39,8 +39,8 @@ def problem(T=13, V=29, H=6, R=3, *, bias=True, dtype=torch.float64):
 
 def tiled(leaves, head, targets, scale, tile, with_entropies=True):
     hidden, A, B = leaves
-    low_rank = LowRank(hidden @ A.T * 0.7, B)
-    return score_low_rank(hidden, head, low_rank, targets, scale, with_entropies=with_entropies, tile=tile)
+    low_rank = HeadLoRA(hidden @ A.T * 0.7, B)
+    return score_with_lora(hidden, head, low_rank, targets, scale, with_entropies=with_entropies, tile=tile)
 
 
 def whole(leaves, head, targets, scale):
@@ -150,14 +150,14 @@ def make(architecture, **lora):
     for parameter in lm.parameters():  # flat initial weights would make every distribution alike
         parameter.data += 0.05 * torch.randn_like(parameter)
     add_fused_lm_head(lm, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
-    add_shared_scoring(lm)
+    install_shared_scoring(lm)
     is_tied = lm.get_input_embeddings().weight is lm.lm_head.weight
     assert is_tied == (architecture in ("tied llama", "gemma2"))
     return get_peft_model(lm, random_lora(target_modules=TARGETS, **lora)).double()
 
 
 def scored(model, inputs, **settings):
-    scores = model(shared_rows=rows_of(*inputs, **settings))
+    scores = model(scoring_batch=rows_of(*inputs, **settings))
     return scores.logps_BC, scores.entropies_BC
 
 
@@ -430,7 +430,7 @@ def test_merged_weights_of_a_tied_head_are_refused(tokenizer, tmp_path):
     """vLLM takes them, and would embed with them, too."""
     args = GRPOExtConfig(str(tmp_path), use_cpu=True, bf16=False, use_vllm=True)
     for tied in (True, False):
-        reason = why_head_not_trained(
+        reason = why_head_untrainable(
             get_peft_model(small(tokenizer, tied=tied), random_lora(target_modules=TARGETS)), args
         )
         assert (reason is not None) == tied

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from grpo_ext.engine.decode import Drawn
+from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.evaluation.complete import complete
 from grpo_ext.evaluation.dialogue import evaluate_dialogue
 from grpo_ext.rollout.chat_turns import Turns
@@ -145,7 +145,7 @@ class Script:
         self.limits.append(limits)
         self.read.append(self.tokenizer.batch_decode(histories))
         rows = [self.tokenizer(text)["input_ids"] for text in next(self.turns)]
-        return Drawn(
+        return SampledCompletions(
             tokens=[ids[:limit] for ids, limit in zip(rows, limits, strict=True)],
             logps=[[-1.0] * min(len(ids), limit) for ids, limit in zip(rows, limits, strict=True)],
             is_cut=[len(ids) > limit for ids, limit in zip(rows, limits, strict=True)],

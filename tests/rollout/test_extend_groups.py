@@ -57,7 +57,7 @@ def test_advantages_are_those_among_all_answers():
     """One right answer of four, of which two are trained on: mean 1/4, deviation sqrt(3)/4. The second group did not
     grow; the third is alive among all, and the rows that are trained on are equal."""
     drawn = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, NAN, NAN], [0.0, 0.0, NAN, 1.0]])
-    got = population_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0]), 2, drawn_PM=drawn)
+    got = population_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0]), 2, all_rewards_PM=drawn)
     want = [-1 / math.sqrt(3), math.sqrt(3), 1.0, -1.0, -math.sqrt(0.5), -math.sqrt(0.5)]
     torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=0)
 

@@ -24,12 +24,12 @@ def rows_scored(trainer):
     lm = trainer.model.get_base_model()
     score = lm.forward
 
-    def counted(*args, shared_rows=None, **kwargs):
+    def counted(*args, scoring_batch=None, **kwargs):
         layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
         adapters_on = not any(layer.disable_adapters for layer in layers)
-        if shared_rows is not None and adapters_on and not torch.is_grad_enabled():
-            counts.append(len(shared_rows.completion_ids_BC))
-        return score(*args, shared_rows=shared_rows, **kwargs) if shared_rows else score(*args, **kwargs)
+        if scoring_batch is not None and adapters_on and not torch.is_grad_enabled():
+            counts.append(len(scoring_batch.completion_ids_BC))
+        return score(*args, scoring_batch=scoring_batch, **kwargs) if scoring_batch else score(*args, **kwargs)
 
     lm.forward = counted
     return counts

@@ -1,19 +1,20 @@
 """A prompt's states (keys, values, convolution, recurrent): read them, put others in their place, fork them.
 
 In: the cache that a transformers model filled while it read a prompt. Out: caches for n siblings that share it. The
-states are plain tensors, so a fork with gradients is `write_states(cache, [leaf[rows] ...])`.
+states are plain tensors, so a fork with gradients is `with_states(cache, [leaf[rows] ...])`.
 
 Nothing here depends on how a model attends: it goes by the layers of transformers' own `DynamicCache`.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -73,7 +74,7 @@ _DICTS_OF_LINEAR_LAYERS = (
 )
 
 
-def why_not_forkable(cache: Any) -> str | None:
+def why_unforkable(cache: Any) -> str | None:
     """The reason why this cache cannot be forked exactly, in words for a log; None where it can."""
     if type(cache) is not DynamicCache:
         return f"its cache is a {type(cache).__name__}"
@@ -81,7 +82,7 @@ def why_not_forkable(cache: Any) -> str | None:
     return None if other is None else f"its cache has layers of type {type(other).__name__}"
 
 
-def read_states(cache: DynamicCache) -> list[Tensor]:
+def cache_states(cache: DynamicCache) -> list[Tensor]:
     """Every state tensor of the cache, layer by layer, in a fixed order; batch dimension first."""
     states = []
     for layer in cache.layers:
@@ -92,8 +93,8 @@ def read_states(cache: DynamicCache) -> list[Tensor]:
     return states
 
 
-def write_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
-    """A new cache like `cache` that holds `states`, in the order of `read_states`; `cache` is left as it was."""
+def with_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
+    """A new cache like `cache` that holds `states`, in the order of `cache_states`; `cache` is left as it was."""
     remaining = iter(states)
     new = copy.copy(cache)
     new.layers = []
@@ -118,25 +119,25 @@ def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
 
     The states are copied, so that layers which write into them in place leave the original alone.
     """
-    states = read_states(cache)
+    states = cache_states(cache)
     index = torch.tensor(list(rows), device=states[0].device)
-    return write_states(cache, [state.index_select(0, index) for state in states])
+    return with_states(cache, [state.index_select(0, index) for state in states])
 
 
-def join(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
+def join_caches(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
     """One cache, whose row i goes on from the prompt `rows[i]`, an index into the rows of all `caches` in turn.
 
     The keys and values of shorter prompts are padded on the left, where only an attention mask hides them.
     """
     longest = max(caches, key=lambda cache: cache.get_seq_length())
     joined = []
-    for parts in zip(*map(read_states, [longest, *caches]), strict=True):
+    for parts in zip(*map(cache_states, [longest, *caches]), strict=True):
         tokens = parts[0].shape[-2]  # states without a token dimension have equal shapes
         joined.append(torch.cat([pad(part, (0, 0, tokens - part.shape[-2], 0)) for part in parts[1:]])[rows])
-    return write_states(longest, joined)
+    return with_states(longest, joined)
 
 
-def row_alone(cache: DynamicCache, row: int, is_own_T: Tensor) -> DynamicCache:
+def extract_cache_row(cache: DynamicCache, row: int, is_own_T: Tensor) -> DynamicCache:
     """A cache that holds one row of `cache` and nothing else: of its T tokens those that are its own.
 
     Args:
@@ -159,12 +160,111 @@ def _has_keys(layer: object) -> bool:
     return isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None
 
 
-def slice_of(boundary: DynamicCache, last: DynamicCache) -> DynamicCache:
+def share_prefix_storage(boundary: DynamicCache, last: DynamicCache) -> DynamicCache:
     """`boundary` with the keys and values that grow by concatenation replaced by views into those of `last`, which
     begin with them; states that are overwritten as a prompt goes on (sliding windows, recurrent) are kept."""
-    new = write_states(boundary, read_states(boundary))
+    new = with_states(boundary, cache_states(boundary))
     for layer, whole in zip(new.layers, last.layers, strict=True):
         if _has_keys(layer) and not layer.is_sliding:
             tokens = layer.keys.shape[-2]
             layer.keys, layer.values = whole.keys[..., :tokens, :], whole.values[..., :tokens, :]
     return new
+
+
+def prompt_segments(tokens: int, chunk_tokens: int | None) -> list[range]:
+    """Ranges of at most `chunk_tokens` prompt tokens, of two at least, but for a prompt that has no more than one."""
+    if chunk_tokens is None or tokens <= chunk_tokens:
+        return [range(tokens)] if tokens else []
+    ends = list(range(max(2, chunk_tokens), tokens - 1, max(2, chunk_tokens)))
+    return [range(start, end) for start, end in zip([0, *ends], [*ends, tokens], strict=True)]
+
+
+def prefill(lm: PreTrainedModel, prompts_kS: Tensor, **options: Any) -> DynamicCache | None:
+    """The cache of all tokens but the last one; None for prompts of one token."""
+    whole = prompt_segments(prompts_kS.size(1) - 1, None)
+    return prefill_segment(lm, prompts_kS, whole[0], None, **options) if whole else None
+
+
+def prefill_in_segments(
+    lm: PreTrainedModel, prompts_kS: Tensor, chunk_tokens: int | None, **options: Any
+) -> Iterator[DynamicCache]:
+    """The caches at the end of each segment, each of them left as it was by the next."""
+    cache = None
+    for segment in prompt_segments(prompts_kS.size(1) - 1, chunk_tokens):
+        before = None if cache is None else fork(cache, range(len(prompts_kS)))
+        cache = prefill_segment(lm, prompts_kS, segment, before, **options)
+        yield cache
+
+
+def prefill_segment(
+    lm: PreTrainedModel, prompts_kS: Tensor, segment: range, cache: DynamicCache | None, **options: Any
+) -> DynamicCache:
+    """The cache at the end of a segment; `cache`, the one at its beginning, is written to."""
+    return lm.base_model(
+        input_ids=prompts_kS[:, segment.start : segment.stop],
+        past_key_values=cache,
+        position_ids=torch.arange(segment.start, segment.stop, device=prompts_kS.device).unsqueeze(0),
+        use_cache=True,
+        **options,
+    ).past_key_values
+
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefilledPrompts:
+    """Prompts that were read: `caches`, where they are padded on the left, of each prompt its row in them all, and the
+    logits after it."""
+
+    caches: list[DynamicCache]
+    row_of: dict[Prompt, int]
+    logits_PV: Tensor
+
+
+def prefill_prompts(
+    lm: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    device: torch.device,
+    kept: Mapping[Prompt, DynamicCache],
+    **options: Any,
+) -> PrefilledPrompts:
+    """Read each distinct prompt once, from where the longest kept beginning of it ends.
+
+    Those with as many tokens to be read are read in one forward: none of these is padded, on any architecture.
+
+    Args:
+        kept: caches of one row each, by the tokens that they have read.
+    """
+    batches: dict[tuple[bool, int], list[tuple[Prompt, int]]] = {}
+    lengths = sorted({len(beginning) for beginning in kept}, reverse=True)
+    for prompt in dict.fromkeys(prompts):
+        start = next((length for length in lengths if length < len(prompt) and prompt[:length] in kept), 0)
+        batches.setdefault((start > 0, len(prompt) - start), []).append((prompt, start))
+    caches, logits = [], []
+    row_of: dict[Prompt, int] = {}
+    for batch in batches.values():
+        starts_k = torch.tensor([start for _, start in batch], device=device)
+        ids_kS = torch.tensor([prompt[start:] for prompt, start in batch], device=device)
+        cache = mask_kT = None
+        if any(start for _, start in batch):
+            cache = join_caches(
+                [kept[prompt[:start]] for prompt, start in batch], torch.arange(len(batch), device=device)
+            )
+            padding_k = starts_k.max() - starts_k
+            if padding_k.any():
+                cells_T = torch.arange(int(starts_k.max()) + ids_kS.size(1), device=device)
+                mask_kT = (cells_T >= padding_k.unsqueeze(1)).long()
+        output = lm(
+            input_ids=ids_kS,
+            position_ids=starts_k.unsqueeze(1) + torch.arange(ids_kS.size(1), device=device),
+            attention_mask=mask_kT,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        caches.append(output.past_key_values)
+        logits.append(output.logits[:, -1])
+        row_of |= {prompt: len(row_of) + i for i, (prompt, _) in enumerate(batch)}
+    return PrefilledPrompts(caches=caches, row_of=row_of, logits_PV=torch.cat(logits))

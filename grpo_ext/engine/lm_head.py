@@ -1,19 +1,16 @@
-"""The LM head with LoRA on it, in tiles: from hidden states to log-probs and entropies, without the logits of the whole
-vocabulary and without a merged weight.
+"""The LM head of a causal language model, in tiles: from hidden states to log-probs, entropies and an exact KL, without
+the logits of the whole vocabulary.
 
-TRL's kernels, which `head.py` calls, take one weight. Here an adapter adds to the logits of each tile what it would add
-to the weight, s B A, so that the head stays frozen, also where its weight is that of the embedding:
+In: hidden states of tokens that are to be scored, in one row, and what comes next. Out: one number a token, float32.
 
-    logits[:, tile] = h W[tile]^T + u B[tile]^T        u = s h A^T, few numbers a token
+The tiles are TRL's kernels; on a GPU they are Triton's. With an adapter on the head they are `low_rank_head.py`'s.
 
-In: hidden states of tokens that are to be scored, in one row, and what comes next. Out: one number a token. Products
-are in the precision of the hidden states or of autocast; sums over words and gradients are in float32, or in float64
-where the hidden states are.
-
-Legend: T tokens, V vocabulary, H hidden size, R rank (of several active adapters, the sum).
+Legend: T tokens, H hidden size.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +18,73 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from grpo_ext.model.unwrap import head_of
+
+VOCAB_TILE = 32768  # as TRL has it
+KL_TOKEN_TILE = 512  # of a tile for the exact KL, which holds two of them in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledHead:
+    """Scores hidden states of `lm`.
+
+    Attributes:
+        softcap: bound on the logits (`final_logit_softcapping`); None for none.
+        scale: factor on the logits before that.
+    """
+
+    lm: PreTrainedModel
+    softcap: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, lm: PreTrainedModel, fused_forward: Callable[..., Any]) -> "TiledHead":
+        """The head that TRL's `add_fused_lm_head` gave the model: softcap and scale are what it found in the config."""
+        found = inspect.getclosurevars(fused_forward).nonlocals
+        return cls(lm=lm, softcap=found["final_logit_softcapping"], scale=found["logit_scale"])
+
+    def score(
+        self, hidden_TH: Tensor, targets_T: Tensor, temperature: float, *, with_entropies: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the targets and, where asked for, entropies in nats, of softmax(logits / temperature)."""
+        lm_head = self.lm.get_output_embeddings()
+        outputs = ("log_probs", "entropy") if with_entropies else ("log_probs",)
+        tile = min(VOCAB_TILE, lm_head.weight.size(0))
+        hidden_TH = hidden_TH.to(lm_head.weight.device)
+        low_rank = active_head_lora(self.lm, hidden_TH)
+        if low_rank is not None:
+            logits = LogitScale(temperature=temperature, softcap=self.softcap, scale=self.scale)
+            return score_with_lora(hidden_TH, lm_head, low_rank, targets_T, logits, with_entropies=with_entropies)
+        logps_T, entropies_T, *_ = ChunkedLogProbFunction.apply(
+            hidden_TH, lm_head.weight, lm_head.bias, targets_T, temperature, tile, self.softcap, self.scale, outputs
+        )
+        return logps_T, entropies_T
+
+    def divergence(self, hidden_TH: Tensor, ref_hidden_TH: Tensor, temperature: float) -> Tensor:
+        """KL(policy || reference) of each token's whole distribution, in nats, with the policy's gradient.
+
+        Args:
+            hidden_TH: of the policy.
+            ref_hidden_TH: of the reference, which has the same, frozen head.
+        """
+        lm_head = self.lm.get_output_embeddings()
+        head = (lm_head.weight, lm_head.bias)
+        logits = (self.scale, self.softcap)
+        parts = zip(hidden_TH.split(KL_TOKEN_TILE), ref_hidden_TH.split(KL_TOKEN_TILE), strict=True)
+        kls = [
+            ChunkedDivergenceFunction.apply(hidden, *head, reference, *head, 1.0, temperature, *logits, *logits)[0]
+            for hidden, reference in parts
+        ]
+        return torch.cat(kls)
+
 
 TILE = (1024, 32768)  # tokens x words; TRL has four times the tokens, without copies of a tile in float32
 
 
-class LowRank(NamedTuple):
+class HeadLoRA(NamedTuple):
     """What adapters add to the logits: `states_TR @ factor_VR.T`, with a graph to hidden states, A and B."""
 
     states_TR: Tensor
@@ -56,7 +113,7 @@ class LogitScale(NamedTuple):
         return (1 - (logits * (self.temperature / self.softcap)) ** 2) * slope
 
 
-def active_low_rank(lm: PreTrainedModel, hidden_TH: Tensor) -> LowRank | None:
+def active_head_lora(lm: PreTrainedModel, hidden_TH: Tensor) -> HeadLoRA | None:
     """Of the adapters on the LM head that are active now; None where none is, as in `disable_adapter()`."""
     layer = head_of(lm)
     if not isinstance(layer, LoraLayer) or layer.disable_adapters:
@@ -65,16 +122,16 @@ def active_low_rank(lm: PreTrainedModel, hidden_TH: Tensor) -> LowRank | None:
     if not names:
         return None
     factors = [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in names]
-    return LowRank(
+    return HeadLoRA(
         states_TR=torch.cat([A(hidden_TH.to(A.weight.dtype)) * scaling for A, _, scaling in factors], dim=1),
         factor_VR=torch.cat([B.weight for _, B, _ in factors], dim=1),
     )
 
 
-def score_low_rank(
+def score_with_lora(
     hidden_TH: Tensor,
     lm_head: nn.Linear,
-    low_rank: LowRank,
+    low_rank: HeadLoRA,
     targets_T: Tensor,
     logit_scale: LogitScale,
     *,
@@ -88,10 +145,10 @@ def score_low_rank(
         tile: tokens and words whose logits are there at once.
     """
     weights = (lm_head.weight, lm_head.bias)
-    return _LowRankScore.apply(hidden_TH, *low_rank, *weights, targets_T, logit_scale, tile, with_entropies)
+    return _LoRAScore.apply(hidden_TH, *low_rank, *weights, targets_T, logit_scale, tile, with_entropies)
 
 
-class _LowRankScore(torch.autograd.Function):
+class _LoRAScore(torch.autograd.Function):
     """The backward makes each tile of logits anew; the frozen weight has no gradient."""
 
     @staticmethod
