@@ -1,15 +1,15 @@
 """What one optimizer step leaves to the next, as two files per process: JSON, and the tensors in it.
 
-    save_states(folder, 0, {"temperature": {"temperature": 0.8, ...}, "trainer": {"rollout": [{"advantages": tensor}]}})
+save_states(folder, 0, {"temperature": {"temperature": 0.8, ...}, "trainer": {"rollout": [{"advantages": tensor}]}})
 
-    state_0.json            {"temperature": {"temperature": 0.8, ...}, "trainer": {"rollout": [{"advantages": ...}]}}
-    state_0.safetensors     trainer/rollout/0/advantages
+state_0.json            {"temperature": {"temperature": 0.8, ...}, "trainer": {"rollout": [{"advantages": ...}]}}
+state_0.safetensors     trainer/rollout/0/advantages
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ STATE_FILE, TENSORS_FILE = "state_{}.json", "state_{}.safetensors"
 TENSOR, ON_HOST = "__tensor__", "on_host"  # keys of the JSON object that stands for a tensor
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Carries something from step to step: JSON values and tensors, in dicts with string keys and in lists."""
 

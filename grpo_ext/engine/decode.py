@@ -57,10 +57,10 @@ class GroupSampler:
     Attributes:
         temperature: as given; it may be set anew between calls.
         max_new_tokens_per_row: bounds for the next call, in addition to that of `generate`; None for none.
-        completions: of the last call.
+        completions: of the last call; None before it.
     """
 
-    completions: SampledCompletions
+    completions: SampledCompletions | None
 
     def __init__(self, temperature: float):
         self.temperature = temperature

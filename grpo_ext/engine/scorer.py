@@ -15,7 +15,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, ScoringBatch, Scores, Siblings, find_siblings
+from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, Scores, ScoringBatch, Siblings, find_siblings
 
 Plain = Callable[[], tuple[Tensor, Tensor | None, Tensor | None]]
 

@@ -4,13 +4,12 @@ Legend: B rows, C completion tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_ext.losses.batch_masks import completion_loss_mask
 from grpo_ext.losses.kl import sampled_kl
+from grpo_ext.losses.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,31 +31,31 @@ class ReferenceKL:
         """Whether scoring computes the KL, from the hidden states of the reference."""
         return self.has_reference and self.estimator == "exact"
 
-    def per_token(self, inputs: dict[str, Any], logps_BC: Tensor, exact_kls_BC: Tensor | None) -> Tensor:
+    def per_token(self, micro_batch: MicroBatch, logps_BC: Tensor) -> Tensor:
         """Shape (B, C), with the policy's gradient.
 
         Args:
-            inputs: TRL's micro-batch, with `ref_per_token_logps`.
+            micro_batch: scored, with `ref_per_token_logps`.
             logps_BC: under the policy, with gradient.
-            exact_kls_BC: what scoring computed; None if it computed none.
 
         Raises:
             ValueError: the exact KL is asked for, and a row has no prompt to share.
         """
+        inputs = micro_batch.inputs
         if not self.is_exact:
             return sampled_kl(
                 self.estimator,
                 logps_BC,
                 inputs["ref_per_token_logps"],
                 old_logps_BC=inputs.get("old_per_token_logps"),
-                mask_BC=completion_loss_mask(inputs),
+                mask_BC=micro_batch.mask_BC,
                 bias_corrected=self.bias_corrected,
             )
-        if exact_kls_BC is None and inputs["completion_mask"].any():
+        if micro_batch.exact_kls_BC is None and inputs["completion_mask"].any():
             raise ValueError("kl_estimator='exact' needs a prompt of at least one token in every row.")
-        return torch.zeros_like(logps_BC) if exact_kls_BC is None else exact_kls_BC
+        return torch.zeros_like(logps_BC) if micro_batch.exact_kls_BC is None else micro_batch.exact_kls_BC
 
-    def mean_over_rows(self, kl_BC: Tensor, inputs: dict[str, Any]) -> Tensor:
+    @staticmethod
+    def mean_over_rows(kl_BC: Tensor, mask_BC: Tensor) -> Tensor:
         """The mean over rows of their mean KL per token, a scalar."""
-        mask_BC = completion_loss_mask(inputs)
         return ((kl_BC * mask_BC).sum(dim=1) / mask_BC.sum(dim=1).clamp(min=1.0)).mean()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_ext.rollout.sampler import pad_logps
+from grpo_ext.engine.scorer import RequestScores
 from grpo_ext.rollout.types import SampledRows
 
 
@@ -32,29 +32,31 @@ class OldLogprobs:
         self,
         rows: SampledRows,
         mask_BC: Tensor,
-        score: Callable[[slice], Tensor],
+        score: Callable[[slice], RequestScores],
         *,
         step: int,
         tolerance: float,
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[RequestScores, float]:
         """Old log-probs of a rollout, and the largest difference that was seen.
 
         Args:
             rows: with log-probs at sampling.
             mask_BC: 1 on completion tokens.
-            score: log-probs of some of the rows under the policy as it is now.
+            score: scores of some of the rows under the policy as it is now.
             step: decides which row is scored.
             tolerance: nats per completion.
 
         Returns:
-            Log-probs of shape (B, C), and the difference in nats per completion.
+            Log-probs alone, and the difference in nats per completion.
         """
         assert rows.logps is not None
-        sampled_BC = pad_logps(rows.logps, mask_BC)
+        sampled_BC = torch.zeros_like(mask_BC, dtype=torch.float32)
+        for row, logps in zip(sampled_BC, rows.logps, strict=True):
+            row[: len(logps)] = row.new_tensor(logps)
         is_fresh_B1 = ~torch.tensor(rows.is_replayed, device=mask_BC.device).unsqueeze(1)
 
         def compare(which: slice) -> tuple[Tensor, float]:
-            scored = score(which).where(is_fresh_B1[which], sampled_BC[which])
+            scored = score(which).logps_BC.where(is_fresh_B1[which], sampled_BC[which])
             gaps = ((scored - sampled_BC[which]) * mask_BC[which]).sum(dim=1).abs()
             return scored, self._gather_max(gaps.max())
 
@@ -64,7 +66,8 @@ class OldLogprobs:
         agreed_before, self._agrees = self._agrees, gap < tolerance
         if agreed_before:  # one row was scored
             logps_BC = sampled_BC if self._agrees else compare(everything)[0]
-        return logps_BC, gap
+        scores = RequestScores(logps_BC=logps_BC, entropies_BC=None, kls_BC=None, hidden_BCH=None, aux_loss=None)
+        return scores, gap
 
     def state_dict(self) -> dict[str, Any]:
         return {"agrees": self._agrees}

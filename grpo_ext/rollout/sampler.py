@@ -5,12 +5,12 @@ have sampled from the same random state. If something else sampled, such as vLLM
 the user's, nothing is known about its completions but their tokens.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_ext.engine.decode import GroupSampler
@@ -94,18 +94,12 @@ def _truncate(rows: list[list[Any]], lengths: list[int]) -> list[list[Any]]:
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
-def ends_without(completion_ids: TokenRows, end_token_ids: Collection[int]) -> list[bool]:
-    """Whether each completion was cut off, judged by its last token as TRL does."""
-    return [ids[-1] not in end_token_ids for ids in completion_ids]
-
-
-def ending_metrics(lengths_B: Tensor, is_cut_B: Tensor) -> dict[str, float]:
-    """TRL's metrics of endings, for completions that may also end with a stop string.
-
-    Args:
-        lengths_B, is_cut_B: completion tokens of the rows of all processes, and whether they were cut off.
-    """
-    lengths_B = lengths_B.float()
+def ending_metrics(completion_ids: TokenRows, is_cut: list[bool], accelerator: Accelerator) -> dict[str, float]:
+    """TRL's metrics of endings, for completions that may also end with a stop string; over all processes."""
+    lengths_B = accelerator.gather(
+        torch.tensor([len(ids) for ids in completion_ids], device=accelerator.device)
+    ).float()
+    is_cut_B = accelerator.gather(torch.tensor(is_cut, device=accelerator.device))
     ended = lengths_B[~is_cut_B] if not is_cut_B.all() else lengths_B.new_zeros(1)
     metrics = {
         "clipped_ratio": is_cut_B.float().mean(),
@@ -114,11 +108,3 @@ def ending_metrics(lengths_B: Tensor, is_cut_B: Tensor) -> dict[str, float]:
         "max_terminated_length": ended.max(),
     }
     return {name: value.item() for name, value in metrics.items()}
-
-
-def pad_logps(logps: list[list[float]], like_BC: Tensor) -> Tensor:
-    """Log-probs of the rows, 0 on padding, shape (B, C), float32, on the device of `like_BC`."""
-    padded_BC = torch.zeros_like(like_BC, dtype=torch.float32)
-    for row, values in zip(padded_BC, logps, strict=True):
-        row[: len(values)] = row.new_tensor(values)
-    return padded_BC

@@ -4,6 +4,7 @@ Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M
 least G.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,49 @@ class Rollout:
     sampled_PM: list[Tensor]
     replayed: set[int] = field(default_factory=set)
 
+    @classmethod
+    def of(
+        cls,
+        examples: list[dict[str, Any]],
+        generated: tuple[Any, ...],
+        rows: SampledRows,
+        extra: dict[str, list[Any]],
+        *,
+        rewards_BF: Tensor,
+        all_rewards_PM: Tensor,
+        first_row: int,
+    ) -> "Rollout":
+        """A rollout as it was sampled.
+
+        Args:
+            examples: rows of the dataset.
+            generated: what TRL's `_generate` returned for them.
+            rows: what the sampler reports about them.
+            extra: columns that reward functions logged.
+            rewards_BF, all_rewards_PM, first_row: as the attributes.
+        """
+        prompt_ids, completion_ids, _, completions, logps, *_ = generated
+        sampled = [
+            Completion(
+                example=example,
+                prompt_ids=prompt_ids[i],
+                completion_ids=completion_ids[i],
+                completion=completions[i],
+                logps=None if logps is None else logps[i],
+                is_cut=None if rows.is_cut is None else rows.is_cut[i],
+                temperature=rows.temperatures[i],
+                extra={column: values[i] for column, values in extra.items()},
+            )
+            for i, example in enumerate(examples)
+        ]
+        return cls(
+            completions=sampled,
+            first_row=first_row,
+            rewards_BF=rewards_BF,
+            all_rewards_PM=all_rewards_PM,
+            sampled_PM=[all_rewards_PM.clone()],
+        )
+
     @property
     def group_size(self) -> int:
         """G."""
@@ -89,14 +133,58 @@ class Rollout:
             if 0 <= row < len(self.completions):
                 self.completions[row] = completion
 
+    def as_generated(self) -> tuple[Any, ...]:
+        """The rows of this process as TRL's `_generate` returns them."""
+        rows = self.completions
+        return (
+            [row.prompt_ids for row in rows],
+            [row.completion_ids for row in rows],
+            None,
+            [row.completion for row in rows],
+            _all_or_none(row.logps for row in rows),
+            {},
+            None,
+            [],
+        )
+
     def sampled_rows(self) -> SampledRows:
         """What the scoring passes need to know about the rows."""
-        logps = [completion.logps for completion in self.completions if completion.logps is not None]
-        endings = [completion.is_cut for completion in self.completions if completion.is_cut is not None]
-        rows, G = len(self.completions), self.group_size
+        rows, G = self.completions, self.group_size
         return SampledRows(
-            temperatures=[completion.temperature for completion in self.completions],
-            logps=logps if len(logps) == rows else None,
-            is_cut=endings if len(endings) == rows else None,
-            is_replayed=[(self.first_row + row) // G in self.replayed for row in range(rows)],
+            temperatures=[row.temperature for row in rows],
+            logps=_all_or_none(row.logps for row in rows),
+            is_cut=_all_or_none(row.is_cut for row in rows),
+            is_replayed=[(self.first_row + i) // G in self.replayed for i in range(len(rows))],
         )
+
+
+@dataclass(kw_only=True)
+class RolloutInProgress:
+    """What TRL's rollout method does not pass from one of its hooks to the next.
+
+    Attributes:
+        examples: rows of the dataset.
+        rollout: what stages put together; None if TRL's method samples.
+        rows: what the scoring passes need to know about the rows; None before they are sampled.
+        is_cut: whether each row was cut off, as far as the sampler reports it.
+        ref_hidden_BCH: last hidden states of the reference, if they were asked for.
+        rewards_BF: rewards of the rows of all processes, once they are computed.
+        scored_examples, completion_ids: the rows that they belong to, as reward functions saw them.
+        extra_columns: columns that reward functions logged.
+    """
+
+    examples: list[dict[str, Any]]
+    rollout: Rollout | None = None
+    rows: SampledRows | None = None
+    is_cut: list[bool] | None = None
+    ref_hidden_BCH: Tensor | None = None
+    rewards_BF: Tensor | None = None
+    scored_examples: list[dict[str, Any]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    extra_columns: list[str] = field(default_factory=list)
+
+
+def _all_or_none(values: Iterable[Any]) -> list[Any] | None:
+    """The values; None if one of them is."""
+    listed = list(values)
+    return None if any(value is None for value in listed) else listed

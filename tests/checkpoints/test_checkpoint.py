@@ -77,7 +77,7 @@ def empty(path):
 
 
 DAMAGES = (truncated, with_a_flipped_bit, missing, empty)
-DAMAGED = 4 * 18  # files of such a checkpoint
+DAMAGED = 4 * 16  # files of such a checkpoint
 
 
 def test_every_damage_to_every_file_is_named_and_passed_over(saved, caplog):
@@ -86,7 +86,7 @@ def test_every_damage_to_every_file_is_named_and_passed_over(saved, caplog):
     last, before = folder / "checkpoint-3", folder / "checkpoint-2"
     names = sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
     kinds = "adapter_model.safetensors ref/adapter_model.safetensors optimizer.pt scheduler.pt rng_state.pth "
-    kinds += "trainer_state.json state_0.json rollout_0.safetensors run.json replay.json temperature.json complete.json"
+    kinds += "trainer_state.json state_0.json state_0.safetensors run.json complete.json"
     assert set(kinds.split()) <= set(names)
     assert checkpoint.find("last", folder) == last
     for name in names:
@@ -191,9 +191,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
 def test_a_checkpoint_is_written_anew(saved, again):
     """In a folder that another session left, files of both would be taken for those of one."""
     folder = Path(saved(max_steps=2).args.output_dir)
-    (folder / "checkpoint-2" / "rollout_0.safetensors").write_bytes(b"of another session")
+    (folder / "checkpoint-2" / "state_0.safetensors").write_bytes(b"of another session")
     again(max_steps=2).train(resume_from_checkpoint=folder / "checkpoint-1")
-    assert not (folder / "checkpoint-2" / "rollout_0.safetensors").exists()
+    assert not (folder / "checkpoint-2" / "state_0.safetensors").exists()
     assert checkpoint.find("last", folder) == folder / "checkpoint-2"
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
 

@@ -115,7 +115,6 @@ class GivenTurns(GRPOExtTrainer):
         for text in texts:
             rng = random.Random(f"{text} {self.state.global_step}")
             turns.append("".join(rng.choice("0123abc") for _ in range(rng.randint(1, 4))))
-        self._is_cut = [False] * len(turns)
         completion_ids = self.processing_class(turns)["input_ids"]
         return completion_ids, [[0.0] * len(ids) for ids in completion_ids]
 
@@ -131,7 +130,6 @@ class GivenCompletions(GRPOExtTrainer):
         self.drawn_in = self.state.global_step, times + 1 if step == self.state.global_step else 0
         prompts = [self.processing_class.decode(ids) for ids in prompt_ids]
         completion_ids = given_completions(prompts, self)["completion_ids"]
-        self._is_cut = [False] * len(prompts)
         return completion_ids, [self.logps(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
 
     @torch.no_grad()

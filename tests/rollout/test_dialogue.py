@@ -113,7 +113,7 @@ def test_no_history_is_read_twice(build_player, tokenizer):
     assert len(prompts) == 2
     assert len({tuple(ids) for ids in rollout["completion_ids"]}) == len(rollout["completion_ids"]) == 8
     assert sum(tokens) == sum(map(len, prompts)) + sum(len(ids) - 1 for ids in rollout["completion_ids"])
-    assert trainer._sampler._kept_rows == {}
+    assert trainer.parts.sampler._engine._kept_rows == {}
 
 
 def test_rewards_and_rows_stay_together(build_player, tokenizer):

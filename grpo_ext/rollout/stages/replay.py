@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from trl.trainer.utils import pad
 
 from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.rollout.collect import Draw, Record
@@ -88,13 +89,14 @@ class Replay:
 
     The log-probs that a replayed completion was sampled with are those of its old policy in the ratio; its advantage is
     that of its group at that time. Metrics: `replay/hit_rate`, the share of the wanted places that were filled;
-    `replay/age`, optimizer steps; `replay/dropped_old` and `replay/dropped_far`, groups older than the buffer allows, or
+    `replay/age`, optimizer steps; `replay/dropped_old` and `replay/dropped_far`, groups older than the buffer allows or
     with a completion whose log-ratio to the policy is beyond `MAX_LOG_RATIO`.
 
     Args:
         max_groups: 1 or more.
         buffer: where mixed groups are kept.
-        score: log-probs of completions under the policy as it is now, with their mask, shapes (G, C).
+        score: log-probs of completions under the policy as it is now, with their mask, shapes (G, C); `pad_completions`
+            makes its tensors.
         step: the optimizer step that the rollout is for.
         record: takes the metrics.
         process, processes: index of this process, and their number. Each scores its share of the candidates.
@@ -181,6 +183,18 @@ class Replay:
             gaps_G = ((logps_GC - sampled_GC) * mask_GC).sum(dim=1).abs()
             distances.append(gaps_G.max().item())
         return gather_object(distances)
+
+
+def pad_completions(
+    completions: list[Completion], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Prompts padded on the left and completions on the right: token ids and mask, shapes (B, S + C), and C."""
+    prompts = [torch.tensor(row.prompt_ids, device=device) for row in completions]
+    answers = [torch.tensor(row.completion_ids, device=device) for row in completions]
+    masks = [[torch.ones_like(ids) for ids in rows] for rows in (prompts, answers)]
+    ids_BT = [pad(prompts, pad_token_id, "left"), pad(answers, pad_token_id, "right")]
+    mask_BT = [pad(masks[0], 0, "left"), pad(masks[1], 0, "right")]
+    return torch.cat(ids_BT, dim=1), torch.cat(mask_BT, dim=1), ids_BT[1].size(1)
 
 
 def add_old_logps(inputs: dict[str, Any], logps_BC: Tensor) -> None:
