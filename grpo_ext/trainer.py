@@ -133,6 +133,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     args: GRPOExtConfig
     eos_token_ids: list[int]
+    _buffered_inputs: list[dict[str, Any]] | None
     mask_truncated_completions: bool
 
     def __init__(

@@ -84,6 +84,7 @@ def _drawing(
         sampler.max_new_tokens_per_row = limits
         inputs = tokenizer.pad({"input_ids": histories}, padding_side="left", return_tensors="pt").to(model.device)
         lm.generate(**inputs, generation_config=config)
+        assert sampler.completions is not None
         return sampler.completions
 
     with sampler.keep_row_caches(), shared_sampling(lm, sampler, stop_strings, tokenizer):
