@@ -1,4 +1,4 @@
-"""Rows that go on, turn after turn, from the states that they left, against reading all of it anew for each token."""
+"""Sampling turn by turn on kept caches, against recomputing the whole history for every token."""
 
 import pytest
 import torch
@@ -8,27 +8,27 @@ from grpo_ext.engine.decode import GroupSampler
 from tests.engine.test_decode import EOS, prompts_of
 from tests.engine.test_score import make
 
-TEMPERATURE, MOST = 0.8, 12
+TEMPERATURE, MAX_TURN_TOKENS = 0.8, 12
 
 
 def observation(tokens):
-    """What the world answers to a turn: of 1 to 5 tokens, of which the turn decides; None where it ends the episode."""
+    """The environment's reply to a turn, 1 to 5 tokens derived from it; None if the episode ends."""
     return None if sum(tokens) % 7 == 0 else [2 + (sum(tokens) + i) % 50 for i in range(1 + len(tokens) % 5)]
 
 
 def play(draw, prompts, turns=3):
-    """Every row's tokens and log-probs, turn by turn; `draw(histories, limits)` gives both for a turn of some rows."""
+    """Tokens and log-probs of every row, turn by turn; `draw(histories, limits)` returns both for a turn of some rows."""
     histories = [list(prompt) for prompt in prompts]
     drawn = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     for turn in range(turns):
-        limits = [MOST - 3 * turn - row % 3 for row in alive]
+        limits = [MAX_TURN_TOKENS - 3 * turn - row % 3 for row in alive]
         tokens, logps = draw([histories[row] for row in alive], limits)
         replies = dict(zip(alive, map(observation, tokens), strict=True))
         for row, ids, values in zip(alive, tokens, logps, strict=True):
             drawn[row].append((ids, values))
             histories[row] += ids
-        # One row in four ends a turn earlier than the rest, whatever it says.
+        # One row in four ends a turn earlier than the others, whatever its tokens.
         alive = [row for row in alive if replies[row] is not None and turn < turns - 1 - (row % 4 == 3)]
         for row in alive:
             histories[row] += replies[row]
@@ -42,7 +42,7 @@ def padded(histories):
 
 
 def shared_draw(model, sampler):
-    """Turns drawn by the sampler under test, which is seeded once, before the first."""
+    """Turns from the sampler under test; the caller seeds it once, before the first turn."""
 
     def draw(histories, limits):
         sampler.max_new_tokens_per_row = limits
@@ -55,7 +55,7 @@ def shared_draw(model, sampler):
 
 
 def slow_draw(model):
-    """The obvious way: for every token, every live row is read from its first token, alone and without padding."""
+    """The obvious way: for every token, run every active row from its first token, alone and without padding."""
 
     def draw(histories, limits):
         tokens, logps = [[] for _ in histories], [[] for _ in histories]
@@ -77,13 +77,13 @@ def slow_draw(model):
     return draw
 
 
-@pytest.mark.parametrize("lengths", [(60, 60, 33, 1), (60, 60)], ids=["ragged", "siblings in lanes"])
+@pytest.mark.parametrize("lengths", [(60, 60, 33, 1), (60, 60)], ids=["ragged", "siblings in slots"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"])
 @torch.no_grad()
-def test_as_if_every_history_were_read_anew(architecture, lengths):
-    """Tokens and log-probs of three turns, of rows that end at different times, whose turns and observations have
-    different lengths, and which share lanes in the first one where the prompts are long. A window of 40 tokens, a
-    convolution or a recurrent state that is lost or padded between turns changes them."""
+def test_kept_caches_equal_recomputed_histories(architecture, lengths):
+    """Tokens and log-probs of three turns. Rows end at different times, turns and observations have different lengths,
+    and with long prompts siblings share slots in the first turn. A window of 40 tokens, a convolution or a recurrent
+    state that is lost or padded between turns would change the results."""
     model = make(architecture, "eager" if architecture == "gemma2" else "sdpa")
     prompts = strip_padding(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
@@ -100,9 +100,9 @@ def test_as_if_every_history_were_read_anew(architecture, lengths):
 
 
 @torch.no_grad()
-def test_every_token_is_read_once():
-    """Through the embedding go each distinct prompt once, and of every row all tokens but its last. Without keeping,
-    every turn reads its history again."""
+def test_every_token_is_run_once():
+    """The embedding sees each distinct prompt once, and all tokens of a row except the last one. Without kept caches,
+    every turn runs its whole history again."""
     model = make("llama", "sdpa")
     prompts = strip_padding(*prompts_of(60, 9, siblings=4))
     counted = []
