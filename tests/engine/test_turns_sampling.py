@@ -17,7 +17,7 @@ def observation(tokens):
 
 
 def play(draw, prompts, turns=3):
-    """Tokens and log-probs of every row, turn by turn; `draw(histories, limits)` returns both for a turn of some rows."""
+    """Tokens and log-probs of every row, turn by turn; `draw(histories, limits)` gives both for one turn."""
     histories = [list(prompt) for prompt in prompts]
     drawn = [[] for _ in prompts]
     alive = list(range(len(prompts)))
