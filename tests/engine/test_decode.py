@@ -58,10 +58,10 @@ def test_samples_the_tokens_of_transformers(architecture, attention):
     """Two prompts of 150 tokens, four siblings each, some of which end early; three share a slot if possible."""
     model = make(architecture, attention, torch.float32 if architecture == "qwen3_moe" else torch.float64)
     ids, mask = prompts_of(150, 150)
-    stock, ours, drawn = both(model, ids, mask, max_new_tokens=48)
+    stock, ours, sampled = both(model, ids, mask, max_new_tokens=48)
     assert torch.equal(stock, ours)
-    assert len({len(tokens) for tokens in drawn.tokens}) > 1, "no row ended before another"
-    assert len({tuple(tokens) for tokens in drawn.tokens}) == len(ids), "siblings differ"
+    assert len({len(tokens) for tokens in sampled.tokens}) > 1, "no row ended before another"
+    assert len({tuple(tokens) for tokens in sampled.tokens}) == len(ids), "siblings differ"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -120,11 +120,11 @@ def test_processors_and_criteria_are_those_of_transformers(llama, settings):
 def test_log_probs_are_those_of_the_full_distribution(llama, settings):
     """Log-probs of the sampled tokens equal those of TRL's scoring, whatever the processors removed."""
     ids, mask = prompts_of(40, 33)
-    _, ours, drawn = both(llama, ids, mask, **settings)
+    _, ours, sampled = both(llama, ids, mask, **settings)
     C = ours.size(1) - ids.size(1)
-    lengths = torch.tensor([[len(tokens)] for tokens in drawn.tokens])
+    lengths = torch.tensor([[len(tokens)] for tokens in sampled.tokens])
     scored, _ = plain(llama, ours, torch.cat([mask, (torch.arange(C) < lengths).long()], dim=1), C)
-    for row, logps in zip(scored, drawn.logps, strict=True):
+    for row, logps in zip(scored, sampled.logps, strict=True):
         torch.testing.assert_close(row[: len(logps)], torch.tensor(logps), atol=2e-6, rtol=0)
         assert (row[len(logps) :] == 0).all()
 
@@ -146,9 +146,9 @@ def test_a_prompt_is_prefilled_once_and_finished_rows_leave(llama):
 
 def test_how_a_row_ended(llama):
     ids, mask = prompts_of(40)
-    _, _, drawn = both(llama, ids, mask, max_new_tokens=24)
-    assert set(drawn.is_cut) == {True, False}
-    for tokens, is_cut in zip(drawn.tokens, drawn.is_cut, strict=True):
+    _, _, sampled = both(llama, ids, mask, max_new_tokens=24)
+    assert set(sampled.is_cut) == {True, False}
+    for tokens, is_cut in zip(sampled.tokens, sampled.is_cut, strict=True):
         assert is_cut == (tokens[-1] != EOS)
         assert len(tokens) == 24 or not is_cut
 
@@ -168,7 +168,7 @@ def test_first_and_second_tokens_follow_the_distribution():
     seed or another order of sampling fails by chance twice in 10,000 times."""
     model = make("llama", "sdpa", torch.float32)
     ids, mask = prompts_of(10, siblings=20_000)
-    drawn = generate(model, ids, mask, max_new_tokens=2, eos_token_id=None, custom_generate=GroupSampler(0.8))[:, 10:]
+    sampled = generate(model, ids, mask, max_new_tokens=2, eos_token_id=None, custom_generate=GroupSampler(0.8))[:, 10:]
 
     def check(tokens, prompt):
         expected = (model(input_ids=prompt).logits[0, -1].float() / 0.8).softmax(-1) * len(tokens)
@@ -183,9 +183,9 @@ def test_first_and_second_tokens_follow_the_distribution():
         assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-4
 
     with torch.no_grad():
-        check(drawn[:, 0], ids[:1])
-        most = drawn[:, 0].mode().values
-        second = drawn[drawn[:, 0] == most, 1]
+        check(sampled[:, 0], ids[:1])
+        most = sampled[:, 0].mode().values
+        second = sampled[sampled[:, 0] == most, 1]
         check(second, torch.cat([ids[:1], most.view(1, 1)], dim=1))
 
 
