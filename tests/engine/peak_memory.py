@@ -1,7 +1,7 @@
-"""Peak memory of one update, measured in a fresh process each; run by test_memory.py as a program of its own.
+"""Peak memory of an update, each case measured in a fresh process; test_memory.py runs this file as a program.
 
 python tests/engine/peak_memory.py '[["shared", 256, 64, 4, 1024], ...]'     how, S, C, G, chunk_tokens
-[12345678, ...]                                                      bytes, one number a line of the list
+[12345678, ...]                                                      bytes, one number per case
 """
 
 import json
@@ -27,7 +27,7 @@ from grpo_ext.engine.install import install_shared_scoring
 from tests.conftest import random_lora
 
 CLEAR = Path("/proc/self/clear_refs")
-# A token leaves about 100 kB of activations in all layers, and 4 kB of keys and values.
+# Per token, all layers together hold about 100 kB of activations and 4 kB of keys and values.
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -73,10 +73,10 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
 
 
 def peak_above(action: Callable[[], None]) -> int:
-    """Bytes that this process held at most while it ran `action`, above what it held before."""
+    """Peak bytes of this process while it runs `action`, minus the bytes before."""
     before = psutil.Process().memory_info().rss
     if CLEAR.exists():
-        CLEAR.write_text("5")  # the kernel's own high-water mark starts again
+        CLEAR.write_text("5")  # reset the kernel's high-water mark
         action()
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
@@ -96,13 +96,13 @@ def peak_above(action: Callable[[], None]) -> int:
 
 def measure(model: Any, case: tuple[Any, ...]) -> int:
     how, chunk_tokens = case[0], case[-1]
-    update(model, how, 64, 16, 4, chunk_tokens and 160)  # what a first call loads and allocates for good
+    update(model, how, 64, 16, 4, chunk_tokens and 160)  # a first call loads and allocates things that stay
     model.zero_grad()
     return peak_above(lambda: update(model, *case))
 
 
 def in_a_fork(measure: Callable[[], int]) -> int:
-    """What it finds in a fork of this process, so that no case finds memory that another one left behind."""
+    """Measure in a fork of this process, so that no case reuses memory that another one left behind."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

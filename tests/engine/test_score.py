@@ -116,8 +116,8 @@ def batch(prompt_lengths=(150, 90), lengths=((12, 7, 1, 9), (5, 12, 0, 3)), seed
 
 
 def plain(model, ids, mask, C):
-    """TRL's own scoring, row by row without padding on the left: in float64, eager attention turns the padded
-    positions of stock scoring into NaN, and models with absolute positions see shifted ones."""
+    """TRL's own scoring, row by row without padding on the left. With it, eager attention in float64 would turn padded
+    positions into NaN, and models with absolute positions would see shifted ones."""
     outputs = []
     for row_ids, row_mask in zip(ids, mask, strict=True):
         kept = torch.cat([row_mask[:-C], torch.ones_like(row_mask[-C:])]).bool()
@@ -149,7 +149,7 @@ def gradients(model, outputs, seed=2, **options):
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), **options), strict=True))
 
 
-# Parts of these work in float32 whatever the model is in: the scans of mamba and delta-rule layers, experts on a CPU.
+# Parts of these always run in float32: the scans of mamba and delta-rule layers, and experts on a CPU.
 IN_FLOAT32 = ("falcon_h1", "granitemoehybrid", "qwen3_moe", "qwen3_next", "qwen3_5_text")
 CASES = [
     (architecture, attention, chunk_tokens)
@@ -161,9 +161,9 @@ CASES = [
 
 @pytest.mark.parametrize(("architecture", "attention", "chunk_tokens"), CASES)
 def test_equals_trl(architecture, attention, chunk_tokens):
-    """In float64: log-probs and entropies to 1e-6 (the fused head works in float32), and the gradient of every adapter
-    tensor to 1e-6 relative. Where parts of the model work in float32: 5e-5, which is their rounding; with the delta
-    rule of qwen3_next and qwen3_5_text computed in float64, the gradients of one graph agree to 1e-13."""
+    """In float64: log-probs and entropies to 1e-6 (the fused head runs in float32), and the gradient of every adapter
+    tensor to 1e-6 relative. If parts of the model run in float32: 5e-5, which is their rounding; with the delta rule of
+    qwen3_next and qwen3_5_text in float64, the gradients of one graph agree to 1e-13."""
     model = make(architecture, attention, torch.float32 if architecture == "qwen3_moe" else torch.float64)
     bound = 5e-5 if architecture in IN_FLOAT32 else 1e-6
     inputs = batch()
@@ -180,7 +180,7 @@ def test_equals_trl(architecture, attention, chunk_tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bounds_in_lower_precision(dtype):
-    """float32: 2e-5 nats, and gradients to 1e-4 relative. bfloat16 keeps 8 bits of a number: 0.1 nats."""
+    """float32: 2e-5 nats, and gradients to 1e-4 relative. bfloat16 has 8 bits of precision: 0.1 nats."""
     model = make("llama", "sdpa", dtype)
     inputs = batch()
     want, got = plain(model, *inputs), shared(model, *inputs, chunk_tokens=64)
@@ -213,8 +213,8 @@ def test_shapes_of_groups(prompt_lengths, lengths, chunk_tokens):
         assert (grad - wanted[name]).norm() < 1e-6 * wanted[name].norm(), name
 
 
-def test_equal_prompts_are_found_whatever_their_padding():
-    """Duplicates, padding on either side and masked-away completions; holes are refused."""
+def test_equal_prompts_are_found_despite_their_padding():
+    """Duplicates, padding on either side and fully masked completions; holes are refused."""
     ids = torch.tensor([[0, 5, 6, 7, 7], [5, 6, 0, 8, 9], [0, 6, 5, 7, 0], [0, 5, 6, 7, 7]])
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1], [0, 1, 1, 1, 0], [0, 1, 1, 0, 0]])
     assert find_siblings(ids, mask, 2) == [
@@ -227,8 +227,8 @@ def test_equal_prompts_are_found_whatever_their_padding():
     assert find_siblings(ids, mask, 2) is None
 
 
-def test_prompts_of_one_length_run_side_by_side():
-    """Joined within the bounds; each row keeps its own prompt, and the longest come first as ever."""
+def test_groups_with_prompts_of_equal_length_are_joined():
+    """Joined within the limits; each row keeps its own prompt, and the longest rows come first."""
     one = Siblings(prompts=((5, 6),), rows=(0, 2), lengths=(3, 1), prompt_indices=(0, 0))
     two = Siblings(prompts=((7,),), rows=(1,), lengths=(2,), prompt_indices=(0,))
     three = Siblings(prompts=((8, 9),), rows=(4, 3), lengths=(2, 2), prompt_indices=(0, 0))
@@ -239,7 +239,7 @@ def test_prompts_of_one_length_run_side_by_side():
     assert join_equal_lengths([one, two, three], None, 19) == [two, one, three]
 
 
-def test_rows_are_cut_by_their_length_with_the_prompt():
+def test_chunks_are_limited_by_prompt_and_completion_tokens():
     siblings = Siblings(((1,) * 10,), (0, 1, 2, 3, 4), (30, 10, 10, 2, 0), (0,) * 5)
     assert split_into_chunks(siblings, None, None) == [range(4)]
     assert split_into_chunks(siblings, 3, None) == [range(3), range(3, 4)]
@@ -274,8 +274,8 @@ def test_a_checkpointed_model_keeps_its_prompt():
     ],
 )
 def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
-    """Stock counts a prompt's tokens once a row, empty ones too, and the last token of each completion; so do we,
-    though each prompt is run once. Compared on a padded batch, and through every adapter tensor."""
+    """transformers counts a prompt's tokens once per row, including empty rows, and the last token of each completion;
+    so do we, although each prompt runs once. Compared on a padded batch: the value, and every adapter's gradient."""
     model = make("qwen3_moe", "sdpa", torch.float32)
     ids, mask, C = batch(prompt_lengths, lengths)
     labels = ids.masked_fill(mask == 0, -100)
@@ -294,7 +294,7 @@ def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
 
 
 def whole_distributions(model, ids, mask, C):
-    """Log-probs of all words at every completion token, row by row, from plain logits; shape (B, C, V)."""
+    """Log-probs of the whole vocabulary at every completion token, from plain logits, row by row; shape (B, C, V)."""
     rows = []
     for row_ids, row_mask in zip(ids, mask, strict=True):
         prompt = row_ids[:-C][row_mask[:-C].bool()]
@@ -306,8 +306,8 @@ def whole_distributions(model, ids, mask, C):
 @pytest.mark.parametrize("chunk_tokens", [None, 64])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "falcon_h1", "granitemoehybrid"])
 def test_exact_kl(architecture, chunk_tokens):
-    """Against the sum over the vocabulary of plain logits, value and gradient; among the models are one with a bound on
-    its logits and two with a factor on them."""
+    """Value and gradient against the sum over the vocabulary from plain logits. One of the models has a softcap on its
+    logits, two have a factor on them."""
     model = make(architecture, dtype=torch.float64)
     factors = {
         "gemma2": "final_logit_softcapping",
