@@ -1,4 +1,4 @@
-"""The time limit of a call: it comes, it comes again where it is swallowed, and it leaves nothing behind."""
+"""The time limit of a call: it is raised, raised again if the call swallows it, and leaves no timer behind."""
 
 import signal
 import threading
@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from rewards.workers.deadline import DeadlinePassed, within
+from rewards.workers.deadline import DeadlineExceeded, run_with_deadline
 
 
 def spin(seconds, *, swallow=False):
-    """Computes for so long, and swallows every exception in the way that libraries do."""
+    """Computes for some seconds, and swallows every exception as libraries do."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -26,29 +26,29 @@ def spin(seconds, *, swallow=False):
 
 def test_a_call_in_time_returns_its_result_and_leaves_no_timer():
     handler = signal.getsignal(signal.SIGALRM)
-    assert within(0.5, lambda: spin(0.01)) == "done"
+    assert run_with_deadline(0.5, lambda: spin(0.01)) == "done"
     assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    time.sleep(0.6)  # a timer that is left behind would end the run here
+    time.sleep(0.6)  # a timer left behind would end the test here
 
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_call_that_takes_longer_is_stopped(swallow):
-    """sympy catches every Exception, and sometimes more; a limit that comes once is then no limit."""
-    assert not issubclass(DeadlinePassed, Exception)
+    """sympy catches every Exception, and sometimes more, so a limit that is raised only once is no limit."""
+    assert not issubclass(DeadlineExceeded, Exception)
     started = time.monotonic()
-    with pytest.raises(DeadlinePassed):
-        within(0.2, lambda: spin(30, swallow=swallow))
+    with pytest.raises(DeadlineExceeded):
+        run_with_deadline(0.2, lambda: spin(30, swallow=swallow))
     assert time.monotonic() - started < 10
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_an_alarm_of_the_user_still_comes():
+def test_an_alarm_of_the_user_still_rings():
     rung = []
     handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        assert within(5, lambda: spin(0.05)) == "done"
+        assert run_with_deadline(5, lambda: spin(0.05)) == "done"
         time.sleep(0.5)
         assert rung
     finally:
@@ -56,9 +56,9 @@ def test_an_alarm_of_the_user_still_comes():
 
 
 def test_off_the_main_thread_the_call_runs_without_a_limit():
-    """Signals are refused there; the reward has to work all the same."""
+    """Python allows no signal handlers there, but the reward must still work."""
     results = []
-    thread = threading.Thread(target=lambda: results.append(within(0.05, lambda: spin(0.2))))
+    thread = threading.Thread(target=lambda: results.append(run_with_deadline(0.05, lambda: spin(0.2))))
     thread.start()
     thread.join()
     assert results == ["done"]
