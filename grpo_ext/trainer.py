@@ -19,7 +19,7 @@ from grpo_ext.mechanisms.reference_kl import written
 from grpo_ext.model.adapters import restore_float32, snapshot
 from grpo_ext.model.load import frozen_dtype
 from grpo_ext.report.metrics_file import MetricsFile
-from grpo_ext.rollout.reward_workers import WorkersEnd, in_workers
+from grpo_ext.rollout.reward_workers import CloseWorkers, in_workers
 
 # Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
 MULTIMODAL_INPUTS = (
@@ -107,7 +107,7 @@ class GRPOExtTrainer(GuardedTrainer):
             entropy_coef=self.entropy_coef,
         )
         self.add_callback(MetricsFile())
-        self.add_callback(WorkersEnd(self.reward_funcs))
+        self.add_callback(CloseWorkers(self.reward_funcs))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgress())

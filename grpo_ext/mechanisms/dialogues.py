@@ -6,7 +6,7 @@ import torch
 
 from grpo_ext.engine.decode import Drawn
 from grpo_ext.mechanisms.shared_sampling import SharedSamplingTrainer
-from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue
 
 
@@ -35,7 +35,7 @@ class DialogueTrainer(SharedSamplingTrainer):
                 "Dialogue does not work with tools or environment_factory: each plays the turns by itself. Leave one "
                 "of them out."
             )
-        self._turns = Turns(self._tokenizer, self.eos_token_ids, **self.chat_template_kwargs)
+        self._turns = TurnTokenizer(self._tokenizer, self.eos_token_ids, **self.chat_template_kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs

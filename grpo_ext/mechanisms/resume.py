@@ -70,7 +70,7 @@ class ResumeTrainer(ReplayTrainer):
         Raises:
             ValueError: none that is asked for is whole (`checkpoints/files.py`), or it is another run's.
         """
-        folder = files.find(wanted, self.args.output_dir)
+        folder = files.find_checkpoint(wanted, self.args.output_dir)
         if folder is None:
             return None
         difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)
