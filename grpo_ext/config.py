@@ -59,7 +59,7 @@ class GRPOExtConfig(GRPOConfig):
             load-balancing loss are 0. `"resample"` replaces them with groups of other prompts (as in DAPO,
             arXiv:2503.14476, section 3.2). Recommended: "skip" if it applies: same adapter in less time. "resample" if
             `frac_dead_groups` is above 0.5 and sampling is cheap compared with the update.
-        max_resample_rounds: maximum resampling rounds per rollout, 1 or more; 3 by default. Each round samples one group
+        max_resample_rounds: maximum resampling rounds per rollout, 1 or more; 3 by default. Each round samples a group
             for every group that is still dead.
         num_generations_max: None (default), or more than `num_generations`. Prompts whose completions all earned the
             same reward get more completions, up to this number, without another prefill. The `num_generations` whose
