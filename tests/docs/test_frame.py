@@ -106,7 +106,7 @@ def test_no_file_is_too_long_to_say_one_thing():
         path: lines
         for path in tracked_files()
         if path.endswith(".py") and path.startswith(("grpo_ext", "rewards", "recipes"))
-        if (lines := len((ROOT / path).read_text().splitlines())) > 250
+        if (lines := len((ROOT / path).read_text().splitlines())) > 400
     }
     assert not long
 
