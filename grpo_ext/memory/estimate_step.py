@@ -34,7 +34,7 @@ from grpo_ext.memory.step_shapes import PhaseShape
 from grpo_ext.model.unwrap import base_of
 
 META = torch.device("meta")
-# `_fill_cache` appends this many tokens at a time, or this fraction of the cache; the sampler appends one by one.
+# `_fill_cache` appends MIN_GROWTH tokens or 1 / GROWTH_DIVISOR of the cache at a time; the sampler appends one by one.
 MIN_GROWTH, GROWTH_DIVISOR = 64, 16
 
 
