@@ -20,7 +20,7 @@ from grpo_ext.model.load import disable_4bit_repacking
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.report.publisher import Publisher
 from grpo_ext.report.recorder import Recorder
-from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.collect import RolloutStage
 from grpo_ext.rollout.dialogue import Dialogue
 from grpo_ext.rollout.dialogue_player import DialoguePlayer
@@ -197,7 +197,7 @@ def _dialogue_player(trainer: "GRPOExtTrainer", sampler: Sampler) -> DialoguePla
     refusals.refuse_dialogue(samples_shared=sampler.is_shared, tools=bool(trainer.tools))
     return DialoguePlayer(
         sampler=sampler,
-        turns=Turns(trainer.tokenizer, trainer.eos_token_ids, **trainer.chat_template_kwargs),
+        turns=TurnTokenizer(trainer.tokenizer, trainer.eos_token_ids, **trainer.chat_template_kwargs),
         max_tokens=trainer.max_completion_length,
         eos_token_id=trainer.tokenizer.eos_token_id,
         record=trainer.record,

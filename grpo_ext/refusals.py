@@ -1,6 +1,6 @@
-"""Combinations of settings that could not be trained as asked, refused by name before anything is loaded.
+"""Refuse combinations of settings that cannot be trained as requested, before anything is loaded.
 
-Each message gives what was received, what is valid, and what to type.
+Each message gives the value received, the valid values, and what to type.
 """
 
 import math
@@ -13,12 +13,12 @@ TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "
 DEAD_GROUPS = ("keep", "skip", "resample")
 OVERLONG_PROMPTS = ("error", "drop")
 TRL_SCALE_REWARDS = ("group", "batch", "none")
-# Values of sampling options with which tokens are drawn from the whole distribution.
+# Values of sampling options that leave the distribution over tokens untruncated.
 UNTRUNCATED = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 
 
 def refuse_impossible(config: Any) -> None:
-    """Raise ValueError where a `GRPOExtConfig` asks for what cannot be done."""
+    """Raise ValueError if a `GRPOExtConfig` requests something that cannot be done."""
     _require("loss_type", config.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
     _require("scale_rewards", config.scale_rewards, ("population", *TRL_SCALE_REWARDS))
     _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
@@ -61,7 +61,7 @@ def refuse_impossible(config: Any) -> None:
 
 
 def refuse_words(config: Any) -> None:
-    """`num_generations="auto"` outside of a recipe, before TRL calculates with it."""
+    """Refuse `num_generations="auto"` outside of a recipe, before TRL computes with it."""
     if isinstance(config.num_generations, str):
         raise ValueError(
             f"num_generations={config.num_generations!r} must be a number of 2 or more, for example 8. `auto` is known "
@@ -85,7 +85,7 @@ def _refuse_guards(config: Any) -> None:
 
 
 def explain_batch(config: Any) -> str | None:
-    """What is wrong with G and the rollout batch, where something is; called after TRL has derived the batch."""
+    """The error in `num_generations` or the rollout batch, if there is one. Called after TRL has derived the batch."""
     group, rollout = config.num_generations, config.generation_batch_size
     if group < 2:
         return f"num_generations={group} leaves nothing to compare. Use 2 or more; 8 is usual."
@@ -104,7 +104,7 @@ def explain_batch(config: Any) -> str | None:
 
 
 def _refuse_token_options(config: Any) -> None:
-    """Options of TRL that act on single tokens have no meaning for the ratio of a whole answer."""
+    """TRL's options for single tokens have no meaning for the ratio of a whole completion."""
     token_options = {
         "importance_sampling_level": (config.importance_sampling_level, "token"),
         "top_entropy_quantile": (config.top_entropy_quantile, 1.0),

@@ -71,7 +71,7 @@ from grpo_ext.report.publisher import Publisher
 from grpo_ext.report.run_settings import SettingsFile
 from grpo_ext.rollout.collect import collect, record_group_kinds
 from grpo_ext.rollout.dialogue import Dialogue
-from grpo_ext.rollout.reward_workers import WorkersEnd, in_workers
+from grpo_ext.rollout.reward_workers import CloseWorkers, in_workers
 from grpo_ext.rollout.sampler import ending_metrics
 from grpo_ext.rollout.stages.replay import add_old_logps, pad_completions
 from grpo_ext.rollout.types import Completion, Rollout, RolloutInProgress, SampledRows
@@ -234,7 +234,7 @@ class GRPOExtTrainer(GRPOTrainer):
         if self.parts.watch is not None:
             self.add_callback(self.parts.watch)
         self.add_callback(MetricsFile())
-        self.add_callback(WorkersEnd(self.reward_funcs))
+        self.add_callback(CloseWorkers(self.reward_funcs))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgress())

@@ -65,7 +65,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is not whole (`files.py`), belongs to another run, or cannot be resumed.
         """
-        folder = files.find(wanted, self._args.output_dir)
+        folder = files.find_checkpoint(wanted, self._args.output_dir)
         if folder is None:
             return None
         difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext.engine.decode import SampledCompletions
-from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.collect import Record
 from grpo_ext.rollout.dialogue import Dialogue
 from grpo_ext.rollout.sampler import Sampler
@@ -30,7 +30,7 @@ class DialoguePlayer:
     """
 
     sampler: Sampler
-    turns: Turns
+    turns: TurnTokenizer
     max_tokens: int
     eos_token_id: int
     record: Record

@@ -101,6 +101,16 @@ def test_every_override_is_in_the_table():
     assert overridden <= set(TRL_METHODS)
 
 
+def test_no_file_is_too_long_to_say_one_thing():
+    long = {
+        path: lines
+        for path in tracked_files()
+        if path.endswith(".py") and path.startswith(("grpo_ext", "rewards", "recipes"))
+        if (lines := len((ROOT / path).read_text().splitlines())) > 400
+    }
+    assert not long
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_and_commands_of_the_documents_exist(document):
     text = (ROOT / document).read_text()

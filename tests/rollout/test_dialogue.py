@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.evaluation.complete import complete
 from grpo_ext.evaluation.dialogue import evaluate_dialogue
-from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.rollout.example_envs import Calculator
 from tests.conftest import log_of, own_words_of, random_lora, texts_of
@@ -154,7 +154,7 @@ class Script:
 
 def play(tokenizer, script, rows, env=Digits, max_tokens=100, **settings):
     dialogue = Dialogue(env, **settings)
-    turns = Turns(tokenizer, [tokenizer.eos_token_id])
+    turns = TurnTokenizer(tokenizer, [tokenizer.eos_token_id])
     return dialogue.play(rows, turns, script, max_tokens=max_tokens, eos_token_id=tokenizer.eos_token_id)
 
 
