@@ -16,7 +16,9 @@ from trl import GRPOTrainer
 from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files as checkpoint
 from grpo_ext.report.metrics_file import read_metrics
-from tests.conftest import PROMPTS, adapter_of, likes_step_two, random_lora, share_of_digits, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.reward_functions import PROMPTS, likes_step_two, share_of_digits
+from tests.tools.training import adapter_of
 
 # Everything that writes a file of its own into a checkpoint.
 EVERYTHING = {
@@ -77,7 +79,6 @@ def empty(path):
 
 
 DAMAGES = (truncated, with_a_flipped_bit, missing, empty)
-DAMAGED = 4 * 18  # files of such a checkpoint
 
 
 def test_every_damage_to_every_file_is_named_and_passed_over(saved, caplog):
@@ -102,7 +103,6 @@ def test_every_damage_to_every_file_is_named_and_passed_over(saved, caplog):
                 checkpoint.find(str(last), folder)
             (last / name).write_bytes(whole)
     assert checkpoint.fault(last) is None
-    assert len(names) * len(DAMAGES) == DAMAGED
 
 
 def test_a_damaged_run_goes_on_from_the_checkpoint_before(saved, again, caplog):

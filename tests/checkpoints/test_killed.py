@@ -11,8 +11,8 @@ import pytest
 from grpo_ext.checkpoints import files as checkpoint
 from tests.checkpoints import killed_runs
 from tests.checkpoints.killed_runs import KILLS, PHASES, RUN
-from tests.checkpoints.test_resume import comparable
-from tests.conftest import ROOT
+from tests.tools.metrics import comparable
+from tests.tools.paths import ROOT
 
 SEED = 0
 

@@ -12,7 +12,10 @@ from transformers import BitsAndBytesConfig
 from trl.extras import profiling
 
 from rewards import math_answer_reward
-from tests.conftest import PROMPTS, TINY_MODEL, adapter_of, random_lora, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of
 
 CHAT = "{% for m in messages %}{{ m['content'] }}#{% endfor %}"  # ends a turn with a token that ends nothing
 MESSAGES = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.tools.paths import ROOT
 
 pytestmark = pytest.mark.slow
 

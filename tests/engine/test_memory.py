@@ -7,17 +7,16 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.engine import peak_memory
 from tests.engine.peak_memory import SHAPE
+from tests.tools.memory import RETURN_FREED
+from tests.tools.paths import ROOT
 
 C = 64
 PLAIN = {G: ("plain", 256, C, G, None) for G in (4, 32)}
 GROUPS = {G: ("shared", 256, C, G, 4 * (256 + C)) for G in (4, 32)}  # chunks of four rows
 # Of 256 and of 64 tokens, so that prompts are read in segments of as many, and rows are scored one at a time.
 PROMPTS = {(S, chunk): ("shared", S, C, 4, chunk) for S in (256, 2048) for chunk in (256, 64)}
-# Blocks above 64 kB go back to the system when they are freed: what is resident is what is alive.
-RETURN_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from tests.conftest import PROMPTS, TINY_MODEL, random_lora
-from tests.engine.test_score import ARCHITECTURES, TINY, batch
-from tests.model.test_backbone import NF4
+from tests.tools.architectures import ARCHITECTURES, TINY
+from tests.tools.models import NF4, random_lora
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.scoring import padded_batch
 
 # Attention of whole prompts; of a window that the prompt exceeds; a recurrent layer with an attention layer.
 # gemma2 has no sdpa; its eager attention gives NaN on padding before a prompt, so the prompts here are equally long.
@@ -67,7 +69,7 @@ def case(request, tmp_path_factory):
         trainer = trainer_on(lm, tmp_path_factory.mktemp("grid"))
         trainer.model.to(torch.float64)
 
-        ids, mask, completion = batch((150, 150), ((12, 7, 9, 5), (5, 12, 8, 3)))
+        ids, mask, completion = padded_batch((150, 150), ((12, 7, 9, 5), (5, 12, 8, 3)))
         trainer._shares_prompts = False
         with torch.no_grad():
             logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, completion)
@@ -134,7 +136,7 @@ def test_a_base_of_four_bits(dtype, tmp_path):
     projection = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert projection.weight.dtype == torch.uint8
     assert projection.compute_dtype == dtype
-    ids, mask, completion = batch((60, 40), ((12, 7, 9, 5), (5, 12, 0, 1)))
+    ids, mask, completion = padded_batch((60, 40), ((12, 7, 9, 5), (5, 12, 0, 1)))
     results = {}
     for chunk_tokens in ("plain", None, 50, 110):  # 50 cuts the prompt, 110 holds two rows
         trainer._shares_prompts, trainer.args.chunk_tokens = chunk_tokens != "plain", chunk_tokens

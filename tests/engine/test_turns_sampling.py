@@ -5,8 +5,8 @@ import torch
 
 from grpo_ext.engine.batch import strip_padding
 from grpo_ext.engine.decode import GroupSampler
-from tests.engine.test_decode import EOS, prompts_of
-from tests.engine.test_score import make
+from tests.tools.architectures import EOS, random_model
+from tests.tools.scoring import prompts_of
 
 TEMPERATURE, MOST = 0.8, 12
 
@@ -84,7 +84,7 @@ def test_as_if_every_history_were_read_anew(architecture, lengths):
     """Tokens and log-probs of three turns, of rows that end at different times, whose turns and observations have
     different lengths, and which share lanes in the first one where the prompts are long. A window of 40 tokens, a
     convolution or a recurrent state that is lost or padded between turns changes them."""
-    model = make(architecture, "eager" if architecture == "gemma2" else "sdpa")
+    model = random_model(architecture, "eager" if architecture == "gemma2" else "sdpa")
     prompts = strip_padding(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
     slow, _ = play(slow_draw(model), prompts)
@@ -103,7 +103,7 @@ def test_as_if_every_history_were_read_anew(architecture, lengths):
 def test_every_token_is_read_once():
     """Through the embedding go each distinct prompt once, and of every row all tokens but its last. Without keeping,
     every turn reads its history again."""
-    model = make("llama", "sdpa")
+    model = random_model("llama", "sdpa")
     prompts = strip_padding(*prompts_of(60, 9, siblings=4))
     counted = []
     hook = model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: counted.append(inputs[0].numel()))

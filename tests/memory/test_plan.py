@@ -19,8 +19,9 @@ from grpo_ext.memory.meta_model import bytes_by_kind, config_of, skeleton
 from grpo_ext.memory.plan import RESERVE, UNIT, Plan, Planner, changed, plan
 from grpo_ext.memory.step_shapes import Step, passes
 from grpo_ext.model.load import PolicyConfig
-from tests.conftest import ROOT
 from tests.memory import planned_memory
+from tests.tools.memory import RETURN_FREED
+from tests.tools.paths import ROOT
 
 TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 8192}
 MODELS = {
@@ -66,8 +67,6 @@ CASES = {
     "qwen2, bf16, row by row": ("qwen2", BF16, step(256, 8, 4)),
     "qwen2, NF4, chunks of 128 tokens": ("qwen2", NF4, step(384, 8, 4, chunk_tokens=128)),
 }
-# Blocks above 64 kB go back to the system when they are freed: what is resident is what is alive.
-RETURN_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @pytest.fixture(scope="module")

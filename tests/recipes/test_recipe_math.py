@@ -1,11 +1,9 @@
 """`recipes/math.py` as a user starts it: every way of launching it, what it leaves behind, and that it learns."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +18,10 @@ from grpo_ext.evaluation.callback import load_before
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.model.load import load_tokenizer, model_init_kwargs
 from rewards import math_answer_reward
-from tests.checkpoints.test_resume import comparable
-from tests.conftest import ROOT
+from tests.tools.metrics import comparable
+from tests.tools.paths import ROOT
+from tests.tools.processes import BIN, LAUNCH, launch
 
-BIN = Path(sys.executable).parent
-LAUNCH = [str(BIN / "accelerate"), "launch"]
 TWO_STEPS = (
     "--max_steps 2 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_completion_length 16 "
     "--max_eval_prompts 8 --eval_samples 2 --eval_steps 1 --save_steps 1 --seed 0"
@@ -37,16 +34,6 @@ SUMMARY_FIELDS = (
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def launch(command, cwd=ROOT, **environment):
-    """Run a command of the user: its exit code and its output, both streams in the order of a terminal."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment}
-    env.pop("PYTHONSAFEPATH", None)
-    done = subprocess.run(
-        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, check=False
-    )
-    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize(

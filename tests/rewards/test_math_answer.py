@@ -16,7 +16,7 @@ from rewards.math import expression
 from rewards.math.answer import MAX_CHARACTERS
 from rewards.math.expression import read
 from rewards.math.final_answer import final_answer
-from tests.conftest import TINY_DATA
+from tests.tools.paths import TINY_DATA
 
 RIGHT, WRONG, UNJUDGED = 1.0, 0.0, None
 

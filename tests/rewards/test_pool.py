@@ -16,8 +16,10 @@ import torch
 from grpo_ext.rollout.reward_workers import in_workers
 from rewards import math_answer_reward, program_reward
 from rewards.workers.pool import isolated
-from tests.conftest import ROOT, log_of, random_lora
 from tests.rewards.worker_rewards import Counting, by_its_words, compared, logged, process_id
+from tests.tools.models import random_lora
+from tests.tools.paths import ROOT
+from tests.tools.training import log_of
 
 PATIENCE = 0.5  # seconds for an answer
 

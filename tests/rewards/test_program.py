@@ -10,7 +10,8 @@ from rewards import ProgramReward, program_reward
 from rewards.code.cases import assert_case
 from rewards.code.program import program_of
 from rewards.code.sandbox import Limits
-from tests.conftest import log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.training import log_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None and os.environ.get("CI") != "true",

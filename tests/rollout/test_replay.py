@@ -8,7 +8,9 @@ import torch
 
 from grpo_ext.rollout.replay_buffer import GroupReplayBuffer, KeptGroup
 from grpo_ext.rollout.types import Answer
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, texts_of
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of, texts_of
 
 SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 2, "beta": 0.0, "entropy_coef": 0.0}
 SETTINGS |= {"replay_fraction": 0.5, "learning_rate": 1e-2}

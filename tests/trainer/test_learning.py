@@ -13,7 +13,8 @@ from recipes.math import parse
 from recipes.tiny_math import study
 from recipes.tiny_math.study_report import table
 from rewards import math_answer_reward
-from tests.conftest import SETTINGS, TINY_DATA, TINY_MODEL, adapter_of, log_of
+from tests.tools.paths import TINY_DATA, TINY_MODEL
+from tests.tools.training import SETTINGS, adapter_of, log_of
 
 STEPS = 20
 # Adam divides a gradient by its own size: with its usual epsilon of 1e-8, where a gradient is nothing but rounding, it

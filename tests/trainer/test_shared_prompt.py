@@ -10,7 +10,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, small_shape
+from tests.tools.models import random_lora, small_shape
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 

@@ -12,7 +12,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.report.metrics_file import read_metrics
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, share_of_digits
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS, share_of_digits
+from tests.tools.training import adapter_of, log_of
 
 TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LOSSES_AND_SCALINGS = [(loss, "group") for loss in TRL_LOSSES] + [("dapo", "batch"), ("dapo", "none")]

@@ -13,7 +13,9 @@ from trl import GRPOTrainer
 from trl.generation import vllm_generation
 
 from grpo_ext import GRPOExtTrainer
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of
 
 SIBLINGS, STEPS = 4, 3
 
