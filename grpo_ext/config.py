@@ -81,9 +81,9 @@ class GRPOExtConfig(GRPOConfig):
             processes (`grpo_ext/rollout/reward_workers.py`); a reward that judges all answers of a call together has
             that for each of them. Recommended: ten times what the slowest answer takes.
         reward_workers: worker processes of each reward that judges each answer by itself and says so
-            (`judges_alone = True`): None (default) for as many as this training process has cores. Others have one,
-            which is given whole calls. 0 calls every reward in the training process: for one that changes something
-            there, a list or a model for example.
+            (`scores_independently = True`): None (default) for as many as this training process has cores. Others have
+            one, which is given whole calls. 0 calls every reward in the training process: for one that changes
+            something there, a list or a model for example.
         max_prompt_tokens: tokens, 1 or more; None (default) for no limit but the model's own. Recommended: twice the
             length of a usual prompt: one prompt of 3,000 tokens can end a run that the others fit in.
         overlong_prompts: what to do with longer ones: `"error"` (default), or `"drop"` to leave these rows out, counted

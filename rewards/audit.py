@@ -1,9 +1,9 @@
-"""Is a reward right on this data, before a run finds out: gold answers have to pass, and cheap tricks must not.
+"""Checks a reward on a data set before a run: gold answers must get the full score, and common exploits must not.
 
-    checks = audit(math_answer_reward, rows, forms=FORMS)
-    checks[0]  ->  Check(name="gold answers", wanted="1.0", scores=[1.0, 1.0, ...], failed=[])
+    checks, timing = audit(math_answer_reward, rows, forms=ANSWER_FORMS)
+    checks[0]  ->  Check(name="gold answers", expected="1.0", scores=[1.0, 1.0, ...], failed=[], is_fatal=True)
 
-A trick that earns the full reward once is found by the policy within a few steps, and trained on from there.
+If an exploit gets the full score, the policy finds it within a few steps and trains on it from then on.
 """
 
 import random
@@ -18,36 +18,36 @@ from rewards.completion import text_of
 
 Row = dict[str, Any]
 
-# How a completion may state its answer: the first is taken for most checks, and all of them have to be understood.
-FORMS = ("#### {}", "\\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}.")
+# How a completion may state its answer. Most checks use the first form; the reward must understand all of them.
+ANSWER_FORMS = ("#### {}", "\\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}.")
 FILLER = "So let us think about it once more and go on step by step with what we know. "
-LENGTHS = (0, 50, 200, 1000)  # words in front of a wrong answer
+PADDING_WORDS = (0, 50, 200, 1000)  # numbers of words in front of a wrong answer
 LONG_CHARACTERS = 20_000
 TOLERANCE = 1e-6
 
 
 @dataclass
 class Check:
-    """What one kind of answer earned.
+    """The scores of one kind of completion.
 
     Attributes:
-        name: the kind of answer.
-        wanted: what it should earn, in words.
-        scores: one each; None where the reward did not judge.
-        failed: of those that earned something else, the completion and the score.
-        is_fatal: whether a run makes no sense where one failed.
+        name: the kind of completion.
+        expected: the score that it should get, as text.
+        scores: one per completion; None if the reward returned None.
+        failed: (completion, score) of those that got another score.
+        is_fatal: whether a failure means that a run makes no sense.
     """
 
     name: str
-    wanted: str
+    expected: str
     scores: list[float | None] = field(default_factory=list)
     failed: list[tuple[str, float | None]] = field(default_factory=list)
     is_fatal: bool = False
 
 
 @dataclass
-class Seconds:
-    """What judging took."""
+class Timing:
+    """Seconds that the reward took per completion."""
 
     mean: float
     slowest: float
@@ -58,17 +58,20 @@ def audit(
     rows: Sequence[Row],
     *,
     gold: str = "answer",
-    forms: Sequence[str] = FORMS,
+    forms: Sequence[str] = ANSWER_FORMS,
     seed: int = 0,
-) -> tuple[list[Check], Seconds]:
-    """Put a reward to the test on some rows of the data.
+) -> tuple[list[Check], Timing]:
+    """Audit a reward on some rows of a data set.
 
     Args:
-        reward: TRL's signature; called with one completion at a time.
-        rows: of the data set, with `prompt` and the columns that the reward takes; two or more, 50 are enough.
-        gold: the column from which a right completion is written.
-        forms: how, `{}` standing for the gold answer; one or more.
-        seed: of the wrong answers.
+        reward: a reward function with TRL's signature. It is called with one completion at a time.
+        rows: rows of the data set, with `prompt` and the columns that the reward takes. At least 2; 50 are enough.
+        gold: name of the column with the gold answers.
+        forms: templates of right completions, with `{}` for the gold answer. At least 1.
+        seed: seed of the wrong answers.
+
+    Returns:
+        The checks in the order in which they ran, and the time that the reward took.
 
     Raises:
         ValueError: fewer than two rows, no such column, or a form without `{}`.
@@ -80,63 +83,68 @@ def audit(
         )
     if not forms or not all("x" in form.format("x") and form.format("x") != form.format("y") for form in forms):
         raise ValueError(f"forms={list(forms)!r} need a '{{}}' each, where the gold answer goes, as in '#### {{}}'.")
-    judge = _Judge(reward)
+    auditor = _Auditor(reward)
     form, rng = forms[0], random.Random(seed)
     golds = [str(row[gold]) for row in rows]
-    wrong = [_changed(text, golds, rng) for text in golds]
+    wrong = [_perturbed(text, golds, rng) for text in golds]
     (common, _), *_ = Counter(golds).most_common(1)
     others = [rng.sample(sorted(set(golds) - {text}), min(2, len(set(golds)) - 1)) for text in golds]
     checks = [
-        judge.all_right("gold answers", rows, [form.format(text) for text in golds], is_fatal=True),
-        *(judge.all_right(f"gold as {f.format('…')}", rows, [f.format(text) for text in golds]) for f in forms[1:]),
-        judge.none_right("gold answers, changed", rows, [form.format(text) for text in wrong]),
-        judge.none_right("empty answers", rows, [""] * len(rows)),
-        judge.none_right(
+        auditor.expect_full_score("gold answers", rows, [form.format(text) for text in golds], is_fatal=True),
+        *(
+            auditor.expect_full_score(f"gold as {f.format('…')}", rows, [f.format(text) for text in golds])
+            for f in forms[1:]
+        ),
+        auditor.expect_less("gold answers, changed", rows, [form.format(text) for text in wrong]),
+        auditor.expect_less("empty answers", rows, [""] * len(rows)),
+        auditor.expect_less(
             "always the same answer",
             [row for row, text in zip(rows, golds, strict=True) if text != common],
             [form.format(common)] * sum(text != common for text in golds),
         ),
-        judge.none_right("the prompt copied", rows, [text_of(row.get("prompt", "")) for row in rows]),
-        judge.none_right("very long, no answer", rows, [FILLER * (LONG_CHARACTERS // len(FILLER))] * len(rows)),
-        judge.none_right(
+        auditor.expect_less("the prompt copied", rows, [text_of(row.get("prompt", "")) for row in rows]),
+        auditor.expect_less("very long, no answer", rows, [FILLER * (LONG_CHARACTERS // len(FILLER))] * len(rows)),
+        auditor.expect_less(
             "several candidates",
             rows,
             [form.format(" or ".join([*more, text])) for text, more in zip(golds, others, strict=True)],
         ),
-        judge.not_by_length(rows, [form.format(text) for text in wrong]),
+        auditor.expect_no_length_bonus(rows, [form.format(text) for text in wrong]),
     ]
-    return checks, Seconds(sum(judge.seconds) / len(judge.seconds), max(judge.seconds))
+    return checks, Timing(sum(auditor.seconds) / len(auditor.seconds), max(auditor.seconds))
 
 
-class _Judge:
+class _Auditor:
     def __init__(self, reward: Callable[..., list[float | None]]):
         self._reward = reward
         self.seconds: list[float] = []
 
     def score(self, row: Row, completion: str) -> float | None:
-        """The reward of one completion; a chat prompt gets a chat completion."""
+        """The score of one completion. It is passed as a chat completion if the prompt is a chat prompt."""
         is_chat = not isinstance(row.get("prompt", ""), str)
-        answer = [{"role": "assistant", "content": completion}] if is_chat else completion
+        message = [{"role": "assistant", "content": completion}] if is_chat else completion
         columns = {("prompts" if name == "prompt" else name): [value] for name, value in row.items()}
         started = time.perf_counter()
-        (score,) = self._reward(completions=[answer], **columns)
+        (score,) = self._reward(completions=[message], **columns)
         self.seconds.append(time.perf_counter() - started)
         return score
 
-    def all_right(self, name: str, rows: Sequence[Row], completions: list[str], *, is_fatal: bool = False) -> Check:
+    def expect_full_score(
+        self, name: str, rows: Sequence[Row], completions: list[str], *, is_fatal: bool = False
+    ) -> Check:
         check = Check(name, "1.0", is_fatal=is_fatal)
-        return self._fill(check, rows, completions, lambda score: score is not None and score >= 1.0 - TOLERANCE)
+        return self._score_all(check, rows, completions, lambda score: score is not None and score >= 1.0 - TOLERANCE)
 
-    def none_right(self, name: str, rows: Sequence[Row], completions: list[str]) -> Check:
+    def expect_less(self, name: str, rows: Sequence[Row], completions: list[str]) -> Check:
         check = Check(name, "below 1.0")
-        return self._fill(check, rows, completions, lambda score: score is None or score < 1.0 - TOLERANCE)
+        return self._score_all(check, rows, completions, lambda score: score is None or score < 1.0 - TOLERANCE)
 
-    def not_by_length(self, rows: Sequence[Row], wrong: list[str]) -> Check:
-        """The scores are those of the longest; it fails where one of these is better than the shortest."""
+    def expect_no_length_bonus(self, rows: Sequence[Row], wrong: list[str]) -> Check:
+        """Pad wrong answers: a row fails if more padding scores higher. `scores` are those with the most padding."""
         check = Check("wrong, with more words", "no more than with fewer")
         words = FILLER.split()
         for row, answer in zip(rows, wrong, strict=True):
-            texts = [" ".join([*(words * length)[:length], "\n" + answer]) for length in LENGTHS]
+            texts = [" ".join([*(words * length)[:length], "\n" + answer]) for length in PADDING_WORDS]
             scores = [self.score(row, text) or 0.0 for text in texts]
             check.scores.append(scores[-1])
             best = max(range(len(texts)), key=lambda i: scores[i])
@@ -144,7 +152,7 @@ class _Judge:
                 check.failed.append((texts[best], scores[best]))
         return check
 
-    def _fill(
+    def _score_all(
         self, check: Check, rows: Sequence[Row], completions: list[str], passes: Callable[[float | None], bool]
     ) -> Check:
         for row, completion in zip(rows, completions, strict=True):
@@ -155,8 +163,8 @@ class _Judge:
         return check
 
 
-def _changed(gold: str, golds: Sequence[str], rng: random.Random) -> str:
-    """Another answer of the same kind: one digit changed, or the gold answer of another row."""
+def _perturbed(gold: str, golds: Sequence[str], rng: random.Random) -> str:
+    """A wrong answer of the same kind: one digit changed, or the gold answer of another row."""
     places = [match.start() for match in re.finditer(r"\d", gold)]
     if places:
         place = rng.choice(places)

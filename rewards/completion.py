@@ -1,4 +1,4 @@
-"""What TRL hands to a reward: a string, or a chat completion `[{"role": "assistant", "content": "..."}]`."""
+"""What TRL passes to a reward as a completion: a string, or messages `[{"role": "assistant", "content": "..."}]`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ Completion = str | Sequence[Mapping[str, object]]
 
 
 def text_of(completion: Completion) -> str:
-    """The string itself, or the content of the last message; "" where there is none (a tool call, an empty list)."""
+    """The string itself, or the content of the last message; "" if that is no text (a tool call, an empty list)."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None

@@ -1,16 +1,16 @@
-r"""Rewards for the shape of a text, not for its truth: tags, length, connectives.
+r"""Rewards for the shape of a text, not for its correctness: tags, length, connectives.
 
     format_reward(["<think>6*7</think> <answer>42</answer>"])  ->  [1.0]
     length_reward(["word " * 40])                              ->  [0.8]
     coherence_reward(["因为下雨，所以带伞。"])                    ->  [0.4]
 
-Each of them can be earned without solving anything, and a model finds that out: nonsense in perfect tags, fifty words
-of nothing, "因为因为因为因为因为". They belong beside a reward for being right, at a tenth or a fifth of its weight:
+A model can earn each of them without solving anything, and it will find out: nonsense in perfect tags, fifty words of
+filler, "因为因为因为因为因为". Use them in addition to a correctness reward, at a tenth to a fifth of its weight:
 
     trainer = GRPOExtTrainer(reward_funcs=[math_answer_reward, format_reward],
                              args=GRPOExtConfig(reward_weights=[1.0, 0.1]), ...)
 
-The three names are the defaults; `LengthReward(target=200)` and so on are the same with other settings.
+These three names have the default settings. `LengthReward(target=200)` and so on make the same rewards with others.
 """
 
 import re
@@ -23,17 +23,20 @@ from rewards.completion import Completion, text_of
 
 @dataclass(frozen=True)
 class FormatReward:
-    """1.0 where a completion is these tags in their order, once each, with something in each and nothing around them.
+    """1.0 if a completion consists of these tags: in order, once each, none empty, and no text outside of them.
 
     Args:
-        tags: names of the tags; ("think", "answer") asks for `<think>...</think><answer>...</answer>`.
-        partial: pay for a part, too. Of n tags each one that is opened and closed once, in this order, with something
-            inside, is worth 1/(n+1); the last share is for the whole. For a model that never gets all of it right.
+        tags: names of the tags; ("think", "answer") requires `<think>...</think><answer>...</answer>`.
+        partial: give partial credit, for a model that never gets the whole format right. Of n tags, each one that is
+            opened and closed once, in order and not empty, is worth 1/(n+1). The rest is for the whole format.
+
+    Raises:
+        ValueError: no tags, repeated tags, or a tag that is not an identifier.
     """
 
     tags: tuple[str, ...] = ("think", "answer")
     partial: bool = False
-    needs_no_worker: ClassVar[bool] = True  # see `rewards.workers.pool`
+    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`
 
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) < len(self.tags) or not all(map(str.isidentifier, self.tags)):
@@ -41,11 +44,11 @@ class FormatReward:
 
     @property
     def __name__(self) -> str:
-        """What TRL logs it as."""
+        """The name under which TRL logs the reward."""
         return "format_reward"
 
     def __call__(self, completions: Sequence[Completion], **columns: object) -> list[float]:
-        """A score in [0, 1] for each string or chat completion."""
+        """Score completions, strings or chat completions: one score in [0, 1] each."""
         return [self._score(text_of(completion)) for completion in completions]
 
     def _score(self, text: str) -> float:
@@ -65,17 +68,20 @@ class FormatReward:
 
 @dataclass(frozen=True)
 class LengthReward:
-    """1.0 at `target`, falling in a straight line to 0.0 at nothing and at twice the target.
+    """1.0 at the target length, decreasing linearly to 0.0 for an empty text and for twice the target.
 
     Args:
-        target: the length to aim at, in units; above 0.
-        unit: "words", what stands between blanks, or "characters", blanks left out: for Chinese, Japanese and Thai,
-            which put none between words.
+        target: target length in units, above 0.
+        unit: "words", separated by white space, or "characters", without white space: for Chinese, Japanese and Thai,
+            which do not separate words.
+
+    Raises:
+        ValueError: a target that is not above 0, or an unknown unit.
     """
 
     target: int = 50
     unit: str = "words"
-    needs_no_worker: ClassVar[bool] = True  # see `rewards.workers.pool`
+    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`
 
     def __post_init__(self) -> None:
         if self.target <= 0:
@@ -85,11 +91,11 @@ class LengthReward:
 
     @property
     def __name__(self) -> str:
-        """What TRL logs it as."""
+        """The name under which TRL logs the reward."""
         return "length_reward"
 
     def __call__(self, completions: Sequence[Completion], **columns: object) -> list[float]:
-        """A score in [0, 1] for each string or chat completion."""
+        """Score completions, strings or chat completions: one score in [0, 1] each."""
         words = [text_of(completion).split() for completion in completions]
         lengths = [len(row) if self.unit == "words" else sum(map(len, row)) for row in words]
         return [max(0.0, 1 - abs(length - self.target) / self.target) for length in lengths]
@@ -97,17 +103,19 @@ class LengthReward:
 
 @dataclass(frozen=True)
 class CoherenceReward:
-    """`each` for every occurrence of a connective, at most 1.0; the same one twice counts twice.
+    """`each` per occurrence of a connective, at most 1.0. Repetitions of a connective count as well.
 
     Args:
-        connectives: what to look for, without regard to case; where one begins or ends in a Latin letter, a whole word:
-            "so" is not found in "some".
-        each: what an occurrence is worth, in (0, 1].
+        connectives: words to look for, ignoring case. Latin words must match as a whole: "so" is not found in "some".
+        each: score per occurrence, in (0, 1].
+
+    Raises:
+        ValueError: no connectives, an empty one, or `each` out of range.
     """
 
     connectives: tuple[str, ...] = ("因为", "所以", "然而", "但是")
     each: float = 0.2
-    needs_no_worker: ClassVar[bool] = True  # see `rewards.workers.pool`
+    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`
 
     def __post_init__(self) -> None:
         if not self.connectives or not all(self.connectives):
@@ -117,14 +125,14 @@ class CoherenceReward:
 
     @property
     def __name__(self) -> str:
-        """What TRL logs it as."""
+        """The name under which TRL logs the reward."""
         return "coherence_reward"
 
     def __call__(self, completions: Sequence[Completion], **columns: object) -> list[float]:
-        """A score in [0, 1] for each string or chat completion."""
+        """Score completions, strings or chat completions: one score in [0, 1] each."""
         longest_first = sorted(self.connectives, key=len, reverse=True)
         words = "|".join(map(re.escape, longest_first))
-        # A Latin letter on both sides of an edge means that the word goes on.
+        # If there is a Latin letter on both sides of a boundary, the match is only a part of a word.
         pattern = re.compile(rf"(?:(?<![a-z])|(?![a-z]))(?:{words})(?:(?<![a-z])|(?![a-z]))", re.IGNORECASE)
         counts = [sum(1 for _ in pattern.finditer(text_of(completion))) for completion in completions]
         return [min(1.0, round(count * self.each, 9)) for count in counts]

@@ -10,7 +10,7 @@ from rich.text import Text
 from grpo_ext.cli.names import named
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.data import PROMPT_COLUMNS, draw
-from rewards.audit import FORMS, Check, Seconds, audit
+from rewards.audit import ANSWER_FORMS, Check, Timing, audit
 
 SHOWN_CHARACTERS = 60
 
@@ -37,14 +37,14 @@ def run(options: argparse.Namespace) -> None:
     for row in rows:
         row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
     checks, seconds = audit(
-        named(options.reward), rows, gold=options.gold, forms=options.form or FORMS, seed=options.seed
+        named(options.reward), rows, gold=options.gold, forms=options.form or ANSWER_FORMS, seed=options.seed
     )
     _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
     if any(check.is_fatal and check.failed for check in checks):
         sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")
 
 
-def _show(checks: list[Check], seconds: Seconds, title: str) -> None:
+def _show(checks: list[Check], seconds: Timing, title: str) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("answers", "should earn", "earn, in the mean", "others"):
         table.add_column(column)
@@ -52,7 +52,7 @@ def _show(checks: list[Check], seconds: Seconds, title: str) -> None:
         judged = [score for score in check.scores if score is not None]
         mean = f"{sum(judged) / len(judged):.2f}" if judged else "not judged"
         others = Text(f"{len(check.failed)} of {len(check.scores)}", "red") if check.failed else Text("none", "green")
-        table.add_row(Text(check.name), check.wanted, mean, others)
+        table.add_row(Text(check.name), check.expected, mean, others)
     console = Console()
     console.print(table)
     for check in checks:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from grpo_ext.data import ANSWER_COLUMNS
-from rewards.math.final_answer import final_answer
+from rewards.math.final_answer import extract_final_answer
 
 MOST_CHARACTERS = 2000  # of a prompt or a completion in what a run records
 MOST_VALUE_CHARACTERS = 300  # of an answer that was found in one, and of what a reward logs beside
@@ -41,5 +41,5 @@ def gold_of(example: dict[str, Any]) -> str | None:
 
 def found_in(text: str) -> str | None:
     """The final answer that a completion gives, as the mathematics reward reads it; None where it marks none."""
-    found = final_answer(text)
+    found = extract_final_answer(text)
     return None if found is None else clipped(found, MOST_VALUE_CHARACTERS)

@@ -29,7 +29,7 @@ from typing import Any
 
 from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.rollout.chat_turns import Messages, Turns
-from rewards.workers.pool import FEW, LAST_ANSWERS, MOST_FAILURES, name_of
+from rewards.workers.pool import FAILURE_WINDOW, MAX_FAILURE_RATE, MIN_FAILURES, callable_name
 
 # Draws one turn each of some rows: their token ids so far, and how many more they may have -> what was drawn.
 Draw = Callable[[list[list[int]], list[int]], SampledCompletions]
@@ -126,7 +126,7 @@ class Dialogue:
                 raise ValueError(f"{name}={value} must be at least 1, for example 8 turns of 256 tokens.")
         self.max_turns, self.max_turn_tokens = max_turns, max_turn_tokens
         self._env = env
-        self._has_failed: deque[bool] = deque(maxlen=LAST_ANSWERS)
+        self._has_failed: deque[bool] = deque(maxlen=FAILURE_WINDOW)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """What TRL calls with the prompts of this process; the trainer knows the rows that they belong to."""
@@ -191,10 +191,10 @@ class Dialogue:
         errors = [episode.error for episode in episodes if episode.error is not None]
         self._has_failed.extend(episode.error is not None for episode in episodes)
         failed, played = sum(self._has_failed), len(self._has_failed)
-        if errors and failed > max(FEW, MOST_FAILURES * played):
+        if errors and failed > max(MIN_FAILURES, MAX_FAILURE_RATE * played):
             raise RuntimeError(
-                f"{name_of(self._env)} raised {errors[-1]!r}, and so or similarly in {failed} of the last {played} "
-                f"episodes. A run would learn from noise: mend the environment."
+                f"{callable_name(self._env)} raised {errors[-1]!r}, and so or similarly in {failed} of the last "
+                f"{played} episodes. A run would learn from noise: mend the environment."
             ) from errors[-1]
 
 
@@ -209,4 +209,4 @@ def dialogue_reward(completions: list[Any], episode_reward: list[float | None], 
     return episode_reward
 
 
-vars(dialogue_reward)["needs_no_worker"] = True  # see `rewards.workers.pool`
+vars(dialogue_reward)["runs_in_process"] = True  # see `rewards.workers.pool`

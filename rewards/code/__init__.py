@@ -1,1 +1,1 @@
-"""."""
+"""The program reward: run model-written Python programs on tests in a sandbox."""

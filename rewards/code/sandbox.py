@@ -1,23 +1,31 @@
-"""Runs a Python program that a model wrote where it can do little harm: in bubblewrap (`apt install bubblewrap`).
+"""Runs a model-written Python program where it can do little harm: in bubblewrap (`apt install bubblewrap`).
 
     run_program("print(input()[::-1])", stdin=b"abc")  ->  Outcome(status="ok", stdout=b"cba\n")
 
-Inside: this process's Python with its standard library and no other package, on a read-only root that holds shared
-libraries, /dev/null, /dev/urandom and /dev/zero; a new, empty /tmp in memory; no network, no /proc, no environment, no
-host process in sight, no privilege, no system call of `rewards.code.sandbox_policy.DENIED_CALLS`. When the program
-ends, or at the deadline, all that it started is killed.
+Inside the sandbox a program finds:
 
-What it does not stop:
-- A hole in the kernel: system calls go to this machine's kernel. Only a virtual machine would change that.
-- Memory: the kernel counts single processes, so a program can take `memory_mb` x `processes`, beside the others that
-  run at the same time. Nor does it stop a program from slowing down whatever shares its cores.
+- this process's Python with its standard library and no other package, on a read-only root with shared libraries,
+  /dev/null, /dev/urandom and /dev/zero
+- a new, empty /tmp in memory
+- no network, no /proc, no environment variables, no host processes and no privileges
+- no system call of `rewards.code.sandbox_policy.DENIED_CALLS`
+
+When the program ends, or at the deadline, every process that it started is killed.
+
+What the sandbox does not stop:
+
+- Kernel vulnerabilities: system calls go to the kernel of this machine. Only a virtual machine would change that.
+- Memory use: the kernel limits each process separately, so a program can take `memory_mb` x `processes`, in addition to
+  the other programs that run at the same time. It can also slow down whatever shares its cores.
 - Reading the shared libraries and the standard library of this machine.
-- With `allow_unsandboxed=True`, nearly nothing: the program runs as you, reads and writes your files, uses your network
-  and ends your processes. It gets an empty environment, a new working folder, and limits on time, on the memory of a
-  process, on the size of a file and on output; what it starts is killed unless it leaves the process group.
+- With `allow_unsandboxed=True`, nearly nothing: the program runs as your user, reads and writes your files, uses your
+  network and ends your processes. It still gets an empty environment, a new working directory, and limits on time, on
+  the memory of a process, on the size of a file and on output. What it starts is killed unless it leaves the process
+  group.
 
-Started as root, bwrap opens no user namespace: in one, the program would still be the machine's root, whom no limit on
-processes binds. It becomes a user that nothing else runs as. Anybody else gets a user namespace, as user 65534.
+If this process runs as root, bwrap creates no user namespace: in one, the program would still be the machine's root
+user, to whom no limit on processes applies. Instead the program switches to a user id that nothing else uses. For any
+other user, bwrap creates a user namespace with user 65534.
 """
 
 import math
@@ -33,25 +41,25 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from rewards.code.sandbox_policy import bubblewrap, python, seccomp_filter
+from rewards.code.sandbox_policy import bubblewrap_command, host_python, seccomp_filter
 
-# Seconds that bwrap and Python may take to start, on a busy machine. The program's own time begins after them.
-START_SECONDS = 30
-# The range from which systemd takes users that exist only while a service runs.
+# Time limit for starting bwrap and Python on a busy machine. The program's own time starts after that.
+START_TIMEOUT_SECONDS = 30
+# systemd takes the ids of users that exist only while a service runs from this range.
 TRANSIENT_USERS = range(61184, 65520)
 LAUNCHER = (Path(__file__).parent / "guest" / "launch.py").read_text()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use; the defaults are recommended.
+    """What a program may use. The defaults are recommended.
 
     Args:
-        seconds: of wall-clock time, from the program's first statement.
-        memory_mb: address space of one process in MiB; Python itself takes about 20.
-        processes: processes and threads at once. Not enforced with `allow_unsandboxed`.
-        file_mb: all of /tmp in MiB; with `allow_unsandboxed`, any one file.
-        output_kb: standard output in KiB, at most `file_mb`. A program that writes more has failed.
+        seconds: wall-clock time from the program's first statement.
+        memory_mb: address space of one process in MiB. Python itself takes about 20.
+        processes: processes and threads at the same time. Not enforced with `allow_unsandboxed`.
+        file_mb: total size of /tmp in MiB; with `allow_unsandboxed`, the size of each file.
+        output_kb: size of standard output in KiB, at most `file_mb`. A program that writes more has failed.
     """
 
     seconds: float = 5.0
@@ -63,12 +71,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended, and what it had written to its standard output by then.
+    """How a program ended, and its standard output until then.
 
     Args:
-        status: "ok" with exit code 0, "failed" with another one or by a signal, "timeout" at the deadline, "output"
-            with too much of it.
-        stdout: what it wrote, cut at the limit.
+        status: "ok" for exit code 0, "failed" for any other exit code or a signal, "timeout" at the deadline, "output"
+            if it wrote too much.
+        stdout: standard output, truncated at the limit.
     """
 
     status: Literal["ok", "failed", "timeout", "output"]
@@ -78,10 +86,16 @@ class Outcome:
 def run_program(
     source: str, *, stdin: bytes = b"", limits: Limits = Limits(), allow_unsandboxed: bool = False
 ) -> Outcome:
-    """Run a program's text as `python program.py` would. Nothing in the text raises: a syntax error is "failed".
+    """Run a program as `python program.py` would. No program makes this raise: a syntax error is "failed".
+
+    Args:
+        source: text of the program.
+        stdin: its standard input.
+        limits: what it may use.
+        allow_unsandboxed: run it without bubblewrap, as your own user; see the docstring of this module.
 
     Raises:
-        RuntimeError: bwrap or libseccomp is missing, or no sandbox can be made on this machine.
+        RuntimeError: bwrap or libseccomp is missing, or no sandbox can be started on this machine.
     """
     with ExitStack() as stack:
         program, given, output, log = (
@@ -99,9 +113,11 @@ def run_program(
             user = secrets.choice(TRANSIENT_USERS) if os.geteuid() == 0 else 0
             seccomp = stack.enter_context(_memory_file(seccomp_filter()))
             inherited.append(seccomp.fileno())
-            command = [*bubblewrap(limits.file_mb), "--seccomp", str(seccomp.fileno()), "--"]
-        command += [str(python()), "-I", "-S", "-B", "-X", "utf8", "-c", LAUNCHER]
-        command += map(str, (program.fileno(), ready_end.fileno(), user, *_of_a_process(limits, not allow_unsandboxed)))
+            command = [*bubblewrap_command(limits.file_mb), "--seccomp", str(seccomp.fileno()), "--"]
+        command += [str(host_python()), "-I", "-S", "-B", "-X", "utf8", "-c", LAUNCHER]
+        command += map(
+            str, (program.fileno(), ready_end.fileno(), user, *_rlimit_arguments(limits, not allow_unsandboxed))
+        )
         process = subprocess.Popen(
             command,
             stdin=given,
@@ -114,45 +130,48 @@ def run_program(
         )
         try:
             ready_end.close()
-            if not (_readable(ready.fileno(), START_SECONDS) and ready.read(1)):
+            if not (_wait_readable(ready.fileno(), START_TIMEOUT_SECONDS) and ready.read(1)):
                 why = os.pread(log.fileno(), 4096, 0).decode(errors="replace").strip()
                 raise RuntimeError(f"The sandbox for model-written programs does not start on this machine: {why}")
             ended = stack.enter_context(FileIO(os.pidfd_open(process.pid)))
-            in_time = _readable(ended.fileno(), limits.seconds)
+            in_time = _wait_readable(ended.fileno(), limits.seconds)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        written = os.pread(output.fileno(), limits.output_kb * 1024 + 1, 0)
+        stdout = os.pread(output.fileno(), limits.output_kb * 1024 + 1, 0)
     if not in_time:
-        return Outcome("timeout", written[: limits.output_kb * 1024])
-    if len(written) > limits.output_kb * 1024:
-        return Outcome("output", written[:-1])
-    return Outcome("failed" if process.returncode else "ok", written)
+        return Outcome("timeout", stdout[: limits.output_kb * 1024])
+    if len(stdout) > limits.output_kb * 1024:
+        return Outcome("output", stdout[:-1])
+    return Outcome("failed" if process.returncode else "ok", stdout)
 
 
-def _of_a_process(limits: Limits, counted: bool) -> list[str]:
-    """What `setrlimit` is to set; a number of processes only where no others of the same user count."""
+def _rlimit_arguments(limits: Limits, limit_processes: bool) -> list[str]:
+    """Arguments of the launcher for `setrlimit`, as NAME=VALUE.
+
+    Without the sandbox the number of processes is not limited: it would count all processes of the same user.
+    """
     values = {
-        "RLIMIT_CPU": math.ceil(limits.seconds) + 1,  # for what outlives an unsandboxed run
+        "RLIMIT_CPU": math.ceil(limits.seconds) + 1,  # ends what outlives an unsandboxed run
         "RLIMIT_AS": limits.memory_mb * 2**20,
         "RLIMIT_FSIZE": limits.file_mb * 2**20,
         "RLIMIT_NOFILE": 256,
         "RLIMIT_CORE": 0,
     }
-    if counted:
+    if limit_processes:
         values["RLIMIT_NPROC"] = limits.processes
     return [f"{name}={value}" for name, value in values.items()]
 
 
 def _memory_file(content: bytes) -> FileIO:
-    """An unnamed file, read from its start. Unlike a pipe, it makes nobody wait, whoever holds its other end."""
+    """An unnamed file in memory, positioned at its start. Unlike a pipe, it never blocks the reader or the writer."""
     file = FileIO(os.memfd_create("program"), "r+")
     file.write(content)
     file.seek(0)
     return file
 
 
-def _readable(descriptor: int, seconds: float) -> bool:
+def _wait_readable(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(math.ceil(seconds * 1000)))

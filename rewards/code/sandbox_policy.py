@@ -1,8 +1,7 @@
-"""What the sandbox of `rewards.code.sandbox` is made of: the options of bubblewrap, and the system calls that fail
-inside.
+"""The policy of the sandbox in `rewards.code.sandbox`: the options of bubblewrap, and the denied system calls.
 
-bubblewrap(16)  ->  ["/usr/bin/bwrap", "--unshare-pid", ..., "--remount-ro", "/"]
-seccomp_filter()  ->  a program for the kernel, as libseccomp writes it and bwrap reads it
+bubblewrap_command(16)  ->  ["/usr/bin/bwrap", "--unshare-pid", ..., "--remount-ro", "/"]
+seccomp_filter()        ->  a BPF program, compiled by libseccomp and loaded by bwrap
 """
 
 import ctypes
@@ -15,13 +14,13 @@ import sysconfig
 from io import FileIO
 from pathlib import Path
 
-REFUSAL = (
+MISSING_MESSAGE = (
     "Code rewards run model-written programs. {what} was not found: install {package} (apt install {package}), "
     "or pass allow_unsandboxed=True after reading the docstring of rewards.code.sandbox."
 )
 
-# What fails with EPERM: calls that the standard library can do without and that an attack on the kernel may need, all
-# sockets but pairs, and memory that no limit counts.
+# System calls that fail with EPERM: those that the standard library does not need and an attack on the kernel might,
+# all sockets except socket pairs, and memory that no limit covers.
 DENIED_CALLS = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init finit_module fsconfig
     fsmount fsopen fspick init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load
@@ -34,24 +33,27 @@ DENIED_CALLS = """
 CLONE_NEWUSER = 0x10000000
 
 
-def python() -> Path:
-    """The interpreter of this process itself, not its virtual environment's link to it."""
+def host_python() -> Path:
+    """The interpreter of this process, with the symbolic link of a virtual environment resolved."""
     return Path(sys.executable).resolve()
 
 
-def bubblewrap(file_mb: int) -> list[str]:
-    """The command that makes the sandbox, up to its `--seccomp`; see `rewards.code.sandbox` for what is inside.
+def bubblewrap_command(file_mb: int) -> list[str]:
+    """The command line that starts the sandbox, without `--seccomp` and the program.
+
+    Args:
+        file_mb: size of /tmp in MiB.
 
     Raises:
-        RuntimeError: there is no bwrap.
+        RuntimeError: bwrap is not installed.
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
-        raise RuntimeError(REFUSAL.format(what="bwrap", package="bubblewrap"))
+        raise RuntimeError(MISSING_MESSAGE.format(what="bwrap", package="bubblewrap"))
     options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --die-with-parent"
     options += " --new-session --hostname sandbox --cap-drop ALL"
     if os.geteuid() == 0:
-        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"  # for the launcher, which then has them no more
+        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"  # needed by the launcher, which then drops them
     else:
         options += " --unshare-user --uid 65534 --gid 65534"
     scratch = f"--perms 1777 --size {file_mb * 2**20} --tmpfs /tmp --chdir /tmp --remount-ro /"
@@ -60,15 +62,15 @@ def bubblewrap(file_mb: int) -> list[str]:
 
 @functools.cache
 def _mounts() -> tuple[str, ...]:
-    """The read-only root: shared libraries, Python with its standard library, and three devices."""
+    """The options for the read-only root: shared libraries, Python with its standard library, and three devices."""
     options = []
     prefix = Path(sys.base_prefix).resolve()
     libraries = [Path(base) / name for base in ("/", "/usr", prefix) for name in ("lib", "lib64")]
-    for path in dict.fromkeys([*libraries, Path("/etc/ld.so.cache"), python()]):
+    for path in dict.fromkeys([*libraries, Path("/etc/ld.so.cache"), host_python()]):
         if path.is_symlink():
             options += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
-            # Without --dir, bwrap lets nobody but its own user into the folders above.
+            # Without --dir, bwrap creates the parent directories so that only its own user may enter them.
             options += ["--dir", str(path.parent), "--ro-bind", str(path), str(path)]
     base = {"base": str(prefix), "platbase": str(prefix)}
     packages = [sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")]
@@ -81,7 +83,7 @@ def _mounts() -> tuple[str, ...]:
 
 
 class _Comparison(ctypes.Structure):
-    """libseccomp's `scmp_arg_cmp`: the call's argument number `argument`, masked with `mask`, equals `value`."""
+    """libseccomp's `scmp_arg_cmp`: compares argument number `argument` of a call, masked with `mask`, with `value`."""
 
     _fields_ = [
         ("argument", ctypes.c_uint),
@@ -93,22 +95,22 @@ class _Comparison(ctypes.Structure):
 
 @functools.cache
 def seccomp_filter() -> bytes:
-    """The filter for `bwrap --seccomp`, on this machine's system calls only: those of another architecture kill.
+    """The filter for `bwrap --seccomp`. System calls of another architecture than this machine's kill the program.
 
     Raises:
-        RuntimeError: there is no libseccomp.
+        RuntimeError: libseccomp is not installed.
     """
     allow, fail, masked_equal = 0x7FFF0000, 0x00050000, 7  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_MASKED_EQ
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
-        raise RuntimeError(REFUSAL.format(what="libseccomp", package="libseccomp2")) from None
+        raise RuntimeError(MISSING_MESSAGE.format(what="libseccomp", package="libseccomp2")) from None
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(allow)))
 
     def deny(name: str, error: int, *comparisons: _Comparison) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        if number >= 0:  # else this machine has no such call
+        if number >= 0:  # negative if this architecture has no such call
             array = (_Comparison * len(comparisons))(*comparisons)
             action = ctypes.c_uint32(fail | error)
             failed = library.seccomp_rule_add_array(context, action, number, len(comparisons), array)
@@ -117,7 +119,7 @@ def seccomp_filter() -> bytes:
     for name in DENIED_CALLS.split():
         deny(name, errno.EPERM)
     deny("clone", errno.EPERM, _Comparison(0, masked_equal, CLONE_NEWUSER, CLONE_NEWUSER))
-    deny("clone3", errno.ENOSYS)  # no filter can read its flags; the C library goes on with clone
+    deny("clone3", errno.ENOSYS)  # a filter cannot read its flags; the C library falls back to clone
     with FileIO(os.memfd_create("filter"), "r+") as file:
         failed = library.seccomp_export_bpf(context, file.fileno())
         assert not failed, failed

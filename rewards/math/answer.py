@@ -1,143 +1,161 @@
-r"""The structure of a final answer, and when two answers are the same.
+r"""Parses the structure of a final answer, and decides whether an answer matches the gold answer.
 
-    same(read_answer("x = 1 or x = 2"), read_answer("2, 1"))  ->  True
+    answers_match(parse_answer("x = 1 or x = 2"), parse_answer("2, 1"))  ->  True
 
-Lists, tuples, sets, intervals, equations and inequalities are taken apart here; what is left are numbers
-(`rewards.math.number`), expressions (`rewards.math.expression`) and words.
+This module takes apart lists, tuples, sets, intervals, equations and inequalities. What remains are numbers
+(`rewards.math.number`), expressions (`rewards.math.expression`) and phrases.
 
-- A bare list and a set have no order; a tuple, a vector, `[...]` and an interval have. A bare list also passes for a
-  set, and with commas in its order for `(...)` and `[...]`; so do the values of `y = 2, x = 1` for (1, 2), by name.
-  Brackets otherwise have to be the same, and so does the count.
-- `x = 5` is 5, and 5 is `x = 5`, but `y = 5` is not `x = 5`. In a chain such as `x = 2+3 = 5` every step has to hold.
-  Where an equation is the gold answer, a constant factor does not matter; but `x = 5` is not met by `5x = 25`.
-- `x > 5` is `(5,\infty)`; a union of intervals is a list of them.
-- Where the gold answer is a number, so is the answer: arithmetic left undone is none.
-- Words are compared without case and spaces.
+- A bare list and a set are unordered; a tuple, a vector, `[...]` and an interval are ordered. A bare list also matches
+  a set and, if it uses commas and has the right order, `(...)` and `[...]`. The values of `y = 2, x = 1` match (1, 2):
+  they are sorted by name. Otherwise the brackets must be the same, and so must the number of items.
+- `x = 5` matches 5, and 5 matches `x = 5`, but `y = 5` does not match `x = 5`. In a chain such as `x = 2+3 = 5` every
+  step must hold. If the gold answer is an equation, a constant factor is allowed; but `5x = 25` does not match `x = 5`.
+- `x > 5` is `(5,\infty)`. A union of intervals is a list of them.
+- If the gold answer is a number, the answer must be one too: unevaluated arithmetic does not match.
+- Phrases are compared without case and white space.
 """
 
 import re
 from dataclasses import dataclass
 from operator import itemgetter
 
-from rewards.math.expression import read, same_relation, same_value
-from rewards.math.latex import depths, split, tidy, unwrap
-from rewards.math.number import Number, read_number, same_number, without_unit
+from rewards.math.expression import expressions_match, parse_expression, relations_match
+from rewards.math.latex import bracket_depths, match_outer_brackets, normalize, split_outside_brackets
+from rewards.math.number import Number, numbers_match, parse_number, strip_unit
 
 MAX_CHARACTERS = 256  # a final answer is short
-MAX_DEPTH = 10  # of brackets: the time of Math-Verify's grammar grows with its square
+MAX_DEPTH = 10  # of brackets: the run time of Math-Verify's parser grows with the square of the depth
 
-_AND = r"(?<![^\s,;])(?:and|or)(?![^\s(\\])"
-_BETWEEN = rf";|\\(?:lor|vee|cup)(?![A-Za-z])|{_AND}|(?<![\u4e00-\u9fff])[或和]|[或和](?![\u4e00-\u9fff])"
-_LIST = re.compile(rf"{_BETWEEN}|(?<!\d),|,(?!\d{{3}}(?!\d))")  # a comma before three digits groups thousands
-_LIST_OF_DIGITS = re.compile(rf"{_BETWEEN}|,")
-_SIGN = re.compile(r":?=|<|>|\\(?:approx|in|le|ge|ne)(?![A-Za-z])")
-_TURNED = {">": "<", r"\ge": r"\le"}
+_CONJUNCTION = r"(?<![^\s,;])(?:and|or)(?![^\s(\\])"
+_LIST_WORD = rf";|\\(?:lor|vee|cup)(?![A-Za-z])|{_CONJUNCTION}|(?<![\u4e00-\u9fff])[或和]|[或和](?![\u4e00-\u9fff])"
+_ITEM_SEPARATOR = re.compile(
+    rf"{_LIST_WORD}|(?<!\d),|,(?!\d{{3}}(?!\d))"
+)  # a comma before three digits groups thousands
+_ITEM_SEPARATOR_ANY_COMMA = re.compile(rf"{_LIST_WORD}|,")
+_RELATION_SIGN = re.compile(r":?=|<|>|\\(?:approx|in|le|ge|ne)(?![A-Za-z])")
+_MIRRORED_SIGN = {">": "<", r"\ge": r"\le"}
 _SYMBOL = re.compile(r"(?:\\?[A-Za-z]+|[\u4e00-\u9fff]+)'*(?:_(?:\w|\{\w+\}))?\s*(?:\([^()=]*\))?")
 # Up to five words, such as "no solution" or "June 20", or a time of day.
-_WORDS = re.compile(
+_PHRASE = re.compile(
     r"(?=.*(?:[A-Za-z]{3}|[^\x00-\x7f]))[^\W\d_]{1,24}(?:[ '-]+\w{1,24}){0,4}"
     r"|\d{1,2}:\d\d(?: ?[AaPp]\.?[Mm]\.?)?"
 )
-_BRACKETS = {"(": "(", r"\langle": "(", "[": "[", r"\{": "{", ")": ")", r"\rangle": ")", "]": "]", r"\}": "}"}
+_BRACKET_KIND = {"(": "(", r"\langle": "(", "[": "[", r"\{": "{", ")": ")", r"\rangle": ")", "]": "]", r"\}": "}"}
 
 
 @dataclass(frozen=True)
-class Group:
-    """Items in brackets: "()", "[]", "{}", "[)", "(]", or "" for a bare list."""
+class Collection:
+    """A list, tuple, set or interval.
+
+    Attributes:
+        brackets: "()", "[]", "{}", "[)" or "(]"; "" for a bare list.
+        items: the parsed items.
+    """
 
     brackets: str
-    items: tuple["Answer", ...]
+    items: tuple["ParsedAnswer", ...]
 
 
 @dataclass(frozen=True)
 class Relation:
-    """`name` and `values` of `name = value = ...`, or of an inequality solved for `name`, whose value is an interval;
-    `sides`: (left, sign, right) where there are two."""
+    """An equation or an inequality.
+
+    Attributes:
+        name: left side of `name = value = ...`, or the unknown of a solved inequality; "" if there is none.
+        values: the other parts of the chain; of a solved inequality, its interval.
+        sides: (left, sign, right) if the relation has exactly two sides.
+    """
 
     name: str = ""
-    values: tuple["Answer", ...] = ()
+    values: tuple["ParsedAnswer", ...] = ()
     sides: tuple[str, str, str] | None = None
 
 
-Answer = Number | str | Group | Relation
+ParsedAnswer = Number | str | Collection | Relation
 
 
-def read_answer(text: str) -> Answer | None:
-    """The structure of a final answer; its expressions are read later. None where it is empty, too long or too deep."""
+def parse_answer(text: str) -> ParsedAnswer | None:
+    """The structure of a final answer, whose expressions are still text; None if it is empty, too long or too deep."""
     if len(text) > MAX_CHARACTERS:
         return None
-    text = tidy(text)
-    return _read(text) if text and max(depths(text)) <= MAX_DEPTH else None
+    text = normalize(text)
+    return _parse(text) if text and max(bracket_depths(text)) <= MAX_DEPTH else None
 
 
-def is_readable(answer: Answer | None) -> bool:
-    """Whether all parts have a meaning here, as those of a gold answer must."""
-    if isinstance(answer, Group):
-        return all(map(is_readable, answer.items))
+def is_parseable(answer: ParsedAnswer | None) -> bool:
+    """Whether every part can be interpreted, as those of a gold answer must be."""
+    if isinstance(answer, Collection):
+        return all(map(is_parseable, answer.items))
     if isinstance(answer, Relation):
         if answer.name:
-            return all(map(is_readable, answer.values))
-        return answer.sides is not None and read(answer.sides[0]) is not None and read(answer.sides[2]) is not None
+            return all(map(is_parseable, answer.values))
+        return (
+            answer.sides is not None
+            and parse_expression(answer.sides[0]) is not None
+            and parse_expression(answer.sides[2]) is not None
+        )
     if isinstance(answer, str):
-        return bool(_WORDS.fullmatch(answer)) or read(answer) is not None
+        return bool(_PHRASE.fullmatch(answer)) or parse_expression(answer) is not None
     return isinstance(answer, Number)
 
 
-def is_final(answer: Answer) -> bool:
-    """Whether it is made of numbers in lowest terms and names only: nothing is left to be worked out."""
-    if isinstance(answer, Group):
-        return all(map(is_final, answer.items))
+def is_fully_evaluated(answer: ParsedAnswer) -> bool:
+    """Whether the answer consists of numbers in lowest terms and of names, so that nothing is left to compute."""
+    if isinstance(answer, Collection):
+        return all(map(is_fully_evaluated, answer.items))
     if isinstance(answer, Relation):
-        return bool(_SYMBOL.fullmatch(answer.name)) and all(map(is_final, answer.values))
-    return isinstance(answer, Number) and answer.lowest
+        return bool(_SYMBOL.fullmatch(answer.name)) and all(map(is_fully_evaluated, answer.values))
+    return isinstance(answer, Number) and answer.in_lowest_terms
 
 
-def same(gold: Answer, answer: Answer) -> bool:
-    """Whether the answer is the gold answer, by the rules above; not symmetric."""
+def answers_match(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
+    """Whether an answer matches the gold answer by the rules of this module. Not symmetric."""
     if isinstance(gold, Relation):
-        return _same_as_relation(gold, answer)
+        return _matches_relation(gold, answer)
     if isinstance(answer, Relation):
         *steps, last = answer.values or ("",)
-        return same(gold, last) and all(same(gold, step) or _evaluates_to(gold, step) for step in steps)
-    if isinstance(gold, Group) or isinstance(answer, Group):
-        return isinstance(gold, Group) and isinstance(answer, Group) and _same_items(gold, answer)
+        return answers_match(gold, last) and all(
+            answers_match(gold, step) or _evaluates_to(gold, step) for step in steps
+        )
+    if isinstance(gold, Collection) or isinstance(answer, Collection):
+        return isinstance(gold, Collection) and isinstance(answer, Collection) and _items_match(gold, answer)
     if isinstance(gold, Number):
-        return isinstance(answer, Number) and same_number(gold, answer)
-    if _WORDS.fullmatch(gold):
-        return isinstance(answer, str) and _letters(gold) == _letters(answer)
+        return isinstance(answer, Number) and numbers_match(gold, answer)
+    if _PHRASE.fullmatch(gold):
+        return isinstance(answer, str) and _letters_only(gold) == _letters_only(answer)
     return gold == answer or _evaluates_to(gold, answer)
 
 
-def _read(text: str) -> Answer:
-    wrapped = unwrap(text)
+def _parse(text: str) -> ParsedAnswer:
+    wrapped = match_outer_brackets(text)
     if wrapped and wrapped[0] == "{":
-        return _read(wrapped[1])
-    pieces, separators = split(text, _LIST)
+        return _parse(wrapped[1])
+    pieces, separators = split_outside_brackets(text, _ITEM_SEPARATOR)
     items = [item for item in pieces if item]
     if len(items) > 1:
-        return Group("" if set(separators) == {","} else "{}", tuple(map(_read, items)))  # 1 or 2 has no order
+        return Collection("" if set(separators) == {","} else "{}", tuple(map(_parse, items)))  # "1 or 2" is unordered
     if items and items[0] != text:
-        return _read(items[0])  # a comma too many
-    if wrapped and wrapped[0] in _BRACKETS and wrapped[2] in _BRACKETS:
-        return _read_brackets(_BRACKETS[wrapped[0]] + _BRACKETS[wrapped[2]], wrapped[1])
-    parts, signs = split(text, _SIGN)
+        return _parse(items[0])  # a superfluous comma
+    if wrapped and wrapped[0] in _BRACKET_KIND and wrapped[2] in _BRACKET_KIND:
+        return _parse_brackets(_BRACKET_KIND[wrapped[0]] + _BRACKET_KIND[wrapped[2]], wrapped[1])
+    parts, signs = split_outside_brackets(text, _RELATION_SIGN)
     if signs:
-        return _read_relation(parts, signs)
+        return _parse_relation(parts, signs)
     if r"\pm" in text:
-        return Group("", (_read(text.replace(r"\pm", "+").lstrip("+ ")), _read(text.replace(r"\pm", "-"))))
-    return read_number(text) or without_unit(text)
+        return Collection("", (_parse(text.replace(r"\pm", "+").lstrip("+ ")), _parse(text.replace(r"\pm", "-"))))
+    return parse_number(text) or strip_unit(text)
 
 
-def _read_brackets(brackets: str, inside: str) -> Answer:
-    # (100,200) is a pair; in (1,000, 2,000) the commas with a space separate
-    separator = _LIST if ", " in inside else _LIST_OF_DIGITS
-    items = [item for item in split(inside, separator)[0] if item]
+def _parse_brackets(brackets: str, inside: str) -> ParsedAnswer:
+    # (100,200) is a pair. In (1,000, 2,000) only the commas before a space separate items.
+    separator = _ITEM_SEPARATOR if ", " in inside else _ITEM_SEPARATOR_ANY_COMMA
+    items = [item for item in split_outside_brackets(inside, separator)[0] if item]
     if len(items) == 1 and brackets in ("()", "{}"):
-        return _read(items[0])
-    return Group(brackets, tuple(map(_read, items)))
+        return _parse(items[0])
+    return Collection(brackets, tuple(map(_parse, items)))
 
 
-def _read_relation(parts: list[str], signs: list[str]) -> Relation:
+def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
     if all(sign in ("=", ":=", r"\approx", r"\in") for sign in signs):
         if len(parts) == 2 and _SYMBOL.fullmatch(parts[1]) and not _is_name(parts[0]):
             parts = parts[::-1]
@@ -145,9 +163,9 @@ def _read_relation(parts: list[str], signs: list[str]) -> Relation:
         while names < len(parts) - 1 and _is_name(parts[names]):
             names += 1
         sides = (parts[0], "=", parts[1]) if len(parts) == 2 else None
-        return Relation(parts[0] if names else "", tuple(map(_read, parts[names:])), sides)
-    if all(sign in _TURNED for sign in signs):
-        parts, signs = parts[::-1], [_TURNED[sign] for sign in signs[::-1]]
+        return Relation(parts[0] if names else "", tuple(map(_parse, parts[names:])), sides)
+    if all(sign in _MIRRORED_SIGN for sign in signs):
+        parts, signs = parts[::-1], [_MIRRORED_SIGN[sign] for sign in signs[::-1]]
     if not all(sign in ("<", r"\le", r"\ne") for sign in signs):
         return Relation()
     sides = (parts[0], signs[0], parts[1]) if len(parts) == 2 else None
@@ -158,33 +176,35 @@ def _read_relation(parts: list[str], signs: list[str]) -> Relation:
     low = (parts[place - 1], signs[place - 1]) if place else (r"-\infty", "<")
     high = (parts[place + 1], signs[place]) if place + 1 < len(parts) else (r"\infty", "<")
     brackets = ("(" if low[1] == "<" else "[") + (")" if high[1] == "<" else "]")
-    return Relation(parts[place], (Group(brackets, (_read(low[0]), _read(high[0]))),), sides)
+    return Relation(parts[place], (Collection(brackets, (_parse(low[0]), _parse(high[0]))),), sides)
 
 
 def _is_name(text: str) -> bool:
-    """Whether this names what was asked for, such as x, x_1, a+b or f(2), and is no equation's side: -x, 5x, x^2."""
+    """Whether a left side names what was asked for (x, x_1, a+b, f(2)) instead of being solved for (-x, 5x, x^2)."""
     bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\([^()]*\)", "", text)
     return bool(re.search(r"[^\W\d_]", bare)) and not re.search(r"^-|\d|\^|\\sqrt", bare)
 
 
-def _letters(text: str) -> str:
+def _letters_only(text: str) -> str:
     return re.sub(r"[\W_]", "", text).casefold()
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return re.sub(r"[\s{}]", "", text).casefold()
 
 
-def _evaluates_to(gold: Answer, answer: Answer) -> bool:
+def _evaluates_to(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
     left, right = (str(part.exact) if isinstance(part, Number) else part for part in (gold, answer))
-    return isinstance(left, str) and isinstance(right, str) and same_value(left, right)
+    return isinstance(left, str) and isinstance(right, str) and expressions_match(left, right)
 
 
-def _same_items(gold: Group, answer: Group) -> bool:
+def _items_match(gold: Collection, answer: Collection) -> bool:
     names = [item.name for item in gold.items if isinstance(item, Relation)]
     named = len(set(names)) > 1 and len(names) == len(gold.items)
     if named and not any(isinstance(item, Relation) for item in answer.items):
-        gold = Group("()", tuple(item for _, item in sorted(zip(names, gold.items, strict=True), key=itemgetter(0))))
+        gold = Collection(
+            "()", tuple(item for _, item in sorted(zip(names, gold.items, strict=True), key=itemgetter(0)))
+        )
     kinds = {gold.brackets, answer.brackets}
     comparable = len(kinds) == 1 or ("" in kinds and kinds < {"", "()", "[]", "{}"})
     if not comparable or len(gold.items) != len(answer.items):
@@ -192,23 +212,27 @@ def _same_items(gold: Group, answer: Group) -> bool:
     if kinds <= {"", "{}"}:
         left = list(answer.items)
         for item in gold.items:
-            match = next((place for place, other in enumerate(left) if same(item, other)), None)
+            match = next((place for place, other in enumerate(left) if answers_match(item, other)), None)
             if match is None:
                 return False
             left.pop(match)
         return True
-    return all(same(item, other) for item, other in zip(gold.items, answer.items, strict=True))
+    return all(answers_match(item, other) for item, other in zip(gold.items, answer.items, strict=True))
 
 
-def _same_as_relation(gold: Relation, answer: Answer) -> bool:
+def _matches_relation(gold: Relation, answer: ParsedAnswer) -> bool:
     name = gold.name if _SYMBOL.fullmatch(gold.name) else ""
     if not isinstance(answer, Relation):
-        return bool(name) and same(gold.values[-1], answer)
-    if name and _squeezed(name) == _squeezed(answer.name) and same(gold.values[-1], Relation(values=answer.values)):
+        return bool(name) and answers_match(gold.values[-1], answer)
+    if (
+        name
+        and _without_spaces(name) == _without_spaces(answer.name)
+        and answers_match(gold.values[-1], Relation(values=answer.values))
+    ):
         return True
     if not gold.sides or not answer.sides:
         return False
     unknowns = re.sub(r"\\[A-Za-z]+", "", gold.sides[0] + gold.sides[2]).replace(name, "", 1)
     if name and not re.search(r"[A-Za-z]", unknowns):
-        return False  # x = 5 is asked for, and 5x = 25 has not been solved
-    return same_relation(gold.sides, answer.sides)
+        return False  # asked for x = 5, and 5x = 25 is unsolved
+    return relations_match(gold.sides, answer.sides)

@@ -1,6 +1,8 @@
-r"""Many ways of writing the same, brought to one: `tidy("$-½$")` and `tidy("−\\dfrac12")` are both `-\frac{1}{2}`.
+r"""Normalizes the notation of short mathematical texts, and finds their brackets. Nothing is evaluated.
 
-Nothing is evaluated here. Meant for short texts, a final answer or a question.
+normalize("$-½$")                    ->  r"-\frac{1}{2}"
+normalize("−\\dfrac12")              ->  r"-\frac{1}{2}"
+match_outer_brackets("(1, [2, 3])")  ->  ("(", "1, [2, 3]", ")")
 """
 
 import re
@@ -8,7 +10,7 @@ import re
 _CHARACTERS = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width forms
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff\ufe0f")
-    | dict.fromkeys("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # directions of writing
+    | dict.fromkeys("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # bidirectional control characters
     | dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u202f\u3000\n\r\t", " ")
     | dict.fromkeys("−–—‐‑‒﹣", "-")
     | {
@@ -29,7 +31,7 @@ _CHARACTERS = str.maketrans(
     | {"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_NAMES = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta|alpha|beta"
+_COMMAND_NAMES = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta|alpha|beta"
 
 _REPLACEMENTS = [
     (re.compile(pattern), replacement)
@@ -44,14 +46,17 @@ _REPLACEMENTS = [
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
-        (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])", " "),  # degrees are a unit
+        (
+            r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])",
+            " ",
+        ),  # degrees are a unit, and units are ignored
         (r"\\(?:tri)?angle(?![A-Za-z])", ""),
         (r"(?<!\\)\\%", "%"),
         (r"^[*\s]+|[*\s]+$", ""),  # **bold**
         (r"\*\*", "^"),
         (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty"),
         (r"\+\s*\\infty", r"\\infty"),
-        (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1"),
+        (rf"(?<![\\A-Za-z])({_COMMAND_NAMES})(?![A-Za-z])", r"\\\1"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"\\(?:leq|leqslant|leqq)(?![A-Za-z])|<=", r"\\le "),
@@ -66,8 +71,12 @@ _REPLACEMENTS = [
 ]
 
 
-def tidy(text: str) -> str:
-    """The text in the one way of writing that the readers of numbers and expressions know."""
+def normalize(text: str) -> str:
+    """The text in the one notation that `parse_number` and `parse_expression` understand.
+
+    Args:
+        text: short, such as a final answer or the end of a prompt.
+    """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda run: f"^{{{run.group().translate(_SUPERSCRIPTS)}}}", text)
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REPLACEMENTS:
@@ -79,8 +88,11 @@ _OPEN = re.compile(r"\\(?:begin|langle|lfloor|lceil)(?![A-Za-z])|\\?[{]|[(\[]")
 _BRACKET = re.compile(rf"(?P<open>{_OPEN.pattern})|\\(?:end|rangle|rfloor|rceil)(?![A-Za-z])|\\?[}}]|[)\]]")
 
 
-def depths(text: str) -> list[int]:
-    """How many brackets each character stands in, of any kind: `[1,2)` is a pair; a bracket stands in itself."""
+def bracket_depths(text: str) -> list[int]:
+    """The bracket depth of each character. Brackets of different kinds may pair up, as in `[1,2)`.
+
+    A bracket counts as inside itself: "a(b)" -> [0, 1, 1, 1].
+    """
     result, depth, done = [], 0, 0
     for bracket in _BRACKET.finditer(text):
         result += [depth] * (bracket.start() - done)
@@ -91,17 +103,17 @@ def depths(text: str) -> list[int]:
     return result + [depth] * (len(text) - done)
 
 
-def split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """The pieces between the separators that stand in no bracket, and these separators, all stripped."""
-    depth = depths(text)
+def split_outside_brackets(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """Split a text at the separators outside of all brackets; returns (pieces, separators), all stripped."""
+    depth = bracket_depths(text)
     found = [match for match in separator.finditer(text) if depth[match.start()] == 0]
     starts, ends = [0, *(match.end() for match in found)], [*(match.start() for match in found), len(text)]
     pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     return pieces, [match.group().strip() for match in found]
 
 
-def unwrap(text: str) -> tuple[str, str, str] | None:
-    """(opening bracket, inside, closing bracket) of a text that is one pair of brackets, else None."""
+def match_outer_brackets(text: str) -> tuple[str, str, str] | None:
+    """(opening bracket, content, closing bracket) if one pair of brackets encloses the whole text, else None."""
     depth = 0
     for bracket in _BRACKET.finditer(text):
         if bracket.start() > 0 and depth == 0:

@@ -1,7 +1,10 @@
-"""A limit in seconds on a library call whose time depends on what a model wrote.
+"""A time limit for library calls whose run time depends on model-written text.
 
-The limit is a signal: it holds in the main thread of a POSIX process only, and cannot interrupt one long operation in
-C, such as a power of huge integers. Callers keep those away themselves; only a process of its own bounds everything.
+    run_with_deadline(2.0, lambda: sympy.simplify(expression))  ->  its result, or DeadlineExceeded after 2 seconds
+
+The limit is a timer signal. It works in the main thread of a POSIX process only, and it cannot interrupt a single long
+operation in C, such as a power of huge integers. Callers must reject such inputs first. Only a separate process bounds
+everything: see `rewards.workers.pool`.
 """
 
 import signal
@@ -13,17 +16,25 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-class DeadlinePassed(BaseException):
-    """Not an Exception: libraries that meet one inside a computation swallow it and go on."""
+class DeadlineExceeded(BaseException):
+    """The call took too long. A BaseException, since libraries catch any `Exception` inside a computation and go on."""
 
 
-def within(seconds: float, function: Callable[[], Result]) -> Result:
-    """`function()`; in the main thread DeadlinePassed after so many seconds, and every tenth until it comes through."""
+def run_with_deadline(seconds: float, function: Callable[[], Result]) -> Result:
+    """Return `function()`; without a limit outside of the main thread, or if the system has no interval timers.
+
+    Args:
+        seconds: time limit, above 0.
+        function: called without arguments.
+
+    Raises:
+        DeadlineExceeded: the call took longer. It is raised again every 0.1 s in case the call swallows it.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return function()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise DeadlinePassed
+        raise DeadlineExceeded
 
     handler = signal.signal(signal.SIGALRM, stop)
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
@@ -32,7 +43,7 @@ def within(seconds: float, function: Callable[[], Result]) -> Result:
             return function()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # also where the signal came in the line above
+    finally:  # runs even if the signal arrives in the line above
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *timer)

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_ext import cli
 from rewards import math_answer_reward
-from rewards.audit import FORMS, audit
+from rewards.audit import ANSWER_FORMS, audit
 from tests.tools.paths import TINY_DATA
 
 ROWS = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(3, 7) for b in (2, 10)]
@@ -47,7 +47,7 @@ def found(reward, rows=ROWS, **settings):
         (math_answer_reward, set()),
         (says_yes, TRICKS),
         (finds_the_gold_somewhere, {"several candidates"}),
-        (likes_many_words, {"gold answers", *(f"gold as {form.format('…')}" for form in FORMS[1:])}),
+        (likes_many_words, {"gold answers", *(f"gold as {form.format('…')}" for form in ANSWER_FORMS[1:])}),
     ],
 )
 def test_what_it_finds(reward, failed):

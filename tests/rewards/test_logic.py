@@ -10,9 +10,9 @@ import pytest
 import reasoning_gym
 from datasets import Dataset
 
-from rewards.logic import HARMLESS, REFUSED, logic_problems, logic_reward
+from rewards.logic import SAFE_ANSWERS, UNSUPPORTED_TASKS, logic_problems, logic_reward
 
-TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(REFUSED))
+TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(UNSUPPORTED_TASKS))
 # Each of these is trouble for a scorer that believes it.
 HOSTILE = [
     "",
@@ -90,7 +90,7 @@ def test_scorers_that_run_text_are_all_known():
     runs = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry|metadata|exp|problem)")
     for name, (kind, _) in reasoning_gym.factory.DATASETS.items():
         if runs.search(inspect.getsource(kind.score_answer)):
-            assert name in REFUSED or name in HARMLESS, name
+            assert name in UNSUPPORTED_TASKS or name in SAFE_ANSWERS, name
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from latex2sympy2_extended.antlr_parser import PSParser
 from rewards import MathAnswerReward, check_gold, math_answer_reward
 from rewards.math import expression
 from rewards.math.answer import MAX_CHARACTERS
-from rewards.math.expression import read
-from rewards.math.final_answer import final_answer
+from rewards.math.expression import parse_expression
+from rewards.math.final_answer import extract_final_answer
 from tests.tools.paths import TINY_DATA
 
 RIGHT, WRONG, UNJUDGED = 1.0, 0.0, None
@@ -630,7 +630,7 @@ def test_the_table_is_bounded_off_the_main_thread():
     rows = [(completion, gold) for completion, gold, _ in CASES]
     rows += [(completion, gold) for completion in HOSTILE for gold in ("42", "x^2+1")]
     seconds, failures = [], []
-    read.cache_clear()
+    parse_expression.cache_clear()
 
     def judge():
         for completion, gold in rows:
@@ -651,11 +651,11 @@ def test_the_table_is_bounded_off_the_main_thread():
 
 def test_the_parser_forgets(monkeypatch):
     """ANTLR keeps every state that it has met: on text that nobody writes its memory grows for ever."""
-    monkeypatch.setattr(expression, "MAX_STATES", 1000)
+    monkeypatch.setattr(expression, "MAX_PARSER_STATES", 1000)
     rng = random.Random(0)
     pieces = ["1", "x", "+", "-", "^{2}", r"\frac{1}{x}", r"\sin ", r"\sqrt{x}", "(x)", "|x|", "!", r"\log_{2}"]
     for _ in range(60):
-        read("".join(rng.choices(pieces, k=12)))
+        parse_expression("".join(rng.choices(pieces, k=12)))
         assert len(PSParser.sharedContextCache.cache) < 5000
 
 
@@ -672,7 +672,7 @@ def test_a_copied_question_is_no_answer(prompt, answer, gold, reward):
 
 @pytest.mark.parametrize("gold", sorted({gold for _, gold, reward in CASES if reward == RIGHT}))
 def test_the_gold_answer_itself_is_right(gold):
-    assert math_answer_reward([rf"\boxed{{{final_answer(gold) or gold}}}"], answer=[gold]) == [RIGHT]
+    assert math_answer_reward([rf"\boxed{{{extract_final_answer(gold) or gold}}}"], answer=[gold]) == [RIGHT]
 
 
 def test_every_gold_answer_of_the_embedded_data_is_right():

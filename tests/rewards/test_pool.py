@@ -68,23 +68,23 @@ def test_an_answer_that_fails_costs_itself(safe, text, kind):
     assert reward(completions=["one", text, "three", "unknown", "fifth"]) == [3, None, 5, None, 5]
     assert time.monotonic() - started < PATIENCE + 2.5
     failed = {"timeouts": 0, "crashes": 0, "errors": 0} | {kind: 1}
-    assert vars(reward.failures) == {"answers": 6} | failed
+    assert vars(reward.failures) == {"completions": 6} | failed
 
 
 def test_whole_calls(safe):
     """A reward may compare answers, and remember them: it has one worker. A failure costs the call, and says how to
     make it cost one answer."""
-    reward = safe(compared, workers=None, together=True)
+    reward = safe(compared, workers=None, batched=True)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
     assert len(workers_of(os.getpid())) == 1
     started = time.monotonic()
     with pytest.raises(
-        RuntimeError, match=r"took longer than 3 s on 6 completions, the first being 'a', .*judges_alone"
+        RuntimeError, match=r"took longer than 3 s on 6 completions, the first being 'a', .*scores_independently"
     ):
         reward(completions=["a", "hang", "abc", "b", "c", "d"])
     assert time.monotonic() - started < 6 * PATIENCE + 2.5
-    assert vars(reward.failures) == {"answers": 10, "timeouts": 6, "crashes": 0, "errors": 0}
+    assert vars(reward.failures) == {"completions": 10, "timeouts": 6, "crashes": 0, "errors": 0}
     assert reward(completions=["one"]) == [1.0]
 
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_set_up_says_so(safe):
         ({"timeout_s": 0}, "timeout_s=0"),
         ({"workers": 0}, "workers=0"),
         ({"on_error": "skip"}, "on_error='skip'"),
-        ({"together": True, "workers": 2}, "workers=2 with together=True"),
+        ({"batched": True, "workers": 2}, "workers=2 with batched=True"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -203,7 +203,7 @@ def test_where_rewards_run(build, small_model, workers, caplog):
     def here(completions, **columns):
         return [float(os.getpid())] * len(completions)
 
-    here.needs_no_worker = True
+    here.runs_in_process = True
     rewards = [process_id, Counting(), holds_a_lock, here]
     columns = {"answer": ["a", "b", "c", "d"]}
     trainer = build(small_model, peft_config=random_lora(), reward=rewards, reward_workers=workers, columns=columns)

@@ -8,7 +8,7 @@ import pytest
 
 from rewards import ProgramReward, program_reward
 from rewards.code.cases import assert_case
-from rewards.code.program import program_of
+from rewards.code.program import extract_program
 from rewards.code.sandbox import Limits
 from tests.tools.models import random_lora
 from tests.tools.training import log_of
@@ -77,7 +77,7 @@ def double(x): return 2 * x if os.fork() == 0 else time.sleep(100)
 """
 PATCHES = """
 import builtins, json, marshal, sys
-sys.modules["__main__"].written = lambda value: "true"
+sys.modules["__main__"].encode_value = lambda value: "true"
 builtins.print = lambda *args, **options: None
 builtins.isinstance = lambda value, kind: True
 marshal.dumps = lambda value: b""
@@ -469,11 +469,11 @@ def test_one_kind_of_tests_counts():
     assert program_reward(["print(input())"], **columns) == [RIGHT]
 
 
-def test_program_of_is_linear_in_the_text():
+def test_extract_program_is_linear_in_the_text():
     """A model repeats itself; a search that backtracks over it would stop the training."""
     started = time.monotonic()
     for text in ("```python\n" * 20_000, "```" * 100_000, " " * 200_000 + "`", "\n ```" * 50_000):
-        program_of(text)
+        extract_program(text)
     assert time.monotonic() - started < 5
 
 

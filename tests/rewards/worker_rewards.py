@@ -57,7 +57,7 @@ def process_id(completions, **columns):
     return [float(os.getpid())] * len(completions)
 
 
-process_id.judges_alone = True
+process_id.scores_independently = True
 
 
 class Counting:

@@ -1,9 +1,9 @@
-"""Runs inside the sandbox, sent there as text: give up every right, then become the program.
+"""Sandbox script: drops all privileges, then becomes the program. Sent into the sandbox as text.
 
     python -c <this file> SOURCE READY USER RLIMIT_AS=536870912 RLIMIT_CORE=0 ...
 
-SOURCE is the file descriptor of the program's text, READY the one that takes a byte when all is set, USER the user to
-become, or 0 to stay what this is.
+SOURCE is the file descriptor of the program's text. READY is the one to which a byte is written when the setup is done.
+USER is the user id to switch to, or 0 to keep the current one.
 """
 
 import builtins
@@ -13,7 +13,7 @@ import sys
 
 
 def main() -> None:
-    """Read the program, set its limits, drop what is left of rights, and run it."""
+    """Read the program, set its resource limits, drop the remaining privileges, and run it."""
     source_file, ready, user = map(int, sys.argv[1:4])
     with os.fdopen(source_file, "rb") as file:
         source = file.read()
@@ -28,10 +28,10 @@ def main() -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site` would have added them
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally added by the module `site`, which is disabled
     sys.argv[:] = ["program.py"]
     program = sys.modules["__main__"] = type(sys)("__main__")
-    os.write(ready, b"1")  # a fault before this byte is the sandbox's, one after it the program's
+    os.write(ready, b"1")  # an error before this byte is the sandbox's, one after it the program's
     os.close(ready)
     exec(compile(source, "program.py", "exec", dont_inherit=True), vars(program))
 

@@ -1,8 +1,11 @@
-"""Runs inside the sandbox, sent there as text: calls a program's functions and writes down what they return.
+"""Sandbox script: calls the functions of a program and prints what they return. Sent into the sandbox as text.
 
-Standard input: `marshal` of {"source": text, "mark": text, "calls": [`marshal` of (function, arguments, keywords,
-wrappers), ...]}. Standard output: a line for each call, the mark and then the value as `written` gives it, or nothing
-where the call raised or its value is no plain data. What the right values are is not known here.
+Standard input: `marshal` of {"source": str, "mark": str, "calls": [bytes, ...]}; each call is `marshal` of (function,
+arguments, keywords, wrappers).
+Standard output: one line per call, which is the mark and the value encoded by `encode_value`. Only the mark is printed
+if the call raised or its value is not plain data.
+
+The expected values never enter the sandbox.
 """
 
 import builtins
@@ -13,10 +16,10 @@ from collections.abc import Iterable
 
 
 def main() -> None:
-    """Load the program of the job on standard input, make its calls, and write what each returned."""
+    """Load the program from standard input, make its calls, and print their values."""
     job = marshal.loads(sys.stdin.buffer.read())
     results = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is no result
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of the program itself is no result
     program = sys.modules["solution"] = type(sys)("solution")
     exec(compile(job["source"], "solution.py", "exec", dont_inherit=True), vars(program))
     for call in job["calls"]:
@@ -25,21 +28,21 @@ def main() -> None:
             value = eval(function, vars(program))(*arguments, **keywords)
             for name, *more in wrappers:
                 value = getattr(builtins, name)(value, *more)
-            line = written(value)
+            line = encode_value(value)
         except Exception:
             line = ""
         print(job["mark"] + line, file=results, flush=True)
-    os._exit(0)  # threads that still run and exit handlers have nothing to add
+    os._exit(0)  # skips exit handlers and running threads
 
 
-def written(value: object) -> str:
-    """Plain data as JSON that keeps Python's types; `rewards.code.cases.same` reads it.
+def encode_value(value: object) -> str:
+    """Encode plain data as JSON that keeps Python's types; `rewards.code.cases.values_equal` decodes it.
 
-    None, booleans and numbers are themselves, text is its UTF-8 in hexadecimal, and everything else a list that starts
-    with its kind: `(1, "a")` -> `["tuple",1,"61"]`.
+    None, booleans and numbers stay as they are. Text becomes its UTF-8 bytes in hexadecimal. Everything else becomes a
+    list that starts with its type: `(1, "a")` -> `["tuple",1,"61"]`.
 
     Raises:
-        TypeError: the value, or one in it, is no plain data.
+        TypeError: the value, or an item of it, is not plain data.
     """
     if value is None:
         return "null"
@@ -47,25 +50,25 @@ def written(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         number = int(value)
-        return str(number) if abs(number) < 2**63 else f'["int","{number:x}"]'  # no limit on hexadecimal digits
+        return str(number) if abs(number) < 2**63 else f'["int","{number:x}"]'  # Python limits decimal digits only
     if isinstance(value, float):
         return repr(float(value)).replace("inf", "Infinity").replace("nan", "NaN")
     if isinstance(value, complex):
-        return f'["complex",{written(value.real)},{written(value.imag)}]'
+        return f'["complex",{encode_value(value.real)},{encode_value(value.imag)}]'
     if isinstance(value, str):
         return f'"{value.encode("utf-8", "surrogatepass").hex()}"'
     if isinstance(value, bytes | bytearray):
         return f'["bytes","{bytes(value).hex()}"]'
     if isinstance(value, dict):
-        pairs = (f"[{written(key)},{written(item)}]" for key, item in value.items())
-        return _list("dict", pairs)
+        pairs = (f"[{encode_value(key)},{encode_value(item)}]" for key, item in value.items())
+        return _encode_items("dict", pairs)
     if isinstance(value, list | tuple | set | frozenset):
         kind = "list" if isinstance(value, list) else "tuple" if isinstance(value, tuple) else "set"
-        return _list(kind, map(written, value))
+        return _encode_items(kind, map(encode_value, value))
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
-def _list(kind: str, items: Iterable[str]) -> str:
+def _encode_items(kind: str, items: Iterable[str]) -> str:
     return "[" + ",".join((f'"{kind}"', *items)) + "]"
 
 

@@ -1,0 +1,145 @@
+r"""The math reward: 1.0 if the final answer of a completion matches the gold answer, 0.0 if it does not.
+
+    math_answer_reward(["so 6*7 = \\boxed{42}", "#### 41"], answer=["42", "42"])  ->  [1.0, 0.0]
+
+`rewards.math.final_answer` finds the final answer, and `rewards.math.answer` compares it with the gold answer. In
+short: 1/2, 0.5, \frac12 and 50% are equal, and 50% is also equal to 50. "5 apples", "$5", "5 km" and "x = 5" are 5.
+1,000 is a thousand and 1.000 is one. 0.333 is not 1/3, and 3.46 is not the square root of 12. The following score 0.0:
+
+- several candidates: `5 or 6`, `5, 6` (of several `\boxed{}`, the last one counts)
+- unevaluated arithmetic if the gold answer is a number: `737+844`, `48/2`, `2^{10}`
+- an unsolved equation, or a chain with a wrong step: `5x = 25` for x = 5, `x = 5 = 6`
+- a copied question: an expression that is in the prompt word for word, unless the gold answer is written the same way
+
+Known limits:
+
+- Units are not compared: 5 km equals 5 m.
+- Upper and lower case letters are the same variable.
+- A bare list is unordered: write the gold answer as (1, 2, 3) if the order counts.
+- Products of three or more bare letters, such as `xyz`, are compared as words.
+- Unions of intervals must be split in the same way.
+- Equations are equal up to a constant factor only: xy = 1 is not y = 1/x.
+- An exact value together with a rounded one (`\sqrt{2} \approx 1.41`) counts as two candidates.
+- Roots of negative numbers are complex, including the cube root of -8.
+- A fraction need not be in lowest terms, unless it was copied from the prompt.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+from rewards.completion import Completion, text_of
+from rewards.math.answer import ParsedAnswer, answers_match, is_fully_evaluated, is_parseable, parse_answer
+from rewards.math.final_answer import extract_final_answer
+from rewards.math.latex import normalize
+
+MAX_PROMPT_CHARACTERS = 4000  # at the end of a prompt, searched for a copied question
+
+_TOKEN = re.compile(r"\\?[A-Za-z]+|\d+|\S")
+_OPERATOR = re.compile(r"[-+*/^=<>]|\\(?:frac|sqrt|cdot|times|le|ge)")
+
+
+@dataclass(frozen=True)
+class MathAnswerReward:
+    """A reward function with options. `math_answer_reward` is the one with the defaults.
+
+    Args:
+        strict: accept only answers in `\\boxed{}`, no other marker.
+    """
+
+    strict: bool = False
+    # See `rewards.workers.pool`. Only a process of its own reliably bounds the run time of Math-Verify.
+    scores_independently: ClassVar[bool] = True
+
+    @property
+    def __name__(self) -> str:
+        """The name under which TRL logs the reward."""
+        return "strict_math_answer_reward" if self.strict else "math_answer_reward"
+
+    def __call__(
+        self,
+        completions: Sequence[Completion],
+        answer: Sequence[object],
+        prompts: Sequence[Completion] | None = None,
+        **columns: object,
+    ) -> list[float | None]:
+        """Score completions by whether their final answer matches the gold answer.
+
+        Args:
+            completions: strings or chat completions, `[{"role": "assistant", "content": ...}]`. The last message of a
+                chat completion counts.
+            answer: one gold answer per completion: a bare answer, or a solution that marks its answer (gsm8k's
+                `... #### 42`).
+            prompts: the prompts as TRL passes them, to detect copied questions. None skips this check.
+            columns: other columns of the data set, unused.
+
+        Returns:
+            One score per completion: 1.0 right, 0.0 wrong or without a final answer, None if the gold answer cannot be
+            parsed (see `check_gold`).
+
+        Raises:
+            ValueError: the arguments differ in length.
+        """
+        prompt_texts = [""] * len(completions) if prompts is None else map(text_of, prompts)
+        rows = zip(map(text_of, completions), answer, prompt_texts, strict=True)
+        return [self._score(*row) for row in rows]
+
+    def _score(self, text: str, gold: object, prompt: str) -> float | None:
+        gold_text = _extract_gold(gold)
+        expected = _parse_gold(gold_text)
+        if expected is None:
+            return None
+        answer_text = extract_final_answer(text, boxed_only=self.strict) or ""
+        received = parse_answer(answer_text)
+        if received is None or not answers_match(expected, received):
+            return 0.0
+        return (
+            1.0 if is_fully_evaluated(received) or not _is_copied_from_prompt(answer_text, gold_text, prompt) else 0.0
+        )
+
+
+math_answer_reward = MathAnswerReward()
+
+
+def check_gold(answer: Sequence[object]) -> None:
+    """Check before a run that every gold answer can be parsed.
+
+    Args:
+        answer: the column `answer` of the data set.
+
+    Raises:
+        ValueError: some cannot be parsed; the message names their rows.
+    """
+    bad = [row for row, gold in enumerate(answer) if _parse_gold(_extract_gold(gold)) is None]
+    if bad:
+        shown = ", ".join(f"row {row}: {str(answer[row])[:60]!r}" for row in bad[:5])
+        raise ValueError(
+            f"{len(bad)} of {len(answer)} gold answers cannot be read, counted from 0: {shown}"
+            f"{', ...' if len(bad) > 5 else ''}. Valid: a number, an expression in LaTeX, a list or up to five words, "
+            f"bare or marked as the last \\boxed{{...}}, <answer>...</answer> or #### ... of a solution."
+        )
+
+
+def _extract_gold(gold: object) -> str:
+    text = "" if gold is None else str(gold)
+    return extract_final_answer(text) or text.strip()
+
+
+@lru_cache(maxsize=4096)  # the completions of a group share their gold answer
+def _parse_gold(gold: str) -> ParsedAnswer | None:
+    answer = parse_answer(gold)
+    return answer if is_parseable(answer) else None
+
+
+def _is_copied_from_prompt(answer: str, gold: str, prompt: str) -> bool:
+    """Whether an answer with an operator is in the prompt as a whole, not as a part of a longer expression."""
+    copied, known, asked = (_TOKEN.findall(normalize(text)) for text in (answer, gold, prompt[-MAX_PROMPT_CHARACTERS:]))
+    if copied == known or not any(map(_OPERATOR.fullmatch, copied)):
+        return False
+    for start in range(len(asked) - len(copied) + 1):
+        before, *here, after = ["", *asked, ""][start : start + len(copied) + 2]
+        if here == copied and not re.fullmatch(r"[A-Za-z+*/^-]|\d+", before) and after not in ("+", "-", "*", "/", "^"):
+            return True
+    return False
