@@ -11,6 +11,7 @@ from tests.engine import peak_memory
 from tests.engine.peak_memory import SHAPE
 from tests.tools.memory import RETURN_FREED
 from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
 
 C = 64
 PLAIN = {G: ("plain", 256, C, G, None) for G in (4, 32)}
@@ -28,7 +29,7 @@ def peaks():
         env=os.environ | RETURN_FREED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     measured = dict(zip(cases, json.loads(done.stdout), strict=True))

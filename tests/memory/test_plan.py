@@ -22,6 +22,7 @@ from grpo_ext.model.load import PolicyConfig
 from tests.memory import planned_memory
 from tests.tools.memory import RETURN_FREED
 from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
 
 TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 8192}
 MODELS = {
@@ -90,7 +91,7 @@ def test_estimates_are_those_of_real_steps(folders):
         env=os.environ | RETURN_FREED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 # Seconds after which a wait is given up. Only what hangs takes as long, so no test fails because a machine is busy.
-PATIENCE = 1200
+PATIENCE = 1800
 
 
 def becomes(condition: Callable[[], object]) -> bool:
