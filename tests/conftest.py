@@ -19,10 +19,36 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, share_of_digits
 from tests.tools.training import SETTINGS
 
+# What `make quick` leaves out, as paths below tests/. Single cases of a table are marked where they stand.
+SLOW = (
+    "checkpoints/test_killed.py",  # dozens of sessions of one run
+    "cli/test_wheel.py",  # builds and installs the package
+    "distributed/",  # two processes for every case
+    "docs/test_documents.py::test_python_of_the_readme_runs",
+    "engine/test_memory.py",  # updates in forks of a fresh process
+    "engine/test_smollm2.py",  # a real language model
+    "recipes/test_recipe_math.py",  # whole runs, each in a process of its own
+    "recipes/test_recipes.py",
+    "report/test_hub.py",  # runs that push
+    "report/test_page.py",  # a browser
+    "rewards/test_rewards_fuzz.py",  # thousands of texts
+    "rewards/test_sandbox.py",  # a process for each attempt and behaviour
+)
+# Start first: files run side by side, and none of these should be the last to end.
+LONGEST = ("recipes/test_recipe_math.py",)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first: where files run side by side, nothing waits for it in the end."""
-    items.sort(key=lambda item: item.path.name != "test_recipe_math.py")
+    """Mark what SLOW names, and start with what LONGEST names."""
+    for item in items:
+        if place_of(item).startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not place_of(item).startswith(LONGEST))
+
+
+def place_of(item: pytest.Item) -> str:
+    """The path of a test below tests/, and its name: `folder/test_file.py::test_name[case]`."""
+    return item.nodeid.removeprefix("tests/")
 
 
 @pytest.fixture(scope="session", autouse=True)

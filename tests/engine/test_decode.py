@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_ext.engine import decode
 from grpo_ext.engine.decode import GroupSampler
-from tests.tools.architectures import ARCHITECTURES, EOS, random_model
+from tests.tools.architectures import ARCHITECTURES, ATTENTIONS, EOS, random_model
+from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
 from tests.tools.paths import TINY_MODEL
 from tests.tools.scoring import prompts_of, score_by_trl
@@ -42,7 +43,7 @@ def llama():
 
 @pytest.mark.parametrize(
     ("architecture", "attention"),
-    [(name, kind) for name in ARCHITECTURES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")],
+    slow_but(ATTENTIONS, [("llama", "eager"), ("gemma3", "sdpa"), ("qwen3_next", "eager")]),
 )
 def test_draws_what_transformers_draws(architecture, attention):
     """Two prompts of 150 tokens, four siblings each, some of which end early; three share a lane where they can."""
@@ -54,7 +55,7 @@ def test_draws_what_transformers_draws(architecture, attention):
     assert len({tuple(tokens) for tokens in drawn.tokens}) == len(ids), "siblings differ"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_but(ARCHITECTURES, ["llama", "gemma3", "qwen3_next"]))
 def test_ragged_prompts_greedily(architecture):
     """Prompts of 150, 90 and 61 tokens, and of one, with 149 of padding in its cache: each row is what it is alone."""
     model = random_model(architecture, "eager")

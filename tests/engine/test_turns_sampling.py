@@ -6,6 +6,7 @@ import torch
 from grpo_ext.engine.batch import strip_padding
 from grpo_ext.engine.decode import GroupSampler
 from tests.tools.architectures import EOS, random_model
+from tests.tools.lanes import slow_but
 from tests.tools.scoring import prompts_of
 
 TEMPERATURE, MOST = 0.8, 12
@@ -77,8 +78,17 @@ def slow_draw(model):
     return draw
 
 
-@pytest.mark.parametrize("lengths", [(60, 60, 33, 1), (60, 60)], ids=["ragged", "siblings in lanes"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param((60, 60, 33, 1), id="ragged"),
+        pytest.param((60, 60), id="siblings in lanes", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "architecture",
+    slow_but(["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"], ["llama"]),
+)
 @torch.no_grad()
 def test_as_if_every_history_were_read_anew(architecture, lengths):
     """Tokens and log-probs of three turns, of rows that end at different times, whose turns and observations have

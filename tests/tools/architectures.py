@@ -79,6 +79,14 @@ ARCHITECTURES = {
 # Parts of these work in float32 whatever the model is in: the scans of mamba and delta-rule layers, experts on a CPU.
 IN_FLOAT32 = ("falcon_h1", "granitemoehybrid", "qwen3_moe", "qwen3_next", "qwen3_5_text")
 
+# Each with each implementation of attention that it has: gemma2 has no sdpa.
+ATTENTIONS = [
+    (architecture, attention)
+    for architecture in ARCHITECTURES
+    for attention in ("eager", "sdpa")
+    if (architecture, attention) != ("gemma2", "sdpa")
+]
+
 
 def random_model(architecture, attention="eager", dtype=None):
     """With an adapter, in float64 unless `dtype` says otherwise; experts run in float32 only on a CPU."""
