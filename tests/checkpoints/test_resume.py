@@ -19,6 +19,7 @@ from grpo_ext.evaluation.complete import evaluate
 from rewards.workers.pool import isolated
 from tests.distributed import two_resumed
 from tests.rewards.worker_rewards import logged
+from tests.tools.lanes import slow_but
 from tests.tools.metrics import comparable
 from tests.tools.models import random_lora, small_llama
 from tests.tools.processes import in_two_processes
@@ -119,7 +120,7 @@ def completions_in(folder):
     return {path.name: pandas.read_parquet(path).to_json() for path in (folder / "completions").glob("*.parquet")}
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay", "temperature by entropy"]))
 def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, name):
     """Adapter, tokens and advantages of every micro-step, and every line of the log. Step 5 lies in a later pass over
     the prompts, and inside a rollout where these serve several steps; after step 4, a pass is over."""

@@ -11,6 +11,7 @@ import reasoning_gym
 from datasets import Dataset
 
 from rewards.logic import SAFE_ANSWERS, UNSUPPORTED_TASKS, logic_problems, logic_reward
+from tests.tools.lanes import slow_but
 
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(UNSUPPORTED_TASKS))
 # Each of these is trouble for a scorer that believes it.
@@ -69,7 +70,7 @@ def test_rows_are_texts_and_make_a_data_set(monkeypatch):
     assert logic_reward(["<answer>x</answer>"] * len(rows), **data.remove_columns("question").to_dict())[0] == 0.0
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_but(TASKS, ["chain_sum", "countdown", "knights_knaves", "rubiks_cube"]))
 def test_every_task_pays_its_own_answer_in_full_and_survives_hostile_ones(task, tmp_path, monkeypatch):
     """Metadata that lose something as JSON would score right answers as wrong; a scorer that runs the model's text
     would leave a file here, or never come back."""

@@ -269,6 +269,7 @@ def is_alive(process):
     return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_orphans(tmp_path, ending):
     """Ctrl-C, an end from outside and kill -9, while every worker is inside a call that no signal interrupts. The

@@ -5,6 +5,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
+from tests.tools.lanes import slow_but
 from tests.tools.reward_functions import share_of_digits
 from tests.tools.training import adapter_of, assert_same_training, train_on_a_copy
 
@@ -47,7 +48,7 @@ def without_option():
     return {}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", slow_but(OPTIONS, ["sequence_level", "unjudged", "sampling"]))
 def test_as_stock_trl(build, small_model, without_option, option):
     """Adapter, loss and every metric that both log, but for times; and all but padding make a difference."""
     stock, start = train_on_a_copy(build, small_model, GRPOTrainer, **OPTIONS[option])
