@@ -15,6 +15,7 @@ DOCUMENTS = (
     "recipes/README.md",
     "recipes/FAQ.md",
     "recipes/tiny_math/README.md",
+    "tests/README.md",
     "tests/benchmarks/README.md",
 )
 
