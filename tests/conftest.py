@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+
+pytest.register_assert_rewrite("tests.tools")  # a failing assertion there shows its values, too
+
 from tests.tools.models import small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, share_of_digits

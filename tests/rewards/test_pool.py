@@ -242,7 +242,7 @@ def test_a_model_is_not_sent_to_a_worker(caplog):
 
 
 SCRIPT = """
-import os, sys, time
+import signal
 from rewards.workers.pool import isolated
 
 def reward(completions, **columns):
@@ -252,7 +252,8 @@ def reward(completions, **columns):
 
 print("imported", __name__, flush=True)
 if __name__ == "__main__":
-    safe = isolated(reward, timeout_s=60.0, workers=2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
+    safe = isolated(reward, timeout_s=100_000.0, workers=2)
     assert safe(completions=["a", "bc"]) == [1.0, 2.0]
     print("ready", flush=True)
     safe(completions=["hang", "hang", "a"])
