@@ -99,7 +99,7 @@ class GRPOExtTrainer(GuardedTrainer):
             restore_adapter_in_float32(self.model, adapter_values)
         if args.scale_rewards == "population":
             self.scale_rewards = "none"  # TRL's own value, so that its rollout runs; ours replaces the result
-        self._sequence_grpo = SequenceGRPO(
+        self._sequence_objective = SequenceGRPO(
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
             delta=args.delta,
@@ -171,7 +171,7 @@ class GRPOExtTrainer(GuardedTrainer):
                 **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
             )
         assert entropies is not None
-        loss, metrics = self._sequence_grpo(
+        loss, metrics = self._sequence_objective(
             logps,
             old_logps_BC=inputs.get("old_per_token_logps"),
             kl_BC=self._token_kl(inputs, logps) if self._has_reference else None,

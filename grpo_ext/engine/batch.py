@@ -1,11 +1,14 @@
-"""Which rows are siblings, and how many of them fit a budget: index algebra, no model.
+"""A micro-batch grouped by prompt, and its scores: the input and output of scoring. Index algebra only, no model.
 
-In: the padded prompts and completions of a micro-batch. Out: one `Siblings` per distinct prompt, in order of first
-appearance. Rows share a prompt when their unpadded prompt ids are equal, whatever reward group they belong to.
+In: TRL's padded rows [prompt | completion]. Out: one `Siblings` per distinct prompt, in order of first appearance. Rows
+are siblings if their prompt ids are equal without padding, even if they belong to different reward groups:
 
     prompts  [. a b] [. a b] [c d e] [a b .]     ->  rows (0, 1, 3) on (a, b);  row (2,) on (c, d, e)
 
-Legend: B rows, S prompt tokens, C completion tokens.
+A `ScoringBatch` holds these groups and what to compute for them. `Scores` holds the results in the order of the rows.
+
+Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c tokens of its longest completion, H hidden
+size.
 """
 
 from dataclasses import dataclass, field
@@ -21,13 +24,13 @@ NO_GRAD_CHUNK_FACTOR = 8  # a no-grad pass needs less than 1/8 of the activation
 
 @dataclass(frozen=True)
 class Siblings:
-    """Rows on one prompt, or on several of one length.
+    """Rows that share a prompt, or rows of several prompts that have the same length.
 
     Attributes:
-        prompts: token ids without padding; at least one each, as many for all.
+        prompts: token ids without padding; at least one token each, all of the same length.
         rows: indices into the micro-batch, the longest completion first.
         lengths: completion tokens of each of these rows.
-        prompt_indices: of each of these rows, its index in `prompts`.
+        prompt_indices: index into `prompts` of each of these rows.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -40,8 +43,98 @@ class Siblings:
         return len(self.prompts[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoringBatch:
+    """A micro-batch to score, and which scores to compute.
+
+    Attributes:
+        completion_ids_BC: token ids, padded on the right; ids on padding have no effect.
+        groups: the rows by prompt.
+        temperatures: sampling temperature of each row.
+        separate_groups: more rows by prompt; a forward never mixes them with those of `groups`.
+        max_rows: maximum rows per forward; None for whole groups.
+        chunk_tokens: maximum tokens that carry a graph at the same time; None for no limit.
+        experts_per_token: top-k of a mixture of experts if its load-balancing loss is wanted; None if not.
+        with_entropies: compute entropies.
+        with_hidden: return the last hidden states (no-grad passes only).
+        ref_hidden_BCH: last hidden states of the reference if an exact KL to it is wanted; None if not.
+    """
+
+    completion_ids_BC: Tensor
+    groups: list[Siblings]
+    temperatures: list[float]
+    separate_groups: list[Siblings] = field(default_factory=list)
+    max_rows: int | None = None
+    chunk_tokens: int | None = None
+    experts_per_token: int | None = None
+    with_entropies: bool = True
+    with_hidden: bool = False
+    ref_hidden_BCH: Tensor | None = None
+
+    @property
+    def all_groups(self) -> list[Siblings]:
+        return self.groups + self.separate_groups
+
+    def joined_groups(self) -> list[Siblings]:
+        """All groups; those with prompts of equal length are joined."""
+        return [
+            joined
+            for groups in (self.groups, self.separate_groups)
+            for joined in join_equal_lengths(groups, self.max_rows, self.chunk_tokens)
+        ]
+
+    def chunks(self, siblings: Siblings) -> list[range]:
+        """Ranges into `siblings.rows`, one per forward."""
+        # Router statistics count prompt tokens once per row, including rows with empty completions; those rows must be
+        # run too.
+        with_empty = self.experts_per_token is not None
+        return split_into_chunks(siblings, self.max_rows, self.chunk_tokens, with_empty=with_empty)
+
+    def fits_one_chunk(self) -> bool:
+        """Whether one plain graph over all rows stays within `chunk_tokens`."""
+        if self.chunk_tokens is None:
+            return True
+        tokens = sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.all_groups)
+        return tokens <= self.chunk_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of a micro-batch: shapes (B, C), float32, 0 on padding. A score that was not requested is None.
+
+    Attributes:
+        hidden_BCH: last hidden states, in host memory.
+        aux_loss: load-balancing loss of a mixture of experts, a scalar.
+    """
+
+    logps_BC: Tensor
+    entropies_BC: Tensor | None
+    kls_BC: Tensor | None
+    hidden_BCH: Tensor | None
+    aux_loss: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkScores:
+    """Scores of one chunk of a group; `rows` are indices into the micro-batch."""
+
+    rows: list[int]
+    logps_nc: Tensor
+    entropies_nc: Tensor | None
+    kls_nc: Tensor | None
+    hidden_ncH: Tensor | None
+    router_sums: RouterSums | None
+
+    @property
+    def differentiable(self) -> list[Tensor | None]:
+        return [self.logps_nc, self.entropies_nc, self.kls_nc]
+
+
+# Grouping
+
+
 def strip_padding(ids_BT: Tensor, mask_BT: Tensor) -> list[tuple[int, ...]]:
-    """The token ids of each row where its mask is 1, for padding on either side."""
+    """Token ids of each row where its mask is 1; padding may be on either side."""
     rows = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
     return [tuple(token for token, kept in zip(ids, mask, strict=True) if kept) for ids, mask in rows]
 
@@ -52,12 +145,12 @@ def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_to
     Args:
         input_ids_BT: token ids, shape (B, S + C).
         attention_mask_BT: 1 on tokens, 0 on padding. Prompts may be padded on either side, completions on the right;
-            a row whose completion is masked away altogether has length 0.
+            a row with a fully masked completion has length 0.
         completion_tokens: C.
 
     Returns:
-        One entry a distinct prompt; None where a completion has a hole in its mask or a prompt is empty, which a
-        shared prompt cannot express.
+        One entry per distinct prompt. None if a completion mask has a hole or a prompt is empty: such rows cannot share
+        a prompt.
     """
     split = input_ids_BT.size(1) - completion_tokens
     prompts = strip_padding(input_ids_BT[:, :split], attention_mask_BT[:, :split])
@@ -71,10 +164,11 @@ def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_to
 
 
 def join_equal_lengths(siblings: list[Siblings], max_rows: int | None, max_tokens: int | None) -> list[Siblings]:
-    """Join groups whose prompts have the same number of tokens, which run side by side without padding.
+    """Join groups whose prompts have the same number of tokens: they run in one forward without padding.
 
     Args:
-        max_rows, max_tokens: bounds on what is joined, counted as in `split_into_chunks`; a group stays whole.
+        max_rows, max_tokens: limits for a joined group, counted as in `split_into_chunks`. A single group may exceed
+            them and is never split.
     """
     joined: list[list[Siblings]] = []
     for group in sorted(siblings, key=lambda group: group.prompt_tokens):
@@ -104,15 +198,16 @@ def _join(groups: list[Siblings]) -> Siblings:
 
 
 def _siblings(prompts: list[tuple[int, ...]], members: list[tuple[int, int, int]]) -> Siblings:
-    """Members are (length, row, prompt)."""
+    """Build a `Siblings` from members (length, row, prompt index)."""
     lengths, rows, prompt_indices = zip(*sorted(members, key=lambda member: -member[0]), strict=True)
     return Siblings(tuple(prompts), rows, lengths, prompt_indices)
 
 
 def order_by_group(groups_B: list[int]) -> list[int]:
-    """An order of the rows in which those of a group are neighbours: groups by their first row, rows as they were.
+    """A permutation of the rows that makes the rows of each group adjacent.
 
-    `[7, 3, 7, 5, 3]` -> `[0, 2, 1, 4, 3]`. Rows that were shuffled before give groups in random order.
+    Groups are ordered by their first row; rows keep their order within a group: `[7, 3, 7, 5, 3]` ->
+    `[0, 2, 1, 4, 3]`. Shuffled rows therefore give groups in random order.
     """
     first = {group: groups_B.index(group) for group in set(groups_B)}
     return sorted(range(len(groups_B)), key=lambda row: (first[groups_B[row]], row))
@@ -121,13 +216,13 @@ def order_by_group(groups_B: list[int]) -> list[int]:
 def split_into_chunks(
     siblings: Siblings, max_rows: int | None, max_tokens: int | None, *, with_empty: bool = False
 ) -> list[range]:
-    """Cut the rows of a group, longest first, into chunks; each is padded to its own longest row.
+    """Split the rows of a group, longest first, into chunks; each chunk is padded to its own longest row.
 
     Args:
-        max_rows: rows a chunk at most; None for no bound.
-        max_tokens: bound on rows x (prompt + longest completion), since attention copies the prompt's states for every
-            row; a chunk has one row at least. None for no bound.
-        with_empty: whether rows of length 0 are in a chunk too; log-probs do not need them.
+        max_rows: maximum rows per chunk; None for no limit.
+        max_tokens: limit on rows x (prompt + longest completion), because attention copies the prompt's states for
+            every row. A chunk has at least one row. None for no limit.
+        with_empty: include rows of length 0; log-probs do not need them.
 
     Returns:
         Ranges into `siblings.rows`.
@@ -143,135 +238,54 @@ def split_into_chunks(
     return chunks
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoringBatch:
-    """A micro-batch to score.
-
-    Attributes:
-        completion_ids_BC: padded on the right; what stands on padding is not read.
-        groups: the rows by prompt.
-        temperatures: that the rows were drawn at, one each.
-        separate_groups: more rows by prompt, which are not joined with the others in one forward.
-        max_rows: rows of one forward at most; None for whole groups.
-        chunk_tokens: tokens that carry a graph at once; None for no bound.
-        experts_per_token: of a mixture of experts whose load-balancing loss is asked for; None for no such loss.
-        with_entropies: whether entropies are asked for.
-        with_hidden: whether the last hidden states are, in a pass without a graph.
-        ref_hidden_BCH: those of the reference, for an exact KL to it; None for no such KL.
-    """
-
-    completion_ids_BC: Tensor
-    groups: list[Siblings]
-    temperatures: list[float]
-    separate_groups: list[Siblings] = field(default_factory=list)
-    max_rows: int | None = None
-    chunk_tokens: int | None = None
-    experts_per_token: int | None = None
-    with_entropies: bool = True
-    with_hidden: bool = False
-    ref_hidden_BCH: Tensor | None = None
-
-    @property
-    def all_groups(self) -> list[Siblings]:
-        return self.groups + self.separate_groups
-
-    def joined_groups(self) -> list[Siblings]:
-        """Everything, prompts of one length together."""
-        return [
-            joined
-            for groups in (self.groups, self.separate_groups)
-            for joined in join_equal_lengths(groups, self.max_rows, self.chunk_tokens)
-        ]
-
-    def chunks(self, siblings: Siblings) -> list[range]:
-        # The tokens of a prompt count for its empty rows too: the last one, which rows begin with, as any other.
-        with_empty = self.experts_per_token is not None
-        return split_into_chunks(siblings, self.max_rows, self.chunk_tokens, with_empty=with_empty)
-
-    def fits_one_chunk(self) -> bool:
-        """Whether a plain graph over everything stays within the budget."""
-        if self.chunk_tokens is None:
-            return True
-        tokens = sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.all_groups)
-        return tokens <= self.chunk_tokens
+# Scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What the rows scored: shapes (B, C), float32, 0 on padding.
-
-    Attributes:
-        entropies_BC, kls_BC: where they were asked for.
-        hidden_BCH: where it was asked for; in host memory, 0 on padding.
-        aux_loss: the load-balancing loss, where it was asked for.
-    """
-
-    logps_BC: Tensor
-    entropies_BC: Tensor | None
-    kls_BC: Tensor | None
-    hidden_BCH: Tensor | None
-    aux_loss: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Some rows of a group: which of the micro-batch, and what they scored."""
-
-    rows: list[int]
-    logps_nc: Tensor
-    entropies_nc: Tensor | None
-    kls_nc: Tensor | None
-    hidden_ncH: Tensor | None
-    routed: RouterSums | None
-
-    @property
-    def differentiable(self) -> list[Tensor | None]:
-        return [self.logps_nc, self.entropies_nc, self.kls_nc]
-
-
-def assemble_scores(rows: ScoringBatch, chunks: list[Chunk], aux_loss: Tensor | None) -> Scores:
-    """Pad the chunks to C and put their rows back into the order of the micro-batch; rows without tokens are 0."""
-    B, C = rows.completion_ids_BC.shape
+def assemble_scores(batch: ScoringBatch, chunks: list[ChunkScores], aux_loss: Tensor | None) -> Scores:
+    """Pad the chunks to C and restore the row order of the micro-batch; rows without tokens are 0."""
+    B, C = batch.completion_ids_BC.shape
     order = [row for chunk in chunks for row in chunk.rows]
     empty = sorted(set(range(B)) - set(order))
-    back = torch.tensor(order + empty).argsort()
+    inverse = torch.tensor(order + empty).argsort()
 
-    def together(parts: list[Tensor | None]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        if not there:
+    def assemble(parts: list[Tensor | None]) -> Tensor | None:
+        computed = [part for part in parts if part is not None]
+        if not computed:
             return None
-        padded = [pad(part, (0, 0) * (part.dim() - 2) + (0, C - part.size(1))) for part in there]
-        return torch.cat([*padded, padded[0].new_zeros(len(empty), *padded[0].shape[1:])])[back.to(padded[0].device)]
+        padded = [pad(part, (0, 0) * (part.dim() - 2) + (0, C - part.size(1))) for part in computed]
+        rows = torch.cat([*padded, padded[0].new_zeros(len(empty), *padded[0].shape[1:])])
+        return rows[inverse.to(padded[0].device)]
 
-    logps_BC = together([chunk.logps_nc for chunk in chunks])
+    logps_BC = assemble([chunk.logps_nc for chunk in chunks])
     assert logps_BC is not None  # the caller has rows with tokens
     return Scores(
         logps_BC=logps_BC,
-        entropies_BC=together([chunk.entropies_nc for chunk in chunks]),
-        kls_BC=together([chunk.kls_nc for chunk in chunks]),
-        hidden_BCH=together([chunk.hidden_ncH for chunk in chunks]),
+        entropies_BC=assemble([chunk.entropies_nc for chunk in chunks]),
+        kls_BC=assemble([chunk.kls_nc for chunk in chunks]),
+        hidden_BCH=assemble([chunk.hidden_ncH for chunk in chunks]),
         aux_loss=aux_loss,
     )
 
 
-def empty_scores(lm: nn.Module, rows: ScoringBatch) -> Scores:
-    """Scores of rows without tokens: zeros on the graph of every trainable parameter, as processes expect it."""
+def empty_scores(lm: nn.Module, batch: ScoringBatch) -> Scores:
+    """Scores of a batch without completion tokens: zeros that depend on every trainable parameter, as DDP requires."""
     parts = [parameter.flatten()[:0].sum() for parameter in lm.parameters() if parameter.requires_grad]
-    zeros_BC = rows.completion_ids_BC.new_zeros(rows.completion_ids_BC.shape, dtype=torch.float32) + sum(parts)
+    zeros_BC = batch.completion_ids_BC.new_zeros(batch.completion_ids_BC.shape, dtype=torch.float32) + sum(parts)
     return Scores(
         logps_BC=zeros_BC,
-        entropies_BC=zeros_BC if rows.with_entropies else None,
-        kls_BC=None if rows.ref_hidden_BCH is None else zeros_BC,
+        entropies_BC=zeros_BC if batch.with_entropies else None,
+        kls_BC=None if batch.ref_hidden_BCH is None else zeros_BC,
         hidden_BCH=None,
         aux_loss=None,
     )
 
 
-def prompt_ids(rows: ScoringBatch, siblings: Siblings) -> Tensor:
-    return torch.tensor(siblings.prompts, device=rows.completion_ids_BC.device)
+def prompt_ids(batch: ScoringBatch, siblings: Siblings) -> Tensor:
+    """Token ids of the group's prompts, one row per prompt, on the device of the batch."""
+    return torch.tensor(siblings.prompts, device=batch.completion_ids_BC.device)
 
 
-def prompt_weights(rows: ScoringBatch, siblings: Siblings, tokens: int) -> Tensor:
-    """For how many rows each of so many tokens of each prompt counts."""
+def prompt_weights(batch: ScoringBatch, siblings: Siblings, tokens: int) -> Tensor:
+    """The number of rows that each prompt stands for, repeated over `tokens` tokens; shape (prompts, tokens)."""
     counts = [[siblings.prompt_indices.count(i)] for i in range(len(siblings.prompts))]
-    return torch.tensor(counts, device=rows.completion_ids_BC.device).expand(-1, tokens)
+    return torch.tensor(counts, device=batch.completion_ids_BC.device).expand(-1, tokens)

@@ -1,8 +1,8 @@
-"""How a model gets shared scoring and shared sampling, and the reasons why one cannot have them.
+"""Give a model shared scoring and shared sampling, and say why a model cannot have them.
 
-`install_shared_scoring` gives the forward of a causal language model one more keyword, `scoring_batch`. The
-scoring then runs inside the wrapped forward, where data-parallel training expects it.
-`shared_sampling` puts a sampler in place of the decoding loop of its `generate`.
+`install_shared_scoring` adds a keyword, `scoring_batch`, to the forward of a causal language model. Scoring then runs
+inside the wrapped forward, as data-parallel training requires. `shared_sampling` replaces the decoding loop of the
+model's `generate`.
 """
 
 import copy
@@ -33,25 +33,25 @@ from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
 from grpo_ext.model.unwrap import base_of
 
-# A prompt read in two parts is not the same to them as one read at once.
+# Architectures for which a prompt in two forwards does not give the result of one forward.
 INEXACT_ARCHITECTURES = ("bamba",)
-# Rotary embeddings whose frequencies depend on how long the sequence is that one forward sees.
+# Rotary embeddings whose frequencies depend on the sequence length of a forward.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def install_shared_scoring(lm: PreTrainedModel) -> None:
-    """Let `lm(scoring_batch=ScoringBatch(...))` return the `Scores` of rows that share prompts.
+    """Make `lm(scoring_batch=ScoringBatch(...))` return `Scores`; every other call still runs TRL's fused forward.
 
-    Call it after TRL's `add_fused_lm_head`, on the model that PEFT wraps. Every other call is TRL's own.
+    Call it after TRL's `add_fused_lm_head`, on the model inside PEFT's wrapper.
     """
     fused_forward = lm.forward
-    head = TiledHead.of(lm, fused_forward)
+    head = TiledHead.from_fused_forward(lm, fused_forward)
 
     @functools.wraps(type(lm).forward)
     def forward(self: PreTrainedModel, *args: Any, scoring_batch: ScoringBatch | None = None, **kwargs: Any) -> Any:
         if scoring_batch is None:
             return fused_forward(*args, **kwargs)
-        # Checkpointed layers drop the cache with no more than a log line, and the completion loses its prompt.
+        # Checkpointed layers drop the cache with only a log line, and the completion loses its prompt.
         with disable_gradient_checkpointing(self):
             if torch.is_grad_enabled() and not scoring_batch.fits_one_chunk():
                 return score_in_chunks(self, scoring_batch, head, _recompute_context(self))
@@ -61,13 +61,13 @@ def install_shared_scoring(lm: PreTrainedModel) -> None:
 
 
 def _recompute_context(lm: PreTrainedModel) -> Any:
-    """What the backward must enter to see the model as the forward does now."""
+    """A context manager that shows the backward the same model as the forward that runs now."""
     device_type = lm.device.type
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
     @contextmanager
     def context() -> Iterator[None]:
-        # Without the cache: a cast made for one chunk's graph would be reused, freed, in the next.
+        # Without autocast's cache: the next chunk would reuse a cast whose graph is already freed.
         autocast: AbstractContextManager[Any] = torch.autocast(
             device_type, dtype=dtype, enabled=enabled, cache_enabled=False
         )
@@ -81,7 +81,7 @@ def _recompute_context(lm: PreTrainedModel) -> Any:
 def shared_sampling(
     lm: PreTrainedModel, sampler: GroupSampler, stop_strings: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[None]:
-    """Let `lm.generate` draw with `sampler`, and stop at `stop_strings`, which it would not take beside a sampler."""
+    """Inside, `lm.generate` uses `sampler` and stops at `stop_strings`, which it rejects for custom samplers."""
     generate, is_patched = lm.generate, "generate" in vars(lm)
 
     def generate_shared(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def shared_sampling(
         return generate(*args, generation_config=config, custom_generate=sampler, **kwargs)
 
     own, lm.generate = lm.generation_config.stop_strings, generate_shared
-    lm.generation_config.stop_strings = None  # `generate` would take it where the config given has none
+    lm.generation_config.stop_strings = None  # `generate` falls back to it if the given config has none
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ def shared_sampling(
 
 
 def why_sampling_unsupported(*configs: GenerationConfig) -> str | None:
-    """The reason why these settings of `generate` need transformers' own decoding loop; None where they do not."""
+    """The reason why these settings of `generate` need transformers' own decoding loop; None if they do not."""
     for config in configs:
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
@@ -123,7 +123,7 @@ def why_sampling_unsupported(*configs: GenerationConfig) -> str | None:
 def why_scoring_unsupported(
     model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: bool, is_sharded: bool
 ) -> str | None:
-    """The reason why prompts cannot be shared exactly, in words for a log; None where they can."""
+    """The reason why prompts cannot be shared exactly, as text for a log; None if they can."""
     lm = base_of(model)
     config = lm.config.get_text_config()
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -154,7 +154,7 @@ def why_scoring_unsupported(
 
 
 def _why_cache_unforkable(lm: PreTrainedModel) -> str | None:
-    """Let the model read two tokens and look at the cache that it makes."""
+    """Run the model on two tokens and inspect the cache that it returns."""
     with torch.no_grad(), disable_gradient_checkpointing(lm):
         output = lm.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=True)
     cache = getattr(output, "past_key_values", None)

@@ -1,11 +1,18 @@
-"""The LM head of a causal language model, in tiles: from hidden states to log-probs, entropies and an exact KL, without
+"""The LM head of a causal language model, in tiles: hidden states in, log-probs, entropies and an exact KL out, without
 the logits of the whole vocabulary.
 
-In: hidden states of tokens that are to be scored, in one row, and what comes next. Out: one number a token, float32.
+In: hidden states of the tokens to score, flattened to one dimension, and their targets. Out: one number per token,
+float32. The tiles are TRL's kernels (Triton on a GPU).
 
-The tiles are TRL's kernels; on a GPU they are Triton's. With an adapter on the head they are `low_rank_head.py`'s.
+TRL's kernels take a single weight. With LoRA on the head, `score_with_lora` adds the adapter's share to the logits of
+each tile instead of to the weight, so the head stays frozen, even if its weight is tied to the embedding:
 
-Legend: T tokens, H hidden size.
+    logits[:, tile] = h W[tile]^T + u B[tile]^T        u = s h A^T, a few numbers per token
+
+There, products have the precision of the hidden states or of autocast. Sums over the vocabulary and gradients are in
+float32, or in float64 for float64 hidden states.
+
+Legend: T tokens, V vocabulary, H hidden size, R rank (summed over the active adapters).
 """
 
 import inspect
@@ -23,8 +30,9 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from grpo_ext.model.unwrap import head_of
 
-VOCAB_TILE = 32768  # as TRL has it
-KL_TOKEN_TILE = 512  # of a tile for the exact KL, which holds two of them in float32
+VOCAB_TILE = 32768  # as in TRL
+KL_TOKEN_TILE = 512  # tokens per tile of the exact KL, which holds two tiles in float32
+LORA_TILE = (1024, 32768)  # tokens x vocabulary; TRL's has four times the tokens, but no float32 copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,7 @@ class TiledHead:
 
     Attributes:
         softcap: bound on the logits (`final_logit_softcapping`); None for none.
-        scale: factor on the logits before that.
+        scale: factor on the logits, before the softcap.
     """
 
     lm: PreTrainedModel
@@ -41,34 +49,34 @@ class TiledHead:
     scale: float
 
     @classmethod
-    def of(cls, lm: PreTrainedModel, fused_forward: Callable[..., Any]) -> "TiledHead":
-        """The head that TRL's `add_fused_lm_head` gave the model: softcap and scale are what it found in the config."""
+    def from_fused_forward(cls, lm: PreTrainedModel, fused_forward: Callable[..., Any]) -> "TiledHead":
+        """The head with the softcap and scale that TRL's `add_fused_lm_head` read from the model's config."""
         found = inspect.getclosurevars(fused_forward).nonlocals
         return cls(lm=lm, softcap=found["final_logit_softcapping"], scale=found["logit_scale"])
 
     def score(
         self, hidden_TH: Tensor, targets_T: Tensor, temperature: float, *, with_entropies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of the targets and, where asked for, entropies in nats, of softmax(logits / temperature)."""
+        """Log-probs of the targets and, if requested, entropies, of softmax(logits / temperature); in nats."""
         lm_head = self.lm.get_output_embeddings()
         outputs = ("log_probs", "entropy") if with_entropies else ("log_probs",)
         tile = min(VOCAB_TILE, lm_head.weight.size(0))
         hidden_TH = hidden_TH.to(lm_head.weight.device)
-        low_rank = active_head_lora(self.lm, hidden_TH)
-        if low_rank is not None:
-            logits = LogitScale(temperature=temperature, softcap=self.softcap, scale=self.scale)
-            return score_with_lora(hidden_TH, lm_head, low_rank, targets_T, logits, with_entropies=with_entropies)
+        lora = active_head_lora(self.lm, hidden_TH)
+        if lora is not None:
+            logit_scale = LogitScale(temperature=temperature, softcap=self.softcap, scale=self.scale)
+            return score_with_lora(hidden_TH, lm_head, lora, targets_T, logit_scale, with_entropies=with_entropies)
         logps_T, entropies_T, *_ = ChunkedLogProbFunction.apply(
             hidden_TH, lm_head.weight, lm_head.bias, targets_T, temperature, tile, self.softcap, self.scale, outputs
         )
         return logps_T, entropies_T
 
-    def divergence(self, hidden_TH: Tensor, ref_hidden_TH: Tensor, temperature: float) -> Tensor:
-        """KL(policy || reference) of each token's whole distribution, in nats, with the policy's gradient.
+    def exact_kl(self, hidden_TH: Tensor, ref_hidden_TH: Tensor, temperature: float) -> Tensor:
+        """KL(policy || reference) over the whole vocabulary for each token, in nats, with the policy's gradient.
 
         Args:
-            hidden_TH: of the policy.
-            ref_hidden_TH: of the reference, which has the same, frozen head.
+            hidden_TH: hidden states of the policy.
+            ref_hidden_TH: hidden states of the reference, which has the same frozen head.
         """
         lm_head = self.lm.get_output_embeddings()
         head = (lm_head.weight, lm_head.bias)
@@ -81,25 +89,26 @@ class TiledHead:
         return torch.cat(kls)
 
 
-TILE = (1024, 32768)  # tokens x words; TRL has four times the tokens, without copies of a tile in float32
+# The LM head with LoRA
 
 
 class HeadLoRA(NamedTuple):
-    """What adapters add to the logits: `states_TR @ factor_VR.T`, with a graph to hidden states, A and B."""
+    """What the adapters add to the logits: `states_TR @ factor_VR.T`, differentiable in hidden states, A and B."""
 
     states_TR: Tensor
     factor_VR: Tensor
 
 
 class LogitScale(NamedTuple):
-    """How logits come from a projection x: softcap tanh(scale x / softcap) / temperature; without a softcap, linear."""
+    """logits = softcap * tanh(scale * x / softcap) / temperature of a projection x; scale * x / temperature if there is
+    no softcap."""
 
     temperature: float
     softcap: float | None
     scale: float
 
-    def of_(self, projected: Tensor) -> Tensor:
-        """The logits, in place."""
+    def apply_(self, projected: Tensor) -> Tensor:
+        """Turn projections into logits, in place."""
         logits = projected.mul_(self.scale)
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -114,7 +123,7 @@ class LogitScale(NamedTuple):
 
 
 def active_head_lora(lm: PreTrainedModel, hidden_TH: Tensor) -> HeadLoRA | None:
-    """Of the adapters on the LM head that are active now; None where none is, as in `disable_adapter()`."""
+    """The active adapters of the LM head; None if there is none, or inside `disable_adapter()`."""
     layer = head_of(lm)
     if not isinstance(layer, LoraLayer) or layer.disable_adapters:
         return None
@@ -131,25 +140,25 @@ def active_head_lora(lm: PreTrainedModel, hidden_TH: Tensor) -> HeadLoRA | None:
 def score_with_lora(
     hidden_TH: Tensor,
     lm_head: nn.Linear,
-    low_rank: HeadLoRA,
+    lora: HeadLoRA,
     targets_T: Tensor,
     logit_scale: LogitScale,
     *,
     with_entropies: bool,
-    tile: tuple[int, int] = TILE,
+    tile: tuple[int, int] = LORA_TILE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the targets and, where asked for, entropies in nats, of softmax(logits).
+    """Log-probs of the targets and, if requested, entropies, of softmax(logits); in nats.
 
     Args:
-        lm_head: frozen.
-        tile: tokens and words whose logits are there at once.
+        lm_head: the frozen layer below the adapters.
+        tile: tokens and vocabulary entries per tile of logits.
     """
     weights = (lm_head.weight, lm_head.bias)
-    return _LoRAScore.apply(hidden_TH, *low_rank, *weights, targets_T, logit_scale, tile, with_entropies)
+    return _LoRAScore.apply(hidden_TH, *lora, *weights, targets_T, logit_scale, tile, with_entropies)
 
 
 class _LoRAScore(torch.autograd.Function):
-    """The backward makes each tile of logits anew; the frozen weight has no gradient."""
+    """The backward recomputes each tile of logits; the frozen weight has no gradient."""
 
     @staticmethod
     def forward(
@@ -164,43 +173,44 @@ class _LoRAScore(torch.autograd.Function):
         tile: tuple[int, int],
         with_entropies: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and, where asked for, entropies, shapes (T,); of the logits nothing but their sums is kept."""
-        ctx.set_materialize_grads(False)  # what nobody differentiates costs nothing
+        """Log-probs and, if requested, entropies, shapes (T,); only sums over the logits are kept."""
+        ctx.set_materialize_grads(False)  # an output that is not differentiated costs nothing
         device = hidden_TH.device.type
         autocast = torch.is_autocast_enabled(device)
         ctx.product_dtype = torch.get_autocast_dtype(device) if autocast else hidden_TH.dtype
         ctx.sum_dtype = torch.promote_types(ctx.product_dtype, torch.float32)
         ctx.logit_scale, ctx.tile = logit_scale, tile
         inputs = (hidden_TH, states_TR, factor_VR, weight_VH, bias_V)
-        # Over the words so far: the largest logit, and the sums of exp(logit - largest) and of logits weighed by that.
+        # Online softmax: the largest logit so far, the sum of exp(logit - largest), and the sum of logits with these
+        # weights.
         largest_T = hidden_TH.new_full((len(hidden_TH),), -torch.inf, dtype=ctx.sum_dtype)
-        sum_T, weighed_T, target_T = (torch.zeros_like(largest_T) for _ in range(3))
-        for tokens, words, _, logits in _tiles(ctx, *inputs):
-            is_here, places = _places(targets_T[tokens], words)
-            target_T[tokens] += torch.where(is_here, logits.gather(1, places).squeeze(1), 0)
+        sum_T, weighted_T, target_T = (torch.zeros_like(largest_T) for _ in range(3))
+        for tokens, vocab, _, logits in _tiles(ctx, *inputs):
+            is_here, indices = _local_targets(targets_T[tokens], vocab)
+            target_T[tokens] += torch.where(is_here, logits.gather(1, indices).squeeze(1), 0)
             largest = torch.maximum(largest_T[tokens], logits.amax(dim=1))
             shrink = (largest_T[tokens] - largest).exp()
             weights = (logits - largest.unsqueeze(1)).exp_()
             largest_T[tokens] = largest
             sum_T[tokens] = sum_T[tokens] * shrink + weights.sum(dim=1)
             if with_entropies:
-                weighed_T[tokens] = weighed_T[tokens] * shrink + weights.mul_(logits).sum(dim=1)
+                weighted_T[tokens] = weighted_T[tokens] * shrink + weights.mul_(logits).sum(dim=1)
         log_z_T = largest_T + sum_T.log()
-        entropies_T = log_z_T - weighed_T / sum_T if with_entropies else None
+        entropies_T = log_z_T - weighted_T / sum_T if with_entropies else None
         ctx.save_for_backward(*inputs, targets_T, log_z_T, entropies_T)
         return target_T - log_z_T, entropies_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, logp_grad_T: Tensor | None, entropy_grad_T: Tensor | None) -> Any:
-        """Gradients of hidden states, low-rank states and factor, in the shapes of these."""
+        """Gradients of hidden states, LoRA states and LoRA factor."""
         *inputs, targets_T, log_z_T, entropies_T = ctx.saved_tensors
         grads = [
             torch.zeros_like(value, dtype=ctx.sum_dtype) if needed else None
             for value, needed in zip(inputs[:3], ctx.needs_input_grad, strict=False)
         ]
         hidden_grad_TH, states_grad_TR, factor_grad_VR = grads
-        for tokens, words, (states, factor, weight), logits in _tiles(ctx, *inputs):
+        for tokens, vocab, (states, factor, weight), logits in _tiles(ctx, *inputs):
             logps = logits - log_z_T[tokens].unsqueeze(1)
             # d log p_target / d logits_v = [v = target] - p_v        d entropy / d logits_v = -p_v (log p_v + entropy)
             grad = torch.zeros_like(logits)
@@ -210,47 +220,49 @@ class _LoRAScore(torch.autograd.Function):
                 grad += logp_grad_T[tokens].unsqueeze(1)
             grad.mul_(logps.exp_()).neg_()
             if logp_grad_T is not None:
-                is_here, places = _places(targets_T[tokens], words)
-                grad.scatter_add_(1, places, (logp_grad_T[tokens] * is_here).unsqueeze(1))
+                is_here, indices = _local_targets(targets_T[tokens], vocab)
+                grad.scatter_add_(1, indices, (logp_grad_T[tokens] * is_here).unsqueeze(1))
             grad = grad.mul_(ctx.logit_scale.slope(logits)).to(ctx.product_dtype)
             if hidden_grad_TH is not None:
                 _add_product(hidden_grad_TH[tokens], grad, weight)
             if states_grad_TR is not None:
                 _add_product(states_grad_TR[tokens], grad, factor)
             if factor_grad_VR is not None:
-                _add_product(factor_grad_VR[words], grad.T, states)
-        given = (None if grad is None else grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=False))
-        return *given, None, None, None, None, None, None
+                _add_product(factor_grad_VR[vocab], grad.T, states)
+        input_grads = (
+            None if grad is None else grad.to(value.dtype) for grad, value in zip(grads, inputs, strict=False)
+        )
+        return *input_grads, None, None, None, None, None, None
 
 
 def _tiles(
     ctx: Any, hidden_TH: Tensor, states_TR: Tensor, factor_VR: Tensor, weight_VH: Tensor, bias_V: Tensor | None
 ) -> Iterator[tuple[slice, slice, tuple[Tensor, ...], Tensor]]:
-    """Of each tile: its tokens, its words, their rows of states, factor and weight, and its logits."""
+    """For each tile: its slices of tokens and vocabulary, its rows of (states, factor, weight), and its logits."""
     dtype = ctx.product_dtype
-    for words in _cuts(len(weight_VH), ctx.tile[1]):
-        weight, factor = weight_VH[words].to(dtype), factor_VR[words].to(dtype)
-        for tokens in _cuts(len(hidden_TH), ctx.tile[0]):
+    for vocab in _slices(len(weight_VH), ctx.tile[1]):
+        weight, factor = weight_VH[vocab].to(dtype), factor_VR[vocab].to(dtype)
+        for tokens in _slices(len(hidden_TH), ctx.tile[0]):
             states = states_TR[tokens].to(dtype)
             projected = (hidden_TH[tokens].to(dtype) @ weight.T).addmm_(states, factor.T)
             if bias_V is not None:
-                projected += bias_V[words].to(dtype)
-            yield tokens, words, (states, factor, weight), ctx.logit_scale.of_(projected.to(ctx.sum_dtype))
+                projected += bias_V[vocab].to(dtype)
+            yield tokens, vocab, (states, factor, weight), ctx.logit_scale.apply_(projected.to(ctx.sum_dtype))
 
 
-def _cuts(length: int, width: int) -> list[slice]:
+def _slices(length: int, width: int) -> list[slice]:
     return [slice(start, min(start + width, length)) for start in range(0, length, width)]
 
 
-def _places(targets_t: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Which targets are among these words, shape (t,), and where in them, shape (t, 1); 0 for those that are not."""
-    places = targets_t - words.start
-    is_here = (places >= 0) & (targets_t < words.stop)
-    return is_here, places.where(is_here, 0).unsqueeze(1)
+def _local_targets(targets_t: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
+    """Whether each target is in this vocabulary slice, shape (t,), and its index there or 0, shape (t, 1)."""
+    indices = targets_t - vocab.start
+    is_here = (indices >= 0) & (targets_t < vocab.stop)
+    return is_here, indices.where(is_here, 0).unsqueeze(1)
 
 
 def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
-    """sum_ += left @ right, where the product is not rounded to the precision of its factors first."""
+    """sum_ += left @ right, without rounding the product to the precision of its factors."""
     if sum_.is_cuda and left.dtype != sum_.dtype:
         torch.addmm(sum_, left, right, out_dtype=sum_.dtype, out=sum_)
     else:

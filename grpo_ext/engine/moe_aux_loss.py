@@ -1,13 +1,14 @@
-"""The load-balancing loss of mixtures of experts, summed over the parts in which shared prompts are run.
+"""The load-balancing loss of mixtures of experts, summed over the forwards into which shared prompts split a batch.
 
-Switch Transformer, equations 4 to 6, as transformers' `load_balancing_loss_func` computes it over a padded batch:
+Switch Transformer (arXiv:2101.03961), equations 4 to 6, as transformers' `load_balancing_loss_func` computes it over a
+padded batch:
 
     loss = E * sum_e  (share of the choices that fell on expert e) * (mean probability of expert e)
 
-Both are means over the tokens of all rows and layers. A prompt that is run once counts once for each of its rows; the
-choices have no gradient, so a part of the batch has the gradient of its own probabilities, given all choices.
+Both are means over the tokens of all rows and layers. A prompt that runs once counts once per row. Choices have no
+gradient, so the gradient of one forward is that of its own probabilities, given the choices of all forwards.
 
-Legend: E experts, N tokens of a part, L layers.
+Legend: E experts, N tokens of a forward, L layers.
 """
 
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class RouterSums:
-    """Over tokens, weighted, and layers: choices of each expert, probabilities of each, and the tokens themselves."""
+    """Weighted sums over tokens and layers: choices per expert, probabilities per expert, and the number of tokens."""
 
     chosen_E: Tensor
     probs_E: Tensor
     tokens: Tensor
 
     @classmethod
-    def of(cls, router_logits: Sequence[Tensor], weights_N: Tensor, top_k: int) -> "RouterSums":
-        """Sums over one part, its router logits shaped (N, E) in each layer."""
+    def from_logits(cls, router_logits: Sequence[Tensor], weights_N: Tensor, top_k: int) -> "RouterSums":
+        """Sums over one forward; the router logits of each layer have shape (N, E)."""
         chosen, probs = [], []
         for logits_NE in router_logits:
             probs_NE = logits_NE.flatten(0, -2).softmax(dim=-1).float()
@@ -39,19 +40,20 @@ class RouterSums:
         return cls(_sum(chosen), _sum(probs), weights_N.sum() * len(router_logits))
 
     def loss(self) -> Tensor:
+        """The loss, if these are the sums over the whole batch."""
         return (self.chosen_E * self.probs_E).sum() * len(self.chosen_E) / self.tokens**2
 
-    def loss_given(self, everything: "RouterSums") -> Tensor:
-        """This part's share in the loss of the whole batch, with its gradient."""
-        return (everything.chosen_E * self.probs_E).sum() * len(self.chosen_E) / everything.tokens**2
+    def loss_share(self, total: "RouterSums") -> Tensor:
+        """The share of this forward in the loss of the whole batch, with its gradient."""
+        return (total.chosen_E * self.probs_E).sum() * len(self.chosen_E) / total.tokens**2
 
 
-def total(parts: Sequence[RouterSums | None]) -> RouterSums | None:
-    """The sums over all parts; None where routers were not asked."""
-    asked = [part for part in parts if part is not None]
-    if not asked:
+def total_router_sums(parts: Sequence[RouterSums | None]) -> RouterSums | None:
+    """Sums over all forwards; None if router statistics were not recorded."""
+    recorded = [part for part in parts if part is not None]
+    if not recorded:
         return None
-    return RouterSums(*(_sum([getattr(part, name) for part in asked]) for name in ("chosen_E", "probs_E", "tokens")))
+    return RouterSums(*(_sum([getattr(part, name) for part in recorded]) for name in ("chosen_E", "probs_E", "tokens")))
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -59,19 +61,19 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class RouterRecorder:
-    """Listens to the routers of a backbone, forward by forward, while it is entered.
+    """A context that records the router logits of each forward of a backbone.
 
     Args:
-        top_k: experts that a token is sent to; None for a model whose routers nobody asks for.
+        top_k: experts per token; None records nothing.
 
     Attributes:
-        options: keywords for each forward.
+        forward_options: keyword arguments to pass to each forward.
     """
 
     def __init__(self, lm: PreTrainedModel, top_k: int | None):
         self.forward_options = {} if top_k is None else {"output_router_logits": True}
         self._backbone, self._top_k = lm.base_model, top_k
-        self._heard: tuple[Tensor, ...] = ()
+        self._router_logits: tuple[Tensor, ...] = ()
 
     def __enter__(self) -> "RouterRecorder":
         self._hook = self._backbone.register_forward_hook(self._record)
@@ -81,11 +83,15 @@ class RouterRecorder:
         self._hook.remove()
 
     def _record(self, module: nn.Module, inputs: object, output: Any) -> None:
-        self._heard = output.router_logits if self._top_k is not None else ()
+        self._router_logits = output.router_logits if self._top_k is not None else ()
 
     def pop_sums(self, weights: Tensor) -> RouterSums | None:
-        """The sums of the last forward, each token with its weight; shaped as the ids that went in."""
+        """Sums of the last forward, each token counted with its weight.
+
+        Args:
+            weights: same shape as the input ids of that forward.
+        """
         if self._top_k is None:
             return None
-        heard, self._heard = self._heard, ()
-        return RouterSums.of(heard, weights.flatten().float(), self._top_k)
+        router_logits, self._router_logits = self._router_logits, ()
+        return RouterSums.from_logits(router_logits, weights.flatten().float(), self._top_k)

@@ -1,9 +1,16 @@
-"""A prompt's states (keys, values, convolution, recurrent): read them, put others in their place, fork them.
+"""Prefill: prompts in, caches out that all siblings can continue from.
 
-In: the cache that a transformers model filled while it read a prompt. Out: caches for n siblings that share it. The
-states are plain tensors, so a fork with gradients is `with_states(cache, [leaf[rows] ...])`.
+    prompt[:-1] --(one forward)--> DynamicCache --fork--> one cache for n siblings
 
-Nothing here depends on how a model attends: it goes by the layers of transformers' own `DynamicCache`.
+The first half handles the states of a cache (keys, values, convolution, recurrent): list them, replace them, fork them.
+States are plain tensors, so a fork with gradients is `with_states(cache, [leaf[rows] ...])`. Nothing here depends on
+the attention backend: it only relies on the layers of transformers' own `DynamicCache`.
+
+The second half runs the forwards. Scoring prefills all tokens but the last one, because each row begins with that token
+(`prefill`, or `prefill_in_segments` if the prompt is too long for one graph). Sampling prefills whole prompts and needs
+the logits after them (`prefill_prompts`).
+
+Legend: k prompts of a forward, P distinct prompts, S tokens to prefill, T tokens in the cache, V vocabulary.
 """
 
 import copy
@@ -23,7 +30,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-# Layers whose states are all in `keys`, `values`, `conv_states` and `recurrent_states`, batch dimension first.
+Prompt = tuple[int, ...]  # token ids without padding
+
+# Layers that keep all their states in `keys`, `values`, `conv_states` and `recurrent_states`, batch dimension first.
 FORKABLE_LAYERS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -34,8 +43,8 @@ FORKABLE_LAYERS = (
 
 
 class _OutOfPlace(LinearAttentionLayer):
-    """A layer that replaces its states where transformers' own writes into them, which autograd refuses once a state
-    was read under a graph."""
+    """Replaces its states instead of writing into them as transformers does: autograd forbids in-place writes to a
+    state that a graph has used."""
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         if not self.has_previous_state[state_idx]:
@@ -73,9 +82,11 @@ _DICTS_OF_LINEAR_LAYERS = (
     "conv_kernel_size",
 )
 
+# States of a cache
+
 
 def why_unforkable(cache: Any) -> str | None:
-    """The reason why this cache cannot be forked exactly, in words for a log; None where it can."""
+    """The reason why this cache cannot be forked exactly, as text for a log; None if it can."""
     if type(cache) is not DynamicCache:
         return f"its cache is a {type(cache).__name__}"
     other = next((layer for layer in cache.layers if type(layer) not in FORKABLE_LAYERS), None)
@@ -94,7 +105,7 @@ def cache_states(cache: DynamicCache) -> list[Tensor]:
 
 
 def with_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
-    """A new cache like `cache` that holds `states`, in the order of `cache_states`; `cache` is left as it was."""
+    """A copy of `cache` that holds `states`, in the order of `cache_states`; `cache` itself does not change."""
     remaining = iter(states)
     new = copy.copy(cache)
     new.layers = []
@@ -115,9 +126,9 @@ def with_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
 
 
 def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
-    """The cache of siblings, the i-th of which goes on from row `rows[i]`; gradients of the copies add up in the row.
+    """A cache whose i-th row continues from row `rows[i]` of `cache`; gradients of the copies add up in that row.
 
-    The states are copied, so that layers which write into them in place leave the original alone.
+    The states are copied, because some layers write into their states in place.
     """
     states = cache_states(cache)
     index = torch.tensor(list(rows), device=states[0].device)
@@ -125,9 +136,9 @@ def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
 
 
 def join_caches(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
-    """One cache, whose row i goes on from the prompt `rows[i]`, an index into the rows of all `caches` in turn.
+    """One cache whose row i continues from row `rows[i]` of the concatenated `caches`.
 
-    The keys and values of shorter prompts are padded on the left, where only an attention mask hides them.
+    Keys and values of shorter prompts are padded on the left; only an attention mask hides the padding.
     """
     longest = max(caches, key=lambda cache: cache.get_seq_length())
     joined = []
@@ -138,14 +149,14 @@ def join_caches(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
 
 
 def extract_cache_row(cache: DynamicCache, row: int, is_own_T: Tensor) -> DynamicCache:
-    """A cache that holds one row of `cache` and nothing else: of its T tokens those that are its own.
+    """A cache with a single row of `cache`, restricted to some of its T tokens.
 
     Args:
-        is_own_T: which these are, shape (T,). In sliding windows nothing may stand between them.
+        is_own_T: which tokens to keep, shape (T,). Within sliding windows they must be contiguous.
     """
-    alone = fork(cache, [row])
-    own_of: dict[int, Tensor] = {}  # of the last n tokens, the indices of those that are its own
-    for layer in alone.layers:
+    extracted = fork(cache, [row])
+    own_of: dict[int, Tensor] = {}  # cached tokens of a layer -> indices of those to keep
+    for layer in extracted.layers:
         if _has_keys(layer):
             tokens = layer.keys.shape[-2]
             if tokens not in own_of:
@@ -153,16 +164,14 @@ def extract_cache_row(cache: DynamicCache, row: int, is_own_T: Tensor) -> Dynami
             layer.keys, layer.values = (states[..., own_of[tokens], :] for states in (layer.keys, layer.values))
             if layer.is_sliding:
                 layer.cumulative_length = int(is_own_T.sum())
-    return alone
-
-
-def _has_keys(layer: object) -> bool:
-    return isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None
+    return extracted
 
 
 def share_prefix_storage(boundary: DynamicCache, last: DynamicCache) -> DynamicCache:
-    """`boundary` with the keys and values that grow by concatenation replaced by views into those of `last`, which
-    begin with them; states that are overwritten as a prompt goes on (sliding windows, recurrent) are kept."""
+    """`boundary` with its keys and values replaced by views into those of `last`, which begin with the same tokens.
+
+    States that are overwritten as a prompt goes on (sliding windows, recurrent) are kept as they are.
+    """
     new = with_states(boundary, cache_states(boundary))
     for layer, whole in zip(new.layers, last.layers, strict=True):
         if _has_keys(layer) and not layer.is_sliding:
@@ -171,8 +180,18 @@ def share_prefix_storage(boundary: DynamicCache, last: DynamicCache) -> DynamicC
     return new
 
 
+def _has_keys(layer: object) -> bool:
+    return isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None
+
+
+# Prefill for scoring
+
+
 def prompt_segments(tokens: int, chunk_tokens: int | None) -> list[range]:
-    """Ranges of at most `chunk_tokens` prompt tokens, of two at least, but for a prompt that has no more than one."""
+    """Split a prompt into ranges of `chunk_tokens` tokens; None for a single range.
+
+    Every range has at least two tokens, unless the prompt has only one, so the last range may be one token longer.
+    """
     if chunk_tokens is None or tokens <= chunk_tokens:
         return [range(tokens)] if tokens else []
     ends = list(range(max(2, chunk_tokens), tokens - 1, max(2, chunk_tokens)))
@@ -180,7 +199,11 @@ def prompt_segments(tokens: int, chunk_tokens: int | None) -> list[range]:
 
 
 def prefill(lm: PreTrainedModel, prompts_kS: Tensor, **options: Any) -> DynamicCache | None:
-    """The cache of all tokens but the last one; None for prompts of one token."""
+    """The cache of all tokens but the last one; None for prompts of one token.
+
+    Args:
+        options: further arguments of the backbone's forward.
+    """
     whole = prompt_segments(prompts_kS.size(1) - 1, None)
     return prefill_segment(lm, prompts_kS, whole[0], None, **options) if whole else None
 
@@ -188,7 +211,7 @@ def prefill(lm: PreTrainedModel, prompts_kS: Tensor, **options: Any) -> DynamicC
 def prefill_in_segments(
     lm: PreTrainedModel, prompts_kS: Tensor, chunk_tokens: int | None, **options: Any
 ) -> Iterator[DynamicCache]:
-    """The caches at the end of each segment, each of them left as it was by the next."""
+    """The cache at the end of each segment; computing the next one does not change it."""
     cache = None
     for segment in prompt_segments(prompts_kS.size(1) - 1, chunk_tokens):
         before = None if cache is None else fork(cache, range(len(prompts_kS)))
@@ -199,7 +222,7 @@ def prefill_in_segments(
 def prefill_segment(
     lm: PreTrainedModel, prompts_kS: Tensor, segment: range, cache: DynamicCache | None, **options: Any
 ) -> DynamicCache:
-    """The cache at the end of a segment; `cache`, the one at its beginning, is written to."""
+    """The cache at the end of a segment; `cache`, the one at its beginning, is modified."""
     return lm.base_model(
         input_ids=prompts_kS[:, segment.start : segment.stop],
         past_key_values=cache,
@@ -209,13 +232,18 @@ def prefill_segment(
     ).past_key_values
 
 
-Prompt = tuple[int, ...]
+# Prefill for sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefilledPrompts:
-    """Prompts that were read: `caches`, where they are padded on the left, of each prompt its row in them all, and the
-    logits after it."""
+    """KV caches of the prefilled prompts, the cache row of each prompt, and its next-token logits.
+
+    Attributes:
+        caches: one per forward; a row may be padded on the left.
+        row_of: index of each prompt into the rows of all `caches` and into `logits_PV`.
+        logits_PV: logits after the last token of each prompt.
+    """
 
     caches: list[DynamicCache]
     row_of: dict[Prompt, int]
@@ -229,15 +257,16 @@ def prefill_prompts(
     kept: Mapping[Prompt, DynamicCache],
     **options: Any,
 ) -> PrefilledPrompts:
-    """Read each distinct prompt once, from where the longest kept beginning of it ends.
+    """Prefill each distinct prompt once, from the end of its longest kept prefix.
 
-    Those with as many tokens to be read are read in one forward: none of these is padded, on any architecture.
+    Prompts with the same number of remaining tokens share a forward, so no input is padded on any architecture.
 
     Args:
-        kept: caches of one row each, by the tokens that they have read.
+        kept: caches of one row each, by the tokens that they hold.
+        options: further arguments of the model's forward.
     """
     batches: dict[tuple[bool, int], list[tuple[Prompt, int]]] = {}
-    lengths = sorted({len(beginning) for beginning in kept}, reverse=True)
+    lengths = sorted({len(prefix) for prefix in kept}, reverse=True)
     for prompt in dict.fromkeys(prompts):
         start = next((length for length in lengths if length < len(prompt) and prompt[:length] in kept), 0)
         batches.setdefault((start > 0, len(prompt) - start), []).append((prompt, start))
@@ -253,8 +282,8 @@ def prefill_prompts(
             )
             padding_k = starts_k.max() - starts_k
             if padding_k.any():
-                cells_T = torch.arange(int(starts_k.max()) + ids_kS.size(1), device=device)
-                mask_kT = (cells_T >= padding_k.unsqueeze(1)).long()
+                positions_T = torch.arange(int(starts_k.max()) + ids_kS.size(1), device=device)
+                mask_kT = (positions_T >= padding_k.unsqueeze(1)).long()
         output = lm(
             input_ids=ids_kS,
             position_ids=starts_k.unsqueeze(1) + torch.arange(ids_kS.size(1), device=device),

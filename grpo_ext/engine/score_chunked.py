@@ -1,13 +1,14 @@
-"""Scoring with gradients in chunks: the same result as `scoring.py`, in the memory of one chunk.
+"""Scoring with gradients in chunks: the result of `score.py`, in the memory of one chunk.
 
-The forward keeps no graph. The backward runs the completions in chunks on leaf copies of the prompt's states, so that
-the gradients of all siblings add up in the leaves, and then sends these through the prompt, in segments, last to first:
+The forward keeps no graph. The backward runs the completions in chunks on leaf copies of the prompt's states, so the
+gradients of all siblings add up in the leaves. It then sends these gradients through the prompt, one segment at a time,
+last to first:
 
     leaves --fork--> chunk 1 --backward--> gradients of the leaves --> segment 2 --> those at its start --> segment 1
            --fork--> chunk 2 --backward-->
 
-The result is exact, and the memory is that of one chunk whatever G is, beside the prompts' states and their gradients.
-The price is one more forward, that of gradient checkpointing, whose place it takes.
+The result is exact. Memory is that of one chunk for any G, plus the prompt's states and their gradients. The cost is
+one additional forward, as for gradient checkpointing, which this replaces.
 
 Legend: B rows, C completion tokens, n rows of a chunk, c tokens of its longest completion.
 """
@@ -20,9 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo_ext.engine.batch import Chunk, Scores, ScoringBatch, Siblings, assemble_scores, prompt_ids, prompt_weights
+from grpo_ext.engine.batch import (
+    ChunkScores,
+    Scores,
+    ScoringBatch,
+    Siblings,
+    assemble_scores,
+    prompt_ids,
+    prompt_weights,
+)
 from grpo_ext.engine.lm_head import TiledHead
-from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total
+from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
 from grpo_ext.engine.prefill import (
     cache_states,
     fork,
@@ -32,19 +41,19 @@ from grpo_ext.engine.prefill import (
     share_prefix_storage,
     with_states,
 )
-from grpo_ext.engine.score import Scorer
+from grpo_ext.engine.score import ChunkScorer
 
 
 def score_in_chunks(
-    lm: PreTrainedModel, rows: ScoringBatch, head: TiledHead, context: Callable[[], AbstractContextManager[Any]]
+    lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, context: Callable[[], AbstractContextManager[Any]]
 ) -> Scores:
-    """`score` with gradients, of which at most `rows.chunk_tokens` tokens carry a graph at once; the same result.
+    """`score` with gradients; at most `batch.chunk_tokens` tokens carry a graph at the same time.
 
     Args:
-        context: what the backward must re-enter to see the model that the forward saw (autocast, checkpointing off).
+        context: re-entered by the backward so that it sees the same model as the forward (autocast, checkpointing off).
     """
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    logps_BC, entropies_BC, kls_BC, aux_loss = _ChunkedScore.apply(lm, rows, head, context, *parameters)
+    logps_BC, entropies_BC, kls_BC, aux_loss = _ChunkedScore.apply(lm, batch, head, context, *parameters)
     return Scores(logps_BC=logps_BC, entropies_BC=entropies_BC, kls_BC=kls_BC, hidden_BCH=None, aux_loss=aux_loss)
 
 
@@ -53,65 +62,70 @@ class _ChunkedScore(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, lm: PreTrainedModel, rows: ScoringBatch, head: TiledHead, context: Callable, *parameters: nn.Parameter
+        ctx: Any,
+        lm: PreTrainedModel,
+        batch: ScoringBatch,
+        head: TiledHead,
+        context: Callable,
+        *parameters: nn.Parameter,
     ) -> Any:
-        """Every score without a graph; each group's prompt states are kept."""
-        ctx.set_materialize_grads(False)  # what nobody differentiates costs nothing
-        ctx.lm, ctx.rows, ctx.head, ctx.context, ctx.parameters = lm, rows, head, context, parameters
-        ctx.boundaries = []  # of each group, the caches at the ends of the prompt's segments
-        chunks: list[Chunk] = []
-        routed = []  # of the prompts
-        with RouterRecorder(lm, rows.experts_per_token) as routing:
-            scorer = Scorer(lm=lm, rows=rows, head=head, routing=routing)
-            for siblings in rows.all_groups:
+        """Compute all scores without a graph; the prompt states of each group are kept."""
+        ctx.set_materialize_grads(False)  # an output that is not differentiated costs nothing
+        ctx.lm, ctx.batch, ctx.head, ctx.context, ctx.parameters = lm, batch, head, context, parameters
+        ctx.boundaries = []  # per group, the caches at the ends of the prompt's segments
+        chunks: list[ChunkScores] = []
+        prompt_sums = []
+        with RouterRecorder(lm, batch.experts_per_token) as router:
+            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
+            for siblings in batch.all_groups:
                 boundaries: list[DynamicCache] = []
-                cuts = prompt_segments(siblings.prompt_tokens - 1, rows.chunk_tokens)
-                reading = prefill_in_segments(
-                    lm, prompt_ids(rows, siblings), rows.chunk_tokens, **routing.forward_options
+                segments = prompt_segments(siblings.prompt_tokens - 1, batch.chunk_tokens)
+                caches = prefill_in_segments(
+                    lm, prompt_ids(batch, siblings), batch.chunk_tokens, **router.forward_options
                 )
-                for segment, boundary in zip(cuts, reading, strict=True):
-                    routed.append(routing.pop_sums(prompt_weights(rows, siblings, len(segment))))
+                for segment, boundary in zip(segments, caches, strict=True):
+                    prompt_sums.append(router.pop_sums(prompt_weights(batch, siblings, len(segment))))
                     boundaries = [*(share_prefix_storage(earlier, boundary) for earlier in boundaries), boundary]
                 last = boundaries[-1] if boundaries else None
-                chunks += [scorer.score(siblings, chunk, last) for chunk in rows.chunks(siblings)]
+                chunks += [scorer.score(siblings, chunk, last) for chunk in batch.chunks(siblings)]
                 ctx.boundaries.append(boundaries)
-        ctx.routed = total(routed + [chunk.routed for chunk in chunks])
-        scores = assemble_scores(rows, chunks, None if ctx.routed is None else ctx.routed.loss())
+        ctx.total_sums = total_router_sums(prompt_sums + [chunk.router_sums for chunk in chunks])
+        scores = assemble_scores(batch, chunks, None if ctx.total_sums is None else ctx.total_sums.loss())
         return scores.logps_BC, scores.entropies_BC, scores.kls_BC, scores.aux_loss
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor | None) -> Any:
-        """The parameters' gradients, group by group: completions first, then the prompt they go on from."""
-        gradients = _Gradients(ctx.parameters, ctx.routed, aux_loss_grad=output_grads[3])
-        with torch.enable_grad(), ctx.context(), RouterRecorder(ctx.lm, ctx.rows.experts_per_token) as routing:
-            scorer = Scorer(lm=ctx.lm, rows=ctx.rows, head=ctx.head, routing=routing)
-            for siblings, boundaries in zip(ctx.rows.all_groups, ctx.boundaries, strict=True):
+        """Gradients of the parameters, group by group: first the completions, then their prompt."""
+        gradients = _Gradients(ctx.parameters, ctx.total_sums, aux_loss_grad=output_grads[3])
+        with torch.enable_grad(), ctx.context(), RouterRecorder(ctx.lm, ctx.batch.experts_per_token) as router:
+            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router)
+            for siblings, boundaries in zip(ctx.batch.all_groups, ctx.boundaries, strict=True):
                 state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients)
                 _backward_prompt(scorer, siblings, boundaries, state_grads, gradients)
         return None, None, None, None, *gradients.sums
 
 
 class _Gradients:
-    """Gradients of the parameters, added up over chunks."""
+    """Gradients of the parameters, summed over chunks."""
 
-    def __init__(self, parameters: tuple[nn.Parameter, ...], routed: RouterSums | None, aux_loss_grad: Tensor | None):
+    def __init__(self, parameters: tuple[nn.Parameter, ...], total: RouterSums | None, aux_loss_grad: Tensor | None):
         self.parameters = parameters
         self.sums: list[Tensor | None] = [None] * len(parameters)
-        self._routed, self._aux_loss_grad = routed, aux_loss_grad
+        self._total, self._aux_loss_grad = total, aux_loss_grad
 
     def backward(
-        self, outputs: list[Tensor], output_grads: list[Tensor], leaves: list[Tensor], routed: RouterSums | None
+        self, outputs: list[Tensor], output_grads: list[Tensor], leaves: list[Tensor], router_sums: RouterSums | None
     ) -> list[Tensor]:
-        """Add the parameters' share, and return that of the leaves.
+        """Add the gradients of the parameters to `sums`, and return those of the leaves.
 
         Args:
-            routed: what this chunk adds to the sums over everything, in whose load-balancing loss it has its share.
+            router_sums: those of this chunk, for its share in the load-balancing loss of the whole batch.
         """
         pairs = list(zip(outputs, output_grads, strict=True))
-        if routed is not None and self._routed is not None and self._aux_loss_grad is not None:
-            pairs.append((routed.loss_given(self._routed), self._aux_loss_grad))
+        if router_sums is not None and self._total is not None and self._aux_loss_grad is not None:
+            pairs.append((router_sums.loss_share(self._total), self._aux_loss_grad))
         pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
-        if not pairs:  # a prompt may reach no trainable parameter
+        if not pairs:  # a prompt may depend on no trainable parameter
             return [torch.zeros_like(leaf) for leaf in leaves]
         inputs = (*leaves, *self.parameters)
         grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
@@ -123,45 +137,45 @@ class _Gradients:
 
 
 def _backward_completions(
-    scorer: Scorer,
+    scorer: ChunkScorer,
     siblings: Siblings,
     boundaries: list[DynamicCache],
     output_grads: tuple[Tensor | None, ...],
     gradients: _Gradients,
 ) -> list[Tensor]:
-    """Run the chunks of one group on leaves; the gradient of each state of the prompt, over all siblings."""
+    """Run the chunks of one group on leaves; returns the gradient of each prompt state, summed over all siblings."""
     leaves = [state.detach().requires_grad_() for state in cache_states(boundaries[-1])] if boundaries else []
     totals = [torch.zeros_like(leaf) for leaf in leaves]
-    for chunk in scorer.rows.chunks(siblings):
+    for chunk in scorer.batch.chunks(siblings):
         cache = with_states(boundaries[-1], leaves) if boundaries else None
         scored = scorer.score(siblings, chunk, cache)
-        outputs, wanted = [], []
+        outputs, grads = [], []
         for output, grad in zip(scored.differentiable, output_grads, strict=False):
             if output is not None and grad is not None:
                 outputs.append(output)
-                wanted.append(grad[scored.rows, : output.size(1)])
-        for sum_, grad in zip(totals, gradients.backward(outputs, wanted, leaves, scored.routed), strict=True):
+                grads.append(grad[scored.rows, : output.size(1)])
+        for sum_, grad in zip(totals, gradients.backward(outputs, grads, leaves, scored.router_sums), strict=True):
             sum_.add_(grad)
     return totals
 
 
 def _backward_prompt(
-    scorer: Scorer,
+    scorer: ChunkScorer,
     siblings: Siblings,
     boundaries: list[DynamicCache],
     state_grads: list[Tensor],
     gradients: _Gradients,
 ) -> None:
     """Send the gradients of the prompt's states through its segments, last to first."""
-    lm, rows, routing = scorer.lm, scorer.rows, scorer.routing
-    prompts = prompt_ids(rows, siblings)
-    cuts = prompt_segments(siblings.prompt_tokens - 1, rows.chunk_tokens)
-    for k in reversed(range(len(cuts))):
+    lm, batch, router = scorer.lm, scorer.batch, scorer.router
+    prompts = prompt_ids(batch, siblings)
+    segments = prompt_segments(siblings.prompt_tokens - 1, batch.chunk_tokens)
+    for k in reversed(range(len(segments))):
         leaves, before = [], None
         if k > 0:
             leaves = [state.detach().requires_grad_() for state in cache_states(boundaries[k - 1])]
             before = fork(with_states(boundaries[k - 1], leaves), range(len(prompts)))
-        states = cache_states(prefill_segment(lm, prompts, cuts[k], before, **routing.forward_options))
-        routed = routing.pop_sums(prompt_weights(rows, siblings, len(cuts[k])))
-        state_grads = gradients.backward(states, state_grads, leaves, routed)
-        del before, states, routed  # else they last until those of the next segment are there
+        states = cache_states(prefill_segment(lm, prompts, segments[k], before, **router.forward_options))
+        router_sums = router.pop_sums(prompt_weights(batch, siblings, len(segments[k])))
+        state_grads = gradients.backward(states, state_grads, leaves, router_sums)
+        del before, states, router_sums  # free them before those of the next segment are allocated

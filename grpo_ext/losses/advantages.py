@@ -1,29 +1,31 @@
 """From raw rewards to advantages, the group normalisation of GRPO.
 
-In: the reward of every completion, rows of a group next to each other. Out: one advantage a row.
+In: the reward of every completion; the rows of a group are adjacent. Out: one advantage per row.
 
-    rewards    1 0 0 1 | 0 0 0 0        two groups of four answers
+    rewards    1 0 0 1 | 0 0 0 0        two groups of four completions
     advantages 1 -1 -1 1 | 0 0 0 0      the second group is dead: all its rewards are equal, nothing to learn
 
-Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M answers drawn to a prompt, G or more.
+A reward that is not finite means that the completion could not be judged.
+
+Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M >= G completions sampled per prompt.
 """
 
 import torch
 from torch import Tensor
 
-# Two rewards that differ by less than this are equal. In float32, eight equal rewards of 0.1 have a standard deviation
-# of rounding noise, which a division by (std + 1e-8) would blow up to advantages of order one.
+# Rewards that differ by less are equal. In float32, the standard deviation of eight rewards of 0.1 is rounding noise,
+# and dividing by (std + 1e-8) would turn it into advantages of order one.
 REWARD_TOLERANCE = 1e-6
 
 
 def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
-    """Weighted sum of the rewards of each row, as TRL's `sum_then_normalize` does it.
+    """Weighted sum of the rewards of each row, as in TRL's `sum_then_normalize`.
 
-    A reward that is not finite means "could not be judged" (a reward function returned `None`, which TRL turns into
-    NaN): it is left out of the sum. A row that no function could judge is NaN.
+    Rewards that are not finite are excluded from the sum (TRL turns the `None` of a reward function into NaN). A row
+    that no function could judge is NaN.
 
     Args:
-        rewards_per_func_BF: shape (B, F), or rows in more dimensions than one, any float dtype.
+        rewards_per_func_BF: shape (B, F), or more than one dimension of rows; any float dtype.
         weights_F: shape (F,).
 
     Returns:
@@ -36,13 +38,13 @@ def combine_rewards(rewards_per_func_BF: Tensor, weights_F: Tensor) -> Tensor:
 
 
 def mixed_groups(rewards_PG: Tensor) -> Tensor:
-    """Whether each group carries a learning signal: two answers could be judged and their rewards differ.
+    """Whether each group has a learning signal: at least two judged completions with different rewards.
 
     Args:
-        rewards_PG: a group a row; not finite where an answer could not be judged.
+        rewards_PG: one group per row.
 
     Returns:
-        Shape (P,), bool. The others are dead: max - min < 1e-6, or fewer than two answers could be judged.
+        Shape (P,), bool. All other groups are dead: max - min < 1e-6, or fewer than two completions could be judged.
     """
     rewards_PG = rewards_PG.double()
     judged_PG = rewards_PG.isfinite()
@@ -50,36 +52,38 @@ def mixed_groups(rewards_PG: Tensor) -> Tensor:
     return (judged_PG.sum(dim=1) >= 2) & (spread_P >= REWARD_TOLERANCE)
 
 
-def group_kind_shares(rewards_PG: Tensor, attainable: float) -> dict[str, float]:
-    """Shares of groups that are mixed, all right and all wrong; a group that nobody could judge is none of these.
+def group_kind_shares(rewards_PG: Tensor, max_reward: float) -> dict[str, float]:
+    """Shares of groups that are mixed, all right and all wrong; a group without a judged completion is none of these.
 
     Args:
-        rewards_PG: as in `mixed_groups`.
-        attainable: the reward of a perfect answer. A dead group is all right where its rewards are at least half of it.
+        rewards_PG: one group per row.
+        max_reward: reward of a perfect completion. A dead group is all right if its rewards are at least half of it.
     """
-    alive_P = mixed_groups(rewards_PG)
+    is_mixed_P = mixed_groups(rewards_PG)
     common_P = rewards_PG.where(rewards_PG.isfinite(), -torch.inf).amax(dim=1)
     judged_P = common_P.isfinite()
-    right_P = common_P >= attainable / 2
-    kinds = {"mixed": alive_P, "all_right": ~alive_P & judged_P & right_P, "all_wrong": ~alive_P & judged_P & ~right_P}
+    is_right_P = common_P >= max_reward / 2
+    kinds = {
+        "mixed": is_mixed_P,
+        "all_right": ~is_mixed_P & judged_P & is_right_P,
+        "all_wrong": ~is_mixed_P & judged_P & ~is_right_P,
+    }
     return {kind: is_kind_P.double().mean().item() for kind, is_kind_P in kinds.items()}
 
 
 def population_advantages(
     rewards_B: Tensor, num_generations: int, *, all_rewards_PM: Tensor | None = None, epsilon: float = 1e-8
 ) -> Tensor:
-    """A_i = (R_i - mean(R)) / (std(R) + epsilon) inside each group, with the population standard deviation.
+    """A_i = (R_i - mean(R)) / (std(R) + epsilon) within each group, with the population standard deviation.
 
-    Mean and deviation are taken in float64 over the answers that could be judged. The advantage is 0 for an answer
-    that could not be judged (NaN or infinite reward), for every answer of a dead group (max - min < 1e-6), and for
-    every answer of a group in which fewer than two could be judged.
+    Mean and deviation are computed in float64 over the judged completions. The advantage is 0 for a completion that
+    could not be judged and for every completion of a dead group (max - min < 1e-6, or fewer than two judged).
 
     Args:
-        rewards_B: shape (B,), the rows of a group next to each other.
+        rewards_B: shape (B,); the rows of a group are adjacent.
         num_generations: G; B must be a multiple of it.
-        all_rewards_PM: rewards of all answers that were drawn to each prompt, where the rows are a part of them
-            only: mean and deviation are then those of all, and what is dead is decided by all. None: the rows are all
-            there is.
+        all_rewards_PM: rewards of all completions sampled per prompt, if the rows are a subset of them. Mean and
+            deviation, and whether a group is dead, then come from all of them. None: the rows are all completions.
         epsilon: keeps the division finite; in units of reward.
 
     Returns:

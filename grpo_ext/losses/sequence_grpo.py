@@ -1,14 +1,14 @@
-"""The sequence objective of GRPO, `loss_type="grpo_sequence"`.
+"""Sequence-level GRPO, `loss_type="grpo_sequence"` (DeepSeekMath, arXiv:2402.03300).
 
     J = mean over rows of [ min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta KL + entropy_coef H ],   loss = -J
 
-In: log-probabilities of the completion tokens under policy and old policy, their KL to the reference (`kl.py`),
-entropies, a mask and one advantage a row. Out: the loss, a scalar, and the sums that the metrics are made of.
+In: log-probs of the completion tokens under policy and old policy, their KL to the reference (`kl.py`), entropies, a
+mask and one advantage per row. Out: the loss, a scalar, and the sums behind the metrics.
 
-    r  = exp(sum_t m (l - o))     the ratio of the whole answer, a product over its tokens, not length-normalised
-    KL = sum_t m kl_t             H = the mean of the row's token entropies
+    r  = exp(sum_t m (l - o))     ratio of the whole completion: a product over its tokens, not length-normalised
+    KL = sum_t m kl_t             H = mean of the row's token entropies
 
-Every term is a mean over rows, so one update is the same however its rows are cut into micro-batches.
+Every term is a mean over rows, so an update does not depend on how its rows are split into micro-batches.
 
 Legend: B rows, C completion tokens; m mask of model-written tokens; l, o log-probs under policy and old policy.
 """
@@ -18,20 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The log-ratio of an answer is clamped here before exp, so that a policy far from its old self gives a large finite
-# ratio (and no gradient through it) instead of an overflow.
+# Clamp on the log-ratio of a completion before exp: a policy far from the old one gets a large finite ratio (without
+# gradient) instead of an overflow.
 MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceGRPO:
-    """The constants of the objective.
+    """The objective with its constants.
 
     Attributes:
-        epsilon_low: the ratio is clipped below at 1 - epsilon_low where A < 0.
-        epsilon_high: the ratio is clipped above at 1 + epsilon_high where A > 0.
-        delta: upper bound of the ratio where A < 0 (two-sided clipping, INTELLECT-2, arXiv:2505.07291); None for none.
-        beta: weight of the KL of an answer, in units of advantage per nat.
+        epsilon_low: the ratio is clipped below at 1 - epsilon_low if A < 0.
+        epsilon_high: the ratio is clipped above at 1 + epsilon_high if A > 0.
+        delta: upper bound of the ratio if A < 0 (two-sided clipping, INTELLECT-2, arXiv:2505.07291); None for none.
+        beta: weight of the KL of a completion, in units of advantage per nat.
         entropy_coef: weight of the entropy bonus, in units of advantage per nat.
     """
 
@@ -56,10 +56,10 @@ class SequenceGRPO:
 
         Args:
             logps_BC: log-probs under the policy, with gradient, shape (B, C).
-            old_logps_BC: log-probs under the policy that sampled the answers; None where that is this very policy.
-            kl_BC: KL of each token to the reference, with gradient; required where beta != 0.
-            entropies_BC: token entropies in nats, with gradient where entropy_coef != 0.
-            mask_BC: 1 on the tokens that the model wrote, 0 on padding and on words of tools.
+            old_logps_BC: log-probs under the policy that sampled the completions; None if that is the current policy.
+            kl_BC: KL of each token to the reference, with gradient; required if beta != 0.
+            entropies_BC: token entropies in nats; need a gradient if entropy_coef != 0.
+            mask_BC: 1 on the tokens that the model wrote, 0 on padding and on the output of tools.
             advantages_B: shape (B,).
             policy_weights_B: factor on the policy term of each row (importance correction of an inference engine,
                 off-policy mask), shape (B,); None for 1.
@@ -69,29 +69,29 @@ class SequenceGRPO:
             metrics: name -> (sum, count), so that processes can add both before dividing.
         """
         assert kl_BC is not None or self.beta == 0.0
-        written_BC = mask_BC.bool()
-        tokens_B = written_BC.sum(dim=1).to(logps_BC.dtype)
-        written_B = (tokens_B > 0).to(logps_BC.dtype)  # a row without a model-written token has no policy term
-        # Masked before any exp: a huge difference on a token that does not count must not become inf * 0.
-        logps_BC = logps_BC.where(written_BC, 0.0)
-        entropies_BC = entropies_BC.where(written_BC, 0.0)
-        old_logps_BC = logps_BC.detach() if old_logps_BC is None else old_logps_BC.where(written_BC, 0.0)
+        counts_BC = mask_BC.bool()
+        tokens_B = counts_BC.sum(dim=1).to(logps_BC.dtype)
+        has_tokens_B = (tokens_B > 0).to(logps_BC.dtype)  # a row without such a token has no policy term
+        # Mask before any exp: a huge difference on a token that does not count must not become inf * 0.
+        logps_BC = logps_BC.where(counts_BC, 0.0)
+        entropies_BC = entropies_BC.where(counts_BC, 0.0)
+        old_logps_BC = logps_BC.detach() if old_logps_BC is None else old_logps_BC.where(counts_BC, 0.0)
 
         ratio_B = (logps_BC - old_logps_BC).sum(dim=1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         clipped_B = ratio_B.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        # The cap binds only where A < 0: elsewhere min() below already took the clipped ratio, which is smaller.
+        # The cap only matters if A < 0: otherwise min() below takes the clipped ratio, which is smaller.
         capped_B = ratio_B if self.delta is None else ratio_B.clamp(max=self.delta)
-        surrogate_B = torch.minimum(capped_B * advantages_B, clipped_B * advantages_B) * written_B
+        surrogate_B = torch.minimum(capped_B * advantages_B, clipped_B * advantages_B) * has_tokens_B
         if policy_weights_B is not None:
             surrogate_B = surrogate_B * policy_weights_B
         objective_B = surrogate_B
 
-        rows = written_B.new_tensor(len(written_B))
+        rows = has_tokens_B.new_tensor(len(has_tokens_B))
         tokens = tokens_B.sum()
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
 
         if kl_BC is not None:
-            kl_B = kl_BC.where(written_BC, 0.0).sum(dim=1)
+            kl_B = kl_BC.where(counts_BC, 0.0).sum(dim=1)
             if self.beta != 0.0:
                 objective_B = objective_B - self.beta * kl_B
             metrics["kl"] = (kl_B.sum(), tokens)
@@ -105,7 +105,7 @@ class SequenceGRPO:
         high_B = (ratio_B > 1 + self.epsilon_high) & (advantages_B > 0)
         metrics["policy_loss"] = (-surrogate_B.sum(), rows)
         metrics["entropy"] = (entropies_BC.sum(), tokens)
-        metrics["ratio"] = ((ratio_B * written_B).sum(), written_B.sum())
+        metrics["ratio"] = ((ratio_B * has_tokens_B).sum(), has_tokens_B.sum())
         metrics["clip_ratio/low_mean"] = (low_B.to(rows.dtype).sum(), rows)
         metrics["clip_ratio/high_mean"] = (high_B.to(rows.dtype).sum(), rows)
         metrics["clip_ratio/region_mean"] = ((low_B | high_B).to(rows.dtype).sum(), rows)

@@ -1,8 +1,8 @@
-"""Adapters stay in float32, whatever the backbone is stored in.
+"""Adapters stay in float32, whatever the precision of the backbone.
 
 TRL 1.16 casts the trainable weights of a quantised model to bfloat16 while it builds the trainer. A bfloat16 weight of
-0.05 moves in steps of 0.0002, so an update of learning rate 1e-5 is lost to rounding, and the values of an adapter
-loaded from disk change before the first step.
+0.05 moves in steps of 0.0002: updates at a learning rate of 1e-5 would be lost to rounding, and an adapter loaded from
+disk would change before the first step.
 """
 
 import torch
@@ -12,28 +12,28 @@ from transformers import PreTrainedModel
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for those that an optimizer would update."""
+    """Name -> parameter, for the parameters that require a gradient."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard where FSDP2 or ZeRO-3 spreads it, else all of it."""
+    """The part of a tensor that this process holds: its shard under FSDP2 or ZeRO-3, else the whole tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
 def copy_adapter_values(model: nn.Module | str) -> dict[str, Tensor]:
-    """A copy of the trainable values of a model that carries an adapter; nothing for a name, where none exists yet."""
+    """A copy of the trainable values of a PEFT model; empty for other models and for the name of one."""
     if isinstance(model, str) or not hasattr(model, "peft_config"):
         return {}
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
 def restore_adapter_in_float32(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Store every trainable parameter of a PEFT model in float32, those named in `values` with exactly those values.
+    """Store every trainable parameter of a PEFT model in float32, and give those in `values` exactly these values.
 
     Args:
-        model: the model that the optimizer will see; not a PEFT model: left alone.
-        values: what `copy_adapter_values` returned before something may have rounded the weights; shapes must agree.
+        model: the model that the optimizer will see; unchanged if it is not a PEFT model.
+        values: result of `copy_adapter_values`, from before the weights were rounded; shapes must agree.
     """
     if not hasattr(model, "peft_config"):
         return
@@ -42,7 +42,7 @@ def restore_adapter_in_float32(model: nn.Module, values: dict[str, Tensor]) -> N
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters that train and parameters in all; packed 4-bit weights count as the weights they stand for."""
+    """Numbers of trainable and of all parameters; a packed 4-bit tensor counts the weights that it encodes."""
     if hasattr(model, "peft_config"):
         return model.get_nb_trainable_parameters()
     return model.num_parameters(only_trainable=True), model.num_parameters()

@@ -1,4 +1,4 @@
-"""A prompt as the token ids that the model sees."""
+"""Tokenise a prompt into the ids that the model sees."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], **template: Any
 ) -> list[int]:
-    """Token ids of a prompt exactly as TRL's trainer makes them: chat template for messages, plain text otherwise.
+    """Token ids of a prompt, identical to those of TRL's trainer: chat template for messages, plain text otherwise.
 
     Args:
-        template: further arguments of the chat template, the config's `chat_template_kwargs`.
+        template: further arguments of the chat template (`chat_template_kwargs` of the config).
     """
     if isinstance(prompt, str):
         return tokenizer(text=prompt)["input_ids"]

@@ -1,9 +1,9 @@
-"""LoRA on the LM head, which TRL refuses: its fused head multiplies with the head's weight and would leave it out.
+"""LoRA on the LM head. TRL refuses it, because its fused head multiplies with the head's weight and ignores an adapter.
 
-Here `get_output_embeddings` of the model returns the frozen layer below the adapter. TRL then builds its trainer and
-its fused head on that one, `engine/low_rank_head.py` adds what the adapter adds, and PEFT does not save the whole head
-beside the adapter (it still says that it will). Where the head's weight is the embedding's, the embedding stays as it
-is; `grpo-ext merge` unties the two, since a merge into the one weight would change both.
+Here, `get_output_embeddings` of the model returns the frozen layer below the adapter. TRL then builds its trainer and
+its fused head on that layer, `engine/lm_head.py` adds the adapter's share of the logits, and PEFT does not save the
+whole head with the adapter (it still logs that it will). If the head's weight is tied to the embedding, the embedding
+does not change; `grpo-ext merge` unties the two, because merging into the shared weight would change both.
 """
 
 import types
@@ -22,26 +22,29 @@ from grpo_ext.model.unwrap import base_of, head_of
 
 @contextmanager
 def hide_head_adapter(model: PreTrainedModel | str) -> Iterator[None]:
-    """Let `get_output_embeddings` of this model, or of those that TRL's trainer loads by name inside the context,
-    return the head without its adapter, now or once there is one; for good, since PEFT asks when it saves."""
+    """Make `get_output_embeddings` return the LM head without its adapter, even if the adapter is added later.
+
+    This affects the given model, or every model that TRL's trainer loads by name inside the context. It is permanent,
+    because PEFT also asks when it saves.
+    """
     if not isinstance(model, str):
-        _show_frozen_head(base_of(model))
+        _hide_adapter(base_of(model))
         yield
         return
     load = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = lambda *args, **kwargs: _show_frozen_head(load(*args, **kwargs))
+    grpo_trainer.create_model_from_path = lambda *args, **kwargs: _hide_adapter(load(*args, **kwargs))
     try:
         yield
     finally:
         grpo_trainer.create_model_from_path = load
 
 
-def _show_frozen_head(lm: PreTrainedModel) -> PreTrainedModel:
-    lm.get_output_embeddings = types.MethodType(_frozen_head, lm)
+def _hide_adapter(lm: PreTrainedModel) -> PreTrainedModel:
+    lm.get_output_embeddings = types.MethodType(_head_without_adapter, lm)
     return lm
 
 
-def _frozen_head(lm: PreTrainedModel) -> nn.Module | None:
+def _head_without_adapter(lm: PreTrainedModel) -> nn.Module | None:
     head = head_of(lm)
     return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
@@ -51,8 +54,8 @@ def has_head_adapter(model: PreTrainedModel) -> bool:
 
 
 def why_head_untrainable(model: PreTrainedModel, args: GRPOConfig) -> str | None:
-    """The reason why the adapter on the LM head cannot be trained as asked, and what to use in its place; None where it
-    can."""
+    """The reason why the adapter on the LM head cannot be trained with these settings, and what to use instead; None if
+    it can."""
     layer = head_of(base_of(model))
     if type(layer) is not Linear:
         kind = f"{type(layer).__module__}.{type(layer).__name__}"

@@ -1,4 +1,4 @@
-"""What to load and how: precision, quantisation and LoRA of the policy, from TRL's own `ModelConfig` fields."""
+"""Loading the policy: precision, quantisation and LoRA, from the fields of TRL's own `ModelConfig`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,12 @@ from trl import GRPOConfig, ModelConfig, get_quantization_config
 class PolicyConfig(ModelConfig):
     """TRL's `ModelConfig` with the defaults of this project: LoRA r=16, alpha=32 on every linear layer, no dropout.
 
-    Redeclared:
+    Changed defaults:
         use_peft: True. A full fine-tune with beta > 0 would need a second model for the reference.
         lora_dropout: 0.0, so that sampling and update see the same policy.
-        lora_target_modules: `"all-linear"`, every linear layer but the LM head.
-        use_bnb_nested_quant: True, quantises the constants of `load_in_4bit` too (0.4 bits a weight).
-        dtype: None, bfloat16 where the device has it (see `frozen_dtype`).
+        lora_target_modules: `"all-linear"`, every linear layer except the LM head.
+        use_bnb_nested_quant: True. `load_in_4bit` also quantises its constants, which saves 0.4 bits per weight.
+        dtype: None, which means bfloat16 if the device supports it (see `frozen_dtype`).
     """
 
     dtype: str | None = field(
@@ -41,14 +41,14 @@ class PolicyConfig(ModelConfig):
 
 
 def frozen_dtype(args: GRPOConfig) -> torch.dtype:
-    """Precision of the frozen base: that of the run's autocast, float32 where there is none (a CPU)."""
+    """Precision of the frozen base: that of the run's autocast, or float32 without autocast (on a CPU)."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def model_init_kwargs(model_args: PolicyConfig, args: GRPOConfig) -> dict[str, object]:
     """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`.
 
-    A base that stays frozen under an adapter takes the precision of the device; a whole model that trains is float32.
+    A base that stays frozen under an adapter gets the precision of the run's autocast; a full fine-tune is in float32.
     """
     frozen = frozen_dtype(args) if model_args.use_peft else torch.float32
     dtype = model_args.dtype or str(frozen).removeprefix("torch.")
@@ -67,10 +67,10 @@ def quantization(model_args: PolicyConfig, args: GRPOConfig) -> BitsAndBytesConf
 
 
 def load_tokenizer(model_args: PolicyConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, checked before any weight is loaded.
+    """The tokenizer of the model; checks that the model exists before any weight is loaded.
 
     Raises:
-        SystemExit: neither a local folder nor reachable on the Hub; one sentence says what to do.
+        SystemExit: the name is neither a local folder nor reachable on the Hub; one sentence says what to do.
     """
     name = model_args.model_name_or_path
     assert name is not None
@@ -87,7 +87,7 @@ def load_tokenizer(model_args: PolicyConfig, *, trust_remote_code: bool = False)
 
 
 def unreachable_message(kind: str, name: str, error: BaseException) -> str:
-    """One sentence for a model or data set that is neither on disk nor on a reachable Hub."""
+    """The message for a model or data set that is neither on disk nor on a reachable Hub."""
     if Path(name).exists():
         return f"{kind} '{name}' is on disk but could not be read: {_first_line(error)}"
     return (
@@ -101,11 +101,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def disable_4bit_repacking(model: nn.Module) -> None:
-    """Leave 4-bit weights in the format that they were quantised to.
+    """Keep 4-bit weights in the format that they were quantised to.
 
-    On a CPU with AVX512-BF16, bitsandbytes repacks a layer the first time that it runs in evaluation mode, and rounds
-    its constants to bfloat16 while it does: held-out accuracy would be measured on another backbone than the one that
-    training began with, training would go on on that one, and no gradient would pass through it.
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer when it first runs in evaluation mode, and rounds its
+    constants to bfloat16. Evaluation and all later training would then use a different backbone than the one that
+    training began with, and no gradient would pass through it.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):

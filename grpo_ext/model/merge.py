@@ -1,9 +1,9 @@
-"""An adapter merged into its base: a model of its own, for tools that know no adapters, and how far it is from the two.
+"""Merge an adapter into its base, for tools that do not support adapters, and measure the rounding error.
 
     base (bfloat16 or float32) + adapter (float32)  ->  W + s B A in the base's precision  ->  saved, loaded again
 
-What is compared is what a user gets: the logits of the model loaded again, with those of the base with its adapter. A
-quantised base is refused: the merge would be rounded to 4 or 8 bits, which is coarser than most of what was learnt.
+The error is measured on what a user gets: logits of the merged model, loaded from disk, against those of the base with
+its adapter. A quantised base is refused: rounding to 4 or 8 bits would erase most of what the adapter learnt.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from grpo_ext.model.load import unreachable_message
 from grpo_ext.model.unwrap import head_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# What logits are compared on: prose, a problem, a program, and a conversation.
+# Texts on which logits are compared: prose, a problem, a program, and a conversation.
 TEXTS = (
     "The river had risen in the night, and by the morning the lower fields were under water.",
     "Question: A train leaves at 9:40 and arrives at 13:05. How long does it take?\nAnswer: 3 hours and 25 minutes.",
@@ -29,14 +29,14 @@ TEXTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """How far the logits of a merged model are from those of base and adapter.
+class LogitComparison:
+    """Logits of a merged model compared with those of the base with its adapter.
 
     Attributes:
-        difference: the largest of all absolute differences of a logit.
-        largest: the largest absolute logit of base and adapter, to judge it by.
+        difference: largest absolute difference of a logit.
+        largest: largest absolute logit of the base with its adapter, as a scale for `difference`.
         agreement: share of positions with the same most likely token.
-        positions: how many were compared.
+        positions: number of positions compared.
     """
 
     difference: float
@@ -45,8 +45,8 @@ class Comparison:
     positions: int
 
     @classmethod
-    def of(cls, before: list[Tensor], after: list[Tensor]) -> "Comparison":
-        """Of logits of the same texts, a tensor (tokens, vocabulary) each."""
+    def compare(cls, before: list[Tensor], after: list[Tensor]) -> "LogitComparison":
+        """Compare logits of the same texts, one tensor (tokens, vocabulary) per text."""
         pairs = list(zip(before, after, strict=True))
         same = torch.cat([a.argmax(dim=-1) == b.argmax(dim=-1) for a, b in pairs])
         return cls(
@@ -63,16 +63,19 @@ class Comparison:
         )
 
 
-def merge_adapter(adapter: str, out: str | Path, *, base: str | None = None, dtype: str = "bfloat16") -> Comparison:
+def merge_adapter(
+    adapter: str, out: str | Path, *, base: str | None = None, dtype: str = "bfloat16"
+) -> LogitComparison:
     """Save base and adapter as one model, with tokenizer and generation config, into a new or empty folder.
 
     Args:
         adapter: its folder, or its name on the Hub.
-        base: by default the one that the adapter names.
-        dtype: of the base and of what is saved, "bfloat16" or "float32".
+        base: folder or name; by default the base that the adapter names.
+        dtype: precision of the base and of the saved model, "bfloat16" or "float32".
 
     Raises:
-        ValueError: a quantised base, an adapter that is none of weights, a folder with something in it; what to type.
+        ValueError: the base is quantised, the adapter has no weights to merge, or `out` is not empty; says what to
+            type.
         SystemExit: the base is neither on disk nor reachable.
     """
     out = Path(out)
@@ -88,17 +91,19 @@ def merge_adapter(adapter: str, out: str | Path, *, base: str | None = None, dty
     if not hasattr(adapted, "merge_and_unload"):
         raise ValueError(f"'{adapter}' is a {config.peft_type.value} adapter, which has no weights to merge.")
     tokenizer = _tokenizer(adapter, base)
-    before = logits(adapted, tokenizer)
-    untie(adapted.get_base_model())
+    before = compute_logits(adapted, tokenizer)
+    untie_lm_head(adapted.get_base_model())
     merged = adapted.merge_and_unload(safe_merge=True)
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return Comparison.of(before, logits(AutoModelForCausalLM.from_pretrained(out, dtype=DTYPES[dtype]), tokenizer))
+    return LogitComparison.compare(
+        before, compute_logits(AutoModelForCausalLM.from_pretrained(out, dtype=DTYPES[dtype]), tokenizer)
+    )
 
 
-def untie(model: PreTrainedModel) -> None:
-    """Give the LM head a weight of its own where it has the embedding's, and an adapter changes one of the two: merged
-    into the weight that they share, it would change both. (PEFT does so for whole layers of `modules_to_save`.)"""
+def untie_lm_head(model: PreTrainedModel) -> None:
+    """Give a tied LM head its own weight if an adapter changes the head or the embedding: merging into the shared
+    weight would change both. (PEFT already does so for whole layers of `modules_to_save`.)"""
     head = head_of(model)
     if not any(isinstance(layer, BaseTunerLayer) for layer in (head, model.get_input_embeddings())):
         return
@@ -109,8 +114,8 @@ def untie(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Of `TEXTS`, in float32, a tensor (tokens, vocabulary) each."""
+def compute_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """Logits of `TEXTS` in float32, one tensor (tokens, vocabulary) per text."""
     model.eval()
     inputs = [tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS]
     return [model(input_ids=ids).logits[0].float() for ids in inputs]
@@ -129,7 +134,7 @@ def _refuse_quantised(base: str, revision: str | None) -> None:
 
 
 def _tokenizer(adapter: str, base: str) -> PreTrainedTokenizerBase:
-    """The one saved with the adapter, else the base's."""
+    """The tokenizer saved with the adapter, or else that of the base."""
     try:
         return AutoTokenizer.from_pretrained(adapter)
     except (OSError, ValueError):

@@ -1,8 +1,9 @@
-"""The reference of an adapter: the backbone with the adapter off, or a frozen adapter `ref` beside it.
+"""The KL reference of an adapter: the backbone with the adapter off, or a second, frozen adapter `ref`.
 
-A reference that follows the policy (`sync_ref_model`) is such an adapter. What is mixed is what an adapter adds to a
-weight, s B A, not its factors: the mean of two A times the mean of two B is another matrix. A mix is kept as it is, its
-factors side by side, so its rank grows with each of them, until the oldest no longer reach float32's precision:
+A reference that follows the policy (`sync_ref_model`) is such an adapter. What is mixed is the product that an adapter
+adds to a weight, s B A, and not its factors: the mean of two A times the mean of two B is a different matrix. The
+factors are concatenated, so the mix is exact and its rank grows with each update, until the oldest factors fall below
+float32's precision:
 
     A_ref <- [A_ref; A]    B_ref <- [(1 - alpha) B_ref, alpha B]    B_ref A_ref <- (1 - alpha) B_ref A_ref + alpha B A
 """
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 POLICY, REFERENCE = "default", "ref"  # PEFT's name for the adapter that trains, TRL's for its reference
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # initialisations of LoRA
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # LoRA initialisations that change base weights
 
 
 def why_base_is_changed(config: PeftConfig) -> str | None:
-    """The reason why the backbone with this adapter off is not the model that training began with; None where it is."""
+    """The reason why the backbone with this adapter off is not the model that training began with; None if it is."""
     if not isinstance(config, LoraConfig):
         return None
     if config.bias != "none":
@@ -39,7 +40,7 @@ def why_base_is_changed(config: PeftConfig) -> str | None:
 
 
 def why_unmixable(model: PeftModel) -> str | None:
-    """The reason why products of this adapter cannot be mixed exactly, in words for an error; None where they can."""
+    """The reason why the products of this adapter cannot be mixed exactly, as text for an error; None if they can."""
     config = model.peft_config[POLICY]
     if not isinstance(config, LoraConfig):
         return f"its type is {config.peft_type}"
@@ -55,11 +56,11 @@ def why_unmixable(model: PeftModel) -> str | None:
 
 
 def update_reference(model: PeftModel, alpha: float) -> None:
-    """Let the reference take over `alpha` of the policy: reference = (1 - alpha) reference + alpha policy.
+    """Move the reference towards the policy: reference = (1 - alpha) reference + alpha policy.
 
     Args:
-        model: with the policy in the adapter `default`. Its reference is the adapter `ref`, which is added where there
-            is none: the reference before was then the backbone alone.
+        model: the policy is the adapter `default`, the reference the adapter `ref`. If there is no `ref` yet, the
+            reference is the backbone alone, and `ref` is added.
         alpha: in (0, 1].
     """
     is_new = REFERENCE not in model.peft_config
@@ -75,7 +76,7 @@ def update_reference(model: PeftModel, alpha: float) -> None:
 
 @torch.no_grad()
 def _mix(model: PeftModel, alpha: float, *, is_new: bool) -> None:
-    most = math.ceil(24 / -math.log2(1 - alpha))  # of float32's 24 bits, an older part has none left
+    max_parts = math.ceil(24 / -math.log2(1 - alpha))  # older parts are below float32's 24 bits
     parts = 1
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -89,13 +90,13 @@ def _mix(model: PeftModel, alpha: float, *, is_new: bool) -> None:
         rank = len(A)
         if not is_new:
             A_before, B_before = _factors(module, REFERENCE)
-            A = torch.cat([A_before, A])[-most * rank :]
-            B = torch.cat([(1 - alpha) * B_before, B], dim=1)[:, -most * rank :]
+            A = torch.cat([A_before, A])[-max_parts * rank :]
+            B = torch.cat([(1 - alpha) * B_before, B], dim=1)[:, -max_parts * rank :]
         parts = len(A) // rank
         module.lora_A[REFERENCE].weight = nn.Parameter(A.clone(), requires_grad=False)
         module.lora_B[REFERENCE].weight = nn.Parameter(B.contiguous(), requires_grad=False)
         module.r[REFERENCE] = len(A)
-    model.peft_config[REFERENCE] = _wider(model.peft_config[POLICY], parts)
+    model.peft_config[REFERENCE] = _config_with_rank(model.peft_config[POLICY], parts)
 
 
 def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
@@ -105,8 +106,8 @@ def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return A.weight.data, B.weight.data
 
 
-def _wider(policy: LoraConfig, parts: int) -> LoraConfig:
-    """What a reference of so many parts is saved and loaded with: its rank, and the scaling of the policy."""
+def _config_with_rank(policy: LoraConfig, parts: int) -> LoraConfig:
+    """The config of a reference with `parts` times the policy's rank, and the policy's scaling."""
     config = copy.deepcopy(policy)
     alpha_factor = math.sqrt(parts) if policy.use_rslora else parts
     config.__dict__.update(
@@ -119,7 +120,7 @@ def _wider(policy: LoraConfig, parts: int) -> LoraConfig:
 
 
 class ReferenceSync(TrainerCallback):
-    """Lets the reference of an adapter follow the policy, as TRL's `SyncRefModelCallback` does for whole models:
+    """Moves the reference of an adapter towards the policy, as TRL's `SyncRefModelCallback` does for whole models:
     every `ref_model_sync_steps` optimizer steps, by `ref_model_mixup_alpha`."""
 
     def __init__(self, model: PeftModel):
@@ -128,6 +129,6 @@ class ReferenceSync(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Update the reference where it is due."""
+        """Update the reference if it is due."""
         if state.global_step % args.ref_model_sync_steps == 0:
             update_reference(self._model, args.ref_model_mixup_alpha)

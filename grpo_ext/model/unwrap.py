@@ -11,5 +11,5 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def head_of(lm: PreTrainedModel) -> nn.Module | None:
-    """The module at the LM head: the adapter's layer if there is one, whatever `lm.get_output_embeddings` returns."""
+    """The LM head; if an adapter is on it, the adapter's layer, even if `lm.get_output_embeddings` hides it."""
     return type(lm).get_output_embeddings(lm)

@@ -1,7 +1,7 @@
-"""Peak memory of one update, measured in a fresh process each; run by test_memory.py as a program of its own.
+"""Peak memory of an update, each case measured in a fresh process; test_memory.py runs this file as a program.
 
 python tests/engine/peak_memory.py '[["shared", 256, 64, 4, 1024], ...]'     how, S, C, G, chunk_tokens
-[12345678, ...]                                                      bytes, one number a line of the list
+[12345678, ...]                                                      bytes, one number per case
 """
 
 import json
@@ -22,7 +22,7 @@ from grpo_ext.engine.install import install_shared_scoring
 from tests.tools.memory import in_a_fork, peak_above
 from tests.tools.models import random_lora
 
-# A token leaves about 100 kB of activations in all layers, and 4 kB of keys and values.
+# Per token, all layers together hold about 100 kB of activations and 4 kB of keys and values.
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -69,7 +69,7 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
 
 def measure(model: Any, case: tuple[Any, ...]) -> int:
     how, chunk_tokens = case[0], case[-1]
-    update(model, how, 64, 16, 4, chunk_tokens and 160)  # what a first call loads and allocates for good
+    update(model, how, 64, 16, 4, chunk_tokens and 160)  # a first call loads and allocates things that stay
     model.zero_grad()
     return peak_above(lambda: update(model, *case))
 

@@ -1,4 +1,4 @@
-"""Shared sampling against transformers' own loop: the same tokens from the same random state, and their log-probs."""
+"""Shared sampling against transformers' own loop: same tokens from the same random state, and correct log-probs."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def both(model, ids, mask, **settings):
 
 
 def unpadded_greedy(model, ids, mask, **settings):
-    """Transformers' own loop, row by row without padding: what padding does to it is not our measure."""
+    """Transformers' own loop, row by row without padding, which would change its results."""
     rows = []
     for row_ids, row_mask in zip(ids, mask, strict=True):
         row = row_ids[row_mask.bool()].unsqueeze(0)
@@ -45,19 +45,19 @@ def llama():
     ("architecture", "attention"),
     slow_but(ATTENTIONS, [("llama", "eager"), ("gemma3", "sdpa"), ("qwen3_next", "eager")]),
 )
-def test_draws_what_transformers_draws(architecture, attention):
-    """Two prompts of 150 tokens, four siblings each, some of which end early; three share a lane where they can."""
+def test_samples_the_tokens_of_transformers(architecture, attention):
+    """Two prompts of 150 tokens, four siblings each, some of which end early; three share a slot if possible."""
     model = random_model(architecture, attention)
     ids, mask = prompts_of(150, 150)
-    stock, ours, drawn = both(model, ids, mask, max_new_tokens=48)
+    stock, ours, sampled = both(model, ids, mask, max_new_tokens=48)
     assert torch.equal(stock, ours)
-    assert len({len(tokens) for tokens in drawn.tokens}) > 1, "no row ended before another"
-    assert len({tuple(tokens) for tokens in drawn.tokens}) == len(ids), "siblings differ"
+    assert len({len(tokens) for tokens in sampled.tokens}) > 1, "no row ended before another"
+    assert len({tuple(tokens) for tokens in sampled.tokens}) == len(ids), "siblings differ"
 
 
 @pytest.mark.parametrize("architecture", slow_but(ARCHITECTURES, ["llama", "gemma3", "qwen3_next"]))
-def test_ragged_prompts_greedily(architecture):
-    """Prompts of 150, 90 and 61 tokens, and of one, with 149 of padding in its cache: each row is what it is alone."""
+def test_greedy_decoding_of_ragged_prompts(architecture):
+    """Prompts of 150, 90, 61 and 1 tokens (with 149 of padding in its cache): each row equals the row on its own."""
     model = random_model(architecture, "eager")
     ids, mask = prompts_of(150, 90, 61, 1, siblings=2)
     sampler = GroupSampler(temperature=0.8)
@@ -68,8 +68,8 @@ def test_ragged_prompts_greedily(architecture):
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 33, 7)])
-def test_any_number_of_siblings_in_a_lane(llama, monkeypatch, width, lengths):
-    """Lanes that are full and lanes that are not, and rows that leave them one by one."""
+def test_any_number_of_siblings_per_slot(llama, monkeypatch, width, lengths):
+    """Full and partly filled slots, and rows that leave them one by one."""
     start_decoding = decode.start_decoding
     monkeypatch.setattr(
         decode,
@@ -99,7 +99,7 @@ def test_any_number_of_siblings_in_a_lane(llama, monkeypatch, width, lengths):
     ids=lambda settings: next(iter(settings)),
 )
 def test_processors_and_criteria_are_those_of_transformers(llama, settings):
-    """`guidance_scale` and the penalty hold something of every row, which must find its own after others have left."""
+    """`guidance_scale` and the penalty keep a state per row, which must still match after other rows have left."""
     ids, mask = prompts_of(40, 40, 40)
     plain_tokens, _, _ = both(llama, ids, mask)
     stock, ours, _ = both(llama, ids, mask, **settings)
@@ -109,19 +109,19 @@ def test_processors_and_criteria_are_those_of_transformers(llama, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"repetition_penalty": 1.7}], ids=["", "top_k", "penalty"])
 def test_log_probs_are_those_of_the_full_distribution(llama, settings):
-    """What TRL's scoring says of the drawn tokens, whatever the processors left to draw from."""
+    """Log-probs of the sampled tokens equal those of TRL's scoring, whatever the processors removed."""
     ids, mask = prompts_of(40, 33)
-    _, ours, drawn = both(llama, ids, mask, **settings)
+    _, ours, sampled = both(llama, ids, mask, **settings)
     C = ours.size(1) - ids.size(1)
-    lengths = torch.tensor([[len(tokens)] for tokens in drawn.tokens])
+    lengths = torch.tensor([[len(tokens)] for tokens in sampled.tokens])
     scored, _ = score_by_trl(llama, ours, torch.cat([mask, (torch.arange(C) < lengths).long()], dim=1), C)
-    for row, logps in zip(scored, drawn.logps, strict=True):
+    for row, logps in zip(scored, sampled.logps, strict=True):
         torch.testing.assert_close(row[: len(logps)], torch.tensor(logps), atol=2e-6, rtol=0)
         assert (row[len(logps) :] == 0).all()
 
 
-def test_a_prompt_is_read_once_and_finished_rows_leave(llama):
-    """Tokens that go through the model: each prompt once, then one for every token that needs a successor."""
+def test_a_prompt_is_prefilled_once_and_finished_rows_leave(llama):
+    """The model sees each prompt once, and then each sampled token except the last one of a row."""
     ids, mask = prompts_of(40, 33)
     counted = []
     hook = llama.get_input_embeddings().register_forward_hook(
@@ -137,9 +137,9 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(llama):
 
 def test_how_a_row_ended(llama):
     ids, mask = prompts_of(40)
-    _, _, drawn = both(llama, ids, mask, max_new_tokens=24)
-    assert set(drawn.is_cut) == {True, False}
-    for tokens, is_cut in zip(drawn.tokens, drawn.is_cut, strict=True):
+    _, _, sampled = both(llama, ids, mask, max_new_tokens=24)
+    assert set(sampled.is_cut) == {True, False}
+    for tokens, is_cut in zip(sampled.tokens, sampled.is_cut, strict=True):
         assert is_cut == (tokens[-1] != EOS)
         assert len(tokens) == 24 or not is_cut
 
@@ -154,17 +154,17 @@ def test_seeds(llama):
 
 
 def test_first_and_second_tokens_follow_the_distribution():
-    """20,000 siblings of one prompt, chi-square over the first token and over the second where the first is the most
-    frequent one. The bound is the quantile of 1 in 10,000: with this seed the outcome is fixed, and another seed, or
-    another order of drawing, fails twice in 10,000 times though nothing is wrong."""
+    """20,000 siblings of one prompt; chi-square over the first token, and over the second token of those rows whose
+    first is the most frequent one. The bound is the 1 in 10,000 quantile: with this seed the outcome is fixed; another
+    seed or another order of sampling fails by chance twice in 10,000 times."""
     model = random_model("llama", "sdpa", torch.float32)
     ids, mask = prompts_of(10, siblings=20_000)
-    drawn = generate(model, ids, mask, max_new_tokens=2, eos_token_id=None, custom_generate=GroupSampler(0.8))[:, 10:]
+    sampled = generate(model, ids, mask, max_new_tokens=2, eos_token_id=None, custom_generate=GroupSampler(0.8))[:, 10:]
 
     def check(tokens, prompt):
         expected = (model(input_ids=prompt).logits[0, -1].float() / 0.8).softmax(-1) * len(tokens)
         counts = torch.bincount(tokens, minlength=61)
-        rare = expected < 5  # pooled, else chi-square is not the law of the statistic
+        rare = expected < 5  # pooled; otherwise the statistic does not follow chi-square
         expected = torch.cat([expected[~rare], expected[rare].sum().clamp(min=1e-9).view(1)])
         counts = torch.cat([counts[~rare], counts[rare].sum().view(1)])
         statistic = ((counts - expected) ** 2 / expected).sum()
@@ -174,13 +174,13 @@ def test_first_and_second_tokens_follow_the_distribution():
         assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-4
 
     with torch.no_grad():
-        check(drawn[:, 0], ids[:1])
-        most = drawn[:, 0].mode().values
-        second = drawn[drawn[:, 0] == most, 1]
+        check(sampled[:, 0], ids[:1])
+        most = sampled[:, 0].mode().values
+        second = sampled[sampled[:, 0] == most, 1]
         check(second, torch.cat([ids[:1], most.view(1, 1)], dim=1))
 
 
-def test_lora_that_is_off_is_off(llama):
+def test_a_disabled_adapter_is_not_sampled(llama):
     ids, mask = prompts_of(40)
     with llama.disable_adapter():
         stock, ours, _ = both(llama, ids, mask)
@@ -188,8 +188,8 @@ def test_lora_that_is_off_is_off(llama):
     assert not torch.equal(ours[:, :44], both(llama, ids, mask)[1][:, :44])
 
 
-def test_nf4_base_draws_the_same():
-    """A 4-bit base, LoRA beside it: decoding reads the quantised weights like transformers' loop does."""
+def test_nf4_base_samples_the_same_tokens():
+    """LoRA on a 4-bit base: decoding uses the quantised weights in the same way as transformers' loop."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=config, dtype=torch.float32)
     model = get_peft_model(base, random_lora())

@@ -1,4 +1,4 @@
-"""The gradient of whole losses on shared prompts is that of TRL's plain path, for every adapter tensor."""
+"""Gradients of whole losses on shared prompts equal those of TRL's plain path, for every adapter tensor."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -18,16 +18,16 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS
 from tests.tools.scoring import padded_batch
 
-# Attention of whole prompts; of a window that the prompt exceeds; a recurrent layer with an attention layer.
-# gemma2 has no sdpa; its eager attention gives NaN on padding before a prompt, so the prompts here are equally long.
+# Full attention; a sliding window shorter than the prompt; a recurrent layer with an attention layer.
+# gemma2 has no sdpa; its eager attention gives NaN on padding before a prompt, so all prompts here are equally long.
 ATTENTION = {"llama": "sdpa", "gemma2": "eager", "qwen3_5_text": "sdpa"}
-# Log-ratios of the eight rows: beyond the clip on either side, and within it, for either sign of the advantage.
+# Log-ratios of the eight rows: beyond the clip on both sides, and within it, for both signs of the advantage.
 SHIFTS = torch.tensor([1.5, -1.5, 0.1, -0.1, 1.5, -1.5, 0.1, -0.1], dtype=torch.float64)
 ADVANTAGES = torch.tensor([1.0, 1.2, 0.8, 1.1, -1.0, -0.9, -1.2, -0.8], dtype=torch.float64)
 
 
 def trainer_on(model, folder, **options):
-    """Dropout off, nothing accumulated; `inputs` of the losses are made by hand."""
+    """A trainer without dropout and accumulation; the tests build the inputs of its losses."""
     trainer = GRPOExtTrainer(
         model,
         reward_funcs=lambda completions, **columns: [0.0] * len(completions),
@@ -55,9 +55,9 @@ def trainer_on(model, folder, **options):
 
 @pytest.fixture(scope="module", params=slow_but(ATTENTION, ["llama"]))
 def case(request, tmp_path_factory):
-    """A trainer on a tiny model in float64, and what the losses read: two groups of four on 150 prompt tokens each."""
+    """A trainer on a tiny model in float64, and inputs of its losses: two groups of four on 150 prompt tokens each."""
     with pytest.MonkeyPatch.context() as patch:
-        # The recurrent layer casts to float32 whatever the model is in, which would hide errors below 1e-5.
+        # The recurrent layer always casts to float32, which would hide errors below 1e-5.
         in_float64 = SimpleNamespace(**vars(torch) | {"float32": torch.float64})
         patch.setattr(modeling_qwen3_5, "torch", in_float64)
         name, changes = ARCHITECTURES[request.param]
@@ -100,15 +100,17 @@ def gradients(trainer, inputs):
 
 @pytest.mark.parametrize("loss_type", slow_but(["grpo_sequence", "grpo", "dapo", "cispo"], ["grpo_sequence", "grpo"]))
 def test_the_gradient_of_a_loss(case, loss_type):
-    """A chunk that is dropped, counted twice or weighted by another row's advantage; a loss in which one term only
-    keeps its gradient. Clipped and unclipped tokens are all there: a gradient of zero would equal anything."""
+    """Guards against a chunk that is dropped, counted twice or weighted by another row's advantage, and against a term
+    of the loss that loses its gradient. There are clipped and unclipped tokens: a zero gradient would prove nothing."""
     trainer, inputs = case
     trainer.loss_type = loss_type
     trainer.epsilon_high = 1.05 if loss_type == "cispo" else 0.2  # TRL: cispo clips at the value itself
     for beta, entropy_coef in ((0.0, 0.0), (0.1, 0.01)):
         trainer.beta = beta
         trainer.entropy_coef, trainer._entropy_bonus_enabled = entropy_coef, entropy_coef > 0
-        trainer._sequence_grpo = dataclasses.replace(trainer._sequence_grpo, beta=beta, entropy_coef=entropy_coef)
+        trainer._sequence_objective = dataclasses.replace(
+            trainer._sequence_objective, beta=beta, entropy_coef=entropy_coef
+        )
         trainer._shares_prompts = False
         wanted = gradients(trainer, inputs)
         metrics = trainer._metrics["train"]
@@ -129,8 +131,8 @@ def test_the_gradient_of_a_loss(case, loss_type):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_base_of_four_bits(dtype, tmp_path):
-    """NF4 on the embedded model: what it is dequantised to must not depend on how many rows a forward has. Log-probs
-    and gradients (relative): with products in float32 to 5e-5 nats and 1e-4; in bfloat16, 8 bits, 0.1 nats and 0.05."""
+    """NF4 on the embedded model: dequantised weights must not depend on the number of rows of a forward. Log-probs and
+    gradients (relative) agree to 5e-5 nats and 1e-4 in float32, and to 0.1 nats and 0.05 in bfloat16 (8 bits)."""
     config = transformers.BitsAndBytesConfig(**NF4.to_dict() | {"bnb_4bit_compute_dtype": dtype})
     trainer = trainer_on(str(TINY_MODEL), tmp_path, quantization_config=config)
     projection = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
@@ -138,7 +140,7 @@ def test_a_base_of_four_bits(dtype, tmp_path):
     assert projection.compute_dtype == dtype
     ids, mask, completion = padded_batch((60, 40), ((12, 7, 9, 5), (5, 12, 0, 1)))
     results = {}
-    for chunk_tokens in ("plain", None, 50, 110):  # 50 cuts the prompt, 110 holds two rows
+    for chunk_tokens in ("plain", None, 50, 110):  # 50 splits the prompt, 110 fits two rows
         trainer._shares_prompts, trainer.args.chunk_tokens = chunk_tokens != "plain", chunk_tokens
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, completion, compute_entropy=True

@@ -20,9 +20,9 @@ def shared(model, ids, mask, C, **settings):
     slow_but(ATTENTIONS, [("llama", "sdpa"), ("gemma3", "eager"), ("qwen3_next", "sdpa")]),
 )
 def test_equals_trl(architecture, attention):
-    """In float64: log-probs and entropies to 1e-6 (the fused head works in float32), and the gradient of every adapter
-    tensor to 1e-6 relative. Where parts of the model work in float32: 5e-5, which is their rounding; with the delta
-    rule of qwen3_next and qwen3_5_text computed in float64, the gradients of one graph agree to 1e-13."""
+    """In float64: log-probs and entropies to 1e-6 (the fused head runs in float32), and the gradient of every adapter
+    tensor to 1e-6 relative. If parts of the model run in float32: 5e-5, which is their rounding; with the delta rule of
+    qwen3_next and qwen3_5_text in float64, the gradients of one graph agree to 1e-13."""
     model = random_model(architecture, attention)
     bound = 5e-5 if architecture in IN_FLOAT32 else 1e-6
     inputs = padded_batch()
@@ -40,7 +40,7 @@ def test_equals_trl(architecture, attention):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bounds_in_lower_precision(dtype):
-    """float32: 2e-5 nats, and gradients to 1e-4 relative. bfloat16 keeps 8 bits of a number: 0.1 nats."""
+    """float32: 2e-5 nats, and gradients to 1e-4 relative. bfloat16 has 8 bits of precision: 0.1 nats."""
     model = random_model("llama", "sdpa", dtype)
     inputs = padded_batch()
     want, got = score_by_trl(model, *inputs), shared(model, *inputs, chunk_tokens=64)
@@ -74,8 +74,8 @@ def test_shapes_of_groups(prompt_lengths, lengths):
             assert (grad - wanted[name]).norm() < 1e-6 * wanted[name].norm(), (name, chunk_tokens)
 
 
-def test_equal_prompts_are_found_whatever_their_padding():
-    """Duplicates, padding on either side and masked-away completions; holes are refused."""
+def test_equal_prompts_are_found_despite_their_padding():
+    """Duplicates, padding on either side and fully masked completions; holes are refused."""
     ids = torch.tensor([[0, 5, 6, 7, 7], [5, 6, 0, 8, 9], [0, 6, 5, 7, 0], [0, 5, 6, 7, 7]])
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1], [0, 1, 1, 1, 0], [0, 1, 1, 0, 0]])
     assert find_siblings(ids, mask, 2) == [
@@ -88,8 +88,8 @@ def test_equal_prompts_are_found_whatever_their_padding():
     assert find_siblings(ids, mask, 2) is None
 
 
-def test_prompts_of_one_length_run_side_by_side():
-    """Joined within the bounds; each row keeps its own prompt, and the longest come first as ever."""
+def test_groups_with_prompts_of_equal_length_are_joined():
+    """Joined within the limits; each row keeps its own prompt, and the longest rows come first."""
     one = Siblings(prompts=((5, 6),), rows=(0, 2), lengths=(3, 1), prompt_indices=(0, 0))
     two = Siblings(prompts=((7,),), rows=(1,), lengths=(2,), prompt_indices=(0,))
     three = Siblings(prompts=((8, 9),), rows=(4, 3), lengths=(2, 2), prompt_indices=(0, 0))
@@ -100,7 +100,7 @@ def test_prompts_of_one_length_run_side_by_side():
     assert join_equal_lengths([one, two, three], None, 19) == [two, one, three]
 
 
-def test_rows_are_cut_by_their_length_with_the_prompt():
+def test_chunks_are_limited_by_prompt_and_completion_tokens():
     siblings = Siblings(((1,) * 10,), (0, 1, 2, 3, 4), (30, 10, 10, 2, 0), (0,) * 5)
     assert split_into_chunks(siblings, None, None) == [range(4)]
     assert split_into_chunks(siblings, 3, None) == [range(3), range(3, 4)]
@@ -135,8 +135,8 @@ def test_a_checkpointed_model_keeps_its_prompt():
     ],
 )
 def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
-    """Stock counts a prompt's tokens once a row, empty ones too, and the last token of each completion; so do we,
-    though each prompt is run once. Compared on a padded batch, and through every adapter tensor."""
+    """transformers counts a prompt's tokens once per row, including empty rows, and the last token of each completion;
+    so do we, although each prompt runs once. Compared on a padded batch: the value, and every adapter's gradient."""
     model = random_model("qwen3_moe", "sdpa")
     ids, mask, C = padded_batch(prompt_lengths, lengths)
     labels = ids.masked_fill(mask == 0, -100)
@@ -155,7 +155,7 @@ def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
 
 
 def whole_distributions(model, ids, mask, C):
-    """Log-probs of all words at every completion token, row by row, from plain logits; shape (B, C, V)."""
+    """Log-probs of the whole vocabulary at every completion token, from plain logits, row by row; shape (B, C, V)."""
     rows = []
     for row_ids, row_mask in zip(ids, mask, strict=True):
         prompt = row_ids[:-C][row_mask[:-C].bool()]
@@ -167,8 +167,8 @@ def whole_distributions(model, ids, mask, C):
 @pytest.mark.parametrize("chunk_tokens", [None, 64])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "falcon_h1", "granitemoehybrid"])
 def test_exact_kl(architecture, chunk_tokens):
-    """Against the sum over the vocabulary of plain logits, value and gradient; among the models are one with a bound on
-    its logits and two with a factor on them."""
+    """Value and gradient against the sum over the vocabulary from plain logits. One of the models has a softcap on its
+    logits, two have a factor on them."""
     model = random_model(architecture, dtype=torch.float64)
     factors = {
         "gemma2": "final_logit_softcapping",
@@ -181,9 +181,8 @@ def test_exact_kl(architecture, chunk_tokens):
     with torch.no_grad(), model.disable_adapter():
         reference = model(scoring_batch=scoring_batch_of(ids, mask, C, with_hidden=True)).hidden_BCH
         logps_ref = whole_distributions(model, ids, mask, C)
-    got = model(
-        scoring_batch=scoring_batch_of(ids, mask, C, chunk_tokens=chunk_tokens, ref_hidden_BCH=reference)
-    ).kls_BC
+    batch = scoring_batch_of(ids, mask, C, chunk_tokens=chunk_tokens, ref_hidden_BCH=reference)
+    got = model(scoring_batch=batch).kls_BC
     logps = whole_distributions(model, ids, mask, C)
     want = (logps.exp() * (logps - logps_ref)).sum(dim=-1) * mask[:, -C:]
     assert want.max() > 0.01

@@ -1,4 +1,4 @@
-"""On a real language model of 135M parameters, where tokens that nearly tie are as frequent as they are in use."""
+"""Shared sampling on a real language model of 135M parameters, with the near ties between tokens of real use."""
 
 import importlib.util
 from pathlib import Path
@@ -43,7 +43,7 @@ def smollm2():
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_the_tokens_of_transformers(smollm2, do_sample):
-    """64 tokens in float32 of three questions, four siblings each: those of `generate`, from the same random state."""
+    """Three questions, four siblings each, 64 tokens in float32: those of `generate` from the same random state."""
     model, inputs = smollm2
     settings = {"max_new_tokens": 64, "do_sample": do_sample}
     if do_sample:

@@ -1,4 +1,4 @@
-"""Rows that go on, turn after turn, from the states that they left, against reading all of it anew for each token."""
+"""Sampling turn by turn on kept caches, against recomputing the whole history for every token."""
 
 import pytest
 import torch
@@ -9,31 +9,31 @@ from tests.tools.architectures import EOS, random_model
 from tests.tools.lanes import slow_but
 from tests.tools.scoring import prompts_of
 
-TEMPERATURE, MOST = 0.8, 12
+TEMPERATURE, MAX_TURN_TOKENS = 0.8, 12
 
 
 def observation(tokens):
-    """What the world answers to a turn: of 1 to 5 tokens, of which the turn decides; None where it ends the episode."""
+    """The environment's reply to a turn, 1 to 5 tokens derived from it; None if the episode ends."""
     return None if sum(tokens) % 7 == 0 else [2 + (sum(tokens) + i) % 50 for i in range(1 + len(tokens) % 5)]
 
 
-def play(draw, prompts, turns=3):
-    """Every row's tokens and log-probs, turn by turn; `draw(histories, limits)` gives both for a turn of some rows."""
+def play(sample, prompts, turns=3):
+    """Tokens and log-probs of every row, turn by turn; `sample(histories, limits)` gives both for one turn."""
     histories = [list(prompt) for prompt in prompts]
-    drawn = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    sampled = [[] for _ in prompts]
+    active = list(range(len(prompts)))
     for turn in range(turns):
-        limits = [MOST - 3 * turn - row % 3 for row in alive]
-        tokens, logps = draw([histories[row] for row in alive], limits)
-        replies = dict(zip(alive, map(observation, tokens), strict=True))
-        for row, ids, values in zip(alive, tokens, logps, strict=True):
-            drawn[row].append((ids, values))
+        limits = [MAX_TURN_TOKENS - 3 * turn - row % 3 for row in active]
+        tokens, logps = sample([histories[row] for row in active], limits)
+        replies = dict(zip(active, map(observation, tokens), strict=True))
+        for row, ids, values in zip(active, tokens, logps, strict=True):
+            sampled[row].append((ids, values))
             histories[row] += ids
-        # One row in four ends a turn earlier than the rest, whatever it says.
-        alive = [row for row in alive if replies[row] is not None and turn < turns - 1 - (row % 4 == 3)]
-        for row in alive:
+        # One row in four ends a turn earlier than the others, whatever its tokens.
+        active = [row for row in active if replies[row] is not None and turn < turns - 1 - (row % 4 == 3)]
+        for row in active:
             histories[row] += replies[row]
-    return drawn, histories
+    return sampled, histories
 
 
 def padded(histories):
@@ -42,47 +42,47 @@ def padded(histories):
     return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in histories])
 
 
-def shared_draw(model, sampler):
-    """Turns drawn by the sampler under test, which is seeded once, before the first."""
+def shared_turns(model, sampler):
+    """Turns from the sampler under test; the caller seeds it once, before the first turn."""
 
-    def draw(histories, limits):
+    def sample(histories, limits):
         sampler.max_new_tokens_per_row = limits
         ids, mask = padded(histories)
         settings = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": 24}
         model.generate(input_ids=ids, attention_mask=mask, custom_generate=sampler, **settings)
         return sampler.completions.tokens, sampler.completions.logps
 
-    return draw
+    return sample
 
 
-def slow_draw(model):
-    """The obvious way: for every token, every live row is read from its first token, alone and without padding."""
+def slow_turns(model):
+    """The obvious way: for every token, run every active row from its first token, alone and without padding."""
 
-    def draw(histories, limits):
+    def sample(histories, limits):
         tokens, logps = [[] for _ in histories], [[] for _ in histories]
-        alive = [True] * len(histories)
-        while any(alive):
+        active = [True] * len(histories)
+        while any(active):
             logits = torch.zeros(len(histories), 61)
             for row, history in enumerate(histories):
-                if alive[row]:
+                if active[row]:
                     logits[row] = model(input_ids=torch.tensor([history + tokens[row]])).logits[0, -1].float()
             scores = logits / TEMPERATURE
             chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
             for row in range(len(histories)):
-                if alive[row]:
+                if active[row]:
                     tokens[row].append(chosen[row].item())
                     logps[row].append(scores.log_softmax(-1)[row, chosen[row]].item())
-                    alive[row] = tokens[row][-1] != EOS and len(tokens[row]) < limits[row]
+                    active[row] = tokens[row][-1] != EOS and len(tokens[row]) < limits[row]
         return tokens, logps
 
-    return draw
+    return sample
 
 
 @pytest.mark.parametrize(
     "lengths",
     [
         pytest.param((60, 60, 33, 1), id="ragged"),
-        pytest.param((60, 60), id="siblings in lanes", marks=pytest.mark.slow),
+        pytest.param((60, 60), id="siblings in slots", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -90,18 +90,18 @@ def slow_draw(model):
     slow_but(["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"], ["llama"]),
 )
 @torch.no_grad()
-def test_as_if_every_history_were_read_anew(architecture, lengths):
-    """Tokens and log-probs of three turns, of rows that end at different times, whose turns and observations have
-    different lengths, and which share lanes in the first one where the prompts are long. A window of 40 tokens, a
-    convolution or a recurrent state that is lost or padded between turns changes them."""
+def test_kept_caches_equal_recomputed_histories(architecture, lengths):
+    """Tokens and log-probs of three turns. Rows end at different times, turns and observations have different lengths,
+    and with long prompts siblings share slots in the first turn. A window of 40 tokens, a convolution or a recurrent
+    state that is lost or padded between turns would change the results."""
     model = random_model(architecture, "eager" if architecture == "gemma2" else "sdpa")
     prompts = strip_padding(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
-    slow, _ = play(slow_draw(model), prompts)
+    slow, _ = play(slow_turns(model), prompts)
     sampler = GroupSampler(TEMPERATURE)
     torch.manual_seed(0)
     with sampler.keep_row_caches():
-        ours, _ = play(shared_draw(model, sampler), prompts)
+        ours, _ = play(shared_turns(model, sampler), prompts)
     for row, (turns, wanted) in enumerate(zip(ours, slow, strict=True)):
         assert [ids for ids, _ in turns] == [ids for ids, _ in wanted], row
         for (_, logps), (_, wanted_logps) in zip(turns, wanted, strict=True):
@@ -110,9 +110,9 @@ def test_as_if_every_history_were_read_anew(architecture, lengths):
 
 
 @torch.no_grad()
-def test_every_token_is_read_once():
-    """Through the embedding go each distinct prompt once, and of every row all tokens but its last. Without keeping,
-    every turn reads its history again."""
+def test_every_token_is_run_once():
+    """The embedding sees each distinct prompt once, and all tokens of a row except the last one. Without kept caches,
+    every turn runs its whole history again."""
     model = random_model("llama", "sdpa")
     prompts = strip_padding(*prompts_of(60, 9, siblings=4))
     counted = []
@@ -120,13 +120,13 @@ def test_every_token_is_read_once():
     sampler = GroupSampler(TEMPERATURE)
     torch.manual_seed(0)
     with sampler.keep_row_caches():
-        kept, histories = play(shared_draw(model, sampler), prompts)
+        kept, histories = play(shared_turns(model, sampler), prompts)
     tokens = sum(counted)
     assert sampler._kept_rows == {}
     assert tokens == 60 + 9 + sum(len(row) - len(prompt) - 1 for row, prompt in zip(histories, prompts, strict=True))
     counted.clear()
     torch.manual_seed(0)
-    assert [[ids for ids, _ in row] for row in play(shared_draw(model, sampler), prompts)[0]] == [
+    assert [[ids for ids, _ in row] for row in play(shared_turns(model, sampler), prompts)[0]] == [
         [ids for ids, _ in row] for row in kept
     ]
     hook.remove()

@@ -1,5 +1,5 @@
-"""KL estimators by hand, and what each of them does in the mean: over a vocabulary of four words, word by word, so that
-means are sums without sampling noise."""
+"""KL estimators by hand, and their expected values and gradients: exact sums over a vocabulary of four tokens, without
+sampling noise."""
 
 import math
 
@@ -23,13 +23,13 @@ def true_kl(logits):
 
 
 def mean_gradient(logits, estimator, *, bias_corrected, old=None):
-    """Of the estimator as a loss term, in the mean over words drawn from the policy, or from `old`."""
+    """Expected gradient of the estimator as a loss term, for tokens sampled from the policy or from `old`."""
     logps = logits.log_softmax(0).unsqueeze(0)
-    drawn_from = (logps if old is None else old.unsqueeze(0)).detach()
+    sampled_from = (logps if old is None else old.unsqueeze(0)).detach()
     kl = sampled_kl(
-        estimator, logps, REFERENCE.unsqueeze(0), old_logps_BC=drawn_from, mask_BC=ONES, bias_corrected=bias_corrected
+        estimator, logps, REFERENCE.unsqueeze(0), old_logps_BC=sampled_from, mask_BC=ONES, bias_corrected=bias_corrected
     )
-    return torch.autograd.grad((drawn_from.exp() * kl).sum(), logits)[0]
+    return torch.autograd.grad((sampled_from.exp() * kl).sum(), logits)[0]
 
 
 def test_values_by_hand():
@@ -40,7 +40,7 @@ def test_values_by_hand():
     assert k3(policy, reference).item() == pytest.approx(0.1931472)
 
 
-def test_k1_and_k3_have_the_kl_as_their_mean_and_k2_has_not(logits):
+def test_k1_and_k3_are_unbiased_and_k2_is_not(logits):
     logps = logits.log_softmax(0).detach()
     kl = true_kl(logits).item()
     assert kl > 0.1
@@ -51,18 +51,18 @@ def test_k1_and_k3_have_the_kl_as_their_mean_and_k2_has_not(logits):
 
 @pytest.mark.parametrize("estimator", [k1, k3])
 def test_sample_means_converge_to_the_kl(logits, estimator):
-    """20,000 words: within 4 standard errors (missed once in 16,000 runs, and the seed is fixed), which for k3 are
-    smaller than for k1."""
+    """20,000 tokens: within 4 standard errors (exceeded once in 16,000 runs; the seed is fixed). The standard error of
+    k3 is smaller than that of k1."""
     logps = logits.log_softmax(0).detach()
-    words = torch.multinomial(logps.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(5))
-    values = estimator(logps[words], REFERENCE[words])
+    tokens = torch.multinomial(logps.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(5))
+    values = estimator(logps[tokens], REFERENCE[tokens])
     error = values.std() / math.sqrt(len(values))
     assert abs(values.mean() - true_kl(logits)) < 4 * error
-    assert error < k1(logps[words], REFERENCE[words]).std() / math.sqrt(len(values)) * 1.001
+    assert error < k1(logps[tokens], REFERENCE[tokens]).std() / math.sqrt(len(values)) * 1.001
 
 
 def test_gradients_on_policy(logits):
-    """k1: zero. k2, and k1 and k3 times the ratio: the KL's. Plain k3: that of KL(reference || policy)."""
+    """k1: zero. k2, and k1 and k3 times the ratio: that of the KL. Plain k3: that of KL(reference || policy)."""
     (true,) = torch.autograd.grad(true_kl(logits), logits)
     assert true.abs().max() > 0.05
     torch.testing.assert_close(mean_gradient(logits, "k1", bias_corrected=False), torch.zeros(4, dtype=torch.float64))
@@ -73,8 +73,8 @@ def test_gradients_on_policy(logits):
     assert not torch.allclose(forward, true, atol=1e-2)
 
 
-def test_corrected_k3_is_k2_word_by_word(logits):
-    """On policy the two are one gradient, not only in the mean."""
+def test_corrected_k3_is_k2_token_by_token(logits):
+    """On policy, the two gradients are equal for every token, not only in expectation."""
     logps = logits.log_softmax(0)
     both = []
     for estimator in ("k2", "k3"):
@@ -86,7 +86,7 @@ def test_corrected_k3_is_k2_word_by_word(logits):
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_gradients_off_policy(logits, estimator):
-    """Words of an older policy: right with the ratio, wrong without."""
+    """Tokens of an older policy: the gradient is correct with the ratio and wrong without it."""
     old = torch.tensor([0.1, 0.5, 0.1, 0.3], dtype=torch.float64).log()
     (true,) = torch.autograd.grad(true_kl(logits), logits)
     torch.testing.assert_close(mean_gradient(logits, estimator, bias_corrected=True, old=old), true)
@@ -94,8 +94,8 @@ def test_gradients_off_policy(logits, estimator):
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_what_is_masked_does_not_count(estimator):
-    """However large it is: no overflow reaches the value or the gradient."""
+def test_masked_tokens_do_not_count(estimator):
+    """However large their log-probs are: no overflow reaches the value or the gradient."""
     logps = torch.tensor([[-0.5, -900.0]], requires_grad=True)
     reference, old = torch.tensor([[-1.0, 900.0]]), torch.tensor([[-0.4, -2000.0]])
     kl = sampled_kl(estimator, logps, reference, old_logps_BC=old, mask_BC=torch.tensor([[1, 0]]), bias_corrected=True)

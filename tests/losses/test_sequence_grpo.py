@@ -1,4 +1,4 @@
-"""The sequence objective against numbers worked out by hand, and its gradient against a naive formula."""
+"""Sequence-level GRPO against hand-computed numbers, and its gradient against a naive formula."""
 
 import math
 
@@ -49,15 +49,15 @@ def compute(
     [
         # the ratio is the product over tokens: exp(0.05 + 0.05) = 1.105171, inside the clip range
         ([0.05, 0.05], 1.0, {}, -1.1051709),
-        # ratio 2 = exp(log 2): clipped to 1.2 where the answer was good, not where it was bad
+        # ratio 2 = exp(log 2): clipped to 1.2 if the completion was good, not if it was bad
         ([LOG2 / 2, LOG2 / 2], 1.0, {}, -1.2),
         ([LOG2 / 2, LOG2 / 2], -1.0, {}, 2.0),
-        # ratio 1/2: clipped to 0.8 where the answer was bad, not where it was good
+        # ratio 1/2: clipped to 0.8 if the completion was bad, not if it was good
         ([-LOG2, 0.0], -1.0, {}, 0.8),
         ([-LOG2, 0.0], 1.0, {}, -0.5),
-        # the upper bound of its own
+        # epsilon_high is separate
         ([LOG2, 0.0], 1.0, {"epsilon_high": 0.28}, -1.28),
-        # delta caps the ratio of a bad answer: 4 -> 3, and nothing else
+        # delta caps the ratio of a bad completion: 4 -> 3, and nothing else
         ([2 * LOG2, 0.0], -1.0, {"delta": 3.0}, 3.0),
         ([2 * LOG2, 0.0], 1.0, {"delta": 3.0}, -1.2),
         # a ratio beyond exp(20) stays finite
@@ -77,7 +77,7 @@ def test_kl_by_hand():
     logps, ref = [[math.log(0.5), math.log(0.5)]], [[math.log(0.25), math.log(0.5)]]
     assert k3(torch.tensor(logps), torch.tensor(ref)).tolist() == [pytest.approx([0.1931472, 0.0], abs=1e-6)]
     loss, metrics = compute(logps, old=logps, ref=ref, advantages=[0.0], beta=0.1)
-    assert loss.item() == pytest.approx(0.0193147, abs=1e-6)  # summed over the answer, not averaged
+    assert loss.item() == pytest.approx(0.0193147, abs=1e-6)  # summed over the completion, not averaged
     assert [m.item() for m in metrics["kl"]] == pytest.approx([0.1931472, 2])
     assert [m.item() for m in metrics["kl_sequence"]] == pytest.approx([0.1931472, 1])
     # corrected by the ratio of the token: policy 1/2 against old 1/4 doubles it
@@ -88,7 +88,7 @@ def test_kl_by_hand():
 
 
 def test_entropy_bonus_by_hand():
-    """The mean of each row's mean: (2 + 4)/2 = 3 and 1, so 0.01 * 2; a token mean would give 0.01 * 7/3."""
+    """The mean over rows of their means: (2 + 4)/2 = 3 and 1, so 0.01 * 2; a mean over tokens would give 0.01 * 7/3."""
     loss, metrics = compute(
         [[0.0, 0.0], [0.0, 0.0]],
         entropies=[[2.0, 4.0], [1.0, 9.0]],
@@ -97,12 +97,12 @@ def test_entropy_bonus_by_hand():
         entropy_coef=0.01,
     )
     assert loss.item() == pytest.approx(-0.02)
-    assert [m.item() for m in metrics["entropy"]] == [7.0, 3.0]  # logged as a token mean, like TRL's
+    assert [m.item() for m in metrics["entropy"]] == [7.0, 3.0]  # logged as a mean over tokens, as in TRL
 
 
 def test_masked_tokens_do_not_count():
-    """Padding and words of tools: neither ratio, KL nor entropy sees them, however large they are, and an overflow
-    there must not become NaN, in the value or in the gradient."""
+    """Padding and the output of tools do not affect ratio, KL and entropy, and an overflow there must not become NaN
+    in the value or the gradient."""
     logps = torch.tensor([[0.1, -900.0]], dtype=torch.float64, requires_grad=True)
     old, ref = as_tensor([[0.0, 900.0]]), as_tensor([[0.1, 900.0]])
     mask = torch.tensor([[1, 0]])
@@ -121,7 +121,7 @@ def test_masked_tokens_do_not_count():
 
 
 def test_empty_row_keeps_its_place_in_the_mean():
-    """A row masked away (a truncated answer) has no policy term, but the other rows weigh as before."""
+    """A fully masked row (a truncated completion) has no policy term, but the other rows keep their weight."""
     loss, metrics = compute([[0.0], [0.0]], mask=[[1], [0]], advantages=[1.0, 1.0])
     assert loss.item() == -0.5
     assert [m.item() for m in metrics["ratio"]] == [1.0, 1.0]
@@ -143,7 +143,7 @@ def test_clip_ratios_are_counted():
 
 @pytest.mark.parametrize("correct_kl", [True, False])
 def test_gradient_equals_that_of_a_naive_formula(correct_kl):
-    """Row by row with Python's min and max, both clip sides and both signs of A active."""
+    """Row by row with Python's min and max; both clip sides and both signs of A are active."""
     torch.manual_seed(0)
     B, C = 12, 5
     logps = (-torch.rand(B, C, dtype=torch.float64) * 2).requires_grad_()

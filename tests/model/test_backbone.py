@@ -30,7 +30,7 @@ def frozen_bytes(model):
 
 
 def test_the_reference_allocates_no_second_backbone(build, small_model):
-    """With beta > 0, the tensors of the whole process that have a backbone weight's shape are the backbone's own."""
+    """With beta > 0, every tensor of the process with the shape of the embedding is one of the model's own."""
     own = small_model.model.embed_tokens.weight
     backbone = bytes_of_storages(small_model.parameters())
     trainer = build(small_model, peft_config=random_lora(), beta=0.1, max_steps=1)
@@ -45,7 +45,7 @@ def test_the_reference_allocates_no_second_backbone(build, small_model):
     }
 
 
-def test_training_changes_the_adapter_and_nothing_else(build, small_model):
+def test_training_changes_only_the_adapter(build, small_model):
     trainer = build(small_model, peft_config=random_lora(), beta=0.1)
     frozen, adapter = frozen_bytes(trainer.model), adapter_of(trainer)
     assert all("lora_" in name for name in adapter)
@@ -57,8 +57,8 @@ def test_training_changes_the_adapter_and_nothing_else(build, small_model):
 
 
 @pytest.mark.parametrize("model_init_kwargs", [None, {"attn_implementation": "eager"}])
-def test_a_base_loaded_by_name_takes_the_precision_of_the_device(build, model_init_kwargs):
-    """TRL loads a base by name in float32 (TRL #7220). Here bf16 stands for a GPU that has it."""
+def test_a_base_loaded_by_name_gets_the_precision_of_the_device(build, model_init_kwargs):
+    """TRL loads a base by name in float32 (TRL #7220). Here, bf16=True stands for a GPU that supports it."""
     trainer = build(
         str(TINY_MODEL),
         peft_config=random_lora(),
@@ -80,9 +80,9 @@ def test_an_explicit_dtype_wins(build):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-def test_nf4_trains_for_real(build):
-    """20 steps at the default learning rate of 1e-5 move every lora_A and lora_B. In bfloat16, where TRL puts the
-    adapters of a quantised model, most of such updates round to nothing."""
+def test_nf4_updates_every_adapter_weight(build):
+    """20 steps at the default learning rate of 1e-5 change every lora_A and lora_B. TRL keeps the adapters of a
+    quantised model in bfloat16, in which most such updates are lost to rounding."""
     trainer = build(
         str(TINY_MODEL), peft_config=random_lora(r=8), quantization_config=NF4, max_steps=20, learning_rate=1e-5
     )
@@ -94,13 +94,13 @@ def test_nf4_trains_for_real(build):
     assert len(after) == 2 * 7 * 4  # A and B of seven linear layers in four blocks
     for name, value in adapter.items():
         assert not torch.equal(value, after[name]), f"{name} did not move"
-        # Adam moves a weight by about the learning rate a step: 20 x 1e-5, decaying to zero
+        # Adam changes a weight by about the learning rate per step: 20 x 1e-5, decaying to zero
         assert 1e-6 < (after[name] - value).abs().max() < 3e-4, name
     assert all(torch.equal(value, frozen_bytes(trainer.model)[name]) for name, value in frozen.items())
 
 
-def test_evaluation_leaves_the_base_alone(build):
-    """On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit layer when it runs in evaluation mode, and rounds it."""
+def test_evaluation_does_not_change_the_base(build):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks and rounds a 4-bit layer when it runs in evaluation mode."""
     trainer = build(str(TINY_MODEL), peft_config=random_lora(), quantization_config=NF4, max_steps=1)
     layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     frozen = frozen_bytes(trainer.model)
@@ -139,13 +139,13 @@ def test_recipe_defaults_of_lora_and_quantisation(tmp_path):
         assert frozen_dtype(args) == dtype
         assert model_init_kwargs(model_args, args)["dtype"] == str(dtype).removeprefix("torch.")
         full = PolicyConfig(model_name_or_path=str(TINY_MODEL), use_peft=False)
-        assert model_init_kwargs(full, args)["dtype"] == "float32"  # weights that train are not kept in bf16
+        assert model_init_kwargs(full, args)["dtype"] == "float32"  # trainable weights are not kept in bf16
         config = quantization(model_args, args)
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
         assert config.bnb_4bit_compute_dtype == dtype
 
 
-def test_share_of_trainable_counts_packed_weights_as_weights(build, tiny_model):
+def test_packed_weights_are_counted_individually(build, tiny_model):
     """Two 4-bit weights share a byte: counting bytes would make the adapter look twice as large."""
     plain = count_parameters(build(tiny_model, peft_config=random_lora()).model)
     packed = count_parameters(build(str(TINY_MODEL), peft_config=random_lora(), quantization_config=NF4).model)

@@ -33,7 +33,7 @@ IDS = torch.tensor([[5, 9, 14, 3, 22, 7]])
 
 
 def problem(T=13, V=29, H=6, R=3, *, bias=True, dtype=torch.float64):
-    """Hidden states, A and B that ask for gradients; a frozen head; targets, in every tile and on its edges."""
+    """Hidden states, A and B with gradients; a frozen head; targets in every tile and on tile edges."""
     torch.manual_seed(0)
     leaves = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((T, H), (R, H), (V, R))]
     head = torch.nn.Linear(H, V, bias=bias).to(dtype).requires_grad_(False)
@@ -42,8 +42,8 @@ def problem(T=13, V=29, H=6, R=3, *, bias=True, dtype=torch.float64):
 
 def tiled(leaves, head, targets, scale, tile, with_entropies=True):
     hidden, A, B = leaves
-    low_rank = HeadLoRA(hidden @ A.T * 0.7, B)
-    return score_with_lora(hidden, head, low_rank, targets, scale, with_entropies=with_entropies, tile=tile)
+    lora = HeadLoRA(hidden @ A.T * 0.7, B)
+    return score_with_lora(hidden, head, lora, targets, scale, with_entropies=with_entropies, tile=tile)
 
 
 def whole(leaves, head, targets, scale):
@@ -86,7 +86,7 @@ def test_tiles_equal_full_logits(tile, scale, bias):
 
 
 class Sizes(TorchDispatchMode):
-    """The largest tensor that anything returned."""
+    """Records the size of the largest tensor that any operation returns."""
 
     largest = 0
 
@@ -100,7 +100,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_nothing_is_as_large_as_the_logits_or_the_weight(autocast):
-    """Forward and backward stay at the tile and at the inputs, also where autocast would cast the whole weight."""
+    """No tensor of a pass exceeds the tile or the inputs, even if autocast would cast the whole weight."""
     leaves, head, targets = problem(T=200, V=1000, H=64, dtype=torch.float32)
     with Sizes() as sizes:
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
@@ -112,8 +112,8 @@ def test_nothing_is_as_large_as_the_logits_or_the_weight(autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_rounds_products_only(autocast):
-    """Against float64: values and gradients to what 8 bits of a logit allow. Sums over 64 tiles add nothing to that;
-    taken in bfloat16 they would add 3e-3 to the gradients."""
+    """Values and gradients against float64, to the precision of logits with 8 bits. Sums over 64 tiles add no error; in
+    bfloat16 they would add 3e-3 to the gradients."""
     leaves, head, targets = problem(T=64, V=512, H=64, dtype=torch.bfloat16)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     want = whole(exact, copy.deepcopy(head).double(), targets, LogitScale(0.8, None, 1.0))
@@ -184,9 +184,8 @@ PATTERNS = {"rank_pattern": {"lm_head": 3}, "alpha_pattern": {"lm_head": 5}, "us
     ("architecture", "lora"), [*((architecture, {}) for architecture in ARCHITECTURES), ("tied llama", PATTERNS)]
 )
 def test_equals_the_unfused_computation(architecture, lora, chunk_tokens):
-    """In float64, to 1e-6 (norms and attention work in float32): log-probs, entropies, and the gradient of every
-    adapter tensor. An adapter left out of the scoring would give other values, one left out of the backward no
-    gradient."""
+    """In float64, to 1e-6 (norms and attention run in float32): log-probs, entropies, and the gradient of every adapter
+    tensor. An adapter missing in scoring would give other values, one missing in the backward no gradient."""
     model = make(architecture, **lora)
     inputs = padded_batch(prompt_lengths=(40, 25))
     want, got = unfused(model, *inputs), scored(model, inputs, chunk_tokens=chunk_tokens)
@@ -199,9 +198,9 @@ def test_equals_the_unfused_computation(architecture, lora, chunk_tokens):
         assert (grad - wanted[name]).norm() < 1e-6 * wanted[name].norm(), name
 
 
-def test_the_active_adapters_are_those_that_count():
-    """The policy, a reference beside it, both, one that leaves the head alone, and none, as PEFT's own forward has
-    them. The wrong ones would be the policy compared with itself, or a KL to another model."""
+def test_only_active_adapters_count():
+    """The policy, a reference, both, an adapter that is not on the head, and none: always those of PEFT's own forward.
+    With the wrong ones, the policy would be compared with itself, or the KL would be to another model."""
     model, inputs = make("tied llama"), padded_batch(prompt_lengths=(20,), lengths=((5, 3),))
     model.add_adapter(REFERENCE, random_lora(target_modules=TARGETS, r=2))
     model.add_adapter("body", random_lora(target_modules=["q_proj"]))
@@ -225,8 +224,8 @@ def test_the_active_adapters_are_those_that_count():
 
 
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
-def test_a_reference_that_is_mixed_is_scored_as_it_is(alpha):
-    """After two updates of `ref`, whose rank on the head has then grown where the two are mixed."""
+def test_a_mixed_reference_is_scored_exactly(alpha):
+    """After two updates of `ref`; if they mix, its rank on the head has grown."""
     model, inputs = make("tied llama"), padded_batch(prompt_lengths=(20,), lengths=((5, 3),))
     head = model.base_model.model.lm_head
     want = torch.zeros_like(head.get_delta_weight("default"))
@@ -253,8 +252,8 @@ def small(tokenizer, *, tied):
 
 
 @pytest.mark.parametrize(("tied", "chunk_tokens"), [(False, None), (True, 40)])
-def test_a_step_is_that_of_full_logits(build, tokenizer, tied, chunk_tokens):
-    """One step of SGD is the gradient of the loss, taken here from full logits on the same rows: policy, entropy, and
+def test_a_step_equals_that_of_full_logits(build, tokenizer, tied, chunk_tokens):
+    """One SGD step is the gradient of the loss, computed here from full logits of the same rows: policy, entropy, and
     the KL to the backbone without its adapters."""
     trainer = build(
         small(tokenizer, tied=tied),
@@ -302,9 +301,10 @@ def test_a_step_is_that_of_full_logits(build, tokenizer, tied, chunk_tokens):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_trains_from_the_base_and_is_saved_alone(build, tokenizer, tied):
-    """From B = 0: no KL at step 0, the reference stays the pristine base, sampling agrees with scoring, the backbone
-    stays. The saved adapter holds neither head nor embedding, and is the policy with plain PEFT on the plain base."""
+def test_it_trains_from_the_base_and_only_the_adapter_is_saved(build, tokenizer, tied):
+    """From B = 0: the KL at step 0 is zero, the reference remains the pristine base, sampling agrees with scoring, and
+    the backbone does not change. The saved adapter contains neither head nor embedding, and plain PEFT on the plain
+    base loads it as the policy."""
     base = small(tokenizer, tied=tied)
     pristine = copy.deepcopy(base)
     lora = random_lora(target_modules=TARGETS, init_lora_weights=True)
@@ -332,9 +332,8 @@ def test_it_trains_from_the_base_and_is_saved_alone(build, tokenizer, tied):
         assert (logits - loaded(input_ids=IDS).logits).abs().max() > 0.1
 
 
-def test_a_model_by_name_trains_as_one_that_is_given(build, tokenizer, tmp_path):
-    """TRL loads the model inside its constructor; from there on it is the same run. A regular expression says where
-    the adapter goes."""
+def test_a_model_by_name_trains_like_a_model_object(build, tokenizer, tmp_path):
+    """TRL loads the model in its constructor; the run is the same. A regular expression selects the adapted layers."""
     base = small(tokenizer, tied=True)
     base.save_pretrained(tmp_path / "base")
     load = grpo_trainer.create_model_from_path
@@ -351,7 +350,7 @@ def test_a_model_by_name_trains_as_one_that_is_given(build, tokenizer, tmp_path)
 
 
 def test_on_a_quantised_backbone(build):
-    """4-bit quantisation leaves the head as it is, and its adapter trains."""
+    """4-bit quantisation does not change the head, and its adapter trains."""
     lora = random_lora(target_modules=["up_proj", "lm_head"])
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     trainer = build(str(TINY_MODEL), peft_config=lora, quantization_config=nf4, max_steps=1)
@@ -362,8 +361,8 @@ def test_on_a_quantised_backbone(build):
     assert all(not torch.equal(adapter_of(trainer)[name], value) for name, value in before.items())
 
 
-def test_a_saved_adapter_goes_on(build, tokenizer, tmp_path):
-    """Its reference is a frozen copy of it, the head's part included."""
+def test_training_continues_from_a_saved_adapter(build, tokenizer, tmp_path):
+    """The reference is a frozen copy of the adapter, including its part on the head."""
     base = small(tokenizer, tied=True)
     get_peft_model(copy.deepcopy(base), random_lora(target_modules=TARGETS)).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
@@ -381,7 +380,7 @@ def test_a_saved_adapter_goes_on(build, tokenizer, tmp_path):
 
 
 def test_the_reference_follows_the_head_too(build, tokenizer):
-    """Copied after every second step: the next step's KL begins at zero again."""
+    """Copied after every second step: the next step's KL is zero again."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "max_steps": 3}
     lora = random_lora(target_modules=["lm_head"])
     trainer = build(small(tokenizer, tied=True), peft_config=lora, beta=0.1, learning_rate=0.05, **settings)
@@ -430,7 +429,7 @@ def test_other_layers_than_plain_lora_are_refused(build, tokenizer, tmp_path):
 
 
 def test_merged_weights_of_a_tied_head_are_refused(tokenizer, tmp_path):
-    """vLLM takes them, and would embed with them, too."""
+    """vLLM would use the merged weights for the embedding as well."""
     args = GRPOExtConfig(str(tmp_path), use_cpu=True, bf16=False, use_vllm=True)
     for tied in (True, False):
         reason = why_head_untrainable(
@@ -441,7 +440,7 @@ def test_merged_weights_of_a_tied_head_are_refused(tokenizer, tmp_path):
 
 
 def test_a_row_without_a_prompt_is_refused(build, tokenizer):
-    """TRL's plain path would take it, and leave the adapter out."""
+    """TRL's plain path would accept it, and ignore the adapter."""
     trainer = build(small_llama(tokenizer), peft_config=random_lora(target_modules=["lm_head"]))
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with pytest.raises(ValueError, match="needs a prompt of at least one token in every row"):

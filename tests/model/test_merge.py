@@ -1,4 +1,4 @@
-"""`grpo-ext merge`: the merged model is base and adapter to rounding, tied embeddings included."""
+"""`grpo-ext merge`: the merged model equals base and adapter except for rounding, also with tied embeddings."""
 
 import warnings
 
@@ -16,7 +16,7 @@ LAYERS = ["q_proj", "v_proj", "down_proj"]
 
 
 def saved(config, folder):
-    """An adapter on the embedded model, whose embeddings are tied, with effects to be seen in all that it trains."""
+    """An adapter on the embedded model (tied embeddings) whose trained weights all have a visible effect."""
     torch.manual_seed(1)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY_MODEL), config)
     for parameter in model.parameters():
@@ -36,8 +36,8 @@ def adapted(adapter):
     return logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), adapter))
 
 
-def apart(one, other):
-    """The largest difference, as a share of the largest value."""
+def distance(one, other):
+    """The largest difference, relative to the largest value."""
     pairs = list(zip(one, other, strict=True))
     return max((a - b).abs().max().item() for a, b in pairs) / max(b.abs().max().item() for _, b in pairs)
 
@@ -56,22 +56,22 @@ def apart(one, other):
     ids=str,
 )
 def test_merged_is_base_and_adapter(tmp_path, targets, more):
-    """Loaded by plain transformers. Where head and embedding are one weight, a merge into it would change both, and
-    a model saved as tied would lose one of two."""
+    """Loaded by plain transformers. If head and embedding share a weight, merging into it would change both, and a
+    model saved as tied would lose one of the two."""
     adapter = saved(random_lora(target_modules=targets, **more), tmp_path / "adapter")
     expected = adapted(adapter)
     with warnings.catch_warnings(record=True, action="always") as said:
         cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
-    assert not [warning for warning in said if "You can untie the embeddings" in str(warning.message)]  # it is done
+    assert not [warning for warning in said if "You can untie the embeddings" in str(warning.message)]  # already untied
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert apart(logits_of(merged), expected) < 1e-5
+    assert distance(logits_of(merged), expected) < 1e-5
     assert merged.config.tie_word_embeddings == (targets == "all-linear")
-    assert apart(logits_of(AutoModelForCausalLM.from_pretrained(TINY_MODEL)), expected) > 0.1
+    assert distance(logits_of(AutoModelForCausalLM.from_pretrained(TINY_MODEL)), expected) > 0.1
 
 
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
 def test_a_trained_adapter_on_a_tied_head(build, tiny_model, tmp_path, capsys):
-    """From our trainer, whose adapter holds the factors of the head alone, to text of a merged model in bfloat16."""
+    """From our trainer, whose saved adapter holds only the head's factors, to text from a merged bfloat16 model."""
     lora = random_lora(target_modules=[*LAYERS, "lm_head"])
     trainer = build(tiny_model, peft_config=lora, max_steps=1, beta=0.0)
     trainer.train()
@@ -93,17 +93,17 @@ def test_a_trained_adapter_on_a_tied_head(build, tiny_model, tmp_path, capsys):
     pairs = list(zip(logits_of(merged), unmerged, strict=True))
     difference = max((a - b).abs().max().item() for a, b in pairs)
     same = sum((a.argmax(-1) == b.argmax(-1)).sum().item() for a, b in pairs)
-    assert difference > 0  # bfloat16 keeps 8 bits
+    assert difference > 0  # bfloat16 has 8 bits of precision
     positions = sum(len(a) for a, _ in pairs)
     assert f"largest difference of a logit {difference:.2g} (" in said
     assert f"the same at {same / positions:.1%} of {positions} positions" in said
     cli.main(["merge", trainer.args.output_dir, f"{out}32", "--dtype", "float32"])
     merged = AutoModelForCausalLM.from_pretrained(f"{out}32")
-    assert apart(logits_of(merged), adapted(trainer.args.output_dir)) < 1e-5
+    assert distance(logits_of(merged), adapted(trainer.args.output_dir)) < 1e-5
 
 
 def test_what_cannot_be_merged(tmp_path):
-    """Each with what to type; and nothing is left behind that looks like a model."""
+    """Each error says what to type, and nothing is left behind that looks like a model."""
     four_bits = BitsAndBytesConfig(load_in_4bit=True)
     AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=four_bits).save_pretrained(tmp_path / "4bit")
     adapter = saved(random_lora(), tmp_path / "adapter")

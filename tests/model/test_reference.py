@@ -1,4 +1,4 @@
-"""The reference of an adapter: the starting model, exactly; a mix of products that is exact too; its place on disk."""
+"""The reference of an adapter: exactly the starting model, an exact mix of products, and where it is saved."""
 
 import copy
 from pathlib import Path
@@ -23,14 +23,14 @@ def reference_logits(model):
 
 
 def deltas(model, adapter):
-    """What the adapter adds to each weight."""
+    """The product that the adapter adds to each weight."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert len(layers) == 14
     return {name: layer.get_delta_weight(adapter).clone() for name, layer in layers.items()}
 
 
-def shake(model):
-    """Another policy."""
+def perturb(model):
+    """Change the policy."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".default." in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -41,11 +41,11 @@ def shake(model):
 )
 @pytest.mark.parametrize("alpha", [0.3, 0.6])
 def test_products_are_mixed(small_model, alpha, changes):
-    """Five times, against the mix of what the adapters add: exact, where a mix of the factors is far off."""
+    """Five updates equal the mix of the adapters' products, which a mix of the factors would miss by far."""
     model = get_peft_model(small_model, random_lora(**changes))
     want = {name: torch.zeros_like(delta) for name, delta in deltas(model, "default").items()}
     for _ in range(5):
-        shake(model)
+        perturb(model)
         want = {name: (1 - alpha) * want[name] + alpha * delta for name, delta in deltas(model, "default").items()}
         update_reference(model, alpha)
         for name, delta in deltas(model, REFERENCE).items():
@@ -56,11 +56,11 @@ def test_products_are_mixed(small_model, alpha, changes):
 
 
 def test_rank_stays_bounded(small_model):
-    """Parts that no longer reach float32's precision are dropped: at alpha = 0.9, after eight of them."""
+    """Factors below float32's precision are dropped: at alpha = 0.9, eight updates remain."""
     model = get_peft_model(small_model, random_lora())
     want = {name: torch.zeros_like(delta) for name, delta in deltas(model, "default").items()}
     for _ in range(12):
-        shake(model)
+        perturb(model)
         want = {name: 0.1 * want[name] + 0.9 * delta for name, delta in deltas(model, "default").items()}
         update_reference(model, 0.9)
     for name, delta in deltas(model, REFERENCE).items():
@@ -71,7 +71,7 @@ def test_rank_stays_bounded(small_model):
 def test_a_copy_is_exact(small_model):
     model = get_peft_model(small_model, random_lora(modules_to_save=["lm_head"]))
     for _ in range(2):
-        shake(model)
+        perturb(model)
         model.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.1
         update_reference(model, 1.0)
         assert torch.equal(reference_logits(model), model(input_ids=IDS).logits)
@@ -98,7 +98,7 @@ def test_the_reference_of_a_new_adapter_is_the_pristine_base(build, small_model,
     assert not torch.allclose(trainer.model(input_ids=IDS).logits, pristine, atol=1e-2)
 
 
-def test_the_reference_of_an_adapter_that_goes_on_is_its_snapshot(build, small_model):
+def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(build, small_model):
     model = get_peft_model(small_model, random_lora())
     start = model(input_ids=IDS).logits.detach()
     trainer = build(model, beta=0.1, learning_rate=0.1, max_steps=3)
@@ -118,7 +118,7 @@ def test_adapters_that_change_the_base_are_refused(build, small_model, changes, 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
 def test_reference_follows_every_few_steps(build, small_model, alpha):
-    """After steps 2 and 4 of 5: where the policy is copied, the next step's KL begins at zero again."""
+    """After steps 2 and 4 of 5: if the policy is copied, the next step's KL is zero again."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha, "max_steps": 5}
     trainer = build(small_model, peft_config=random_lora(), beta=0.1, learning_rate=0.05, **settings)
     trainer.train()
@@ -131,26 +131,26 @@ def test_reference_follows_every_few_steps(build, small_model, alpha):
     assert trainer.args.sync_ref_model
 
 
-def test_checkpoints_hold_the_reference_and_the_output_does_not(build, small_model, tmp_path):
-    """Stopped and resumed, with a reference whose rank has grown: as the run that was not."""
+def test_checkpoints_contain_the_reference_and_the_output_does_not(build, small_model, tmp_path):
+    """A run resumed from a reference whose rank has grown equals the uninterrupted run."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6, "beta": 0.1}
     settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.05}
     settings["prompts"] = PROMPTS * 2  # one epoch
     base = copy.deepcopy(small_model)
     get_peft_model(small_model, random_lora()).save_pretrained(tmp_path / "start")
 
-    def begun():
+    def start():
         model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "start", is_trainable=True)
         return build(model, **settings)
 
-    whole = begun()
+    whole = start()
     whole.train()
     whole.save_model()
     folder = Path(whole.args.output_dir)
     assert (folder / "checkpoint-2" / REFERENCE / "adapter_model.safetensors").exists()
     assert (folder / "adapter_model.safetensors").exists()
     assert not (folder / REFERENCE).exists()
-    again = begun()
+    again = start()
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     for name, delta in deltas(whole.model, REFERENCE).items():
         torch.testing.assert_close(deltas(again.model, REFERENCE)[name], delta, atol=1e-6, rtol=0)

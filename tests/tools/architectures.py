@@ -76,7 +76,7 @@ ARCHITECTURES = {
     ),
     "qwen3_5_text": ("Qwen3_5Text", DELTA_RULE),
 }
-# Parts of these work in float32 whatever the model is in: the scans of mamba and delta-rule layers, experts on a CPU.
+# Parts of these always run in float32: the scans of mamba and delta-rule layers, and experts on a CPU.
 IN_FLOAT32 = ("falcon_h1", "granitemoehybrid", "qwen3_moe", "qwen3_next", "qwen3_5_text")
 
 # Each with each implementation of attention that it has: gemma2 has no sdpa.

@@ -15,10 +15,10 @@ RETURN_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MAL
 
 
 def peak_above(action: Callable[[], None]) -> int:
-    """Bytes that this process held at most while it ran `action`, above what it held before."""
+    """Peak bytes of this process while it runs `action`, minus the bytes before."""
     before = psutil.Process().memory_info().rss
     if CLEAR.exists():
-        CLEAR.write_text("5")  # the kernel's own high-water mark starts again
+        CLEAR.write_text("5")  # reset the kernel's high-water mark
         action()
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
@@ -37,7 +37,7 @@ def peak_above(action: Callable[[], None]) -> int:
 
 
 def in_a_fork(measure: Callable[[], int]) -> int:
-    """What it finds in a fork of this process, so that no case finds memory that another one left behind."""
+    """Measure in a fork of this process, so that no case reuses memory that another one left behind."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -26,8 +26,8 @@ def padded_batch(prompt_lengths=(150, 90), lengths=((12, 7, 1, 9), (5, 12, 0, 3)
 
 
 def score_by_trl(model, ids, mask, C):
-    """TRL's own scoring, row by row without padding on the left: in float64, eager attention turns the padded
-    positions of stock scoring into NaN, and models with absolute positions see shifted ones."""
+    """TRL's own scoring, row by row without padding on the left. With it, eager attention in float64 would turn padded
+    positions into NaN, and models with absolute positions would see shifted ones."""
     outputs = []
     for row_ids, row_mask in zip(ids, mask, strict=True):
         kept = torch.cat([row_mask[:-C], torch.ones_like(row_mask[-C:])]).bool()
@@ -55,7 +55,7 @@ def gradients(model, outputs, seed=2, **options):
 
 
 def prompts_of(*lengths, siblings=4, seed=0):
-    """Prompts padded on the left, each of them `siblings` times in a row, as TRL repeats them."""
+    """Prompts padded on the left, each repeated `siblings` times in a row, as TRL does."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((len(lengths), max(lengths)), PAD)
     for row, length in zip(ids, lengths, strict=True):
