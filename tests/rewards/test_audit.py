@@ -1,4 +1,4 @@
-"""The audit of a reward: what it finds in gullible ones, and that it fails where gold answers do not pass."""
+"""The audit of a reward: what it finds in exploitable rewards, and that it fails if gold answers do not pass."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from rewards.audit import ANSWER_FORMS, audit
 from tests.tools.paths import TINY_DATA
 
 ROWS = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(3, 7) for b in (2, 10)]
-TRICKS = {
+EXPLOITS = {
     "gold answers, changed",
     "empty answers",
     "always the same answer",
@@ -22,15 +22,15 @@ TRICKS = {
 }
 
 
-def says_yes(completions, **columns):
+def always_right(completions, **columns):
     return [1.0] * len(completions)
 
 
-def finds_the_gold_somewhere(completions, answer, **columns):
+def contains_the_gold(completions, answer, **columns):
     return [float(gold in text) for text, gold in zip(completions, answer, strict=True)]
 
 
-def likes_many_words(completions, **columns):
+def pays_for_length(completions, **columns):
     return [min(0.9, len(text) / 10_000) for text in completions]
 
 
@@ -45,20 +45,20 @@ def found(reward, rows=ROWS, **settings):
     ("reward", "failed"),
     [
         (math_answer_reward, set()),
-        (says_yes, TRICKS),
-        (finds_the_gold_somewhere, {"several candidates"}),
-        (likes_many_words, {"gold answers", *(f"gold as {form.format('…')}" for form in ANSWER_FORMS[1:])}),
+        (always_right, EXPLOITS),
+        (contains_the_gold, {"several candidates"}),
+        (pays_for_length, {"gold answers", *(f"gold as {form.format('…')}" for form in ANSWER_FORMS[1:])}),
     ],
 )
 def test_what_it_finds(reward, failed):
     assert found(reward) - {"wrong, with more words"} == failed
-    assert ("wrong, with more words" in found(reward)) is (reward is likes_many_words)
+    assert ("wrong, with more words" in found(reward)) is (reward is pays_for_length)
 
 
 def test_changed_answers_are_not_the_gold():
-    """Numbers differ in a digit, words are those of another row."""
+    """Numbers differ in one digit; words are replaced by those of another row."""
     rows = [{"prompt": "?", "answer": text} for text in ("105", "east", "west")]
-    checks, _ = audit(says_yes, rows, forms=["{}"])
+    checks, _ = audit(always_right, rows, forms=["{}"])
     (changed,) = (check for check in checks if check.name == "gold answers, changed")
     number, east, west = (completion for completion, _ in changed.failed)
     assert len(number) == 3
@@ -91,15 +91,15 @@ def test_refusals(changes, message):
 
 
 def test_through_its_command_line(capsys, tmp_path):
-    """A table, and an exit code for scripts: 0 where gold answers pass, 1 with a sentence where they do not."""
+    """It prints a table and sets the exit code: 0 if gold answers pass, otherwise 1 with one sentence."""
     cli.main(["audit", "--data", str(TINY_DATA), "--rows", "20"])
-    said = capsys.readouterr().out
-    assert "rewards:math_answer_reward on 20 rows" in said
-    assert said.count("none") == 4 + len(TRICKS) + 1
+    output = capsys.readouterr().out
+    assert "rewards:math_answer_reward on 20 rows" in output
+    assert output.count("none") == 4 + len(EXPLOITS) + 1
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(row | {"answer": "5 or 6"}) + "\n" for row in ROWS))
     with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):
-        cli.main(["audit", "--data", str(data), "--reward", f"{__name__}:likes_many_words"])
+        cli.main(["audit", "--data", str(data), "--reward", f"{__name__}:pays_for_length"])
     assert "8 of 8" in capsys.readouterr().out
 
 
@@ -108,7 +108,7 @@ def test_through_its_command_line(capsys, tmp_path):
     reason="bwrap is missing: apt install bubblewrap",
 )
 def test_programs_through_its_command_line(capsys, tmp_path):
-    """Gold programs are run as completions are; one that fails its own tests is named."""
+    """Gold programs run like completions; one that fails its own tests is reported."""
     data, tests = tmp_path / "programs.jsonl", {"double": (2, 4), "square": (1, 4), "negated": (-1, -2), "cube": (1, 8)}
     body = {"double": "2 * x", "square": "x * x", "negated": "-x", "cube": "x ** 3"}
     rows = [
@@ -122,7 +122,7 @@ def test_programs_through_its_command_line(capsys, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", str(data), "--reward", "rewards:program_reward", "--gold", "solution", "--form", "{}"]
     cli.main(["audit", *flags, "--form", "```python\n{}\n```"])
-    assert capsys.readouterr().out.count("none") == 2 + len(TRICKS) + 1
+    assert capsys.readouterr().out.count("none") == 2 + len(EXPLOITS) + 1
     rows[1]["solution"] = "def square(x):\n    return x * x + 1"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match=r"Gold answers do not earn 1\.0"):

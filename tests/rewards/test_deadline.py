@@ -1,4 +1,4 @@
-"""The time limit of a call: it comes, it comes again where it is swallowed, and it leaves nothing behind."""
+"""The time limit of a call: it is raised, raised again if the call swallows it, and leaves no timer behind."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from tests.tools.waiting import becomes
 
 
 def spin(seconds, *, swallow=False):
-    """Computes for so long, and swallows every exception in the way that libraries do."""
+    """Computes for some seconds, and swallows every exception as libraries do."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -34,14 +34,14 @@ def test_a_call_in_time_returns_its_result_and_leaves_no_timer():
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_call_that_takes_longer_is_stopped(swallow):
-    """sympy catches every Exception, and sometimes more; a limit that comes once is then no limit."""
+    """sympy catches every Exception, and sometimes more, so a limit that is raised only once is no limit."""
     assert not issubclass(DeadlineExceeded, Exception)
     with pytest.raises(DeadlineExceeded):
         run_with_deadline(0.2, lambda: spin(30, swallow=swallow))
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_an_alarm_of_the_user_still_comes():
+def test_an_alarm_of_the_user_still_rings():
     rung = []
     handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
     try:
@@ -53,7 +53,7 @@ def test_an_alarm_of_the_user_still_comes():
 
 
 def test_off_the_main_thread_the_call_runs_without_a_limit():
-    """Signals are refused there; the reward has to work all the same."""
+    """Python allows no signal handlers there, but the reward must still work."""
     results = []
     thread = threading.Thread(target=lambda: results.append(run_with_deadline(0.05, lambda: spin(0.2))))
     thread.start()

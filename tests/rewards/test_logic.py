@@ -1,4 +1,4 @@
-"""reasoning-gym's problems and scores: splits that share no question, gold that scores 1.0, text that runs nothing."""
+"""Problems and scores of reasoning-gym: splits share no question, gold answers score 1.0, and no text is executed."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from rewards.logic import SAFE_ANSWERS, UNSUPPORTED_TASKS, logic_problems, logic
 from tests.tools.lanes import slow_but
 
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(UNSUPPORTED_TASKS))
-# Each of these is trouble for a scorer that believes it.
+# Each of these harms a scorer that trusts its input.
 HOSTILE = [
     "",
     "9" * 9000,
@@ -46,7 +46,7 @@ def score(row, answer):
 
 
 def test_splits_share_no_question():
-    """chain_sum with one-digit terms has few questions, so that two draws would meet often."""
+    """chain_sum with one-digit terms has few questions, so independent splits would often overlap."""
     small = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     train, heldout = logic_problems("chain_sum", train=60, heldout=20, seed=3, **small)
     questions = [row["question"] for row in train + heldout]
@@ -59,8 +59,8 @@ def test_splits_share_no_question():
         logic_problems("chain_sum", train=500, heldout=100, **small)
 
 
-def test_rows_are_texts_and_make_a_data_set(monkeypatch):
-    """Offline: no socket is opened. One type a column, whatever the task's metadata are."""
+def test_rows_are_strings_and_make_a_data_set(monkeypatch):
+    """Offline: no socket is opened. Each column has one type, whatever the metadata of a task are."""
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network"))
     tasks = ("chain_sum", "graph_color", "sudoku")
     rows = [row for task in tasks for row in logic_problems(task, train=2, heldout=0)[0]]
@@ -71,9 +71,9 @@ def test_rows_are_texts_and_make_a_data_set(monkeypatch):
 
 
 @pytest.mark.parametrize("task", slow_but(TASKS, ["chain_sum", "countdown", "knights_knaves", "rubiks_cube"]))
-def test_every_task_pays_its_own_answer_in_full_and_survives_hostile_ones(task, tmp_path, monkeypatch):
-    """Metadata that lose something as JSON would score right answers as wrong; a scorer that runs the model's text
-    would leave a file here, or never come back."""
+def test_every_task_gives_its_gold_answer_the_full_score_and_survives_hostile_ones(task, tmp_path, monkeypatch):
+    """Metadata that JSON cannot hold would score right answers as wrong. A scorer that executes the model's text would
+    leave a file here, or never return."""
     monkeypatch.chdir(tmp_path)
     rows, _ = logic_problems(task, train=2, heldout=0, seed=5)
     for row in rows:
@@ -86,8 +86,8 @@ def test_every_task_pays_its_own_answer_in_full_and_survives_hostile_ones(task, 
     assert not list(tmp_path.iterdir())
 
 
-def test_scorers_that_run_text_are_all_known():
-    """After an upgrade of reasoning-gym this names a scorer that has begun to run what the model writes."""
+def test_scorers_that_execute_text_are_all_known():
+    """After an upgrade of reasoning-gym this reports any new scorer that executes what the model writes."""
     runs = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry|metadata|exp|problem)")
     for name, (kind, _) in reasoning_gym.factory.DATASETS.items():
         if runs.search(inspect.getsource(kind.score_answer)):
@@ -129,7 +129,7 @@ def test_partial_scores_are_kept():
     [("complex_arithmetic", "nan"), ("number_sorting", "[NaN, NaN]"), ("coin_flip", "1e9999999")],
 )
 def test_what_is_no_number_earns_nothing(task, answer):
-    """NaN is as near to the right number as the right number, for a scorer that takes the smaller of two scores."""
+    """NaN would be as good as the right number for a scorer that takes the smaller of two scores."""
     rows, _ = logic_problems(task, train=5, heldout=0)
     for row in rows:
         count = row["answer"].count(",") + 1
@@ -137,14 +137,14 @@ def test_what_is_no_number_earns_nothing(task, answer):
 
 
 def test_the_options_of_the_task_are_those_of_its_scorer():
-    """decimal_arithmetic forgives one unit of the last decimal place, which is an option."""
+    """decimal_arithmetic tolerates an error of one unit in the last decimal place, whose number is an option."""
     for places, forgiven in ((1, 1.0), (4, 0.0)):
         options = {"min_num_decimal_places": places, "max_num_decimal_places": places}
         (row,), _ = logic_problems("decimal_arithmetic", train=1, heldout=0, **options)
         assert score(row, str(float(row["answer"]) + 0.05)) == forgiven
 
 
-def test_bad_data_is_named():
+def test_bad_data_is_reported():
     with pytest.raises(ValueError, match=r"has no task 'chain_sums'.*chain_sum, "):
         logic_problems("chain_sums", train=1, heldout=0)
     with pytest.raises(ValueError, match="'simple_integration' is not offered: its scorer runs the model's text"):

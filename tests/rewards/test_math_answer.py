@@ -1,4 +1,4 @@
-"""The math reward as tables: what a model may write, the gold answer, and what it earns."""
+"""The math reward as tables: what a model may write, the gold answer, and the score."""
 
 import json
 import pickle
@@ -19,10 +19,10 @@ from rewards.math.final_answer import extract_final_answer
 from tests.tools.paths import TINY_DATA
 from tests.tools.waiting import PATIENCE
 
-RIGHT, WRONG, UNJUDGED = 1.0, 0.0, None
+RIGHT, WRONG, UNSCORED = 1.0, 0.0, None
 
 CASES = [
-    # WHERE THE FINAL ANSWER STANDS
+    # LOCATION OF THE FINAL ANSWER
     # \boxed: the last complete one, with nested braces
     (r"so it is \boxed{42}", "42", RIGHT),
     (r"\boxed{41}, no: \boxed{42}", "42", RIGHT),
@@ -63,7 +63,7 @@ CASES = [
     ("答案为：42", "42", RIGHT),
     ("答案：42。因为", "42", RIGHT),
     ("所以答案是１０１６。", "1016", RIGHT),
-    # the whole text, where it is nothing but a number
+    # the whole text, if it is nothing but a number
     ("42", "42", RIGHT),
     (" -7.50 ", "-7.5", RIGHT),
     ("42 apples", "42", RIGHT),
@@ -72,7 +72,7 @@ CASES = [
     (r"\boxed{2} and #### 1", "2", RIGHT),
     ("#### 1 <answer>2</answer>", "2", RIGHT),
     ("The answer is 1. #### 2", "2", RIGHT),
-    # thoughts are no answer
+    # text before </think> is ignored
     (r"<think>maybe \boxed{41}</think> The answer is 42.", "42", RIGHT),
     (r"<think>\boxed{42}</think> I do not know.", "42", WRONG),
     # no final answer
@@ -220,7 +220,7 @@ CASES = [
     ("#### 1.5e3", "15000", WRONG),
     ("#### -", "0", WRONG),
     #
-    # ARITHMETIC LEFT UNDONE IS NO NUMBER
+    # UNEVALUATED ARITHMETIC IS NO NUMBER
     ("#### 737+844", "1581", WRONG),
     (r"\boxed{2+3}", "5", WRONG),
     (r"\boxed{6 \times 7}", "42", WRONG),
@@ -487,25 +487,25 @@ CASES = [
     ("#### 7", "The answer is 7.", RIGHT),
     ("#### 7", "$7$", RIGHT),
     ("#### 7", r"\[7\]", RIGHT),
-    # gold that cannot be read: the completion cannot be judged
-    ("#### 1", "", UNJUDGED),
-    ("#### 1", " ", UNJUDGED),
-    ("#### 1", "no number here?", UNJUDGED),
-    ("nothing", "no number here?", UNJUDGED),
-    ("#### 1", "First we add all of the numbers, then we halve them", UNJUDGED),
-    ("#### 1", r"\int_0^1 x dx", UNJUDGED),
-    ("#### 1", r"\frac{1}{", UNJUDGED),
-    ("#### 1", "1/0", UNJUDGED),
-    ("#### 1", "x" * (MAX_CHARACTERS + 1), UNJUDGED),
-    ("#### " + "9" * 300, "9" * 300, UNJUDGED),
-    ("#### 1", "9^{9^{9^9}}", UNJUDGED),
-    ("#### 1", "x if x is even, 0 if not?", UNJUDGED),
-    ("#### 1", None, UNJUDGED),
+    # gold that cannot be parsed: the completion cannot be scored
+    ("#### 1", "", UNSCORED),
+    ("#### 1", " ", UNSCORED),
+    ("#### 1", "no number here?", UNSCORED),
+    ("nothing", "no number here?", UNSCORED),
+    ("#### 1", "First we add all of the numbers, then we halve them", UNSCORED),
+    ("#### 1", r"\int_0^1 x dx", UNSCORED),
+    ("#### 1", r"\frac{1}{", UNSCORED),
+    ("#### 1", "1/0", UNSCORED),
+    ("#### 1", "x" * (MAX_CHARACTERS + 1), UNSCORED),
+    ("#### " + "9" * 300, "9" * 300, UNSCORED),
+    ("#### 1", "9^{9^{9^9}}", UNSCORED),
+    ("#### 1", "x if x is even, 0 if not?", UNSCORED),
+    ("#### 1", None, UNSCORED),
 ]
 
 TOWER = "9^{9^{9^{9}}}"
 
-# What a model may write to break the judge, each against a number and an expression; all of it is wrong, and soon.
+# What a model may write to break the reward, against a number and an expression. All of it must score 0.0, quickly.
 HOSTILE = [
     # numbers that no memory holds
     rf"\boxed{{{TOWER}}}",
@@ -527,7 +527,7 @@ HOSTILE = [
     "#### " + "9" * (MAX_CHARACTERS + 1),
     "9" * 1_000_000,
     r"\boxed{" + "9" * 1_000_000 + "}",
-    # expressions that no patience waits for
+    # expressions that take forever
     r"\boxed{(x+1)^{99999}}",
     r"\boxed{((x+1)^{99}+1)^{99}}",
     r"\boxed{x^{x^{x^{x^{x}}}}}",
@@ -571,7 +571,7 @@ HOSTILE = [
     "$" * 1_000_000,
     " " * 1_000_000,
     "1," * 500_000,
-    "<answer>42</answer>" + "x" * 1_000_000,  # so far from the end it is no final answer
+    "<answer>42</answer>" + "x" * 1_000_000,  # too far from the end
     # characters
     "\x00" * 1000,
     "\\boxed{4\x002}",
@@ -626,14 +626,14 @@ def test_table(completion, gold, reward):
 
 
 def test_the_table_is_bounded_off_the_main_thread():
-    """Math-Verify's time limit is a signal, which other threads have not: whatever is read there has to be quick, or
-    a training run that judges in a thread hangs on one completion."""
+    """Our time limit is a signal, which works in the main thread only. In other threads every text must be fast without
+    it, or a training run hangs on one completion."""
     rows = [(completion, gold) for completion, gold, _ in CASES]
     rows += [(completion, gold) for completion in HOSTILE for gold in ("42", "x^2+1")]
     seconds, failures = [], []
     parse_expression.cache_clear()
 
-    def judge():
+    def score_all():
         for completion, gold in rows:
             started = time.thread_time()
             try:
@@ -642,7 +642,7 @@ def test_the_table_is_bounded_off_the_main_thread():
                 failures.append((completion[:80], gold, error))
             seconds.append((time.thread_time() - started, completion[:80], gold))
 
-    thread = threading.Thread(target=judge, daemon=True)
+    thread = threading.Thread(target=score_all, daemon=True)
     thread.start()
     thread.join(timeout=PATIENCE)
     assert not thread.is_alive(), f"stuck after {seconds[-1]}"
@@ -650,8 +650,8 @@ def test_the_table_is_bounded_off_the_main_thread():
     assert max(seconds)[0] < 1.5, max(seconds)
 
 
-def test_the_parser_forgets(monkeypatch):
-    """ANTLR keeps every state that it has met: on text that nobody writes its memory grows for ever."""
+def test_the_parser_cache_is_bounded(monkeypatch):
+    """ANTLR caches every parser state, so on random text its memory would grow without bound."""
     monkeypatch.setattr(expression, "MAX_PARSER_STATES", 1000)
     rng = random.Random(0)
     pieces = ["1", "x", "+", "-", "^{2}", r"\frac{1}{x}", r"\sin ", r"\sqrt{x}", "(x)", "|x|", "!", r"\log_{2}"]
@@ -667,7 +667,7 @@ def test_hostile_text_earns_nothing(gold):
 
 @pytest.mark.parametrize(("prompt", "answer", "gold", "reward"), COPIES)
 def test_a_copied_question_is_no_answer(prompt, answer, gold, reward):
-    """Symbolic equality alone pays for the question itself, which a model finds at once."""
+    """Symbolic equality alone would reward the question itself, and a model would find that at once."""
     assert math_answer_reward([rf"\boxed{{{answer}}}"], answer=[gold], prompts=[prompt]) == [reward]
 
 
@@ -683,23 +683,23 @@ def test_every_gold_answer_of_the_embedded_data_is_right():
         assert set(math_answer_reward([f"#### {answer}" for answer in gold], answer=gold)) == {RIGHT}
 
 
-def test_gold_that_cannot_be_read_is_named_with_its_row():
-    """Otherwise its group is silently left out of every step."""
+def test_gold_that_cannot_be_parsed_is_reported_with_its_row():
+    """Otherwise its group would be silently excluded from every step."""
     check_gold(["42", "#### 72", r"We get $\boxed{\frac{1}{2}}$.", "(1,2)", "no solution", 7])
     bad = ["42", "no number here?", "", None, "x" * 300, "1/0", "?"]
     with pytest.raises(ValueError, match=r"6 of 7 gold answers cannot .* row 1: 'no number here\?', row 2: ''"):
         check_gold(bad)
-    assert math_answer_reward(["#### 1"] * len(bad), answer=bad) == [WRONG] + [UNJUDGED] * 6
+    assert math_answer_reward(["#### 1"] * len(bad), answer=bad) == [WRONG] + [UNSCORED] * 6
 
 
-def test_strict_takes_boxed_answers_only():
+def test_strict_accepts_boxed_answers_only():
     strict = MathAnswerReward(strict=True)
     completions = [r"\boxed{42}", "#### 42", "<answer>42</answer>", "The answer is 42.", "42", r"\boxed{4"]
     assert strict(completions, answer=["#### 42"] * 6) == [RIGHT] + [WRONG] * 5
     assert math_answer_reward(completions, answer=["42"] * 6) == [RIGHT] * 5 + [WRONG]
 
 
-def test_chat_completions_and_columns_of_trl():
+def test_chat_completions_and_trl_columns():
     chat = [{"role": "assistant", "content": "so #### 42"}]
     tool = [{"role": "assistant", "content": None}]
     image = [{"role": "assistant", "content": [{"type": "image"}]}]
@@ -712,7 +712,7 @@ def test_chat_completions_and_columns_of_trl():
         math_answer_reward([chat, chat], answer=["42"])
 
 
-def test_trl_logs_it_by_name_and_other_processes_can_have_it():
+def test_it_has_a_name_and_can_be_pickled():
     for reward, name in (
         (math_answer_reward, "math_answer_reward"),
         (MathAnswerReward(strict=True), "strict_math_answer_reward"),
@@ -721,6 +721,10 @@ def test_trl_logs_it_by_name_and_other_processes_can_have_it():
         assert pickle.loads(pickle.dumps(reward)) == reward
 
 
-def test_rewards_import_neither_torch_nor_grpo_ext():
-    code = "import sys, rewards.logic; sys.exit(bool({'torch', 'grpo_ext', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("module", ["rewards", "rewards.logic"])
+def test_rewards_import_no_heavy_packages(module):
+    """Workers import them, and so does anyone who scores texts without a trainer."""
+    heavy = {"torch", "grpo_ext", "transformers", "loky", "pebble"}
+    code = f"import sys, {module}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

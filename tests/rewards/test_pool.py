@@ -1,4 +1,5 @@
-"""Rewards in worker processes: right and in order, whatever single answers do to their worker; no process is left."""
+"""Rewards in worker processes: scores are right and in order, whatever a completion does to its worker, and no process
+is left behind."""
 
 import functools
 import math
@@ -16,20 +17,20 @@ import torch
 from grpo_ext.rollout.reward_workers import in_workers
 from rewards import math_answer_reward, program_reward
 from rewards.workers.pool import isolated
-from tests.rewards.worker_rewards import Counting, by_its_words, compared, logged, process_id
+from tests.rewards.worker_rewards import Counting, compared, logged, obey, process_id
 from tests.tools.models import random_lora
 from tests.tools.paths import ROOT
 from tests.tools.training import log_of
 from tests.tools.waiting import PATIENCE, becomes
 
-TIMEOUT = 1.0  # seconds for an answer
+TIMEOUT = 1.0  # seconds per completion
 
 
 @pytest.fixture
 def safe():
     made = []
 
-    def make(reward=by_its_words, **settings):
+    def make(reward=obey, **settings):
         made.append(isolated(reward, **{"timeout_s": TIMEOUT, "workers": 2} | settings))
         return made[-1]
 
@@ -61,8 +62,8 @@ def test_scores_are_those_of_the_reward_in_order(safe):
         ("two", "errors"),
     ],
 )
-def test_an_answer_that_fails_costs_itself(safe, text, kind):
-    """The others keep their scores, and a hanging answer is given up at its own deadline."""
+def test_a_failure_costs_one_completion(safe, text, kind):
+    """The others keep their scores, and a call that hangs is stopped at the timeout of one completion."""
     reward = safe()
     reward(completions=["warm up"])
     assert reward(completions=["one", text, "three", "unknown", "fifth"]) == [3, None, 5, None, 5]
@@ -70,9 +71,9 @@ def test_an_answer_that_fails_costs_itself(safe, text, kind):
     assert vars(reward.failures) == {"completions": 6} | failed
 
 
-def test_whole_calls(safe):
-    """A reward may compare answers, and remember them: it has one worker. A failure costs the call, and says how to
-    make it cost one answer."""
+def test_batched_calls(safe):
+    """A reward may compare completions and remember them, so it has one worker. A failure costs the call, and the
+    message says how to make it cost one completion."""
     reward = safe(compared, workers=None, batched=True)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
@@ -85,25 +86,23 @@ def test_whole_calls(safe):
     assert reward(completions=["one"]) == [1.0]
 
 
-def test_where_much_fails_the_run_stops(safe):
-    """Five may fail at any time; a sixth among so few stops, with the name and a sample."""
+def test_too_many_failures_stop_the_run(safe):
+    """Five failures are always tolerated. The sixth of eleven completions stops the run, with its name and a sample."""
     reward = safe()
     assert reward(completions=["raise"] * 5 + ["fine"] * 5)[5:] == [4.0] * 5
-    with pytest.raises(RuntimeError, match=r"'by_its_words' raised KeyError.* 'raise'.* 6 of the last 11 answers"):
+    with pytest.raises(RuntimeError, match=r"'obey' raised KeyError.* 'raise'.* 6 of the last 11 answers"):
         reward(completions=["raise"])
     reward = safe()
     reward(completions=["fine"] * 150)
     assert reward(completions=["raise"] * 7) == [None] * 7
 
 
-def test_an_error_may_stop_at_once(safe):
-    with pytest.raises(
-        RuntimeError, match=r"'by_its_words' raised KeyError\('no such thing'\) on the completion 'raise'"
-    ):
+def test_on_error_raise_stops_at_the_first_failure(safe):
+    with pytest.raises(RuntimeError, match=r"'obey' raised KeyError\('no such thing'\) on the completion 'raise'"):
         safe(on_error="raise")(completions=["fine", "raise"])
 
 
-def test_what_cannot_be_set_up_says_so(safe):
+def test_a_reward_that_cannot_be_set_up_is_reported(safe):
     class Stubborn:
         __name__ = "stubborn"
 
@@ -126,33 +125,33 @@ def test_what_cannot_be_set_up_says_so(safe):
         ({"batched": True, "workers": 2}, "workers=2 with batched=True"),
     ],
 )
-def test_impossible_settings(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        isolated(by_its_words, **settings)
+        isolated(obey, **settings)
 
 
 def test_off_the_main_thread(safe):
-    """And after that thread has ended: workers must not end with the thread that asked for them."""
+    """Also after that thread has ended: workers must not end with the thread that started them."""
     reward, got = safe(), []
     for _ in range(2):
         thread = threading.Thread(target=lambda: got.append(reward(completions=["a", "hang", "abc"])))
         thread.start()
         thread.join()
     assert got == [[1, None, 3]] * 2
-    assert becomes(lambda: len(workers_of(os.getpid())) == 2)  # the one that was killed has a successor
+    assert becomes(lambda: len(workers_of(os.getpid())) == 2)  # the killed worker is replaced
     workers = workers_of(os.getpid())
     assert reward(completions=["abcd"]) == [4]
     assert workers_of(os.getpid()) == workers
 
 
-def test_what_it_costs(safe):
-    """Under a millisecond per answer, in addition to the reward itself, as soon as the machine is free for a second."""
+def test_overhead(safe):
+    """Below one millisecond per completion, excluding the reward itself, once the machine is free for a second."""
     reward = safe(timeout_s=20.0)
     reward(completions=["warm up"])
     assert becomes(lambda: seconds_of(reward, ["a"] * 1000) < 1.0)
 
 
-def test_answers_are_judged_side_by_side(safe):
+def test_completions_are_scored_in_parallel(safe):
     reward = safe(timeout_s=20.0, workers=4)
     reward(completions=["warm up"] * 8)
     assert becomes(lambda: seconds_of(reward, ["doze"] * 8) < 8 * 0.4 / 2)
@@ -168,7 +167,7 @@ def seconds_of(reward, completions):
 
 
 def test_in_training(build, small_model, safe):
-    """Columns, logs and state of TRL's; failures are in the metrics."""
+    """Columns, logs and state come from TRL, and failures are in the metrics."""
     reward = safe(logged, timeout_s=20.0)
     columns = {"answer": ["a", "b", "c", "d"]}
     trainer = build(small_model, peft_config=random_lora(), reward=reward, columns=columns)
@@ -186,8 +185,9 @@ def test_in_training(build, small_model, safe):
 
 @pytest.mark.parametrize("workers", [None, 0])
 def test_where_rewards_run(build, small_model, workers, caplog):
-    """One that judges alone in several workers, another one whole in one worker, where it keeps what it remembers; a
-    sandboxed one, and what cannot be sent to a worker, in the training process. Workers end with the training."""
+    """A reward that scores independently runs in several workers. Any other one gets whole calls in one worker, where
+    it keeps its state. With `runs_in_process`, or if it cannot be pickled, it runs in the training process. Workers end
+    with the training."""
     lock = threading.Lock()
 
     def holds_a_lock(completions, **columns):
@@ -210,7 +210,7 @@ def test_where_rewards_run(build, small_model, workers, caplog):
     assert log_of(trainer, "process")[0] == log_of(trainer, "process")[1]
     assert (log_of(trainer, "process")[0] == os.getpid() % 2**20) is (workers == 0)
     longest = [0.0] * len(logged["Counting"])
-    for start in range(0, len(longest), 8):  # a call has the 8 rows of a step
+    for start in range(0, len(longest), 8):  # a call has the 8 completions of a step
         lengths = [len(text) for text in list(trainer._logs["completion"])[start : start + 8]]
         longest[start : start + 8] = [float(length == max(lengths)) for length in lengths]
     assert list(logged["Counting"]) == longest
@@ -221,7 +221,7 @@ def test_where_rewards_run(build, small_model, workers, caplog):
 
 
 def test_a_model_is_not_sent_to_a_worker(caplog):
-    """It would be held twice, on a GPU perhaps; reward models and coroutines are TRL's own affair."""
+    """It would be in memory twice, perhaps on a GPU. Reward models and coroutines are left to TRL."""
     weights = b"x" * (17 * 2**20)
 
     def with_a_model(completions, **columns):
@@ -233,12 +233,12 @@ def test_a_model_is_not_sent_to_a_worker(caplog):
     given = [with_a_model, asked_elsewhere, "a/reward-model", torch.nn.Linear(1, 1), program_reward]
     assert in_workers(given, None, 1.0) == given
     assert "'with_a_model' carries 17 MB, and at most 16 are sent to a worker" in caplog.text
-    sent = in_workers([functools.partial(by_its_words, unit=2), math_answer_reward], None, 1.0)
-    assert [reward.__name__ for reward in sent] == ["by_its_words", "math_answer_reward"]
+    sent = in_workers([functools.partial(obey, unit=2), math_answer_reward], None, 1.0)
+    assert [reward.__name__ for reward in sent] == ["obey", "math_answer_reward"]
     assert in_workers(sent, None, 1.0) == sent
 
 
-# What is left behind
+# Orphans
 
 
 SCRIPT = """
@@ -261,7 +261,7 @@ if __name__ == "__main__":
 
 
 def workers_of(process):
-    """The process ids of its workers."""
+    """The process ids of the workers of a process."""
     children = psutil.Process(process).children()
     return {child.pid for child in children if any("pebble_pool_worker" in part for part in child.cmdline())}
 
@@ -273,23 +273,23 @@ def is_alive(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_orphans(tmp_path, ending):
-    """Ctrl-C, an end from outside and kill -9, while every worker is inside a call that no signal interrupts. The
-    reward is a function of the script, which its workers did not import again."""
+    """Ctrl-C, SIGTERM and SIGKILL, while every worker is inside a call that no signal interrupts. The reward is a
+    function of the script, which its workers must not import again."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with (tmp_path / "said").open("w+") as said:
+    with (tmp_path / "output").open("w+") as output:
         parent = subprocess.Popen(
-            [sys.executable, script], stdout=said, stderr=said, env=environment, start_new_session=True
+            [sys.executable, script], stdout=output, stderr=output, env=environment, start_new_session=True
         )
-        assert becomes(lambda: "ready" in (tmp_path / "said").read_text() or parent.poll() is not None)
+        assert becomes(lambda: "ready" in (tmp_path / "output").read_text() or parent.poll() is not None)
         time.sleep(0.5)  # until both are inside a call
         workers = workers_of(parent.pid)
-        assert len(workers) == 2, (tmp_path / "said").read_text()
+        assert len(workers) == 2, (tmp_path / "output").read_text()
         if ending == signal.SIGINT:
             os.killpg(parent.pid, ending)  # as a terminal does
         else:
             parent.send_signal(ending)
         assert parent.wait(timeout=PATIENCE) != 0
     assert becomes(lambda: not any(map(is_alive, workers)))
-    assert (tmp_path / "said").read_text().count("imported") == 1
+    assert (tmp_path / "output").read_text().count("imported") == 1

@@ -1,4 +1,4 @@
-"""The program reward as tables: what a model may write, the tests of its row, and what it earns."""
+"""The program reward as tables: what a model may write, the tests of its row, and the score."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason="bwrap is missing: apt install bubblewrap",
 )
 
-RIGHT, WRONG, UNJUDGED = 1.0, 0.0, None
+RIGHT, WRONG, UNSCORED = 1.0, 0.0, None
 DOUBLE = {"entry_point": "double", "inputs": [[1], [-3], [40]], "outputs": [2, -6, 80]}
 GOOD = "def double(x): return 2 * x"
 
@@ -27,8 +27,8 @@ def fenced(program: str, language: str = "python") -> str:
     return f"```{language}\n{program}\n```"
 
 
-# Takes the right values, three even numbers of which one is below 0, from wherever they can be reached: objects in
-# memory, its input, files.
+# Searches for the expected values, three even numbers of which one is negative, wherever it can: objects in memory, its
+# input, files.
 SEARCHES = """
 import gc, marshal, os
 def found_in(thing, depth=0):
@@ -46,7 +46,7 @@ files = [os.pread(0, 10**6, 0), *(open(name, "rb").read() for name in os.listdir
 found = next(filter(None, map(found_in, [*gc.get_objects(), *files])))
 def double(x): return found.pop(0)
 """
-# Finds the mark of this run, writes lines of results itself, and then {ends}.
+# Finds the mark of this run, forges result lines, and then {ends}.
 FORGES = """
 import os, sys
 mark = sys._getframe(1).f_locals["job"]["mark"]
@@ -85,7 +85,7 @@ def double(x): return 0
 """
 
 DOUBLES = [
-    # where the program stands
+    # location of the program
     (GOOD, RIGHT),
     (fenced(GOOD), RIGHT),
     (fenced(GOOD, "py"), RIGHT),
@@ -94,13 +94,13 @@ DOUBLES = [
     (fenced(GOOD, " python title=x"), RIGHT),
     (f"First a draft:\n{fenced('def double(x): return x')}\nand better:\n{fenced(GOOD)}\nDone.", RIGHT),
     (f"{fenced(GOOD)}\nIt prints:\n{fenced('2', 'text')}", RIGHT),  # the last Python block, not the last block
-    (f"{fenced('ls', 'sh')}\n{fenced(GOOD, '')}", RIGHT),  # the last block where none is Python
+    (f"{fenced('ls', 'sh')}\n{fenced(GOOD, '')}", RIGHT),  # the last block if none is Python
     (f"  Indented:\n  ```python\n{GOOD}\n  ```", RIGHT),
-    (f"```python\n{GOOD}", RIGHT),  # cut off behind the program
+    (f"```python\n{GOOD}", RIGHT),  # cut off after the program
     ([{"role": "assistant", "content": fenced(GOOD)}], RIGHT),
     ([{"role": "assistant", "content": "no"}, {"role": "assistant", "content": GOOD}], RIGHT),
     (f"{fenced(GOOD)}\n{fenced('def double(x): return x')}", WRONG),
-    # right in other ways
+    # other right programs
     ("from functools import partial\nfrom operator import mul\ndouble = partial(mul, 2)", RIGHT),
     ("class A:\n  def __call__(self, x): return x + x\ndouble = A()", RIGHT),
     ("def double(x):\n  print('doubling', x, flush=True)\n  return x + x", RIGHT),
@@ -138,7 +138,7 @@ DOUBLES = [
     ("def double(x): return '\ud800'", WRONG),
     ("(" * 50_000, WRONG),
     ("```" * 50_000, WRONG),
-    # ends before the tests
+    # exits before the tests
     (f"import sys; sys.exit(0)\n{GOOD}", WRONG),
     (f"exit()\n{GOOD}", WRONG),
     (f"raise SystemExit(0)\n{GOOD}", WRONG),
@@ -148,14 +148,14 @@ DOUBLES = [
     ("import os\ndef double(x): os.kill(os.getpid(), 9)", WRONG),
     ("import ctypes\ndef double(x): ctypes.string_at(0)", WRONG),
     (f"{GOOD}\nimport os; os.closerange(0, 256)", WRONG),
-    # pretends
+    # cheats
     (EQUAL_TO_ALL.format(base="object"), WRONG),
     (EQUAL_TO_ALL.format(base="int"), WRONG),
     (EQUAL_TO_ALL.format(base="str"), WRONG),
     (PATCHES, WRONG),
     ("print('all tests passed')\nprint(1.0)\nprint([2, -6, 80])\ndef double(x): pass", WRONG),
     (SEARCHES, WRONG),
-    (FORGES.format(value="2", times=1, ends=""), WRONG),  # a line too many, beside three right ones
+    (FORGES.format(value="2", times=1, ends=""), WRONG),  # one line too many, in addition to three right ones
     (FORGES.format(value="2", times=3, ends="os._exit(0)"), WRONG),
     (FORGES.format(value="true", times=3, ends="os._exit(0)"), WRONG),
     (FORGES.format(value="{}", times=3, ends="os._exit(0)"), WRONG),
@@ -163,7 +163,7 @@ DOUBLES = [
     (FORGES.format(value="[" * 5000, times=3, ends="os._exit(0)"), WRONG),
     (FORGES.format(value="", times=10**6, ends="os._exit(0)"), WRONG),
     (WRITES.format(text="x") + GOOD, WRONG),
-    (WRITES.format(text="2\\n-6\\n80\\n") + "os._exit(0)", WRONG),  # right values, but nobody called a function
+    (WRITES.format(text="2\\n-6\\n80\\n") + "os._exit(0)", WRONG),  # right values, but no function was called
     # never ends
     (f"while True: pass\n{GOOD}", WRONG),
     ("def double(x): return 2 * x if x < 40 else __import__('time').sleep(100)", WRONG),
@@ -181,24 +181,24 @@ DOUBLES = [
 
 @pytest.fixture(scope="module")
 def doubles() -> list[float | None]:
-    """The whole table in one call, so that programs run side by side."""
+    """The scores of the whole table, in one call so that programs run in parallel."""
     columns = {name: [value] * len(DOUBLES) for name, value in DOUBLE.items()}
     return ProgramReward(limits=Limits(seconds=2))([completion for completion, _ in DOUBLES], **columns)
 
 
 @pytest.mark.parametrize("row", range(len(DOUBLES)))
 def test_what_a_program_earns(row, doubles):
-    """Where a program that did not pass earns, the model learns to cheat; where a right one does not, it learns not."""
+    """If a wrong program scores, the model learns to cheat. If a right one does not, it learns nothing."""
     assert doubles[row] == DOUBLES[row][1]
 
 
-# What a function returns, the right value of the column `outputs`, and what that earns.
+# What a function returns, the expected value in the column `outputs`, and the score.
 VALUES = [
     # numbers compare as in Python, floats within 1e-9 of their size
     ("1.0", 1, RIGHT),
     ("True", 1, RIGHT),
     ("1", True, RIGHT),
-    ("1 + 1e-12", 1, WRONG),  # the right value is no float, so it is exact
+    ("1 + 1e-12", 1, WRONG),  # the expected value is not a float, so it must be exact
     ("0.1 + 0.2", 0.3, RIGHT),
     ("3", 3.0, RIGHT),
     ("1.00001", 1.0, WRONG),
@@ -211,7 +211,7 @@ VALUES = [
     ("float('inf')", 1e308, WRONG),
     ("10**400", 10**400, RIGHT),
     ("10**400 + 1", 10**400, WRONG),
-    ("-10**5000", -(10**5000), RIGHT),  # more digits than Python writes
+    ("-10**5000", -(10**5000), RIGHT),  # more decimal digits than Python converts
     ("10**400", 1.5, WRONG),  # too large for a float
     ("1 + 2j", 1 + 2j, RIGHT),
     ("1", "1", WRONG),
@@ -225,7 +225,7 @@ VALUES = [
     ("'int'", "int", RIGHT),
     ("b'ab'", b"ab", RIGHT),
     ("b'ab'", "ab", WRONG),
-    # containers; there are no tuples in JSON
+    # containers; JSON has no tuples
     ("(1, 2)", [1, 2], RIGHT),
     ("[1, (2, 3)]", [1, [2, 3]], RIGHT),
     ("[2, 1]", [1, 2], WRONG),
@@ -248,7 +248,7 @@ VALUES = [
     ("{'a': 1}", {"a": 2}, WRONG),
     ("{'a': 1, 'b': 1}", {"a": 1}, WRONG),
     ("[1, object()]", [1, None], WRONG),
-    # numbers made to collide, which fill a set for minutes; nobody may have to wait for them
+    # colliding numbers, which take minutes to fill a set outside
     ("{n * (2**61 - 1) for n in range(10**4)}", {1}, WRONG),
 ]
 
@@ -264,7 +264,7 @@ def values() -> list[float | None]:
 
 @pytest.mark.parametrize("row", range(len(VALUES)))
 def test_which_values_are_equal(row, values):
-    """Data sets write values in their own ways, and a channel that loses a type would make some rows unsolvable."""
+    """Data sets write values in many ways, and a channel that loses a type would make some rows unsolvable."""
     assert values[row] == VALUES[row][2]
 
 
@@ -295,7 +295,7 @@ ASSERTS = [
 
 
 def test_asserts_of_data_sets():
-    """Each shape that a test is written in must tell a right program from a wrong one."""
+    """Each supported form of a test must tell a right program from a wrong one."""
     tests = [[line] for line, _, _ in ASSERTS]
     reward = ProgramReward(limits=Limits(seconds=10))
     right = reward([right for _, right, _ in ASSERTS], test_list=tests)
@@ -322,12 +322,12 @@ def test_asserts_of_data_sets():
         "assert max_height(Node(1)) == 3",
         "assert abs(f(1) - 'a') < 1",
         "assert math.isclose(f(1), 'a')",
-        "assert f(1) == {frozenset({1})}",  # could never be right, see rewards.code.cases
+        "assert f(1) == {frozenset({1})}",  # could never pass, see rewards.code.cases
         "assert True",
     ],
 )
-def test_a_test_that_cannot_be_judged_is_an_error(line):
-    """Scoring it 0 would tell the model that nothing is right, and the message must name the test."""
+def test_an_unsupported_test_is_an_error(line):
+    """Scoring it 0 would tell the model that every program is wrong. The message must name the test."""
     with pytest.raises(ValueError, match="cannot be judged") as error:
         program_reward(["def f(x): return 2"], test_list=[["assert f(1) == 2", line]])
     assert repr(line) in str(error.value)
@@ -343,7 +343,7 @@ def test_a_test_that_cannot_be_judged_is_an_error(line):
         ({}, "the data set has: none"),
         ({"stdin": [["1"]]}, "needs the columns"),
         ({"test_list": [[]]}, "one or more tests"),
-        ({"test_list": ["assert f(1) == 2"]}, "Expecting value"),  # no list, and no JSON text of one
+        ({"test_list": ["assert f(1) == 2"]}, "Expecting value"),  # neither a list nor JSON text of one
         ({"stdin": [["1", "2"]], "stdout": [["1"]]}, "shorter"),
         ({"entry_point": ["f"], "inputs": [[[1], [2]]], "outputs": [[1]]}, "shorter"),
         ({"entry_point": ["f"], "inputs": [[1]], "outputs": [[1]]}, "arguments are a list"),
@@ -353,7 +353,7 @@ def test_a_test_that_cannot_be_judged_is_an_error(line):
     ],
 )
 def test_wrong_columns_are_an_error(columns, message):
-    """A mistake in the data would show as a reward that stays at 0."""
+    """Otherwise a mistake in the data would only show as a reward that stays at 0."""
     with pytest.raises(ValueError, match=message):
         program_reward(["def f(x): return 2"], **columns)
 
@@ -366,7 +366,7 @@ STREAMS = [
     ("print(sum(map(int, input().split()))); exit()", RIGHT),
     (fenced("print(sum(map(int, input().split())))"), RIGHT),
     ("print(3)", WRONG),
-    ("print('', sum(map(int, input().split())))", WRONG),  # a space in front counts
+    ("print('', sum(map(int, input().split())))", WRONG),  # a leading space counts
     ("print(sum(map(int, input().split())), 'done')", WRONG),
     ("print(sum(map(int, input().split())))\n1 / 0", WRONG),
     ("print(sum(map(int, input().split())), flush=True)\nwhile True: pass", WRONG),
@@ -378,7 +378,7 @@ STREAMS = [
 
 
 def test_programs_that_read_their_input():
-    """Only white space at the end of lines and of the output is forgiven; a crash or an endless loop is not."""
+    """Only white space at the end of lines and of the output is ignored. A crash or an endless loop is a failure."""
     tests = {"stdin": ["1 2\n", "-4 4"], "stdout": ["3\n", "0"]}
     columns = {name: [value] * len(STREAMS) for name, value in tests.items()}
     assert ProgramReward(limits=Limits(seconds=2))([program for program, _ in STREAMS], **columns) == [
@@ -387,20 +387,20 @@ def test_programs_that_read_their_input():
 
 
 def test_which_white_space_counts():
-    """Judges of programs forgive it at the end of a line and of the output, and nowhere else."""
+    """Programming contests ignore it at the end of a line and of the output, and nowhere else."""
     outputs = ["1\n2", "1 \n2\t\n\n", "1\n\n2", " 1\n2", "1 2", "\n1\n2"]
     programs = [f"print({output!r}, end='')" for output in outputs]
     stdin, stdout = [[""]] * len(outputs), [["1\n2\n"]] * len(outputs)
     assert program_reward(programs, stdin=stdin, stdout=stdout) == [RIGHT, RIGHT, WRONG, WRONG, WRONG, WRONG]
 
 
-def test_no_program_earns_nothing():
-    """Where a test expects no output, an empty program would print just that."""
+def test_an_empty_program_scores_zero():
+    """If a test expects no output, an empty program would pass it."""
     assert program_reward(["", "pass"], stdin=[["1"]] * 2, stdout=[[""]] * 2) == [WRONG, RIGHT]
 
 
-def test_a_share_of_the_tests():
-    """The tests count one by one, the ones before a time-out, an end or a mistake, too."""
+def test_the_share_of_passed_tests():
+    """Each test counts, including those before a time-out, an exit or an error."""
     reward = ProgramReward(share=True, limits=Limits(seconds=2))
     programs = [
         GOOD,
@@ -417,7 +417,7 @@ def test_a_share_of_the_tests():
 
 
 def test_all_tests_of_a_program_share_one_deadline():
-    """Tests that each take the limit would hold up the training as many times as long."""
+    """Tests that each take the whole limit would hold up the training a thousand times as long."""
     started = time.monotonic()
     for share in (False, True):
         reward = ProgramReward(share=share, limits=Limits(seconds=1))
@@ -425,15 +425,15 @@ def test_all_tests_of_a_program_share_one_deadline():
     assert time.monotonic() - started < 600
 
 
-def test_calls_start_from_their_own_arguments():
-    """A function that changes its argument must not change the next test's."""
+def test_each_call_has_its_own_arguments():
+    """A function that changes its argument must not change that of the next test."""
     shared = [3, 1, 2]
     columns = {"entry_point": ["f"], "inputs": [[[shared], [shared]]], "outputs": [[3, 3]]}
     assert program_reward(["def f(x):\n  x.append(0)\n  return len(x) - 1"], **columns) == [RIGHT]
 
 
-def test_methods_are_called_on_a_new_object_each():
-    """Data sets in the style of LeetCode name `Solution().solve`."""
+def test_each_method_call_has_a_new_object():
+    """Data sets in the style of LeetCode have `Solution().solve` as the entry point."""
     solution = (
         "class Solution:\n  def __init__(self): self.n = 0\n  def add(self, x):\n    self.n += x\n    return self.n"
     )
@@ -442,7 +442,7 @@ def test_methods_are_called_on_a_new_object_each():
 
 
 def test_lists_may_be_json_text():
-    """A column of a data set has one type, so arguments of mixed types come as text."""
+    """A column of a data set has one type, so arguments of mixed types are given as text."""
     columns = {
         "entry_point": ["f"],
         "inputs": ['[[1, "a"], [{"k": null}, 2.5]]'],
@@ -451,7 +451,7 @@ def test_lists_may_be_json_text():
     assert program_reward(["def f(x, y): return x, y"], **columns) == [RIGHT]
 
 
-def test_rows_of_other_tasks_are_left_out():
+def test_rows_of_other_tasks_are_not_scored():
     """In a mixed data set the columns of one task are None in the rows of another."""
     columns = {
         "test_list": [["assert f() == 1"], None, None, None],
@@ -460,11 +460,11 @@ def test_rows_of_other_tasks_are_left_out():
         "outputs": [None, [1], None, [1]],
     }
     programs = ["def f(): return 1", "def f(): return 2", "def f(): return 1", "def f(): return 1"]
-    assert program_reward(programs, **columns) == [RIGHT, WRONG, UNJUDGED, UNJUDGED]
+    assert program_reward(programs, **columns) == [RIGHT, WRONG, UNSCORED, UNSCORED]
 
 
-def test_one_kind_of_tests_counts():
-    """Where a row has several kinds, it is the one that the documentation names first."""
+def test_only_one_kind_of_tests_counts():
+    """If a row has several kinds, the one that the documentation lists first counts."""
     columns = {"test_list": [["assert f() == 1"]], "stdin": [["1"]], "stdout": [["1"]]}
     assert program_reward(["print(input())"], **columns) == [RIGHT]
 
@@ -478,14 +478,14 @@ def test_extract_program_is_linear_in_the_text():
 
 
 def test_without_the_sandbox():
-    """The explicit way round scores the same."""
+    """Running without the sandbox, if it is allowed explicitly, gives the same scores."""
     reward = ProgramReward(allow_unsandboxed=True)
     columns = {name: [value] * 2 for name, value in DOUBLE.items()}
     assert reward([GOOD, "def double(x): return x"], **columns) == [RIGHT, WRONG]
 
 
 def test_refused_without_bubblewrap(monkeypatch):
-    """No program may run unprotected because a package is missing, and no reward may be 0 for it."""
+    """If a package is missing, programs must neither run unprotected nor score 0."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RuntimeError, match="bwrap was not found"):
         program_reward([GOOD], **{name: [value] for name, value in DOUBLE.items()})

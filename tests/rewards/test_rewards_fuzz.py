@@ -1,7 +1,7 @@
-"""Twenty thousand mutated completions through every reward: no exception, no answer over its time, no memory eaten.
+"""Twenty thousand mutated completions through every reward: no exception, no time-out, no memory leak.
 
-To put another reward to this test, add a line to REWARDS. Programs are processes: every 40th completion is run as one,
-or every one with EVERY_PROGRAM=1 in the environment, which takes tens of minutes.
+To test another reward, add a line to REWARDS. Programs are processes, so only every 40th completion is run as one; all
+of them with EVERY_PROGRAM=1 in the environment, which takes tens of minutes.
 """
 
 import math
@@ -22,13 +22,14 @@ from rewards.code.sandbox import Limits
 from rewards.logic import logic_problems, logic_reward
 
 EXAMPLES, DIFFERENT = 23_000, 20_000  # hypothesis tries some texts twice
-# Of the CPU for one completion; a comparison of expressions may take 2 s to read and 2 s to compare.
+# CPU time per completion; an expression may take 2 s to parse and 2 s to compare.
 SECONDS = 5.0
-# That a whole run may add to the process. From 117 to 209 were seen, most of them hypothesis's own: without it, three
-# times as many texts add 22 through `math_answer_reward`, less with each thousand, and 3 through `logic_reward`.
+# Memory that the whole test may add to the process. 117 to 209 were observed, most of it by hypothesis itself: without
+# it, three times as many texts add 22 through `math_answer_reward`, less with each thousand, and 3 through
+# `logic_reward`.
 MEGABYTES = 300
 
-# Half of them are numbers, which are judged without sympy.
+# Half of them are numbers, which are compared without sympy.
 GOLDS = ["42", r"x^2+1", "1,016", r"2\sqrt{3}", "50%", r"e^{-x^2/2}", "-7.5", r"\mathbb{R}\setminus\{0\}"]
 GOLDS += ["3", r"(-\infty,5]", r"\frac{1}{2}", "y=2x+1", "1000", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"]
 TASKS = "chain_sum countdown coin_flip number_sorting rubiks_cube rush_hour propositional_logic spiral_matrix".split()
@@ -36,7 +37,7 @@ PROBLEMS = [logic_problems(task, train=1, heldout=0)[0][0] for task in TASKS]
 
 
 class Case(NamedTuple):
-    """A reward, the columns for its n-th completion, and how many completions go by for one that it judges."""
+    """A reward, the columns for its n-th completion, and the share of completions that it scores: one of `every`."""
 
     reward: Callable[..., list[float | None]]
     columns: Callable[[int], dict[str, Any]]
@@ -117,7 +118,7 @@ TOKENS = [
 
 
 def spliced(text: str, edits: list[tuple[int, str]]) -> str:
-    """The text with tokens put in, some of them in place of the character or two that stood there."""
+    """The text with tokens inserted, some of them in place of one or two characters."""
     for place, token in edits:
         place %= len(text) + 1
         text = text[:place] + token + text[place + len(token) % 3 :]
@@ -128,8 +129,8 @@ EDITS = st.lists(st.tuples(st.integers(0, 99), st.sampled_from(TOKENS)), min_siz
 MUTATED = st.builds(spliced, st.sampled_from(CORPUS), EDITS)
 
 
-def judged(case: Case, number: int, completion: str) -> float:
-    """The seconds of the CPU that one completion takes, after a look at its score."""
+def score_seconds(case: Case, number: int, completion: str) -> float:
+    """Score one completion, check its score, and return the seconds of CPU time that it took."""
     columns = {key: [value] for key, value in case.columns(number).items()}
     started = cpu_seconds()
     (score,) = case.reward([completion], **columns)
@@ -148,7 +149,7 @@ def peak_megabytes() -> float:
 
 
 def test_mutated_completions():
-    """Whatever stands in a completion, a reward gives a score, soon: one exception would end a run of hours."""
+    """A reward must score any completion quickly: one exception would end a run of hours."""
     before, seen = peak_megabytes(), set()
     slowest = {case.reward.__name__: (0.0, "") for case in REWARDS}
 
@@ -158,7 +159,7 @@ def test_mutated_completions():
     @given(st.one_of(MUTATED, MUTATED, MUTATED, st.text()))
     def check(completion: str) -> None:
         for case in (case for case in REWARDS if len(seen) % case.every == 0):
-            seconds = judged(case, len(seen), completion)
+            seconds = score_seconds(case, len(seen), completion)
             slowest[case.reward.__name__] = max(slowest[case.reward.__name__], (seconds, completion))
         seen.add(completion)
 
@@ -185,6 +186,6 @@ HUGE = [
 
 
 @pytest.mark.parametrize("case", REWARDS, ids=lambda case: case.reward.__name__)
-def test_a_megabyte_is_judged_at_once(case):
-    """A search that begins anew at every opening tag takes hours on a megabyte of them."""
-    assert max(judged(case, number, text) for number, text in enumerate(HUGE)) < SECONDS
+def test_a_megabyte_is_scored_quickly(case):
+    """A search that starts over at every opening tag takes hours on a megabyte of them."""
+    assert max(score_seconds(case, number, text) for number, text in enumerate(HUGE)) < SECONDS

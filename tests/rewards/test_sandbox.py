@@ -1,4 +1,4 @@
-"""The sandbox as two tables of what a program may try, and what else a user would miss if it broke."""
+"""The sandbox as two tables of what a program may try, and its other guarantees."""
 
 import os
 import resource
@@ -33,7 +33,7 @@ BASE_PACKAGES = [
     Path("/usr/lib/python3/dist-packages"),
 ]
 
-# What an attempt returns has escaped, what it raises was stopped.
+# An attempt that returns has escaped; one that raises was stopped.
 ATTEMPT = """
 import ctypes, os, resource, signal, socket, subprocess, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -49,14 +49,15 @@ except Exception as error:
     print("stopped", repr(error))
 """
 
-# Without the sandbox each of these succeeds, which a test checks. `outside` says what the names in braces are.
+# A test checks that each of these succeeds without the sandbox. The fixture `outside` gives values for the names in
+# braces.
 ESCAPES = {
     # files of the machine, the user and the project
     "users": "return open('/etc/passwd').read()",
     "users by a relative path": "return open('../' * 20 + 'etc/passwd').read()",
     "users by a link": "os.symlink('/etc', 'link'); return open('link/passwd').read()",
     "programs": "return subprocess.run(['/bin/sh', '-c', 'true'], check=True)",
-    "packages beside the training": "sys.path.append('{packages}'); import pytest; return pytest",
+    "packages of the training": "sys.path.append('{packages}'); import pytest; return pytest",
     "packages of the interpreter": "return os.listdir('{base_packages}')[0]",
     "the project": "return open('{root}/README.md').read()",
     "home": "return [name for name in os.listdir('{home}') if '{home}/' + name not in sys.prefix][0]",
@@ -76,13 +77,13 @@ ESCAPES = {
     "a unix socket": "socket.socket(socket.AF_UNIX).connect('{folder}/socket')",
     "an abstract socket": "socket.socket(socket.AF_UNIX).connect(chr(0) + '{abstract}')",
     "the kernel's network interface": "return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
-    # memory that no limit counts
+    # memory that no limit covers
     "files in memory": "return os.memfd_create('x')",
     "shared memory": "return checked(libc.shmctl(checked(libc.shmget(0, 4096, 0o1600)), 0, None))",
     "shared memory as a file": "file = open('/dev/shm/{abstract}', 'w'); os.remove(file.name); return file",
 }
 
-# These would do harm without the sandbox, or take root.
+# Without the sandbox these would do harm, or they need root.
 HARMFUL = {
     # files
     "passwords": "return open('/etc/shadow').read()",
@@ -99,7 +100,7 @@ HARMFUL = {
     "a disk": "return [open(disk, 'rb') for disk in ('/dev/sda', '/dev/vda') if os.path.exists(disk)][0]",
     "memory": "return open('/dev/mem', 'rb')",
     "a new device": "return os.mknod('/tmp/disk', 0o60666, os.makedev(8, 0))",
-    # rights
+    # privileges
     "becoming root": "return os.setuid(0)",
     "root's group": "return os.setgroups([0])",
     "a user namespace": "return checked(libc.unshare(0x10000000))",
@@ -113,7 +114,7 @@ HARMFUL = {
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory) -> dict[str, object]:
-    """What there is to find: paths, this process, and listening sockets of every kind."""
+    """What a program could find: paths, this process, and listening sockets of every kind."""
     folder = tmp_path_factory.mktemp("outside")
     (folder / "secret").write_text("secret")
     abstract = uuid.uuid4().hex
@@ -146,23 +147,25 @@ def attempt(line: str, outside: dict[str, object]) -> str:
 
 @pytest.mark.parametrize("name", [*ESCAPES, *HARMFUL])
 def test_attempts_are_stopped(name, outside):
-    """A wall that falls turns at least one of the table red."""
+    """If a part of the sandbox is missing, at least one attempt of the table succeeds."""
     assert run_program(attempt((ESCAPES | HARMFUL)[name], outside)).stdout.startswith(b"stopped")
 
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_without_the_sandbox_the_attempts_succeed(name, outside):
-    """An attempt that fails anywhere would show nothing about the sandbox."""
+    """An attempt that always fails would prove nothing about the sandbox."""
     assert run_program(attempt(ESCAPES[name], outside), allow_unsandboxed=True).stdout.startswith(b"escaped")
 
 
 def test_denied_system_calls_fail_with_eperm():
-    """Each call of the list, by number: without the filter most would fail with another error, or do something."""
+    """Each call of the list, by its number. Without the filter most would fail with another error, or succeed."""
     library = CDLL("libseccomp.so.2")
     numbers = {
         name: library.seccomp_syscall_resolve_name(name.encode()) for name in sandbox_policy.DENIED_CALLS.split()
     }
-    numbers = {name: number for name, number in numbers.items() if number >= 0}  # this machine has no others
+    numbers = {
+        name: number for name, number in numbers.items() if number >= 0
+    }  # negative: not a call of this architecture
     assert len(numbers) > 50
     outcome = run_program(f"""
 import ctypes, errno
@@ -225,7 +228,7 @@ for number in range(256):
     except OSError: pass
 """
 
-# What a program does, how that ends, and what it wrote. None stands for anything.
+# What a program does, how it ends, and what it writes. None accepts anything.
 BEHAVIOURS = [
     # ordinary programs
     ("print(input()[::-1])", OK, b"cba\n"),
@@ -240,13 +243,13 @@ BEHAVIOURS = [
     ("x = " + "1 + " * 2000 + "1\nprint(x)", OK, b"2001\n"),
     ("import sys; print(1, file=sys.stderr)", OK, b""),
     ("", OK, b""),
-    # no programs
+    # not programs
     ("def", FAILED, b""),
     ("\0", FAILED, b""),
     ("\ud800", FAILED, b""),
     ("(" * 100_000, FAILED, b""),
     ("I think that the answer is 42.", FAILED, b""),
-    # ends of all kinds
+    # all kinds of endings
     ("1 / 0", FAILED, b""),
     ("import os; os._exit(0)", OK, b""),
     ("import os; os.abort()", FAILED, b""),
@@ -262,7 +265,7 @@ BEHAVIOURS = [
     # time
     ("while True: pass", TIMEOUT, b""),
     ("print(1, flush=True)\nwhile True: pass", TIMEOUT, b"1\n"),
-    ("10 ** 10 ** 10", TIMEOUT, b""),  # one call into C, which no signal handler of Python's interrupts
+    ("10 ** 10 ** 10", TIMEOUT, b""),  # one call into C, which no Python signal handler interrupts
     ("import time; time.sleep(600)", TIMEOUT, b""),
     ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", TIMEOUT, b""),
     (IGNORES_SIGNALS, TIMEOUT, b""),
@@ -286,7 +289,7 @@ BEHAVIOURS = [
     ("import os; os.ftruncate(1, 10**7)", OUTPUT, None),
     ("import os; os.ftruncate(1, 10**12)", FAILED, b""),
     ("import os; os.posix_fallocate(1, 0, 10**12)", FAILED, b""),
-    # what a program is given
+    # the environment of a program
     (OPEN_FILES, OK, b"0 False\n1 False\n2 True\n3 True\n"),
     ("import os; print(os.listdir(), sorted(os.listdir('/dev')))", OK, b"[] ['null', 'urandom', 'zero']\n"),
     ("import os; print({*os.environ} <= {'PWD', 'LC_CTYPE'})", OK, b"True\n"),
@@ -296,7 +299,7 @@ BEHAVIOURS = [
 
 @pytest.mark.parametrize(("program", "status", "stdout"), BEHAVIOURS, ids=range(len(BEHAVIOURS)))
 def test_behaviours(program, status, stdout):
-    """None of these harms, hangs or raises; each ends as it should, and what was written before that is kept."""
+    """None of these does harm, hangs or raises. Each ends as it should, and keeps what it wrote until then."""
     started = time.monotonic()
     outcome = run_program(program, stdin=b"abc", limits=SHORT if status in (TIMEOUT, None) else Limits(seconds=20))
     assert status is None or outcome.status == status
@@ -311,7 +314,7 @@ def running(word: str) -> Path | None:
         try:
             if (process / "cmdline").read_bytes().endswith(word.encode() + b"\0"):
                 return process
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             pass
     return None
 
@@ -339,7 +342,7 @@ def run_that_is_seen(pool: ThreadPoolExecutor, program: str, word: str, **option
 
 @pytest.mark.parametrize("parent", ["os._exit(0)", "os.wait()"])
 def test_nothing_is_left_running(parent):
-    """Daemons must end with the program that started them, or at its deadline; they would pile up over a training."""
+    """Daemons must end with the program that started them, or at its deadline. Otherwise they would pile up."""
     word = uuid.uuid4().hex
     with ThreadPoolExecutor() as pool:
         program = STAYS.format(parent=parent, word=word)
@@ -350,8 +353,8 @@ def test_nothing_is_left_running(parent):
     assert becomes(lambda: not running(word))
 
 
-def test_walls_from_outside():
-    """Some walls stand behind others, so that no attempt from inside would tell that they are gone."""
+def test_the_sandbox_seen_from_outside():
+    """Some layers are behind others, so no attempt from inside would show that they are missing."""
     word = uuid.uuid4().hex
     with ThreadPoolExecutor() as pool:
         pool.submit(run_program, STAYS.format(parent="os.wait()", word=word), limits=Limits(seconds=PATIENCE))
@@ -370,7 +373,7 @@ def test_walls_from_outside():
 
 
 def test_programs_end_with_the_training():
-    """A killed training must take its programs along, whose deadline nobody keeps any more."""
+    """If a training is killed, its programs must end too, since nobody enforces their deadline any more."""
     word = uuid.uuid4().hex
     training = (
         f"from rewards.code.sandbox import *; run_program({STAYS.format(parent='os.wait()', word=word)!r}, limits="
@@ -382,22 +385,22 @@ def test_programs_end_with_the_training():
     assert becomes(lambda: not running(word))
 
 
-def test_a_program_finds_nothing_of_an_earlier_one():
-    """A module planted in the working folder would be imported by the programs after it."""
+def test_a_program_finds_nothing_from_an_earlier_one():
+    """A module planted in the working directory would be imported by later programs."""
     plant = "import os\nfor n in ('json', 'decimal'): open(f'/tmp/{n}.py', 'w').write('print(1)')\nprint(os.listdir())"
     assert b"json.py" in run_program(plant).stdout
     assert run_program("import os, json, decimal; print(os.listdir('/tmp'))").stdout == b"[]\n"
 
 
-def test_programs_run_side_by_side():
+def test_programs_run_in_parallel():
     """Threads of one process must not mix up the inputs, outputs or file descriptors of their programs."""
     with ThreadPoolExecutor(4) as pool:
         outcomes = pool.map(lambda n: run_program("print(input())", stdin=b"%d" % n), range(24))
         assert [outcome.stdout for outcome in outcomes] == [b"%d\n" % n for n in range(24)]
 
 
-def test_limits_are_the_callers():
-    """A limit that is ignored would only show once a program needs it."""
+def test_limits_of_the_caller_are_applied():
+    """Otherwise an ignored limit would only show when a program exceeds it."""
     limits = Limits(seconds=20, memory_mb=1024, processes=4, file_mb=2, output_kb=1)
     program = "import os, resource as r; s = os.statvfs('/tmp'); print(s.f_blocks * s.f_frsize, "
     program += "*[r.getrlimit(n)[1] for n in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_FSIZE, r.RLIMIT_CPU)])"
@@ -408,7 +411,7 @@ def test_limits_are_the_callers():
 
 
 def test_starting_takes_less_than_50_ms():
-    """Hundreds of programs run in a step. The fastest start counts, since other work takes the cores, too."""
+    """A step runs hundreds of programs. The fastest start counts, since other processes use the cores as well."""
 
     def seconds() -> float:
         started = time.perf_counter()
@@ -420,9 +423,9 @@ def test_starting_takes_less_than_50_ms():
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="needs root and a system Python")
 def test_anyone_but_root_gets_a_user_namespace():
-    """Bubblewrap is given other options there, which tests that run as root would never see."""
+    """Bubblewrap gets other options there, which tests that run as root would never use."""
     programs = ["import os; print(os.getuid())", COUNTS_FORKS, ATTEMPT.replace("{attempt}", HARMFUL["unmounting"])]
-    # Imported as root, who may enter every folder; TMPDIR and the checkout may lie where nobody else may.
+    # Imported while still root: TMPDIR and the checkout may be in folders that no other user may enter.
     script = f"""import os
 from rewards.code.sandbox import run_program
 os.chdir("/")
@@ -440,8 +443,8 @@ for program in {programs}: print(run_program(program).stdout)"""
     assert b"stopped" in shown[2]
 
 
-def test_root_becomes_nobody_in_particular():
-    """A program of root's must not own a file or process of the machine, so its user is one that nothing else has."""
+def test_root_becomes_an_unused_user():
+    """A program started by root must not own any file or process of the machine, so its user id is otherwise unused."""
     user = int(run_program("import os; assert os.getuid() == os.getgid(); print(os.getuid())").stdout)
     assert user == 65534 or 61184 <= user < 65520
     script = "from rewards.code.sandbox import *; print(run_program('import os; print(os.getgroups())').stdout)"
@@ -451,15 +454,15 @@ def test_root_becomes_nobody_in_particular():
 
 
 def test_refused_without_bubblewrap(monkeypatch):
-    """Programs must not run unprotected because something was not installed, and the message says what to type."""
+    """If something is not installed, programs must not run unprotected, and the message says what to type."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RuntimeError, match=r"bwrap was not found: install bubblewrap \(apt install bubblewrap\), or"):
         run_program("print(1)")
     assert run_program("print(1)", allow_unsandboxed=True).stdout == b"1\n"
 
 
-def test_a_sandbox_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path):
-    """Where bwrap may open no namespace, every program would score 0 without a word."""
+def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch, tmp_path):
+    """If bwrap may not create namespaces, every program would silently score 0."""
     bwrap = tmp_path / "bwrap"
     bwrap.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
     bwrap.chmod(0o755)
@@ -469,7 +472,7 @@ def test_a_sandbox_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path)
 
 
 def test_what_remains_without_the_sandbox(monkeypatch):
-    """`allow_unsandboxed` still promises an empty environment, a folder of its own, limits and an end."""
+    """`allow_unsandboxed` still guarantees an empty environment, a new working directory, limits and an end."""
     monkeypatch.setenv("SECRET", "1")
     program = "import os; print('SECRET' in os.environ, os.listdir(), os.getcwd())"
     outcome = run_program(program, allow_unsandboxed=True)
@@ -483,7 +486,7 @@ def test_what_remains_without_the_sandbox(monkeypatch):
     ):
         assert run_program(program, limits=SHORT, allow_unsandboxed=True).status == status
     program = "import resource; print(resource.getrlimit(resource.RLIMIT_NPROC))"
-    here = resource.getrlimit(resource.RLIMIT_NPROC)  # all that this user runs counts, so a low one would fail threads
+    here = resource.getrlimit(resource.RLIMIT_NPROC)  # all processes of this user count, so it must not be lowered
     assert run_program(program, allow_unsandboxed=True).stdout.decode() == f"{here}\n"
     word = uuid.uuid4().hex
     child = STAYS.format(parent="os.wait()", word=word).replace("os.setsid()", "pass")

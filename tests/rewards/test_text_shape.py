@@ -1,4 +1,4 @@
-"""Format, length and coherence: hand-worked scores, and the ways to earn them without the thing itself."""
+"""Format, length and coherence: scores worked out by hand, and texts that earn them without any content."""
 
 import pickle
 
@@ -63,15 +63,15 @@ def test_format_with_other_tags():
 @pytest.mark.parametrize(
     ("words", "score"), [(50, 1.0), (49, 0.98), (51, 0.98), (25, 0.5), (75, 0.5), (0, 0.0), (100, 0.0), (500, 0.0)]
 )
-def test_length_of_the_document(words, score):
+def test_length(words, score):
     """max(0, 1 - |words - 50| / 50)."""
     assert length_reward(["word " * words]) == [pytest.approx(score)]
     assert length_reward(["\n\tword  " * words]) == [pytest.approx(score)]
 
 
-def test_length_in_characters_for_text_without_blanks():
-    """Fifty Chinese sentences are one word."""
-    chinese = "今天 下雨，\n所以带伞。"  # ten, without the blanks
+def test_length_in_characters_for_text_without_spaces():
+    """Fifty Chinese sentences without white space are one word."""
+    chinese = "今天 下雨，\n所以带伞。"  # ten characters without the white space
     assert LengthReward(target=10, unit="characters")([chinese, chinese * 2, chinese[:5]]) == [1.0, 0.0, 0.4]
     assert length_reward([chinese.replace(" ", "").replace("\n", "") * 50]) == [pytest.approx(0.02)]
     assert LengthReward(target=4)(["one two three"]) == [0.75]
@@ -90,7 +90,7 @@ def test_length_in_characters_for_text_without_blanks():
         ("因为" * 6, 1.0),
     ],
 )
-def test_coherence_of_the_document(text, score):
+def test_coherence(text, score):
     assert coherence_reward([text]) == [score]
 
 
@@ -117,7 +117,7 @@ def test_coherence_with_latin_words_and_other_weights():
         (lambda: CoherenceReward(each=0), "each=0; valid: above 0"),
     ],
 )
-def test_impossible_settings_are_refused(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -1,4 +1,4 @@
-"""Rewards of test_pool.py, in a module that a worker imports in no time."""
+"""Rewards of test_pool.py, in a module that a worker imports quickly."""
 
 import math
 import os
@@ -7,8 +7,8 @@ import sys
 import time
 
 
-def by_its_words(completions, **columns):
-    """Does what the completion says; else its length."""
+def obey(completions, **columns):
+    """Does what the completion says; otherwise scores its length."""
     (text,) = completions
     match text:
         case "hang":
@@ -33,11 +33,11 @@ def by_its_words(completions, **columns):
 
 
 def compared(completions, **columns):
-    """1.0 for answers longer than any before them, in this call or an earlier one; "hang" hangs."""
+    """1.0 for completions longer than all before them, in this call or an earlier one; "hang" hangs."""
     scores = []
     for text in completions:
         if text == "hang":
-            by_its_words([text])
+            obey([text])
         scores.append(float(len(text) > max(_lengths, default=0) and len(text) == max(map(len, completions))))
     _lengths.extend(map(len, completions))
     return scores
@@ -47,7 +47,7 @@ _lengths = []
 
 
 def logged(completions, answer, log_extra, log_metric, trainer_state, **columns):
-    """What TRL gives, one answer at a time."""
+    """Uses everything that TRL passes, one completion at a time."""
     log_extra("gold", list(answer))
     log_metric("digits", float(sum(c.isdigit() for c in completions[0])))
     return [math.nan if "7" in completions[0] else float(len(completions[0]) + trainer_state.global_step)]
@@ -61,7 +61,7 @@ process_id.scores_independently = True
 
 
 class Counting:
-    """Compares the answers of a call, and remembers how many calls there were before."""
+    """Compares the completions of a call, and counts the calls."""
 
     def __init__(self):
         self.calls = 0
