@@ -62,8 +62,8 @@ def test_greedy_decoding_of_ragged_prompts(architecture):
     ids, mask = prompts_of(150, 90, 61, 1, siblings=2)
     sampler = GroupSampler(temperature=0.8)
     generate(model, ids, mask, do_sample=False, custom_generate=sampler)
-    for tokens, alone in zip(sampler.completions.tokens, unpadded_greedy(model, ids, mask), strict=True):
-        assert tokens == alone
+    alone = [tokens for tokens in unpadded_greedy(model, ids[::2], mask[::2]) for _ in range(2)]  # siblings are alike
+    assert sampler.completions.tokens == alone
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
