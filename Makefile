@@ -1,6 +1,7 @@
 # make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
+# make quick   the same set-up, then the tests that take no more than two minutes together
 # make test    the same set-up and the system's packages, then every test
-# make check   ruff, its formatter and the type checker
+# make check   ruff, its formatter, the type checker and the order of imports
 # make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick
 # make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each
 
@@ -16,19 +17,25 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 # What the tests need beside Python packages, each as command:package-of-Debian.
 SYSTEM := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 
-.PHONY: math test check fix bench study clean system
+.PHONY: math quick test check fix bench study clean system
 
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
 
 # Small models gain nothing from a second thread; as many tests run side by side as there are cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+
+quick: $(TOOLS)
+	$(PYTEST) -m "not slow"
+
 test: $(TOOLS) system
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 fix: $(TOOLS)
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,10 @@ from transformers import AutoTokenizer, TrainerCallback
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
 from grpo_ext.evaluation.complete import evaluate
-from tests.conftest import PROMPTS, SETTINGS, TINY_MODEL, half_dead, random_lora, share_of_digits, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import PROMPTS, half_dead, share_of_digits
+from tests.tools.training import SETTINGS
 
 KILLS, MAX_KILLS = 20, 60  # more than KILLS if a phase was not hit yet
 PHASES = ("other", "generate", "backward", "save")

@@ -16,7 +16,9 @@ from trl import GRPOTrainer
 from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files
 from grpo_ext.report.metrics_file import read_metrics
-from tests.conftest import PROMPTS, adapter_of, likes_step_two, random_lora, share_of_digits, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.reward_functions import PROMPTS, likes_step_two, share_of_digits
+from tests.tools.training import adapter_of
 
 # Every option that writes its own file into a checkpoint.
 EVERYTHING = {
@@ -77,7 +79,6 @@ def empty(path):
 
 
 DAMAGES = (truncated, with_a_flipped_bit, missing, empty)
-DAMAGED = 4 * 16  # damages times files of such a checkpoint
 
 
 def test_every_damage_to_every_file_is_found(saved, caplog):
@@ -102,7 +103,6 @@ def test_every_damage_to_every_file_is_found(saved, caplog):
                 files.find_checkpoint(str(last), folder)
             (last / name).write_bytes(whole)
     assert files.why_unusable(last) is None
-    assert len(names) * len(DAMAGES) == DAMAGED
 
 
 def test_last_resumes_from_the_checkpoint_before_a_damaged_one(saved, again, caplog):

@@ -11,8 +11,9 @@ import pytest
 from grpo_ext.checkpoints import files
 from tests.checkpoints import killed_runs
 from tests.checkpoints.killed_runs import KILLS, PHASES, RUN
-from tests.checkpoints.test_resume import comparable
-from tests.conftest import ROOT
+from tests.tools.metrics import comparable
+from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
 
 SEED = 0
 
@@ -23,7 +24,7 @@ def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, killed_runs.__file__, str(folder), str(SEED)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, json.loads((folder / "kills.json").read_text())
 

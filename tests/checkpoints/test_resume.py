@@ -1,6 +1,5 @@
 """A stopped and resumed run equals the uninterrupted one bit by bit, under every option that carries state."""
 
-import json
 import shutil
 import sys
 from functools import partial
@@ -17,43 +16,17 @@ from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.checkpoints import files
 from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
 from grpo_ext.evaluation.complete import evaluate
-from grpo_ext.report.metrics_file import read_metrics
 from rewards.workers.pool import isolated
-from tests.conftest import (
-    PROMPTS,
-    SETTINGS,
-    adapter_of,
-    half_dead,
-    in_two_processes,
-    likes_step_two,
-    random_lora,
-    share_of_digits,
-    small_llama,
-)
 from tests.distributed import two_resumed
-from tests.distributed.two_resumed import watch
 from tests.rewards.worker_rewards import logged
+from tests.tools.lanes import slow_but
+from tests.tools.metrics import comparable
+from tests.tools.models import random_lora, small_llama
+from tests.tools.processes import in_two_processes
+from tests.tools.reward_functions import PROMPTS, half_dead, likes_step_two, share_of_digits
+from tests.tools.training import SETTINGS, adapter_of, record_updates
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
-# Metrics that depend on the machine and its load.
-TIMINGS = (
-    "time/",
-    "step_time",
-    "peak_memory",
-    "train_runtime",
-    "runtime",
-    "samples_per_second",
-    "steps_per_second",
-    "train_s",
-)
-
-
-def comparable(path):
-    """The lines of a metrics file without timings, as text with sorted keys, so that null equals null."""
-    rows = [
-        {k: v for k, v in row.items() if not k.removeprefix("eval_").startswith(TIMINGS)} for row in read_metrics(path)
-    ]
-    return [json.dumps(row, sort_keys=True) for row in rows]
 
 
 def rarely_good(completions, **columns):
@@ -135,7 +108,7 @@ def train(build, tokenizer, tmp_path):
             settings["arguments"] = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
         settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 5} | settings
         trainer = build(model, output_dir=str(tmp_path / folder), **settings)
-        seen = watch(trainer)
+        seen = record_updates(trainer)
         before(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, seen
@@ -147,7 +120,7 @@ def completions_in(folder):
     return {path.name: pandas.read_parquet(path).to_json() for path in (folder / "completions").glob("*.parquet")}
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay", "temperature by entropy"]))
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, name):
     """Same adapter, tokens and advantages of every micro-step, and lines of the log. Step 5 is in a later epoch, and
     inside a rollout if rollouts serve several steps; an epoch ends after step 4."""
@@ -246,7 +219,7 @@ def test_streamed_data(tmp_path, tokenizer):
 def two(tmp_path_factory):
     """One launch: uninterrupted and resumed runs of every case of `two_resumed.py`, in both processes."""
     folder = tmp_path_factory.mktemp("two")
-    in_two_processes(two_resumed.__file__, folder, seconds=300)
+    in_two_processes(two_resumed.__file__, folder)
     return folder
 
 

@@ -12,7 +12,11 @@ from transformers import BitsAndBytesConfig
 from trl.extras import profiling
 
 from rewards import math_answer_reward
-from tests.conftest import PROMPTS, TINY_MODEL, adapter_of, random_lora, small_llama
+from tests.tools.lanes import slow_but
+from tests.tools.models import random_lora, small_llama
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of
 
 CHAT = "{% for m in messages %}{{ m['content'] }}#{% endfor %}"  # ends a turn with a token that ends nothing
 MESSAGES = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -163,7 +167,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize(("reward", "message"), FAILING)
-@pytest.mark.parametrize("workers", [0, None])
+@pytest.mark.parametrize("workers", slow_but([0, None], [0]))
 def test_rewards_are_called_once(build, small_model, reward, message, workers):
     if workers is None:  # there, what failed is told by the worker
         message = {
@@ -210,7 +214,9 @@ REHEARSED = [
 ]
 
 
-@pytest.mark.parametrize("settings", REHEARSED, ids=lambda settings: "-".join(settings) or "default")
+@pytest.mark.parametrize(
+    "settings", slow_but(REHEARSED, REHEARSED[:2]), ids=lambda settings: "-".join(settings) or "default"
+)
 def test_it_leaves_nothing(build, tokenizer, settings):
     """The run with a rehearsal is the run without it, to the last bit of its adapter, answers and metrics."""
     runs = []

@@ -9,7 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from grpo_ext.checkpoints.best import BestAdapter, read_best
-from tests.conftest import adapter_of, log_of, random_lora, share_of_digits, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.reward_functions import share_of_digits
+from tests.tools.training import adapter_of, log_of
 
 
 def fresh_lora():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def elsewhere(wheel, tmp_path_factory):
 
     def run(program: str, *arguments: str) -> str:
         command = [str(venv / "bin" / program), *arguments]
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

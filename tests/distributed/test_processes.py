@@ -5,16 +5,17 @@ import socket
 import pytest
 import torch
 
-from tests.conftest import ROOT, in_two_processes
 from tests.distributed import two_processes
 from tests.distributed.two_processes import CASES, STEPS, train
+from tests.tools.paths import ROOT
+from tests.tools.processes import in_two_processes
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The results of every case in both processes, from one launch."""
     folder = tmp_path_factory.mktemp("two")
-    in_two_processes(two_processes.__file__, folder, seconds=150)
+    in_two_processes(two_processes.__file__, folder)
     return {case: [torch.load(folder / f"{case}-{process}.pt") for process in (0, 1)] for case in CASES}
 
 
@@ -57,7 +58,7 @@ def test_two_machines_train_as_one_process(tmp_path):
     config = ROOT / "accelerate_configs" / "multi_gpu.yaml"
     line = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
     lines = [f"{line} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
-    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", seconds=120, options=lines)
+    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", options=lines)
     first, second = (torch.load(tmp_path / f"straddling_chunks-{process}.pt") for process in (0, 1))
     alone = train("straddling_chunks", 1, tmp_path)
     for name, value in alone["adapter"].items():

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ext.data import load_problems
 from grpo_ext.evaluation.complete import complete
-from tests.conftest import ROOT, TINY_DATA, TINY_MODEL, in_two_processes
 from tests.distributed import two_sharded
+from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
+from tests.tools.processes import in_two_processes
 
 HELD_OUT = 9
 with_deepspeed = [
@@ -32,7 +33,7 @@ def two(request, tmp_path_factory) -> Path:
     """The folder of what both processes did, from one launch."""
     folder = tmp_path_factory.mktemp(request.param)
     config = ROOT / "accelerate_configs" / f"{request.param}.yaml"
-    in_two_processes(two_sharded.__file__, folder, seconds=400, options=f"--config_file {config}")
+    in_two_processes(two_sharded.__file__, folder, options=f"--config_file {config}")
     return folder
 
 

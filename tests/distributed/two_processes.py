@@ -24,7 +24,10 @@ import grpo_ext
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.engine import install
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
-from tests.conftest import SETTINGS, TINY_MODEL, adapter_of, random_lora, share_of_digits, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import share_of_digits
+from tests.tools.training import SETTINGS, adapter_of
 
 STEPS, SIBLINGS, LONGEST = 3, 4, 12
 QUESTIONS = [f"Question: {sum_}=?\nAnswer:" for sum_ in ("1+2", "30+41", "7+8", "12+30", "9+9", "500+1")]
@@ -203,7 +206,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     return {
         "start": start,
         "adapter": adapter_of(trainer),
-        "shares": trainer._shares_prompts,
+        "shares": trainer.shares_prompts,
         "updates_in_chunks": chunked.call_count,
         "grad_norm": [row["grad_norm"] for row in logs],
         # of the steps that began with a rollout

@@ -17,7 +17,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from tests.conftest import PROMPTS, SETTINGS, TINY_MODEL, adapter_of, half_dead, random_lora, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import PROMPTS, half_dead
+from tests.tools.training import SETTINGS, adapter_of, record_updates
 
 # Rows a process; a rollout serves four steps, and so many are a pass over the prompts: step 5 lies in the second one.
 LONG: dict[str, Any] = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
@@ -27,19 +30,6 @@ CASES: dict[str, dict[str, Any]] = {
     "by entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.5},
     "reference": {"per_device_train_batch_size": 4, "num_iterations": 2, "sync_ref_model": True},
 }
-
-
-def watch(trainer: GRPOExtTrainer) -> dict[int, Any]:
-    """Of each micro-step of the run, the tokens that are trained on, and what they are worth."""
-    seen, compute_loss = {}, trainer.compute_loss
-
-    def watched(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model.training:
-            seen[trainer._step] = inputs["completion_ids"].tolist(), inputs["advantages"].tolist()
-        return compute_loss(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = watched
-    return seen
 
 
 def train(case: str, output_dir: Path, resume: Path | None = None) -> dict[str, Any]:
@@ -61,7 +51,7 @@ def train(case: str, output_dir: Path, resume: Path | None = None) -> dict[str, 
         peft_config=random_lora(),
     )
     assert trainer.accelerator.num_processes == 2
-    seen = watch(trainer)
+    seen = record_updates(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return {"adapter": adapter_of(trainer), "seen": seen}
 

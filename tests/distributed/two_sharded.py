@@ -25,8 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.model.adapters import local_shard, trainable_parameters
 from recipes import math
-from tests.conftest import SETTINGS, TINY_MODEL, adapter_of, random_lora, share_of_digits
 from tests.distributed.two_processes import LONGEST, QUESTIONS, SIBLINGS, STEPS, given_completions
+from tests.tools.models import random_lora
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import share_of_digits
+from tests.tools.training import SETTINGS, adapter_of
 
 ROWS = 8  # of all processes
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -78,7 +81,7 @@ def train(processes: int, folder: Path, **changes: Any) -> dict[str, Any]:
         "start": start,
         "adapter": full(adapter_of(trainer)),
         "held_here": {name: local_shard(p).numel() for name, p in trainable_parameters(trainer.model).items()},
-        "shares": trainer._shares_prompts,
+        "shares": trainer.shares_prompts,
         **{name: [row[name] for row in logs] for name in ("loss", "grad_norm", "kl", "reward")},
     }
 

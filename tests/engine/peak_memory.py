@@ -7,16 +7,11 @@ python tests/engine/peak_memory.py '[["shared", 256, 64, 4, 1024], ...]'     how
 import json
 import os
 import sys
-import threading
-import traceback
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import psutil
 import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,9 +19,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from grpo_ext.engine.batch import ScoringBatch, find_siblings
 from grpo_ext.engine.install import install_shared_scoring
-from tests.conftest import random_lora
+from tests.tools.memory import in_a_fork, peak_above
+from tests.tools.models import random_lora
 
-CLEAR = Path("/proc/self/clear_refs")
 # Per token, all layers together hold about 100 kB of activations and 4 kB of keys and values.
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
@@ -72,51 +67,11 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
     (logps - 0.01 * entropies).mean().backward()
 
 
-def peak_above(action: Callable[[], None]) -> int:
-    """Peak bytes of this process while it runs `action`, minus the bytes before."""
-    before = psutil.Process().memory_info().rss
-    if CLEAR.exists():
-        CLEAR.write_text("5")  # reset the kernel's high-water mark
-        action()
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
-    samples, done = [before], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            samples.append(psutil.Process().memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    action()
-    done.set()
-    watcher.join()
-    return max(samples) - before
-
-
 def measure(model: Any, case: tuple[Any, ...]) -> int:
     how, chunk_tokens = case[0], case[-1]
     update(model, how, 64, 16, 4, chunk_tokens and 160)  # a first call loads and allocates things that stay
     model.zero_grad()
     return peak_above(lambda: update(model, *case))
-
-
-def in_a_fork(measure: Callable[[], int]) -> int:
-    """Measure in a fork of this process, so that no case reuses memory that another one left behind."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, str(measure()).encode())
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as answer:
-        value = answer.read()
-    os.waitpid(child, 0)
-    return int(value)
 
 
 if __name__ == "__main__":

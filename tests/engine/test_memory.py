@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.engine import peak_memory
 from tests.engine.peak_memory import SHAPE
+from tests.tools.memory import RETURN_FREED
+from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
 
 C = 64
 PLAIN = {G: ("plain", 256, C, G, None) for G in (4, 32)}
 GROUPS = {G: ("shared", 256, C, G, 4 * (256 + C)) for G in (4, 32)}  # chunks of four rows
 # Chunks of 256 and of 64 tokens: prompts are prefilled in segments of that length, and rows are scored one at a time.
 PROMPTS = {(S, chunk): ("shared", S, C, 4, chunk) for S in (256, 2048) for chunk in (256, 64)}
-# Freed blocks above 64 kB go back to the system, so resident memory is live memory.
-RETURN_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def peaks():
         env=os.environ | RETURN_FREED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     measured = dict(zip(cases, json.loads(done.stdout), strict=True))

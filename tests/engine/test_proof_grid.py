@@ -11,9 +11,12 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from tests.conftest import PROMPTS, TINY_MODEL, random_lora
-from tests.engine.test_score import ARCHITECTURES, TINY, batch
-from tests.model.test_backbone import NF4
+from tests.tools.architectures import ARCHITECTURES, TINY
+from tests.tools.lanes import slow_but
+from tests.tools.models import NF4, random_lora
+from tests.tools.paths import TINY_MODEL
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.scoring import padded_batch
 
 # Full attention; a sliding window shorter than the prompt; a recurrent layer with an attention layer.
 # gemma2 has no sdpa; its eager attention gives NaN on padding before a prompt, so all prompts here are equally long.
@@ -55,7 +58,7 @@ def share_prompts(trainer, on):
     trainer.parts = dataclasses.replace(trainer.parts, scorer=scorer)
 
 
-@pytest.fixture(scope="module", params=ATTENTION)
+@pytest.fixture(scope="module", params=slow_but(ATTENTION, ["llama"]))
 def case(request, tmp_path_factory):
     """A trainer on a tiny model in float64, and inputs of its losses: two groups of four on 150 prompt tokens each."""
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +75,7 @@ def case(request, tmp_path_factory):
         trainer = trainer_on(lm, tmp_path_factory.mktemp("grid"))
         trainer.model.to(torch.float64)
 
-        ids, mask, completion = batch((150, 150), ((12, 7, 9, 5), (5, 12, 8, 3)))
+        ids, mask, completion = padded_batch((150, 150), ((12, 7, 9, 5), (5, 12, 8, 3)))
         share_prompts(trainer, False)
         with torch.no_grad():
             logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, completion)
@@ -100,33 +103,32 @@ def gradients(trainer, inputs):
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-@pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo", "dapo", "cispo"])
+@pytest.mark.parametrize("loss_type", slow_but(["grpo_sequence", "grpo", "dapo", "cispo"], ["grpo_sequence", "grpo"]))
 def test_the_gradient_of_a_loss(case, loss_type):
     """Guards against a chunk that is dropped, counted twice or weighted by another row's advantage, and against a term
     of the loss that loses its gradient. There are clipped and unclipped tokens: a zero gradient would prove nothing."""
     trainer, inputs = case
     trainer.loss_type = loss_type
     trainer.epsilon_high = 1.05 if loss_type == "cispo" else 0.2  # TRL: cispo clips at the value itself
-    for beta in (0.0, 0.1):
-        for entropy_coef in (0.0, 0.01):
-            trainer.beta = beta
-            trainer.entropy_coef = entropy_coef
-            share_prompts(trainer, False)
-            wanted = gradients(trainer, inputs)
-            metrics = trainer._metrics["train"]
-            if loss_type == "cispo":
-                assert 0 < metrics["cispo_clip_ratio"][-1] < 0.5
-            else:
-                assert metrics["clip_ratio/low_mean"][-1] > 0
-                assert metrics["clip_ratio/high_mean"][-1] > 0
-                assert metrics["clip_ratio/region_mean"][-1] < 0.6
-            share_prompts(trainer, True)
-            for chunk_tokens in (None, 64, 330):
-                trainer.args.chunk_tokens = chunk_tokens
-                for name, grad in gradients(trainer, inputs).items():
-                    assert wanted[name].norm() > 0, name
-                    error = (grad - wanted[name]).norm() / wanted[name].norm()
-                    assert error < 1e-6, (name, error.item(), beta, entropy_coef, chunk_tokens)
+    for beta, entropy_coef in ((0.0, 0.0), (0.1, 0.01)):
+        trainer.beta = beta
+        trainer.entropy_coef = entropy_coef
+        share_prompts(trainer, False)
+        wanted = gradients(trainer, inputs)
+        metrics = trainer._metrics["train"]
+        if loss_type == "cispo":
+            assert 0 < metrics["cispo_clip_ratio"][-1] < 0.5
+        else:
+            assert metrics["clip_ratio/low_mean"][-1] > 0
+            assert metrics["clip_ratio/high_mean"][-1] > 0
+            assert metrics["clip_ratio/region_mean"][-1] < 0.6
+        share_prompts(trainer, True)
+        for chunk_tokens in (None, 64, 330):
+            trainer.args.chunk_tokens = chunk_tokens
+            for name, grad in gradients(trainer, inputs).items():
+                assert wanted[name].norm() > 0, name
+                error = (grad - wanted[name]).norm() / wanted[name].norm()
+                assert error < 1e-6, (name, error.item(), beta, entropy_coef, chunk_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,7 +140,7 @@ def test_a_base_of_four_bits(dtype, tmp_path):
     projection = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert projection.weight.dtype == torch.uint8
     assert projection.compute_dtype == dtype
-    ids, mask, completion = batch((60, 40), ((12, 7, 9, 5), (5, 12, 0, 1)))
+    ids, mask, completion = padded_batch((60, 40), ((12, 7, 9, 5), (5, 12, 0, 1)))
     results = {}
     for chunk_tokens in ("plain", None, 50, 110):  # 50 cuts the prompt, 110 holds two rows
         share_prompts(trainer, chunk_tokens != "plain")

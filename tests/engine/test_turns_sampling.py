@@ -5,8 +5,9 @@ import torch
 
 from grpo_ext.engine.batch import strip_padding
 from grpo_ext.engine.decode import GroupSampler
-from tests.engine.test_decode import EOS, prompts_of
-from tests.engine.test_score import make
+from tests.tools.architectures import EOS, random_model
+from tests.tools.lanes import slow_but
+from tests.tools.scoring import prompts_of
 
 TEMPERATURE, MAX_TURN_TOKENS = 0.8, 12
 
@@ -77,14 +78,23 @@ def slow_turns(model):
     return sample
 
 
-@pytest.mark.parametrize("lengths", [(60, 60, 33, 1), (60, 60)], ids=["ragged", "siblings in slots"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param((60, 60, 33, 1), id="ragged"),
+        pytest.param((60, 60), id="siblings in slots", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "architecture",
+    slow_but(["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"], ["llama"]),
+)
 @torch.no_grad()
 def test_kept_caches_equal_recomputed_histories(architecture, lengths):
     """Tokens and log-probs of three turns. Rows end at different times, turns and observations have different lengths,
     and with long prompts siblings share slots in the first turn. A window of 40 tokens, a convolution or a recurrent
     state that is lost or padded between turns would change the results."""
-    model = make(architecture, "eager" if architecture == "gemma2" else "sdpa")
+    model = random_model(architecture, "eager" if architecture == "gemma2" else "sdpa")
     prompts = strip_padding(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
     slow, _ = play(slow_turns(model), prompts)
@@ -103,7 +113,7 @@ def test_kept_caches_equal_recomputed_histories(architecture, lengths):
 def test_every_token_is_run_once():
     """The embedding sees each distinct prompt once, and all tokens of a row except the last one. Without kept caches,
     every turn runs its whole history again."""
-    model = make("llama", "sdpa")
+    model = random_model("llama", "sdpa")
     prompts = strip_padding(*prompts_of(60, 9, siblings=4))
     counted = []
     hook = model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: counted.append(inputs[0].numel()))

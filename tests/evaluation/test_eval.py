@@ -20,7 +20,7 @@ from grpo_ext.model.load import disable_4bit_repacking
 from recipes.tiny_math import build
 from rewards import math_answer_reward
 from rewards.completion import text_of
-from tests.conftest import TINY_DATA, TINY_MODEL
+from tests.tools.paths import TINY_DATA, TINY_MODEL
 
 TASK = ["--model", str(TINY_MODEL), "--data", str(TINY_DATA), "--max_new_tokens", "40", "--batch_size", "256"]
 

@@ -25,8 +25,9 @@ from trl import get_peft_config
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
-from tests.conftest import SETTINGS, small_llama
-from tests.engine.peak_memory import in_a_fork
+from tests.tools.memory import in_a_fork
+from tests.tools.models import small_llama
+from tests.tools.training import SETTINGS
 
 PROMPTS = 8
 

@@ -13,7 +13,7 @@ from grpo_ext.memory.plan import Planner
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
-from tests.conftest import ROOT
+from tests.tools.paths import ROOT
 
 AUTO = ["--num_generations", "auto"]
 FOLDER = str(ROOT / "recipes")

@@ -19,8 +19,10 @@ from grpo_ext.memory.meta_model import build_meta_model, bytes_by_kind, load_con
 from grpo_ext.memory.plan import RESERVED_FRACTION, SEARCH_UNITS, Plan, Planner, plan_memory, with_size
 from grpo_ext.memory.step_shapes import StepShape, phase_shapes
 from grpo_ext.model.load import PolicyConfig
-from tests.conftest import ROOT
 from tests.memory import planned_memory
+from tests.tools.memory import RETURN_FREED
+from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
 
 TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 8192}
 MODELS = {
@@ -66,8 +68,6 @@ CASES = {
     "qwen2, bf16, row by row": ("qwen2", BF16, step(256, 8, 4)),
     "qwen2, NF4, chunks of 128 tokens": ("qwen2", NF4, step(384, 8, 4, chunk_tokens=128)),
 }
-# Freed blocks above 64 kB go back to the system, so resident memory is live memory.
-RETURN_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_plans_match_real_steps(folders):
         env=os.environ | RETURN_FREED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

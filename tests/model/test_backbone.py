@@ -5,20 +5,15 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
 from grpo_ext import GRPOExtConfig
 from grpo_ext.model.adapters import count_parameters
 from grpo_ext.model.load import PolicyConfig, frozen_dtype, model_init_kwargs, quantization
-from tests.conftest import TINY_MODEL, adapter_of, random_lora
-
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,
-)
+from tests.tools.models import NF4, random_lora
+from tests.tools.paths import TINY_MODEL
+from tests.tools.training import adapter_of
 
 
 def bytes_of_storages(tensors):

@@ -19,8 +19,11 @@ from grpo_ext.engine.install import install_shared_scoring
 from grpo_ext.engine.lm_head import HeadLoRA, LogitScale, score_with_lora
 from grpo_ext.model.lm_head_lora import why_head_untrainable
 from grpo_ext.model.reference import REFERENCE, update_reference
-from tests.conftest import TINY_MODEL, adapter_of, log_of, random_lora, small_llama, small_shape
-from tests.engine.test_score import TEMPERATURE, TINY, batch, gradients, rows_of
+from tests.tools.architectures import TEMPERATURE, TINY
+from tests.tools.models import random_lora, small_llama, small_shape
+from tests.tools.paths import TINY_MODEL
+from tests.tools.scoring import gradients, padded_batch, scoring_batch_of
+from tests.tools.training import adapter_of, log_of
 
 TARGETS = ["q_proj", "up_proj", "lm_head"]
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7]])
@@ -157,7 +160,7 @@ def make(architecture, **lora):
 
 
 def scored(model, inputs, **settings):
-    scores = model(scoring_batch=rows_of(*inputs, **settings))
+    scores = model(scoring_batch=scoring_batch_of(*inputs, **settings))
     return scores.logps_BC, scores.entropies_BC
 
 
@@ -184,7 +187,7 @@ def test_equals_the_unfused_computation(architecture, lora, chunk_tokens):
     """In float64, to 1e-6 (norms and attention run in float32): log-probs, entropies, and the gradient of every adapter
     tensor. An adapter missing in scoring would give other values, one missing in the backward no gradient."""
     model = make(architecture, **lora)
-    inputs = batch(prompt_lengths=(40, 25))
+    inputs = padded_batch(prompt_lengths=(40, 25))
     want, got = unfused(model, *inputs), scored(model, inputs, chunk_tokens=chunk_tokens)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-6, rtol=0)
@@ -198,7 +201,7 @@ def test_equals_the_unfused_computation(architecture, lora, chunk_tokens):
 def test_only_active_adapters_count():
     """The policy, a reference, both, an adapter that is not on the head, and none: always those of PEFT's own forward.
     With the wrong ones, the policy would be compared with itself, or the KL would be to another model."""
-    model, inputs = make("tied llama"), batch(prompt_lengths=(20,), lengths=((5, 3),))
+    model, inputs = make("tied llama"), padded_batch(prompt_lengths=(20,), lengths=((5, 3),))
     model.add_adapter(REFERENCE, random_lora(target_modules=TARGETS, r=2))
     model.add_adapter("body", random_lora(target_modules=["q_proj"]))
     model.double()
@@ -223,7 +226,7 @@ def test_only_active_adapters_count():
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_a_mixed_reference_is_scored_exactly(alpha):
     """After two updates of `ref`; if they mix, its rank on the head has grown."""
-    model, inputs = make("tied llama"), batch(prompt_lengths=(20,), lengths=((5, 3),))
+    model, inputs = make("tied llama"), padded_batch(prompt_lengths=(20,), lengths=((5, 3),))
     head = model.base_model.model.lm_head
     want = torch.zeros_like(head.get_delta_weight("default"))
     for _ in range(2):

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from grpo_ext import cli
 from grpo_ext.model.merge import TEXTS
-from tests.conftest import TINY_MODEL, random_lora
+from tests.tools.models import random_lora
+from tests.tools.paths import TINY_MODEL
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 

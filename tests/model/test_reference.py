@@ -10,7 +10,9 @@ from peft.tuners.lora import LoraLayer
 from trl.trainer.utils import use_adapter
 
 from grpo_ext.model.reference import REFERENCE, update_reference
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of
 
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7]])
 

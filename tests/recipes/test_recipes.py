@@ -16,8 +16,8 @@ from grpo_ext.data import Wording, load_problems
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
 from rewards import program_reward
-from tests.conftest import ROOT
-from tests.recipes.test_recipe_math import LAUNCH, launch
+from tests.tools.paths import ROOT
+from tests.tools.processes import LAUNCH, launch
 
 RECIPES = ROOT / "recipes"
 TWO_STEPS = (

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from grpo_ext.evaluation.complete import complete, evaluate, judge
 from recipes.tiny_math import build
 from rewards import math_answer_reward
-from tests.conftest import TINY_DATA, TINY_MODEL
+from tests.tools.paths import TINY_DATA, TINY_MODEL
 
 
 def rows(split):

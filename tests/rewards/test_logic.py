@@ -11,6 +11,7 @@ import reasoning_gym
 from datasets import Dataset
 
 from rewards.logic import SAFE_ANSWERS, UNSUPPORTED_TASKS, logic_problems, logic_reward
+from tests.tools.lanes import slow_but
 
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(UNSUPPORTED_TASKS))
 # Each of these harms a scorer that trusts its input.
@@ -69,7 +70,7 @@ def test_rows_are_strings_and_make_a_data_set(monkeypatch):
     assert logic_reward(["<answer>x</answer>"] * len(rows), **data.remove_columns("question").to_dict())[0] == 0.0
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_but(TASKS, ["chain_sum", "countdown", "knights_knaves", "rubiks_cube"]))
 def test_every_task_gives_its_gold_answer_the_full_score_and_survives_hostile_ones(task, tmp_path, monkeypatch):
     """Metadata that JSON cannot hold would score right answers as wrong. A scorer that executes the model's text would
     leave a file here, or never return."""

@@ -16,7 +16,8 @@ from rewards.math import expression
 from rewards.math.answer import MAX_CHARACTERS
 from rewards.math.expression import parse_expression
 from rewards.math.final_answer import extract_final_answer
-from tests.conftest import TINY_DATA
+from tests.tools.paths import TINY_DATA
+from tests.tools.waiting import PATIENCE
 
 RIGHT, WRONG, UNSCORED = 1.0, 0.0, None
 
@@ -643,7 +644,7 @@ def test_the_table_is_bounded_off_the_main_thread():
 
     thread = threading.Thread(target=score_all, daemon=True)
     thread.start()
-    thread.join(timeout=120)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive(), f"stuck after {seconds[-1]}"
     assert not failures
     assert max(seconds)[0] < 1.5, max(seconds)

@@ -17,10 +17,13 @@ import torch
 from grpo_ext.rollout.reward_workers import in_workers
 from rewards import math_answer_reward, program_reward
 from rewards.workers.pool import isolated
-from tests.conftest import ROOT, log_of, random_lora
 from tests.rewards.worker_rewards import Counting, compared, logged, obey, process_id
+from tests.tools.models import random_lora
+from tests.tools.paths import ROOT
+from tests.tools.training import log_of
+from tests.tools.waiting import PATIENCE, becomes
 
-TIMEOUT = 0.5  # seconds per completion
+TIMEOUT = 1.0  # seconds per completion
 
 
 @pytest.fixture
@@ -60,12 +63,10 @@ def test_scores_are_those_of_the_reward_in_order(safe):
     ],
 )
 def test_a_failure_costs_one_completion(safe, text, kind):
-    """The others keep their scores, and the wait is not much longer than the timeout of one completion."""
+    """The others keep their scores, and a call that hangs is stopped at the timeout of one completion."""
     reward = safe()
     reward(completions=["warm up"])
-    started = time.monotonic()
     assert reward(completions=["one", text, "three", "unknown", "fifth"]) == [3, None, 5, None, 5]
-    assert time.monotonic() - started < TIMEOUT + 2.5
     failed = {"timeouts": 0, "crashes": 0, "errors": 0} | {kind: 1}
     assert vars(reward.failures) == {"completions": 6} | failed
 
@@ -77,12 +78,10 @@ def test_batched_calls(safe):
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
     assert len(workers_of(os.getpid())) == 1
-    started = time.monotonic()
     with pytest.raises(
-        RuntimeError, match=r"took longer than 3 s on 6 completions, the first being 'a', .*scores_independently"
+        RuntimeError, match=r"took longer than 6 s on 6 completions, the first being 'a', .*scores_independently"
     ):
         reward(completions=["a", "hang", "abc", "b", "c", "d"])
-    assert time.monotonic() - started < 6 * TIMEOUT + 2.5
     assert vars(reward.failures) == {"completions": 10, "timeouts": 6, "crashes": 0, "errors": 0}
     assert reward(completions=["one"]) == [1.0]
 
@@ -139,32 +138,29 @@ def test_off_the_main_thread(safe):
         thread.start()
         thread.join()
     assert got == [[1, None, 3]] * 2
-    deadline = time.monotonic() + 10  # the killed worker is replaced
-    while len(workers := workers_of(os.getpid())) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(workers) == 2
+    assert becomes(lambda: len(workers_of(os.getpid())) == 2)  # the killed worker is replaced
+    workers = workers_of(os.getpid())
     assert reward(completions=["abcd"]) == [4]
     assert workers_of(os.getpid()) == workers
 
 
 def test_overhead(safe):
-    """Below one millisecond per completion, excluding the reward itself; the best of five runs, for a busy machine."""
+    """Below one millisecond per completion, excluding the reward itself, once the machine is free for a second."""
     reward = safe(timeout_s=20.0)
     reward(completions=["warm up"])
-    milliseconds = []
-    for _ in range(5):
-        started = time.monotonic()
-        reward(completions=["a"] * 1000)
-        milliseconds.append(time.monotonic() - started)
-    assert min(milliseconds) < 1.0
+    assert becomes(lambda: seconds_of(reward, ["a"] * 1000) < 1.0)
 
 
 def test_completions_are_scored_in_parallel(safe):
     reward = safe(timeout_s=20.0, workers=4)
     reward(completions=["warm up"] * 8)
+    assert becomes(lambda: seconds_of(reward, ["doze"] * 8) < 8 * 0.4 / 2)
+
+
+def seconds_of(reward, completions):
     started = time.monotonic()
-    reward(completions=["doze"] * 8)
-    assert time.monotonic() - started < 8 * 0.4 / 2
+    reward(completions=completions)
+    return time.monotonic() - started
 
 
 # With a trainer
@@ -246,7 +242,7 @@ def test_a_model_is_not_sent_to_a_worker(caplog):
 
 
 SCRIPT = """
-import os, sys, time
+import signal
 from rewards.workers.pool import isolated
 
 def reward(completions, **columns):
@@ -256,7 +252,8 @@ def reward(completions, **columns):
 
 print("imported", __name__, flush=True)
 if __name__ == "__main__":
-    safe = isolated(reward, timeout_s=60.0, workers=2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
+    safe = isolated(reward, timeout_s=100_000.0, workers=2)
     assert safe(completions=["a", "bc"]) == [1.0, 2.0]
     print("ready", flush=True)
     safe(completions=["hang", "hang", "a"])
@@ -273,6 +270,7 @@ def is_alive(process):
     return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_orphans(tmp_path, ending):
     """Ctrl-C, SIGTERM and SIGKILL, while every worker is inside a call that no signal interrupts. The reward is a
@@ -284,19 +282,14 @@ def test_no_orphans(tmp_path, ending):
         parent = subprocess.Popen(
             [sys.executable, script], stdout=output, stderr=output, env=environment, start_new_session=True
         )
-        deadline = time.monotonic() + 60
-        while "ready" not in (tmp_path / "output").read_text() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(0.5)
+        assert becomes(lambda: "ready" in (tmp_path / "output").read_text() or parent.poll() is not None)
+        time.sleep(0.5)  # until both are inside a call
         workers = workers_of(parent.pid)
         assert len(workers) == 2, (tmp_path / "output").read_text()
         if ending == signal.SIGINT:
             os.killpg(parent.pid, ending)  # as a terminal does
         else:
             parent.send_signal(ending)
-        assert parent.wait(timeout=30) != 0
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(is_alive, workers))
+        assert parent.wait(timeout=PATIENCE) != 0
+    assert becomes(lambda: not any(map(is_alive, workers)))
     assert (tmp_path / "output").read_text().count("imported") == 1

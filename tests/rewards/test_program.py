@@ -10,7 +10,8 @@ from rewards import ProgramReward, program_reward
 from rewards.code.cases import assert_case
 from rewards.code.program import extract_program
 from rewards.code.sandbox import Limits
-from tests.conftest import log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.training import log_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None and os.environ.get("CI") != "true",
@@ -416,12 +417,12 @@ def test_the_share_of_passed_tests():
 
 
 def test_all_tests_of_a_program_share_one_deadline():
-    """Twenty tests that each take the whole limit would hold up the training twenty times as long."""
+    """Tests that each take the whole limit would hold up the training a thousand times as long."""
     started = time.monotonic()
     for share in (False, True):
         reward = ProgramReward(share=share, limits=Limits(seconds=1))
-        assert reward(["while True: pass"], stdin=[["1"] * 20], stdout=[["1"] * 20]) == [0]
-    assert time.monotonic() - started < 10
+        assert reward(["while True: pass"], stdin=[["1"] * 1000], stdout=[["1"] * 1000]) == [0]
+    assert time.monotonic() - started < 600
 
 
 def test_each_call_has_its_own_arguments():
@@ -470,10 +471,10 @@ def test_only_one_kind_of_tests_counts():
 
 def test_extract_program_is_linear_in_the_text():
     """A model repeats itself; a search that backtracks over it would stop the training."""
-    started = time.monotonic()
+    started = time.process_time()
     for text in ("```python\n" * 20_000, "```" * 100_000, " " * 200_000 + "`", "\n ```" * 50_000):
         extract_program(text)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_without_the_sandbox():

@@ -11,22 +11,22 @@ import sysconfig
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import CDLL
 from pathlib import Path
 
 import pytest
 
 from rewards.code import sandbox_policy
-from rewards.code.sandbox import Limits, run_program
+from rewards.code.sandbox import Limits, Outcome, run_program
+from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE, becomes
 
 pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None and os.environ.get("CI") != "true",
     reason="bwrap is missing: apt install bubblewrap",
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = Limits(seconds=0.5)
 BASE_PACKAGES = [
     Path(sysconfig.get_path("purelib", vars={"base": sys.base_prefix})),
@@ -185,21 +185,21 @@ IGNORES_SIGNALS = """
 import signal, time
 for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
     signal.signal(number, signal.SIG_IGN)
-time.sleep(60)
+time.sleep(600)
 """
 DAEMON = """
 import os, time
 if os.fork(): os._exit(0)
 os.setsid()
 if os.fork(): os._exit(0)
-time.sleep(60)
+time.sleep(600)
 """
 COUNTS_FORKS = """
 import os, time
 count = 0
 try:
     while True:
-        if not os.fork(): time.sleep(60)
+        if not os.fork(): time.sleep(600)
         count += 1
 except OSError:
     print(10 < count < 16)
@@ -209,7 +209,7 @@ import threading, time
 count = 0
 try:
     while True:
-        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
         count += 1
 except RuntimeError:
     print(10 < count < 16)
@@ -266,11 +266,11 @@ BEHAVIOURS = [
     ("while True: pass", TIMEOUT, b""),
     ("print(1, flush=True)\nwhile True: pass", TIMEOUT, b"1\n"),
     ("10 ** 10 ** 10", TIMEOUT, b""),  # one call into C, which no Python signal handler interrupts
-    ("import time; time.sleep(60)", TIMEOUT, b""),
+    ("import time; time.sleep(600)", TIMEOUT, b""),
     ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", TIMEOUT, b""),
     (IGNORES_SIGNALS, TIMEOUT, b""),
     (DAEMON, OK, b""),
-    ("import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", TIMEOUT, b""),
+    ("import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()", TIMEOUT, b""),
     # memory
     ("bytearray(10**10)", FAILED, b""),
     ("x = [0]\nwhile True: x += x", FAILED, b""),
@@ -305,7 +305,7 @@ def test_behaviours(program, status, stdout):
     assert status is None or outcome.status == status
     assert stdout is None or outcome.stdout == stdout
     assert len(outcome.stdout) <= 2**20
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 300  # the end of a program that sleeps was not waited for
 
 
 def running(word: str) -> Path | None:
@@ -319,21 +319,25 @@ def running(word: str) -> Path | None:
     return None
 
 
-def becomes(condition: Callable[[], object]) -> bool:
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return bool(condition())
-
-
 STAYS = """
 import os, sys
 for _ in range(2):
     if os.fork():
         {parent}
     os.setsid()
-os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(100)", {word!r}])
+os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(100_000)", {word!r}])
 """
+
+
+def run_that_is_seen(pool: ThreadPoolExecutor, program: str, word: str, **options: bool) -> Future[Outcome]:
+    """A run of the program, while a process whose command line ends with the word is there; on a busy machine, where
+    Python takes longer to start than the first limit allows, of a later try."""
+    for seconds in (3, 30, 300):
+        run = pool.submit(run_program, program, limits=Limits(seconds=seconds), **options)
+        while not run.done():
+            if running(word):
+                return run
+    raise AssertionError("the program was not seen running")
 
 
 @pytest.mark.parametrize("parent", ["os._exit(0)", "os.wait()"])
@@ -341,26 +345,26 @@ def test_nothing_is_left_running(parent):
     """Daemons must end with the program that started them, or at its deadline. Otherwise they would pile up."""
     word = uuid.uuid4().hex
     with ThreadPoolExecutor() as pool:
-        started = time.monotonic()
-        run = pool.submit(run_program, STAYS.format(parent=parent, word=word), limits=Limits(seconds=3))
+        program = STAYS.format(parent=parent, word=word)
         if parent == "os.wait()":
-            assert becomes(lambda: running(word))  # proves that the search finds it
-        run.result()
+            run_that_is_seen(pool, program, word).result()
+        else:
+            run_program(program, limits=Limits(seconds=60))
     assert becomes(lambda: not running(word))
-    assert time.monotonic() - started < 20
 
 
 def test_the_sandbox_seen_from_outside():
     """Some layers are behind others, so no attempt from inside would show that they are missing."""
     word = uuid.uuid4().hex
     with ThreadPoolExecutor() as pool:
-        pool.submit(run_program, STAYS.format(parent="os.wait()", word=word), limits=Limits(seconds=3))
+        pool.submit(run_program, STAYS.format(parent="os.wait()", word=word), limits=Limits(seconds=PATIENCE))
         assert becomes(lambda: running(word))
         process = running(word)
         for namespace in ("net", "pid", "ipc", "uts", "mnt", "cgroup"):
             assert (process / "ns" / namespace).readlink() != Path("/proc/self/ns", namespace).readlink(), namespace
         status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
         mounts = [line.split()[4:6] for line in (process / "mountinfo").read_text().splitlines()]
+        os.kill(int(process.name), signal.SIGKILL)
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert 0 not in map(int, status["Uid"].split() + status["Gid"].split())
@@ -374,7 +378,7 @@ def test_programs_end_with_the_training():
     training = (
         f"from rewards.code.sandbox import *; run_program({STAYS.format(parent='os.wait()', word=word)!r}, limits="
     )
-    process = subprocess.Popen([sys.executable, "-c", training + "Limits(seconds=100))"], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", training + "Limits(seconds=100_000))"], cwd=ROOT)
     assert becomes(lambda: running(word))
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -414,7 +418,7 @@ def test_starting_takes_less_than_50_ms():
         run_program("")
         return time.perf_counter() - started
 
-    assert any(seconds() < 0.05 for _ in range(60))
+    assert becomes(lambda: seconds() < 0.05)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="needs root and a system Python")
@@ -487,7 +491,5 @@ def test_what_remains_without_the_sandbox(monkeypatch):
     word = uuid.uuid4().hex
     child = STAYS.format(parent="os.wait()", word=word).replace("os.setsid()", "pass")
     with ThreadPoolExecutor() as pool:
-        run = pool.submit(run_program, child, limits=Limits(seconds=3), allow_unsandboxed=True)
-        assert becomes(lambda: running(word))
-        assert run.result().status == TIMEOUT
+        assert run_that_is_seen(pool, child, word, allow_unsandboxed=True).result().status == TIMEOUT
     assert becomes(lambda: not running(word))

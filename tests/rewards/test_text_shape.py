@@ -14,7 +14,7 @@ from rewards import (
     length_reward,
     math_answer_reward,
 )
-from tests.conftest import log_of
+from tests.tools.training import log_of
 
 FORMATS = [
     # text, the score, the score with partial credit (thirds: two tags and the whole)

@@ -14,7 +14,7 @@ def obey(completions, **columns):
         case "hang":
             return [float(len(str(9 ** (9**9))))]  # one call into C, which no signal interrupts
         case "sleep":
-            time.sleep(100)
+            time.sleep(100_000)
         case "doze":
             time.sleep(0.4)
         case "raise":

@@ -7,7 +7,9 @@ from trl.chat_template_utils import gemma3_chat_template, qwen2_5_chat_template,
 from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, dialogue_reward
 from grpo_ext.rollout.example_envs import GuessNumber
-from tests.conftest import TINY_MODEL, log_of, random_lora, small_llama
+from tests.tools.models import random_lora, small_llama
+from tests.tools.paths import TINY_MODEL
+from tests.tools.training import log_of
 
 TALK = [
     {"role": "system", "content": "Be brief."},

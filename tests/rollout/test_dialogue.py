@@ -13,8 +13,8 @@ from grpo_ext.evaluation.dialogue import evaluate_dialogue
 from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.rollout.example_envs import Calculator
-from tests.conftest import log_of, own_words_of, random_lora, texts_of
-from tests.trainer.test_tools import loss_by_hand
+from tests.tools.models import random_lora
+from tests.tools.training import log_of, loss_by_hand, texts_of, tokens_of_the_policy
 
 # Only environments write this character: the model is kept from it.
 MARK = "~"
@@ -66,7 +66,7 @@ def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenize
     updates, compute_loss = [], trainer._compute_loss
 
     def compared(model, inputs):
-        mask_BC = own_words_of(inputs, tokenizer, ANSWERS)
+        mask_BC = tokens_of_the_policy(inputs, tokenizer, ANSWERS)
         assert torch.equal(inputs["completion_mask"] * inputs["tool_mask"], mask_BC)
         loss = compute_loss(model, inputs)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -10,7 +10,9 @@ import torch
 
 from grpo_ext.losses.advantages import population_advantages
 from grpo_ext.losses.subset import max_variance_subset
-from tests.conftest import PROMPTS, adapter_of, count_draws, log_of, random_lora, texts_of
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, count_draws, log_of, texts_of
 
 NAN = math.nan
 SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 1, "beta": 0.0, "num_generations_max": 10}

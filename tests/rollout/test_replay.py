@@ -10,7 +10,9 @@ import torch
 from grpo_ext.checkpoints.state import load_states, save_states
 from grpo_ext.rollout.stages.replay import GroupReplayBuffer, StoredGroup
 from grpo_ext.rollout.types import Completion
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, texts_of
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of, texts_of
 
 SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 2, "beta": 0.0, "entropy_coef": 0.0}
 SETTINGS |= {"replay_fraction": 0.5, "learning_rate": 1e-2}

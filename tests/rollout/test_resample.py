@@ -6,8 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from grpo_ext import GRPOExtConfig
-from tests.conftest import PROMPTS, adapter_of, count_draws, log_of, random_lora, texts_of
+from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from tests.tools import training
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, count_draws, log_of, texts_of
 
 SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 3, "beta": 0.0, "num_iterations": 1}
 
@@ -83,10 +86,8 @@ def test_runs_repeat(build, small_model):
 
 
 def test_refused_where_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
-    from grpo_ext import GRPOExtTrainer
-    from tests.conftest import SETTINGS as QUIET
-
-    args = GRPOExtConfig(str(tmp_path), dead_groups="resample", max_steps=1, reward_workers=0, guards=False, **QUIET)
+    settings = training.SETTINGS | {"dead_groups": "resample", "max_steps": 1, "reward_workers": 0, "guards": False}
+    args = GRPOExtConfig(str(tmp_path), **settings)
     data = Dataset.from_dict({"prompt": PROMPTS})
     for name, keywords in {
         "draws prompts at random, and .*IterableDataset": {"train_dataset": data.to_iterable_dataset()},

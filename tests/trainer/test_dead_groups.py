@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import Embedding
 
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of
 
 SETTINGS = {"beta": 0.0, "entropy_coef": 0.0, "max_steps": 5, "num_generations": 4}
 

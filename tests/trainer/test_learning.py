@@ -13,7 +13,8 @@ from recipes.math import parse
 from recipes.tiny_math import study
 from recipes.tiny_math.study_report import table
 from rewards import math_answer_reward
-from tests.conftest import SETTINGS, TINY_DATA, TINY_MODEL, adapter_of, log_of
+from tests.tools.paths import TINY_DATA, TINY_MODEL
+from tests.tools.training import SETTINGS, adapter_of, log_of
 
 STEPS = 20
 # Adam divides a gradient by its own size: with its usual epsilon of 1e-8, where a gradient is nothing but rounding, it
@@ -37,6 +38,7 @@ STOCK = {
 }
 
 
+@pytest.mark.slow
 def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkeypatch):
     """On the completions that stock TRL draws as it learns. Any difference of the update, of the size of another
     normaliser or a row out of place, adds up over the steps; what is left is rounding, which adds up too."""
@@ -82,6 +84,7 @@ def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkey
         torch.testing.assert_close(got[name], value, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_a_study_through_its_command_line(tmp_path, capsys, monkeypatch):
     """Points of two trainers on the same problems, a table and a picture; what is through is not run again."""
     built = []

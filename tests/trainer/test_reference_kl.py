@@ -9,7 +9,8 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
-from tests.conftest import adapter_of, log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.training import adapter_of, log_of
 
 SETTINGS = {"optim": "sgd", "learning_rate": 0.5, "temperature": 0.8, "entropy_coef": 0.0, "max_grad_norm": 1e6}
 SETTINGS |= {"disable_dropout": True, "lr_scheduler_type": "constant"}

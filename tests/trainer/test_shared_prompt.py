@@ -10,7 +10,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, small_shape
+from tests.tools.lanes import slow_but
+from tests.tools.models import random_lora, small_shape
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
@@ -25,7 +28,7 @@ def train(build, model, **settings):
     return end, log_of(trainer, "loss"), log_of(trainer, "grad_norm")
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", slow_but(LOSSES, ["grpo", "dapo"]))
 def test_every_loss_of_trl(build, small_model, loss_type):
     """Stock TRL and shared prompts, in chunks, on the same completions."""
     settings = {"loss_type": loss_type, "beta": 0.1, "temperature": 0.8, "entropy_coef": 0.01, "scale_rewards": "group"}
@@ -38,7 +41,7 @@ def test_every_loss_of_trl(build, small_model, loss_type):
     assert ours[2] == pytest.approx(stock[2], rel=1e-3)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "grpo_sequence"])
+@pytest.mark.parametrize("loss_type", slow_but(["grpo", "grpo_sequence"], ["grpo_sequence"]))
 def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_type):
     """The loss that keeps experts in use is TRL's, with each prompt run once and in chunks."""
     torch.manual_seed(0)

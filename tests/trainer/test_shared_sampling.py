@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
 
 from grpo_ext.engine.decode import GroupSampler
-from tests.conftest import adapter_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.training import adapter_of
 
 STOP = {"generation_kwargs": {"stop_strings": ["1", "2"]}}
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from grpo_ext.losses.temperature import EntropyController, linear_temperature
-from tests.conftest import adapter_of, log_of, random_lora
+from tests.tools.models import random_lora
+from tests.tools.training import adapter_of, log_of
 
 
 def train(build, model, **settings):

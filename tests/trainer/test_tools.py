@@ -12,8 +12,17 @@ from trl import GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from grpo_ext import GRPOExtTrainer
-from tests.conftest import TINY_MODEL, adapter_of, log_of, own_words_of, random_lora, small_shape
-from tests.trainer.test_trl_options import assert_same_training, train
+from tests.tools.lanes import slow_but
+from tests.tools.models import random_lora, small_shape
+from tests.tools.paths import TINY_MODEL
+from tests.tools.training import (
+    adapter_of,
+    assert_same_training,
+    log_of,
+    loss_by_hand,
+    tokens_of_the_policy,
+    train_on_a_copy,
+)
 
 # A call in three tokens of a model that otherwise writes characters, so that one of two layers can learn it.
 CALL, CALLED = '<tool_call>\n{"name": "look_up", "arguments": {"page": ', "}}\n</tool_call>"
@@ -136,7 +145,7 @@ def train_caller(build, caller, monkeypatch):
     def run(trainer, kind, watch=None, **settings):
         settings = {"max_completion_length": 130, "reward": calls_and_digits} | settings
         settings |= {"prompts": QUESTIONS, "arguments": KINDS[kind]()}
-        return train(build, caller, trainer, watch, peft_config=random_lora(lora_alpha=1), **settings)
+        return train_on_a_copy(build, caller, trainer, watch, peft_config=random_lora(lora_alpha=1), **settings)
 
     return run
 
@@ -149,7 +158,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, ["tools"]))
 def test_as_stock_trl(train_caller, case):
     """Later turns are drawn on longer prompts, one a row, in which a sampler may lose a row or its random state."""
     kind = case.partition(",")[0]
@@ -161,7 +170,7 @@ def test_as_stock_trl(train_caller, case):
     assert (max(log_of(ours, "completions/clipped_ratio")) > 0) is ("cut" in case)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, ["tools"]))
 def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind):
     """They stand inside a completion: a hole in what counts, none in what is read. The loss of every update and each
     gradient against the document's formula on TRL's rows and full logits, the mask taken from the text."""
@@ -173,7 +182,7 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
         def compared(model, inputs):
             loss, by_hand = (
                 compute_loss(model, inputs),
-                loss_by_hand(trainer, inputs, own_words_of(inputs, tokenizer, BETWEEN_TURNS)),
+                loss_by_hand(trainer, inputs, tokens_of_the_policy(inputs, tokenizer, BETWEEN_TURNS)),
             )
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             grads, wanted = (torch.autograd.grad(of, parameters, retain_graph=True) for of in (loss, by_hand))
@@ -191,28 +200,3 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
         for grad, want in zip(grads, wanted, strict=True):
             assert want.norm() > 0
             assert (grad - want).norm() < 1e-4 * want.norm()
-
-
-def loss_by_hand(trainer, inputs, mask_BC):
-    """-J of the document, epsilon 0.2 and k3 weighted by the ratio of each token, from logits of padded rows."""
-    C = mask_BC.size(1)
-    ids_BT = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    attention_BT = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
-
-    def logps_of_all():
-        logits_BTV = trainer.model(input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions_BT).logits
-        return (logits_BTV[:, -C - 1 : -1] / trainer.temperature).log_softmax(dim=-1)
-
-    logps_BCV = logps_of_all()
-    with torch.no_grad(), trainer.model.disable_adapter():
-        ref_BCV = logps_of_all()
-    targets_BC1 = inputs["completion_ids"].unsqueeze(2)
-    logps_BC, ref_BC = (values.gather(2, targets_BC1).squeeze(2) for values in (logps_BCV, ref_BCV))
-    log_ratio_BC = (logps_BC - inputs["old_per_token_logps"]) * mask_BC
-    ratio_B, A_B = log_ratio_BC.sum(dim=1).exp(), inputs["advantages"]
-    surrogate_B = torch.minimum(ratio_B * A_B, ratio_B.clamp(0.8, 1.2) * A_B)
-    kl_BC = ((ref_BC - logps_BC).exp() - (ref_BC - logps_BC) - 1) * log_ratio_BC.exp()
-    entropies_BC = -(logps_BCV.exp() * logps_BCV).sum(dim=2)
-    entropy_B = (entropies_BC * mask_BC).sum(dim=1) / mask_BC.sum(dim=1)
-    return -(surrogate_B - 0.1 * (kl_BC * mask_BC).sum(dim=1) + 0.01 * entropy_B).mean()

@@ -12,7 +12,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.report.metrics_file import read_metrics
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, share_of_digits
+from tests.tools.lanes import slow_but
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS, share_of_digits
+from tests.tools.training import adapter_of, log_of
 
 TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LOSSES_AND_SCALINGS = [(loss, "group") for loss in TRL_LOSSES] + [("dapo", "batch"), ("dapo", "none")]
@@ -23,7 +26,9 @@ def assert_moved(before, after):
         assert not torch.equal(value, after[name]), f"{name} did not move"
 
 
-@pytest.mark.parametrize(("loss_type", "scale_rewards"), LOSSES_AND_SCALINGS)
+@pytest.mark.parametrize(
+    ("loss_type", "scale_rewards"), slow_but(LOSSES_AND_SCALINGS, [("grpo", "group"), ("dapo", "batch")])
+)
 def test_losses_of_trl_are_left_to_trl(build, small_model, tokenizer, loss_type, scale_rewards):
     """Same seed, same settings, no sharing: the adapter must be stock TRL's to the last bit. A failure means that an
     override changed something it had no business with."""

@@ -13,7 +13,10 @@ from trl import GRPOTrainer
 from trl.generation import vllm_generation
 
 from grpo_ext import GRPOExtTrainer
-from tests.conftest import PROMPTS, adapter_of, log_of, random_lora
+from tests.tools.lanes import slow_but
+from tests.tools.models import random_lora
+from tests.tools.reward_functions import PROMPTS
+from tests.tools.training import adapter_of, log_of
 
 SIBLINGS, STEPS = 4, 3
 
@@ -176,7 +179,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, ["server"]))
 def test_what_vllm_drew_trains_as_in_stock_trl(case, trained):
     """Completions and log-probs of the sampler that are dropped, mixed up, or replaced by our own sampler's, and
     weights that do not reach it; in scoring, each prompt is read once for all of its answers."""

@@ -1,0 +1,24 @@
+"""Which cases of a table run in `make quick`; `make test` runs them all."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
+    """Cases for `pytest.mark.parametrize`: all of them, each marked slow unless it is among `quick`.
+
+    Raises:
+        ValueError: a quick case is none of the cases, so that a renamed case does not leave the quick lane unseen.
+    """
+    cases, quick = list(cases), list(quick)
+    if unknown := [case for case in quick if case not in cases]:
+        raise ValueError(f"{unknown} are none of the cases {cases}")
+    return [case if case in quick else slow(case) for case in cases]
+
+
+def slow(case: Any) -> Any:
+    """One case for `pytest.mark.parametrize` that `make quick` leaves out; a tuple has one value per argument."""
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -1,0 +1,58 @@
+"""Programs that tests start: one as a user does, or a script of the tests in two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tools.paths import ROOT
+from tests.tools.waiting import PATIENCE
+
+BIN = Path(sys.executable).parent
+LAUNCH = [str(BIN / "accelerate"), "launch"]
+DDP = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+
+
+def launch(command: list[str], cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
+    """Run a command of the user: its exit code and its output, both streams in the order of a terminal."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment}
+    env.pop("PYTHONSAFEPATH", None)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def in_two_processes(script: str, folder: Path, *more: str, options: str | list[str] = DDP) -> None:
+    """Run a script of the tests in two processes on the CPU; what they say is in `folder/log`.
+
+    `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
+
+    Args:
+        more: arguments of the script, after the folder.
+        options: of `accelerate launch`; a list has one entry per machine, all of them launched side by side.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    commands = [
+        [*LAUNCH, *of_one.split(), script, folder, *more]
+        for of_one in ([options] if isinstance(options, str) else options)
+    ]
+    with (folder / "log").open("w+") as log:
+        shared = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
+        launched = [subprocess.Popen(command, **shared) for command in commands]
+        try:
+            for launcher in launched:
+                launcher.wait(timeout=PATIENCE)
+        finally:
+            for launcher in launched:
+                launcher.terminate()  # not kill, which would leave its processes behind
+                launcher.wait()
+        log.seek(0)
+        assert not any(launcher.returncode for launcher in launched), log.read()
