@@ -666,7 +666,13 @@ class GRPOExtTrainer(GRPOTrainer):
         micro_batch.exact_kls_BC = scores.kls_BC
         if torch.is_grad_enabled() and scores.entropies_BC is not None:
             if micro_batch.skip_idle:
-                scores = self.parts.skipped_rows.fill(scores, micro_batch.inputs.get("old_per_token_logps"))
+                logps_BC, entropies_BC = self.parts.skipped_rows.fill(
+                    scores.logps_BC,
+                    scores.entropies_BC,
+                    scores.skipped_rows,
+                    old_logps_BC=micro_batch.inputs.get("old_per_token_logps"),
+                )
+                scores = replace(scores, logps_BC=logps_BC, entropies_BC=entropies_BC)
             assert scores.entropies_BC is not None
             self.parts.temperature.observe(scores.entropies_BC, micro_batch.mask_BC)
         add_old_logps(micro_batch.inputs, scores.logps_BC)

@@ -6,13 +6,10 @@ without a gradient run apart from the others even if they are kept.
 Legend: B rows, C completion tokens.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from grpo_ext.engine.scorer import RequestScores
 
 
 class SkippedRows:
@@ -21,18 +18,24 @@ class SkippedRows:
     def __init__(self) -> None:
         self._mean_entropy = 0.0  # nats per token
 
-    def fill(self, scores: RequestScores, old_logps_BC: Tensor | None) -> RequestScores:
-        """Scores with log-probs and entropies of the skipped rows, which are 0 in what was scored."""
-        logps_BC, entropies_BC = scores.logps_BC, scores.entropies_BC
-        assert entropies_BC is not None
+    def fill(
+        self, logps_BC: Tensor, entropies_BC: Tensor, skipped: list[int], *, old_logps_BC: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies with values for the skipped rows, for which scoring gives 0.
+
+        Args:
+            logps_BC, entropies_BC: as scored.
+            skipped: the rows that were skipped.
+            old_logps_BC: under the old policy; None if it is this very policy.
+        """
         is_skipped_B1 = torch.zeros(len(logps_BC), 1, dtype=torch.bool, device=logps_BC.device)
-        is_skipped_B1[scores.skipped_rows] = True
+        is_skipped_B1[skipped] = True
         scored = entropies_BC.detach()[~is_skipped_B1.squeeze(1)]
         if scored.any():
             self._mean_entropy = scored[scored > 0].mean().item()
         if old_logps_BC is not None:
             logps_BC = logps_BC + old_logps_BC * is_skipped_B1
-        return replace(scores, logps_BC=logps_BC, entropies_BC=entropies_BC + self._mean_entropy * is_skipped_B1)
+        return logps_BC, entropies_BC + self._mean_entropy * is_skipped_B1
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean_entropy": self._mean_entropy}

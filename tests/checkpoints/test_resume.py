@@ -120,7 +120,7 @@ def completions_in(folder):
     return {path.name: pandas.read_parquet(path).to_json() for path in (folder / "completions").glob("*.parquet")}
 
 
-@pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay", "temperature by entropy"]))
+@pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay", "temperature from entropy"]))
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, name):
     """Same adapter, tokens and advantages of every micro-step, and lines of the log. Step 5 is in a later epoch, and
     inside a rollout if rollouts serve several steps; an epoch ends after step 4."""
