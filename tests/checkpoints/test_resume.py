@@ -200,6 +200,7 @@ def test_streamed_data(tmp_path, tokenizer):
         data = Dataset.from_dict({"prompt": PROMPTS * 3}).to_iterable_dataset()
         settings = SETTINGS | {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 1}
         settings |= LONG | {"max_steps": 14, "num_generations": 4, "max_completion_length": 8, "guards": False}
+        settings |= {"reward_workers": 0}
         arguments = {"train_dataset": data, "processing_class": tokenizer, "peft_config": random_lora()}
         return GRPOExtTrainer(small_llama(tokenizer), half_dead, GRPOExtConfig(**settings), **arguments)
 
