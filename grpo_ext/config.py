@@ -1,4 +1,4 @@
-"""`GRPOExtConfig`: TRL's `GRPOConfig` with the defaults of the GRPO document, and only the fields that we add."""
+"""`GRPOExtConfig`: TRL's `GRPOConfig` with defaults for sequence-level GRPO, and the fields that this project adds."""
 
 from dataclasses import dataclass, field
 
@@ -23,81 +23,85 @@ from grpo_ext.refusals import (
 class GRPOExtConfig(GRPOConfig):
     """Configuration of [`GRPOExtTrainer`]. Every field of `trl.GRPOConfig` keeps its meaning.
 
-    Redeclared, so that the defaults are the document's (G=8 and epsilon=0.2 are TRL's defaults already):
-        loss_type: `"grpo_sequence"` (default) is the document's objective, the ratio of whole answers, see
+    Changed defaults, chosen for sequence-level GRPO (DeepSeekMath, arXiv:2402.03300; num_generations=8 and epsilon=0.2
+    are TRL's defaults already):
+        loss_type: `"grpo_sequence"` (default) is sequence-level GRPO, with one probability ratio per completion, see
             `grpo_ext/losses/sequence_grpo.py`. `"grpo"` and every other loss of TRL is computed by TRL itself.
-        scale_rewards: `"population"` (default) divides by the standard deviation of the group with the count in the
-            denominator. `"group"`, `"batch"` and `"none"` are TRL's.
-        temperature: 0.8.
-        beta: 0.1, the weight of the KL towards the starting model. With LoRA the reference costs no second model.
-        learning_rate: 1e-5. LoRA usually wants more than full fine-tuning; 1e-5 to 1e-4 for 0.5B-7B models.
-        entropy_coef: 0.01.
-        max_grad_norm: 0.5.
-        disable_dropout: True, so that the same tokens get the same log-probs in sampling and in the update.
-        bf16, use_cpu: without an accelerator the run is on the CPU in float32; on a GPU without bfloat16, fp16.
+        scale_rewards: `"population"` (default) divides by the population standard deviation of the group. `"group"`,
+            `"batch"` and `"none"` are TRL's.
+        temperature: sampling temperature, above 0; 0.8 by default.
+        beta: weight of the KL to the starting model, 0 or more; 0.1 by default. 0 turns the reference off. With LoRA,
+            the reference needs no second model.
+        learning_rate: peak learning rate; 1e-5 by default. LoRA usually needs more than full fine-tuning. Recommended:
+            1e-5 to 1e-4 for models of 0.5B to 7B.
+        entropy_coef: weight of the entropy bonus, 0 or more; 0.01 by default.
+        max_grad_norm: maximum norm of the gradient; 0.5 by default.
+        disable_dropout: True by default, so that sampling and update give the same log-probs to the same tokens.
+        bf16, use_cpu: without an accelerator, the run is on the CPU in float32; on a GPU without bfloat16, in fp16.
 
-    Added:
-        share_prompt: True. Every prompt is read once for all of its completions, when they are drawn and when
-            log-probs are computed (policy, old policy and reference). False is TRL's plain path. Where sharing cannot
-            be exact, TRL's path is taken and the log says why.
-        chunk_tokens: at most so many tokens carry a graph at once in the update, counting for each row its prompt too
-            (attention copies the prompt's states per row); at least one row. Passes without a graph take up to eight
-            times as many. None (default) for no bound; then, where `gradient_checkpointing` is on, the rows are still
-            taken one at a time in its place. Recommended: None where a step fits, else prompt + completion tokens of
-            as many rows as do; the result is the same for every value.
-        kl_estimator: how the KL to the reference is estimated, for `loss_type` "grpo_sequence" and "grpo": `"k1"`,
-            `"k2"`, `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. Recommended: "k3"; "exact" has no
-            sampling noise, and costs one more pass of the answers through the LM head. TRL's `use_bias_correction_kl`
-            (on) keeps its meaning.
-        log_kl: False. Log `kl` where `beta` is 0 as well, for one reference pass a rollout.
-        dead_groups: what to do with groups whose answers all earned the same reward. `"keep"` (default); `"skip"`, to
-            leave them out of the update where they carry no gradient: `beta`, `entropy_coef` and the weight of a
-            load-balancing loss are 0; `"resample"`, to draw other prompts in their place (as in DAPO, arXiv:2503.14476,
-            section 3.2). Recommended: "skip" where it applies, for the same adapter in less time; "resample" where
-            `frac_dead_groups` is above one half and sampling is cheap beside the update.
-        max_resample_rounds: at most so many rounds of drawing again, 1 or more; 3 by default. Each costs the sampling
-            of the groups that are still dead.
-        num_generations_max: None (default), or more than `num_generations`: to prompts whose answers all earned the
-            same reward, more are drawn, up to so many, without reading the prompt again; of those, the
-            `num_generations` whose rewards differ most are trained on (max-variance down-sampling, PODS,
-            arXiv:2504.13818), with advantages from the mean and deviation of all. What that does to the estimate: the
-            gradient is no longer an unbiased one of the mean reward. Rare answers weigh more than their share (one
-            right answer of 32 has an advantage of 5.6, and 7 of its 31 rivals stand for all), and prompts that the
-            model nearly never, or nearly always, solves get steps that they would not get at `num_generations`.
-            Recommended: None; two to four times `num_generations` where most groups are all wrong.
-        temperature_schedule: `"constant"` (default), `"linear"` from `temperature` before the first step to
-            `temperature_end` before the last, or `"entropy"`, a controller that holds the mean token entropy near
-            `temperature_entropy_target`, between half and twice `temperature`. Recommended: "constant"; the others for
-            runs whose answers all become alike too early.
-        temperature_end: above 0, for the linear schedule. For example 1.0.
-        temperature_entropy_target: nats a token, above 0, for the entropy schedule; start from the `entropy` that a
-            run logs in its first steps.
-        replay_fraction: 0 to 1, 0 by default. Up to this share of the groups of a rollout are mixed groups of recent
-            steps, in the places of dead ones, each used once more, with the log-probs that it was drawn with as the old
-            policy. Recommended: 0; 0.25 to 0.5 where sampling takes most of a step and half of the groups are dead.
-        replay_max_age: optimizer steps, 1 or more, 4 by default. Older groups are dropped, and so are those with an
-            answer whose probability has changed by more than a factor of e.
-        reward_timeout: seconds, above 0, 10 by default, that one answer may take in a reward, which runs in worker
-            processes (`grpo_ext/rollout/reward_workers.py`); a reward that judges all answers of a call together has
-            that for each of them. Recommended: ten times what the slowest answer takes.
-        reward_workers: worker processes of each reward that judges each answer by itself and says so
-            (`scores_independently = True`): None (default) for as many as this training process has cores. Others have
-            one, which is given whole calls. 0 calls every reward in the training process: for one that changes
-            something there, a list or a model for example.
-        max_prompt_tokens: tokens, 1 or more; None (default) for no limit but the model's own. Recommended: twice the
-            length of a usual prompt: one prompt of 3,000 tokens can end a run that the others fit in.
-        overlong_prompts: what to do with longer ones: `"error"` (default), or `"drop"` to leave these rows out, counted
-            and printed. They are never cut, which would change the question.
-        guards: True. Before the first step the settings, data, prompts and rewards are checked and one step of the
-            largest shape is rehearsed (`grpo_ext/checks/preflight.py`), and the run is watched (`checks/watch.py`).
+    Added fields:
+        share_prompt: True by default. Every prompt is prefilled once for all of its completions, in sampling and in
+            scoring (policy, old policy and reference). False uses TRL's plain path. If sharing cannot be exact, TRL's
+            path is used as well, and the log says why.
+        chunk_tokens: maximum number of tokens with an autograd graph at any one time in the update, 1 or more. A row
+            counts with its prompt, because attention copies the prompt's KV cache per row. A chunk has at least one
+            row. Passes without gradients use chunks of up to eight times that size. None (default) for no limit; if
+            `gradient_checkpointing` is on, rows are then processed one at a time instead. Recommended: None if a step
+            fits into memory, else the prompt and completion tokens of as many rows as fit. The result is the same for
+            every value.
+        kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
+            `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. Recommended: "k3". "exact" has no sampling noise
+            and costs one more pass of the completions through the LM head. TRL's `use_bias_correction_kl` (on) keeps
+            its meaning.
+        log_kl: False by default. True logs `kl` even if `beta` is 0; this costs one reference pass per rollout.
+        dead_groups: what to do with groups whose completions all earned the same reward. `"keep"` (default). `"skip"`
+            excludes them from the update if they carry no gradient: `beta`, `entropy_coef` and the weight of a
+            load-balancing loss are 0. `"resample"` replaces them with groups of other prompts (as in DAPO,
+            arXiv:2503.14476, section 3.2). Recommended: "skip" if it applies: same adapter in less time. "resample" if
+            `frac_dead_groups` is above 0.5 and sampling is cheap compared with the update.
+        max_resample_rounds: maximum resampling rounds per rollout, 1 or more; 3 by default. Each round samples a group
+            for every group that is still dead.
+        num_generations_max: None (default), or more than `num_generations`. Prompts whose completions all earned the
+            same reward get more completions, up to this number, without another prefill. The `num_generations` whose
+            rewards differ most are trained on (max-variance down-sampling, PODS, arXiv:2504.13818), with advantages
+            from the mean and standard deviation of all. The gradient is then no longer an unbiased estimate of that of
+            the mean reward. Rare completions get more weight than their share: one right completion of 32 has an
+            advantage of 5.6, and 7 of its 31 rivals represent all of them. Prompts that the model almost never, or
+            almost always, solves get updates that they would not get with `num_generations`. Recommended: None; two to
+            four times `num_generations` if most groups are all wrong.
+        temperature_schedule: `"constant"` (default); `"linear"`, from `temperature` before the first step to
+            `temperature_end` before the last; or `"entropy"`, a controller that keeps the mean token entropy near
+            `temperature_entropy_target`, within half and twice `temperature`. Recommended: "constant"; the others if
+            completions become alike too early in a run.
+        temperature_end: final temperature of the linear schedule, above 0, for example 1.0. None by default.
+        temperature_entropy_target: target of the entropy schedule in nats per token, above 0. None by default.
+            Recommended: close to the `entropy` that a run logs in its first steps.
+        replay_fraction: 0 to 1, 0 by default. Maximum share of a rollout's groups that are replayed: mixed groups of
+            recent steps take the places of dead ones. Each is reused once, with its log-probs at sampling as the old
+            policy. Recommended: 0; 0.25 to 0.5 if sampling takes most of a step and half of the groups are dead.
+        replay_max_age: optimizer steps, 1 or more; 4 by default. Older groups are not replayed, nor are groups with a
+            completion whose probability has changed by more than a factor of e.
+        reward_timeout: seconds that a reward may take per completion, above 0; 10 by default. Applies to rewards in
+            worker processes (`grpo_ext/rollout/reward_workers.py`). A reward that gets all completions of a call has
+            this time for each of them. Recommended: ten times what the slowest completion takes.
+        reward_workers: worker processes per reward, for rewards that score each completion independently and declare it
+            (`scores_independently = True`), 0 or more. None (default) for one per core of this training process. Other
+            rewards have one worker, which gets whole calls. 0 calls every reward in the training process, for a reward
+            that changes something there, for example a list or a model.
+        max_prompt_tokens: maximum length of a prompt in tokens, 1 or more; None (default) for the model's own limit.
+            Recommended: twice the usual length, because a single prompt of 3,000 tokens can exhaust the memory.
+        overlong_prompts: what to do with longer prompts. `"error"` (default), or `"drop"`, which removes these rows and
+            prints their number. Prompts are never truncated, because that would change the question.
+        guards: True by default. Settings, data, prompts and rewards are checked before the first step, a step of the
+            largest shape is run as a test (`grpo_ext/checks/preflight.py`), and the run is watched (`checks/watch.py`).
             False for test suites and for experiments that break these rules on purpose.
-        dry_run: False. True stops after the checks and the rehearsal: `train()` returns without a step.
-        kl_stop: nats a token, above 0: the run ends, and saves, where the KL to the reference (metric `kl`) is larger;
-            None (default) for never. Needs `beta` above 0 or `log_kl`. Recommended: None; 0.5 for long runs that
-            nobody watches.
+        dry_run: False by default. True stops after these checks: `train()` returns without a step.
+        kl_stop: nats per token, above 0. If the KL to the reference (metric `kl`) exceeds it, the run saves and ends.
+            None (default) for no limit. Needs `beta` above 0 or `log_kl`. Recommended: None; 0.5 for long unattended
+            runs.
 
     Raises:
-        ValueError: for a combination that could not be trained as asked, naming what was received and what is valid.
+        ValueError: the settings cannot be trained together. The message gives the value received and a valid one.
     """
 
     loss_type: str = field(
@@ -198,7 +202,7 @@ class GRPOExtConfig(GRPOConfig):
         refuse_impossible(self)
 
     def _fit_device(self) -> None:
-        """Choose the precision that the device has, where the user left it open; TRL's default is bf16 everywhere."""
+        """Choose a precision that the device supports, unless the user chose one. TRL's default is bf16 everywhere."""
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)

@@ -15,7 +15,7 @@ from trl import ScriptArguments, TrlParser, get_peft_config
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.data import USUAL_WORDING, Problems, Wording, load_problems
-from grpo_ext.memory.auto_group_size import asked_for, resolved
+from grpo_ext.memory.auto_group_size import parse_flags, with_group_size
 from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
 from grpo_ext.trainer import GRPOExtTrainer
 
@@ -59,10 +59,10 @@ def parse(
     parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50, max_steps=500)
     if not {"--model_name_or_path", "--dataset_name", "--config"} & {flag.partition("=")[0] for flag in argv}:
         argv = ["--config", f"{folder}/{embedded}", *argv]
-    asked = asked_for(parser, argv)
-    if not (asked.model_name_or_path and asked.dataset_name):
+    settings = parse_flags(parser, argv)
+    if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither for the embedded run")
-    script_args, args, model_args = parser.parse_args_and_config(resolved(argv, asked, folder=folder))
+    script_args, args, model_args = parser.parse_args_and_config(with_group_size(argv, settings, folder=folder))
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
     return script_args, args, model_args

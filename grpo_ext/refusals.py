@@ -1,6 +1,6 @@
-"""Combinations of settings that could not be trained as asked, refused by name before anything is loaded.
+"""Refuse combinations of settings that cannot be trained as requested, before anything is loaded.
 
-Each message gives what was received, what is valid, and what to type.
+Each message gives the value received, the valid values, and what to type.
 """
 
 import math
@@ -13,12 +13,12 @@ TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "
 DEAD_GROUPS = ("keep", "skip", "resample")
 OVERLONG_PROMPTS = ("error", "drop")
 TRL_SCALE_REWARDS = ("group", "batch", "none")
-# Values of sampling options with which tokens are drawn from the whole distribution.
+# Values of sampling options that leave the distribution over tokens untruncated.
 UNTRUNCATED = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 
 
 def refuse_impossible(config: Any) -> None:
-    """Raise ValueError where a `GRPOExtConfig` asks for what cannot be done."""
+    """Raise ValueError if a `GRPOExtConfig` requests something that cannot be done."""
     _require("loss_type", config.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
     _require("scale_rewards", config.scale_rewards, ("population", *TRL_SCALE_REWARDS))
     _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
@@ -61,7 +61,7 @@ def refuse_impossible(config: Any) -> None:
 
 
 def refuse_words(config: Any) -> None:
-    """`num_generations="auto"` outside of a recipe, before TRL calculates with it."""
+    """Refuse `num_generations="auto"` outside of a recipe, before TRL computes with it."""
     if isinstance(config.num_generations, str):
         raise ValueError(
             f"num_generations={config.num_generations!r} must be a number of 2 or more, for example 8. `auto` is known "
@@ -85,7 +85,7 @@ def _refuse_guards(config: Any) -> None:
 
 
 def explain_batch(config: Any) -> str | None:
-    """What is wrong with G and the rollout batch, where something is; called after TRL has derived the batch."""
+    """The error in `num_generations` or the rollout batch, if there is one. Called after TRL has derived the batch."""
     group, rollout = config.num_generations, config.generation_batch_size
     if group < 2:
         return f"num_generations={group} leaves nothing to compare. Use 2 or more; 8 is usual."
@@ -104,7 +104,7 @@ def explain_batch(config: Any) -> str | None:
 
 
 def _refuse_token_options(config: Any) -> None:
-    """Options of TRL that act on single tokens have no meaning for the ratio of a whole answer."""
+    """TRL's options for single tokens have no meaning for the ratio of a whole completion."""
     token_options = {
         "importance_sampling_level": (config.importance_sampling_level, "token"),
         "top_entropy_quantile": (config.top_entropy_quantile, 1.0),
@@ -213,3 +213,168 @@ def _refuse_replay(config: Any) -> None:
 def _require(name: str, received: str, valid: tuple[str, ...]) -> None:
     if received not in valid:
         raise ValueError(f"{name}={received!r} is unknown. Valid: {', '.join(map(repr, valid))}.")
+
+
+def refuse_rollout_stages(
+    option: str, *, tools: bool, environment_factory: bool, rollout_func: bool, images: bool
+) -> None:
+    """Rollouts that are put together before TRL works on them (`rollout/collect.py`) exclude what TRL interleaves."""
+    excluded = {
+        "tools": tools,
+        "environment_factory": environment_factory,
+        "rollout_func": rollout_func,
+        "images": images,
+    }
+    for name, is_used in excluded.items():
+        if is_used:
+            raise ValueError(f"{option} does not work with {name}. Leave one of them out.")
+
+
+def refuse_extension(config: Any, *, samples_shared: bool) -> None:
+    """`num_generations_max` without shared sampling, or with groups that straddle processes."""
+    option = f"num_generations_max={config.num_generations_max}"
+    if not samples_shared:
+        raise ValueError(
+            f"{option} draws on prompts that shared sampling keeps, and here it is off (the log says why, or "
+            f"use_vllm). Use num_generations_max=None."
+        )
+    rows = config.per_device_train_batch_size * config.steps_per_generation
+    if rows % config.num_generations:
+        raise ValueError(
+            f"{option} needs whole groups in each process, got {rows} rows a rollout (per_device_train_batch_size="
+            f"{config.per_device_train_batch_size} x steps_per_generation={config.steps_per_generation}) and "
+            f"num_generations={config.num_generations}. Choose them so that the rows are a multiple of it."
+        )
+
+
+def refuse_streamed_resampling(*, is_streamed: bool) -> None:
+    """`dead_groups="resample"` on a dataset that cannot be indexed."""
+    if is_streamed:
+        raise ValueError(
+            "dead_groups='resample' draws prompts at random, and a streamed data set (IterableDataset) has none "
+            "to choose from. Load it whole, or use dead_groups='keep' or 'skip'."
+        )
+
+
+def refuse_replay_without_logps(config: Any, *, samples_shared: bool) -> None:
+    """`replay_fraction` without the log-probs of shared sampling."""
+    if not samples_shared:
+        raise ValueError(
+            f"replay_fraction={config.replay_fraction} needs the log-probs of shared sampling, and here it is off "
+            f"(the log says why, or use_vllm). Use replay_fraction=0."
+        )
+
+
+def replayed_groups(config: Any) -> int:
+    """The groups per rollout that `replay_fraction` allows to be replayed.
+
+    Raises:
+        ValueError: the fraction of a rollout is less than one group.
+    """
+    groups = config.generation_batch_size // config.num_generations
+    allowed = int(config.replay_fraction * groups + 1e-9)  # 0.29 * 100 is less than 29
+    if allowed == 0:
+        raise ValueError(
+            f"replay_fraction={config.replay_fraction} of {groups} groups a rollout is none. Use at least "
+            f"{1 / groups:.2g}, or larger rollouts."
+        )
+    return allowed
+
+
+def refuse_moving_temperature(config: Any, *, shares_prompts: bool) -> None:
+    """A `temperature_schedule` on TRL's plain scoring."""
+    if config.temperature_schedule != "constant" and not shares_prompts:
+        raise ValueError(
+            f"temperature_schedule={config.temperature_schedule!r} needs shared prompts, and here they are not "
+            f"(the log says why): TRL's plain scoring knows one temperature only. Use 'constant'."
+        )
+
+
+def refuse_temperature_change(config: Any, old: float, new: float, *, shares_prompts: bool) -> None:
+    """`trainer.temperature` was changed while the run goes on, and the change cannot act."""
+    if config.temperature_schedule != "constant":
+        raise ValueError(
+            f"trainer.temperature was changed from {old:g} to {new:g}, but temperature_schedule="
+            f"{config.temperature_schedule!r} sets it before each rollout. Use temperature_schedule='constant' to "
+            f"change it yourself."
+        )
+    if not shares_prompts:
+        raise ValueError(
+            f"trainer.temperature was changed from {old:g} to {new:g}, but prompts are not shared (the log says why, "
+            f"or share_prompt=False), and TRL's plain scoring knows one temperature only. Use share_prompt=True with a "
+            f"model and settings that allow it, or leave the temperature as it is."
+        )
+
+
+def refuse_beta_without_reference(beta: float, *, has_reference: bool) -> None:
+    """`trainer.beta` was raised in a run that was built without a reference."""
+    if beta != 0.0 and not has_reference:
+        raise ValueError(
+            f"trainer.beta was changed from 0 to {beta:g}, but this run was built without a reference. Use "
+            f"log_kl=True, which keeps one while beta is 0, or build the trainer with beta above 0."
+        )
+
+
+def refuse_exact_kl(*, shares_prompts: bool, shares_head: bool) -> None:
+    """`kl_estimator="exact"` without shared scoring, or with two LM heads."""
+    if not shares_prompts:
+        raise ValueError(
+            "kl_estimator='exact' is computed where prompts are shared, and here they are not (the log says why, "
+            "or share_prompt=False). Use kl_estimator='k3'."
+        )
+    if not shares_head:
+        raise ValueError(
+            "kl_estimator='exact' needs one LM head for policy and reference, and here it is trained. Train an "
+            "adapter that leaves it frozen (pass peft_config), or use kl_estimator='k3'."
+        )
+
+
+def refuse_reference_sync(config: Any, *, is_sharded: bool, why_unmixable: str | None) -> None:
+    """`sync_ref_model` with an adapter that cannot be mixed into the reference."""
+    if is_sharded:
+        raise ValueError(
+            "sync_ref_model mixes adapters that are in one piece, and here parameters are sharded (FSDP, ZeRO-3). "
+            "Use sync_ref_model=False, or accelerate_configs/multi_gpu.yaml."
+        )
+    if why_unmixable is not None and config.ref_model_mixup_alpha < 1.0:
+        raise ValueError(
+            f"ref_model_mixup_alpha={config.ref_model_mixup_alpha} mixes what adapters add to linear layers, "
+            f"and this adapter cannot be mixed: {why_unmixable}. Use ref_model_mixup_alpha=1.0, which copies it."
+        )
+
+
+def refuse_head_adapter(reason: str | None, *, shares_prompts: bool) -> None:
+    """LoRA on the LM head that would be left out of scoring."""
+    if reason is None and not shares_prompts:
+        reason = (
+            "it is where prompts are shared, and here they are not (the log says why, or share_prompt=False). Use "
+            "share_prompt=True with a model and settings that allow it"
+        )
+    if reason is not None:
+        raise ValueError(
+            f"An adapter on the LM head cannot be trained here: {reason}, or leave the head out of target_modules."
+        )
+
+
+def refuse_stop_strings(stop_strings: list[str], *, samples_shared: bool, tools: bool) -> None:
+    """Stop strings with a sampler that does not know them."""
+    if stop_strings and (tools or not samples_shared):
+        raise ValueError(
+            f"stop_strings={stop_strings} need shared sampling without tools: use share_prompt=True with "
+            f"a model and settings that allow it (see the warning above, if any), or leave stop_strings out."
+        )
+
+
+def refuse_dialogue(*, samples_shared: bool, tools: bool) -> None:
+    """`rollout_func=Dialogue(...)` without shared sampling, or with something else that plays the turns."""
+    if not samples_shared:
+        raise ValueError(
+            "Dialogue goes on from states that shared sampling keeps, and here it is off (the log says why, or "
+            "share_prompt=False, use_vllm, use_transformers_continuous_batching). Let prompts be shared, or use "
+            "TRL's environment_factory, which does without."
+        )
+    if tools:
+        raise ValueError(
+            "Dialogue does not work with tools or environment_factory: each plays the turns by itself. Leave one "
+            "of them out."
+        )

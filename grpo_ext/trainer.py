@@ -1,25 +1,82 @@
-"""`GRPOExtTrainer`: a thin adapter between TRL's `GRPOTrainer` and the rooms below."""
+"""`GRPOExtTrainer`: TRL's `GRPOTrainer`, each hook overridden once, in the order in which a step calls them.
 
+A step, and the parts (`parts.py`) that take over:
+
+    training_step
+      _prepare_inputs                     once per rollout; its micro-batches keep siblings together
+        _generate_and_score_completions     temperature -> [stages: extend, resample, replay] -> TRL's own method:
+          _generate                           samples with shared prompts: `sampler`
+          _get_per_token_logps_...            old and reference log-probs on shared prompts: `old_logprobs`, `scorer`
+          _calculate_rewards                  rewards
+                                            -> advantages, group counts -> `watch`, `recorder`
+      compute_loss -> _compute_loss       sequence-level GRPO, or TRL's loss with the KL that is asked for
+        _get_per_token_logps_...            the policy's log-probs: `scorer`, `skipped_rows`
+    log, _save_checkpoint                 time per phase; checkpoints that are whole: `checkpoints`
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import ProgressCallback
+from torch.utils.data import Sampler
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
+from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
+from grpo_ext import refusals
+from grpo_ext.checkpoints.fingerprint import fingerprint
+from grpo_ext.checkpoints.resume import Checkpoints
+from grpo_ext.checks.preflight import before_training, before_weights
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.phase_timer import PhaseTimer
 from grpo_ext.console.progress import RewardProgress
-from grpo_ext.losses.advantages import population_advantages
-from grpo_ext.losses.sequence_grpo import SequenceGRPO
+from grpo_ext.engine.batch import order_by_group, prompt_groups
+from grpo_ext.engine.decode import SampledCompletions
+from grpo_ext.engine.scorer import RequestScores, ScoringPass, ScoringRequest
+from grpo_ext.hooks import replaced, results_of
+from grpo_ext.losses.advantages import combine_rewards, population_advantages
+from grpo_ext.losses.dead_groups import rows_without_advantage, why_dead_groups_have_gradient
+from grpo_ext.losses.micro_batch import MicroBatch
+from grpo_ext.losses.sequence_grpo import SequenceGRPO, policy_weights
 from grpo_ext.machine import peak_memory_mb
-from grpo_ext.mechanisms.guards import GuardedTrainer
-from grpo_ext.mechanisms.reference_kl import completion_loss_mask
 from grpo_ext.model.adapters import copy_adapter_values, restore_adapter_in_float32
+from grpo_ext.model.lm_head_lora import hide_head_adapter
 from grpo_ext.model.load import frozen_dtype
+from grpo_ext.model.reference import REFERENCE, ReferenceSetup, ReferenceSync, scores_reference, why_unmixable
+from grpo_ext.model.unwrap import base_of
+from grpo_ext.parts import build_parts
+from grpo_ext.report.card import write_card
+from grpo_ext.report.completions_file import CompletionsFile
 from grpo_ext.report.metrics_file import MetricsFile
-from grpo_ext.rollout.reward_workers import WorkersEnd, in_workers
+from grpo_ext.report.publisher import Publisher
+from grpo_ext.report.run_settings import SettingsFile
+from grpo_ext.rollout.collect import collect, record_group_kinds
+from grpo_ext.rollout.dialogue import Dialogue
+from grpo_ext.rollout.reward_workers import CloseWorkers, in_workers
+from grpo_ext.rollout.sampler import ending_metrics
+from grpo_ext.rollout.stages.replay import add_old_logps, pad_completions
+from grpo_ext.rollout.types import Completion, Rollout, RolloutInProgress, SampledRows
+
+logger = get_logger(__name__)
 
 # Inputs of a multimodal model that TRL carries from the rollout to the scoring pass, under its own names.
 MULTIMODAL_INPUTS = (
@@ -34,49 +91,72 @@ MULTIMODAL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+# What a rollout of TRL changes in place on the trainer.
+CHANGED_IN_PLACE = ("state", "generation_config", "_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
+# Columns of TRL's table of completions: of single values, and of one value per reward function or logged column.
+LOGGED, LOGGED_BY_NAME = ("prompt", "completion", "advantages"), ("rewards", "extra")
 
 
-class GRPOExtTrainer(GuardedTrainer):
+class GRPOExtTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
 
-    - `loss_type="grpo_sequence"`: the document's objective, computed by `losses/sequence_grpo.py`.
-    - `scale_rewards="population"`: the document's group normalisation, computed by `losses/advantages.py`.
-    - `share_prompt=True`: completions are drawn, and log-probs of every loss computed, with each prompt read once for
-      all of its completions, see `mechanisms/shared_sampling.py` and `mechanisms/shared_prompt.py`.
-    - LoRA on the LM head is trained, tied embeddings included: `mechanisms/adapted_head.py`.
-    - `kl_estimator`, `log_kl` and `sync_ref_model` with adapters: `mechanisms/reference_kl.py`.
-    - `num_generations_max`: `mechanisms/growth.py`.
-    - `dead_groups`: `mechanisms/resampling.py` and `mechanisms/dead_groups.py`.
-    - `temperature_schedule`: `mechanisms/temperature.py`.
-    - `replay_fraction`: `mechanisms/replay.py`.
-    - Its own card, and what is pushed to the Hub is chosen and cannot end a run: `mechanisms/publishing.py`.
-    - Checkpoints that are whole, and exact resume: `mechanisms/resume.py`.
-    - Rewards run in worker processes: `rollout/reward_workers.py`; not beside an `environment_factory`, whose
+    - `loss_type="grpo_sequence"`: sequence-level GRPO (`losses/sequence_grpo.py`).
+    - `scale_rewards="population"`: its group normalisation (`losses/advantages.py`).
+    - `share_prompt=True`: completions are sampled, and log-probs of every loss computed, with each prompt computed once
+      for all of its completions (`engine/`). If that cannot be exact, TRL's path is taken, and the log says why.
+    - LoRA on the LM head is trained, tied embeddings included (`model/lm_head_lora.py`).
+    - `kl_estimator`, `log_kl`, and `sync_ref_model` with adapters (`losses/kl.py`, `model/reference.py`).
+    - `num_generations_max`, `dead_groups="resample"`, `replay_fraction` (`rollout/stages/`); `dead_groups="skip"`
+      (`losses/dead_groups.py`); `temperature_schedule` (`rollout/temperature.py`).
+    - `rollout_func=Dialogue(...)`: dialogues with text environments (`rollout/dialogue.py`).
+    - Stop strings in `generation_kwargs` work (TRL raises), and completions that end with one do not count as cut off.
+    - Old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
+    - Rewards run in worker processes (`rollout/reward_workers.py`), except with an `environment_factory`, whose
       environments live in the process of the training.
-    - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run: `mechanisms/guards.py`.
-    - The frozen base of an adapter is loaded in bfloat16 where the device has it, and adapters are kept in float32.
-    - `metrics.jsonl`, and what else a report needs, in the output folder: `mechanisms/recording.py`. Seconds per phase
-      and memory are in the metrics, reward and accuracy on the progress bar.
+    - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run (`checks/`).
+    - Checkpoints that are whole, and exact resume (`checkpoints/`).
+    - Its own card; what is pushed to the Hub is chosen, and a failed push does not end a run (`report/`).
+    - The frozen base of an adapter is loaded in bfloat16 if the device has it, and adapters are kept in float32.
+    - `metrics.jsonl`, `completions.jsonl` and `run.json` in the output folder (`report/`); reward and accuracy on the
+      progress bar.
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
-    per answer), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`,
-    `frac_dead_groups`, `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`,
-    `resampled_groups`, `replay/hit_rate|age|dropped_old|dropped_far`, `temperature`,
+    per completion), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`, `frac_dead_groups`,
+    `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`, `resampled_groups`,
+    `replay/hit_rate|age|dropped_old|dropped_far`, `dialogue/turns|errors`, `sampling/logp_gap`, `temperature`,
     `time/generate|reward|reference|update` (seconds per optimizer step), `peak_memory_mb` (the largest so far).
 
     Raises:
         TypeError: `args` is not a `GRPOExtConfig`.
+        ValueError: settings, data, rewards or a model that cannot be trained as asked; the message says what to type.
     """
 
     args: GRPOExtConfig
+    eos_token_ids: list[int]
+    _buffered_inputs: list[dict[str, Any]] | None
+    mask_truncated_completions: bool
 
     def __init__(
         self,
-        model: str | nn.Module,
-        reward_funcs: Any = None,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: GRPOExtConfig | None = None,
-        *positional: Any,
-        **keywords: Any,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -86,140 +166,761 @@ class GRPOExtTrainer(GuardedTrainer):
                 f"GRPOExtTrainer needs args of type GRPOExtConfig, got {type(args).__name__}. "
                 f"GRPOExtConfig takes the same fields: replace the class name."
             )
-        if isinstance(model, str) and keywords.get("peft_config") is not None:
+        if isinstance(model, str) and peft_config is not None:
             args.model_init_kwargs = {"dtype": frozen_dtype(args), **(args.model_init_kwargs or {})}
-
-        if keywords.get("environment_factory") is None:
+        if environment_factory is None:
             reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
-        self._phases = PhaseTimer()
-        self._timed_from_step: int | None = None
+        given = {
+            "model": model,
+            "reward_funcs": reward_funcs,
+            "args": args,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "reward_processing_classes": reward_processing_classes,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "quantization_config": quantization_config,
+            "peft_config": peft_config,
+            "tools": tools,
+            "rollout_func": rollout_func,
+            "environment_factory": environment_factory,
+        }
+        if args.guards:
+            given["train_dataset"] = before_weights(given)
         adapter_values = copy_adapter_values(model)
-        super().__init__(model, reward_funcs, args, *positional, **keywords)
+        adapters = [*getattr(model, "peft_config", {}).values(), *([peft_config] if peft_config else [])]
+        reference = ReferenceSetup.of(args, adapters)
+
+        # Hooks read these while TRL's constructor runs.
+        self._publisher = Publisher(args)
+        self._rollout: RolloutInProgress | None = None
+        self._micro_batch: MicroBatch | None = None
+        self._train_sampler: Sampler | None = None
+        self._timed_from_step: int | None = None
+        self._losses_before = 0.0  # the sum of the losses before this session
+        with reference.as_trl_knows_it(args), hide_head_adapter(model) if adapters else nullcontext():
+            super().__init__(**given)
+        self.beta = args.beta
+        if self.samples_by_generate:
+            ends = self.generation_config.eos_token_id
+            self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *_as_list(ends)]))
+        self.parts = build_parts(self, self._publisher, has_reference=reference.is_needed)
+        # TRL takes an ending by a stop string for a cut one, in the metrics and in the mask; both are put right here.
+        self._masks_cut = bool(self.parts.sampler.stop_strings) and self.mask_truncated_completions
+        self.mask_truncated_completions = self.mask_truncated_completions and not self._masks_cut
+        if reference.adapter_follows:
+            refusals.refuse_reference_sync(args, is_sharded=self.is_sharded, why_unmixable=why_unmixable(self.model))
+            self.add_callback(ReferenceSync(self.model))
+        if args.dead_groups == "skip" and (reason := self._why_dead_groups_are_kept()) is not None:
+            logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
+        facts = [fingerprint(self) if self.accelerator.is_main_process else None]
+        self.checkpoints = Checkpoints(
+            args=args,
+            fingerprint=broadcast_object_list(facts)[0],  # other processes may hold a part of the model only
+            states=self.parts.states | {"trainer": self},
+            process=self.accelerator.process_index,
+            wait=self.accelerator.wait_for_everyone,
+            device=self.accelerator.device,
+            reference=self.ref_model if args.sync_ref_model else None,
+        )
         if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # it cannot mix dtypes (TRL #6089)
             restore_adapter_in_float32(self.model, adapter_values)
         if args.scale_rewards == "population":
-            self.scale_rewards = "none"  # TRL's own value, so that its rollout runs; ours replaces the result
-        self._sequence_objective = SequenceGRPO(
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            delta=args.delta,
-            beta=self.beta,
-            entropy_coef=self.entropy_coef,
-        )
+            self.scale_rewards = "none"  # a value of TRL's, so that its rollout runs; ours replaces the result
+        self._is_checked = not args.guards
+        self.add_callback(CompletionsFile())
+        self.add_callback(SettingsFile())
+        if self.parts.watch is not None:
+            self.add_callback(self.parts.watch)
         self.add_callback(MetricsFile())
-        self.add_callback(WorkersEnd(self.reward_funcs))
+        self.add_callback(CloseWorkers(self.reward_funcs))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgress())
 
-    # Rollout
+    # What the parts and the code around a run may know
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._phases("generate"):
-            return super()._generate(*args, **kwargs)
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether log-probs are computed on shared prompts."""
+        return self.parts.scorer.shares_prompts
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._phases("reward"):
-            return super()._calculate_rewards(*args, **kwargs)
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether prompts may hold images."""
+        return self._is_vlm
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # Beside sampling and rewards, what takes time in a rollout are the old and reference passes.
-        with self._phases("reference"):
-            output = super()._generate_and_score_completions(inputs)
-        if self.args.scale_rewards == "population":
-            output["advantages"] = self._population_advantages(len(inputs))
-        return output
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of every parameter."""
+        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3)
 
-    def _population_advantages(self, local_rows: int) -> Tensor:
-        """The advantages of this process's rows; those of all processes go to the logs in place of TRL's."""
-        mode = "train" if self.model.training else "eval"
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        assert self._rewards_per_func_BF is not None
-        advantages_B = population_advantages(
-            self._total(self._rewards_per_func_BF), num_generations, all_rewards_PM=self._all_rewards_PM
-        )
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages_B))):
-            logged.pop()
-        logged.extend(advantages_B.tolist())
-        self._metrics[mode]["advantages/mean"].append(advantages_B.mean().item())
-        self._metrics[mode]["advantages/mean_abs"].append(advantages_B.abs().mean().item())
-        start = self.accelerator.process_index * local_rows
-        return advantages_B[start : start + local_rows]
+    @property
+    def samples_by_generate(self) -> bool:
+        """Whether completions come from `generate` of transformers."""
+        own_rollout = self.rollout_func is not None and not isinstance(self.rollout_func, Dialogue)
+        return not (self.use_vllm or self.use_transformers_continuous_batching or own_rollout)
 
-    # Update
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, also if the processing class is a processor."""
+        return self._tokenizer
+
+    @property
+    def tag_names(self) -> list[str]:
+        """TRL's tags of a model card."""
+        return self._tag_names
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.state.global_step
+
+    @property
+    def train_metrics(self) -> dict[str, list[float]]:
+        """The metrics of training since the last log, one value per rollout or micro-batch."""
+        return self._metrics["train"]
+
+    @property
+    def micro_batches(self) -> list[dict[str, Any]]:
+        """The micro-batches of the rollout that is in use."""
+        return self._buffered_inputs or []
+
+    def record(self, name: str, value: float) -> None:
+        """Add a value to a metric, which is averaged over a logging step."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def total_rewards(self, rewards_BF: Tensor) -> Tensor:
+        """The weighted sum of the rewards of each row, shape (..., F) -> (...)."""
+        return combine_rewards(rewards_BF, self.reward_weights.to(rewards_BF.device))
+
+    def preflight(self) -> None:
+        """Check the run and rehearse its largest step, once; `train` does so if nobody did.
+
+        Raises:
+            ValueError, RuntimeError: as `before_training` in `checks/preflight.py`.
+        """
+        if not self._is_checked:
+            before_training(self)
+            self._is_checked = True
+
+    def find_checkpoint(self, wanted: Any) -> Path | None:
+        """The checkpoint that `train(resume_from_checkpoint=wanted)` resumes from; None if it begins at step 0.
+
+        Raises:
+            ValueError: no checkpoint that is asked for is whole, or it belongs to another run.
+        """
+        return self.checkpoints.find(wanted, self.train_dataset)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.preflight()
+        if self.args.dry_run:
+            return TrainOutput(0, 0.0, {})
+        folder = self.find_checkpoint(resume_from_checkpoint)
+        self._losses_before = 0.0
+        evaluates_first = self.args.eval_on_start
+        self.args.eval_on_start = evaluates_first and folder is None  # the run did so when it began
+        try:
+            return super().train(folder and str(folder), *args, **kwargs)
+        finally:
+            self.args.eval_on_start = evaluates_first
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        is_saved = Path(resume_from_checkpoint, REFERENCE).is_dir()
+        if is_saved and REFERENCE in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(REFERENCE)  # the saved one may have another rank
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self._train_sampler is not None:
+            for _ in range(int(self.state.epoch)):  # each pass over the data draws an order when it begins
+                next(iter(self._train_sampler))
+        self.checkpoints.load(Path(checkpoint))
+        self._set_temperature(self.parts.temperature.temperature)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        self._total_loss_scalar += self._losses_before  # transformers begins at 0 in each session
+        self._losses_before = 0.0
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    # A step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._timed_from_step is None:
             self._timed_from_step = self.state.global_step
-        with self._phases("update"):
-            return super().training_step(*args, **kwargs)
+        with self.parts.phases("update"):
+            loss = super().training_step(*args, **kwargs)
+        if self.parts.watch is not None:
+            self.parts.watch.after_loss(loss)
+        return loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL shuffles the rows of a rollout before it cuts micro-batches; here the rows of a prompt stay together."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        parts = self._buffered_inputs
+        if parts is None or parts is before or not self.shares_prompts:
+            return inputs
+        rollout = {
+            name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()
+        }
+        order = order_by_group(rollout["prompt_group"].tolist())
+        rollout = {name: value[order] if value.ndim else value for name, value in rollout.items()}
+        self._buffered_inputs = split_tensor_dict(rollout, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    # Rollout
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        is_training = self.model.training
+        self._rollout = current = RolloutInProgress(examples=inputs)
+        try:
+            with self.parts.phases("reference"):  # what takes time here besides sampling and rewards
+                refusals.refuse_beta_without_reference(self.beta, has_reference=self.parts.reference_kl.has_reference)
+                if is_training:
+                    self._move_temperature()
+                if is_training and self.parts.stages:
+                    current.rollout = collect(inputs, self._draw, self.parts.stages)
+                    self.record("reward_drawn", torch.cat(current.rollout.sampled_PM).nanmean().item())
+                    inputs = [completion.example for completion in current.rollout.completions]
+                with self._hooks_heard(current), self._beta(self.beta or float(self.parts.reference_kl.has_reference)):
+                    output = super()._generate_and_score_completions(inputs)
+            self._add_tensors(output, current)
+            self._normalise(output, current)
+            if is_training and self.parts.watch is not None:
+                self.parts.watch.after_rollout(self.train_metrics)
+            if is_training:
+                step, is_cut = self.state.global_step + 1, self._endings(current.completion_ids, current.is_cut)
+                self.parts.recorder(current, is_cut, step=step, logs=self._logs)
+        finally:
+            self._rollout = None
+        return output
+
+    @contextmanager
+    def _hooks_heard(self, current: RolloutInProgress) -> Iterator[None]:
+        """A context in which TRL's rollout works on the rollout that stages collected, if there is one, and in which
+        what the outermost override of a hook returned flows on."""
+        generate, calculate_rewards = self._generate, self._calculate_rewards
+
+        def generate_or_serve(prompts: list[Any]) -> tuple[Any, ...]:
+            if current.rollout is None:
+                generated = generate(prompts)
+                current.rows = self._rows_of(generated, current)
+            else:
+                generated = current.rollout.as_generated()
+                current.rows = current.rollout.sampled_rows()
+            current.is_cut = current.rows.is_cut
+            return generated
+
+        def calculate_or_serve(examples: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+            current.scored_examples, current.completion_ids = examples, completion_ids
+            if current.rollout is None:
+                current.rewards_BF = calculate_rewards(examples, prompts, completions, completion_ids)
+            else:
+                current.rewards_BF = current.rollout.rewards_BF
+                for row in current.rollout.completions:
+                    for column, value in row.extra.items():
+                        self._pending_extra_logs[column].append(value)
+            current.extra_columns = list(self._pending_extra_logs)
+            return current.rewards_BF
+
+        with replaced(self, _generate=generate_or_serve, _calculate_rewards=calculate_or_serve):
+            yield
+
+    def _draw(self, examples: list[dict[str, Any]], group_size: int | None = None) -> Rollout:
+        """Completions for these rows of this process, with the rewards of all processes."""
+        assert self._rollout is not None
+        prompts = [example["prompt"] for example in examples]
+        generated = self._generate(prompts)
+        rows = self._rows_of(generated, self._rollout)
+        _, completion_ids, _, completions, *_ = generated
+        rewards_BF = self._calculate_rewards(examples, prompts, completions, completion_ids)
+        extra = dict(self._pending_extra_logs)
+        self._pending_extra_logs.clear()
+        return Rollout.of(
+            examples,
+            generated,
+            rows,
+            extra,
+            rewards_BF=rewards_BF,
+            all_rewards_PM=self.total_rewards(rewards_BF).view(-1, group_size or self.num_generations),
+            first_row=self.accelerator.process_index * len(examples),
+        )
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        if self._rollout is not None:
+            self._rollout.is_cut = None
+        with self.parts.phases("generate"):
+            generated = super()._generate(prompts)
+        if self.parts.sampler.stop_strings and self._rollout is not None and self._rollout.is_cut is not None:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name, value in ending_metrics(generated[1], self._rollout.is_cut, self.accelerator).items():
+                metrics[f"completions/{name}"][-1] = value
+        return generated
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
+        generate = super()._generate_single_turn
+        if not self.parts.sampler.is_shared:
+            return generate(*args, **kwargs)
+        lm = base_of(self.accelerator.unwrap_model(self.model))
+        with self.accelerator.autocast():  # as in scoring, so that both see the same model; TRL samples without
+            completion_ids, logps, is_cut = self.parts.sampler.sample(lm, lambda: generate(*args, **kwargs))
+        if self._rollout is not None:
+            self._rollout.is_cut = is_cut
+        return completion_ids, logps
+
+    def play(self, dialogue: Dialogue) -> dict[str, list[Any]]:
+        """What TRL expects of a `rollout_func`: the dialogues of this rollout, with the column of `dialogue_reward`."""
+        assert self._rollout is not None
+        assert self.parts.dialogue is not None
+        output, self._rollout.is_cut = self.parts.dialogue(dialogue, self._rollout.examples, self._generate_turns)
+        return output
+
+    def _generate_turns(self, histories: list[list[int]]) -> SampledCompletions:
+        assert self._rollout is not None
+        tokens, logps = self._generate_single_turn(histories, None, {}, self.num_generations)
+        if logps is None:
+            raise RuntimeError(
+                "Dialogue needs the log-probs of shared sampling, and an override of _generate_single_turn or "
+                "model.generate sampled in its place. Return log-probs, or remove the override."
+            )
+        return SampledCompletions(tokens=tokens, logps=logps, is_cut=self._endings(tokens, self._rollout.is_cut))
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.parts.phases("reward"):
+            return super()._calculate_rewards(*args, **kwargs)
+
+    def _rows_of(self, generated: tuple[Any, ...], current: RolloutInProgress) -> SampledRows:
+        """What is known about the rows that `_generate` returned."""
+        _, completion_ids, own_tokens_mask, _, logps, *_ = generated
+        return SampledRows(
+            temperatures=[self.parts.temperature.temperature] * len(completion_ids),
+            # Nobody sampled the tokens between turns: TRL's pass computes the old log-probs of such rows.
+            logps=logps if own_tokens_mask is None else None,
+            is_cut=None if self.tools else current.is_cut,  # tools sample several times, other rows each time
+            is_replayed=[False] * len(completion_ids),
+        )
+
+    def _endings(self, completion_ids: list[list[int]], is_cut: list[bool] | None) -> list[bool]:
+        """Whether each row was cut off; if the sampler does not report it, judged by the last token, as TRL does."""
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        return [ids[-1] not in ends for ids in completion_ids] if is_cut is None else is_cut
+
+    def _add_tensors(self, output: dict[str, Any], current: RolloutInProgress) -> None:
+        """Add to TRL's tensors what the update of this trainer reads."""
+        device = self.accelerator.device
+        if self.model.training and self.shares_prompts:
+            output["prompt_group"] = prompt_groups(output["prompt_ids"], output["prompt_mask"])
+        if self._masks_cut:
+            is_cut = self._endings(current.completion_ids, current.is_cut)
+            output["completion_mask"] = output["completion_mask"] * ~torch.tensor(is_cut, device=device).unsqueeze(1)
+            output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
+        if current.ref_hidden_BCH is not None:
+            output["ref_hidden_states"] = current.ref_hidden_BCH
+        if self.model.training and self.args.replay_fraction > 0:
+            assert current.rows is not None
+            output["temperature"] = torch.tensor(current.rows.temperatures, dtype=torch.float64)
+            output["is_replayed"] = torch.tensor(current.rows.is_replayed, device=device)
+
+    def _normalise(self, output: dict[str, Any], current: RolloutInProgress) -> None:
+        """Count the groups, and put advantages by population in place of TRL's, from the rewards that TRL was given."""
+        assert current.rewards_BF is not None
+        rewards_B, rollout = self.total_rewards(current.rewards_BF), current.rollout
+        G = self.num_generations if self.model.training else self.num_generations_eval
+        attainable = self.reward_weights.clamp(min=0).sum().item()
+        record_group_kinds(self.record, [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM, attainable)
+        if not (self.args.scale_rewards == "population" and self.scale_rewards == "none"):
+            return
+        all_rewards_PM = None if rollout is None else rollout.all_rewards_PM
+        advantages_B = population_advantages(rewards_B, G, all_rewards_PM=all_rewards_PM)
+        own = self.accelerator.process_index * len(output["advantages"])
+        output["advantages"] = advantages_B[own : own + len(output["advantages"])]
+        self._log_advantages(advantages_B)
+
+    def _log_advantages(self, advantages_B: Tensor) -> None:
+        """The advantages of all processes, in place of those that TRL has logged."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages_B))):
+            logged.pop()
+        logged.extend(advantages_B.tolist())
+        self.record("advantages/mean", advantages_B.mean().item())
+        self.record("advantages/mean_abs", advantages_B.abs().mean().item())
+
+    def _move_temperature(self) -> None:
+        """Set the temperature of the next rollout: the schedule's, or what a callback has set."""
+        control, wanted = self.parts.temperature, self.temperature
+        if wanted != control.temperature:
+            refusals.refuse_temperature_change(
+                self.args, control.temperature, wanted, shares_prompts=self.shares_prompts
+            )
+            control.temperature = wanted
+        elif control.moves:
+            wanted = control.next(self.state.global_step, self.state.max_steps)
+            self.record("temperature", wanted)
+        else:
+            return
+        self._set_temperature(wanted)
+
+    def _set_temperature(self, temperature: float) -> None:
+        """Everywhere that a temperature is kept: this trainer, our sampler, transformers' and vLLM's."""
+        self.temperature = temperature
+        self.parts.sampler.set_temperature(temperature)
+        if self.use_vllm:
+            self.vllm_generation.temperature = temperature
+        else:
+            self.generation_config.temperature = temperature
+            self.generation_kwargs["temperature"] = temperature
+
+    # Scoring
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        parent, scoring_pass = super()._get_per_token_logps_and_entropies, self._scoring_pass(model)
+        request = ScoringRequest(
+            scoring_pass=scoring_pass,
+            input_ids_BT=input_ids,
+            attention_mask_BT=attention_mask,
+            completion_tokens=logits_to_keep,
+            temperatures=self._temperatures(len(input_ids)),
+            max_rows=batch_size,
+            chunk_tokens=self.args.chunk_tokens,
+            one_row_at_a_time=self.args.gradient_checkpointing,
+            with_entropies=compute_entropy,
+            with_aux_loss=compute_aux_loss,
+            with_hidden=scoring_pass is ScoringPass.REFERENCE and self.parts.reference_kl.is_exact,
+            **({} if self._micro_batch is None else self._micro_batch.scoring_options()),
+        )
+
+        def score(rows: slice = slice(None)) -> RequestScores:
+            ids, mask = input_ids[rows], attention_mask[rows]
+            options = logits_to_keep, batch_size, compute_entropy, compute_aux_loss
+            return self.parts.scorer(model, request[rows], lambda: parent(model, ids, mask, *options, **multimodal))
+
+        if scoring_pass is ScoringPass.OLD:
+            scores = self._score_old(request, score)
+        elif scoring_pass is ScoringPass.REFERENCE:
+            scores = self._score_reference(score)
+        else:
+            scores = self._score_update(score)
+        return scores.logps_BC, scores.entropies_BC, scores.aux_loss
+
+    def _scoring_pass(self, model: nn.Module) -> ScoringPass:
+        if self._micro_batch is not None:
+            return ScoringPass.UPDATE
+        if scores_reference(model, self.ref_model):
+            return ScoringPass.REFERENCE
+        return ScoringPass.UPDATE if torch.is_grad_enabled() else ScoringPass.OLD
+
+    def _temperatures(self, rows: int) -> list[float]:
+        """The temperature that each row was sampled at."""
+        if self._micro_batch is not None and "temperature" in self._micro_batch.inputs:
+            return self._micro_batch.inputs["temperature"].tolist()
+        if self._rollout is not None and self._rollout.rows is not None:
+            return self._rollout.rows.temperatures
+        return [self.parts.temperature.temperature] * rows
+
+    def _score_old(self, request: ScoringRequest, score: Callable[..., RequestScores]) -> RequestScores:
+        rows = None if self._rollout is None else self._rollout.rows
+        if rows is None or rows.logps is None or not self.parts.sampler.is_shared:
+            return score()
+        scores, gap = self.parts.old_logprobs(
+            rows,
+            request.attention_mask_BT[:, -request.completion_tokens :],
+            score,
+            step=self.state.global_step,
+            tolerance=self.epsilon_low / 10,
+        )
+        self.record("sampling/logp_gap", gap)
+        return scores
+
+    def _score_reference(self, score: Callable[..., RequestScores]) -> RequestScores:
+        scores = score()
+        if self._rollout is not None:
+            self._rollout.ref_hidden_BCH = scores.hidden_BCH
+        return scores
+
+    def _score_update(self, score: Callable[..., RequestScores]) -> RequestScores:
+        scores, micro_batch = score(), self._micro_batch
+        if micro_batch is None:
+            return scores
+        micro_batch.exact_kls_BC = scores.kls_BC
+        if torch.is_grad_enabled() and scores.entropies_BC is not None:
+            if micro_batch.skip_idle:
+                logps_BC, entropies_BC = self.parts.skipped_rows.fill(
+                    scores.logps_BC,
+                    scores.entropies_BC,
+                    scores.skipped_rows,
+                    old_logps_BC=micro_batch.inputs.get("old_per_token_logps"),
+                )
+                scores = replace(scores, logps_BC=logps_BC, entropies_BC=entropies_BC)
+            assert scores.entropies_BC is not None
+            self.parts.temperature.observe(scores.entropies_BC, micro_batch.mask_BC)
+        add_old_logps(micro_batch.inputs, scores.logps_BC)
+        return scores
+
+    def score_completions(self, completions: list[Completion]) -> tuple[Tensor, Tensor]:
+        """Log-probs of these completions under the policy as it is now, and their mask, shapes (B, C)."""
+        assert self._rollout is not None
+        ids_BT, mask_BT, C = pad_completions(completions, self._tokenizer.pad_token_id, self.accelerator.device)
+        temperatures = [row.temperature for row in completions]
+        self._rollout.rows = SampledRows(temperatures=temperatures, logps=None, is_cut=None, is_replayed=[])
+        rows = self.args.per_device_train_batch_size
+        logps_BC, _, _ = self._get_per_token_logps_and_entropies(self.model, ids_BT, mask_BT, C, batch_size=rows)
+        self._rollout.rows = None
+        return logps_BC, mask_BT[:, -C:]
+
+    # Update
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._updating(inputs) as micro_batch:
+            return super().compute_loss(model, micro_batch.inputs, *args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if self.loss_type != "grpo_sequence":
-            return super()._compute_loss(model, inputs)
-        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        mask = completion_loss_mask(inputs)
-        with self._exact_kl_of(inputs):
-            logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-                model,
-                torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
-                torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
-                completion_ids.size(1),
-                compute_entropy=True,
-                compute_aux_loss=self.aux_loss_enabled,
-                **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
-            )
-        assert entropies is not None
-        loss, metrics = self._sequence_objective(
-            logps,
-            old_logps_BC=inputs.get("old_per_token_logps"),
-            kl_BC=self._token_kl(inputs, logps) if self._has_reference else None,
-            entropies_BC=entropies,
-            mask_BC=mask,
-            advantages_B=inputs["advantages"],
-            policy_weights_B=self._policy_weights(inputs, logps, mask),
+        with self._updating(inputs) as micro_batch:
+            if self.loss_type == "grpo_sequence":
+                return self._sequence_loss(model, micro_batch)
+            return self._trl_loss(model, micro_batch)
+
+    @contextmanager
+    def _updating(self, inputs: dict[str, Any]) -> Iterator[MicroBatch]:
+        """A context in which scoring is that of an update of this micro-batch."""
+        outer = self._micro_batch
+        if outer is not None and outer.inputs is inputs:
+            yield outer
+            return
+        self._entropy_bonus_enabled = self.entropy_coef != 0.0 or self.use_adaptive_entropy
+        micro_batch = MicroBatch(inputs=dict(inputs))  # a copy, since scoring may add to it
+        if self.model.training and self._why_dead_groups_are_kept() is None:
+            micro_batch.idle_rows = rows_without_advantage(inputs["advantages"])
+            micro_batch.skip_idle = self.args.dead_groups == "skip"
+        self._micro_batch = micro_batch
+        try:
+            yield micro_batch
+        finally:
+            self._micro_batch = outer
+
+    def _why_dead_groups_are_kept(self) -> str | None:
+        if not self.shares_prompts:
+            return "prompts are not shared"
+        return why_dead_groups_have_gradient(
+            beta=self.beta,
+            log_kl=self.args.log_kl,
+            entropy_coef=self.entropy_coef,
+            has_entropy_bonus=self._entropy_bonus_enabled,
+            aux_loss_coef=self.router_aux_loss_coef,
+            has_aux_loss=self.aux_loss_enabled,
+            top_entropy_quantile=self.top_entropy_quantile,
         )
-        mode = "train" if self.model.training else "eval"
+
+    def _sequence_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Sequence-level GRPO, divided by the micro-batches of the optimizer step."""
+        inputs, mask_BC, kl = micro_batch.inputs, micro_batch.mask_BC, self.parts.reference_kl
+        logps_BC, entropies_BC, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in MULTIMODAL_INPUTS},
+        )
+        assert entropies_BC is not None
+        objective = SequenceGRPO(
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=self.args.delta,
+            beta=self.beta,
+            entropy_coef=self.entropy_coef,
+        )
+        loss, metrics = objective(
+            logps_BC,
+            old_logps_BC=inputs.get("old_per_token_logps"),
+            kl_BC=kl.per_token(micro_batch, logps_BC) if kl.has_reference else None,
+            entropies_BC=entropies_BC,
+            mask_BC=mask_BC,
+            advantages_B=inputs["advantages"],
+            policy_weights_B=policy_weights(inputs, self._off_policy_mask(inputs, logps_BC, mask_BC)),
+        )
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+            self.record("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
         totals = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in metrics.values()]))
         for name, (total, count) in zip(metrics, totals.tolist(), strict=True):
-            self._metrics[mode][name].append(total / max(count, 1.0))
-        # The trainer does not divide by the accumulation steps itself (`loss_is_scaled_for_ga`).
-        return loss / self.current_gradient_accumulation_steps if mode == "train" else loss
+            self.record(name, total / max(count, 1.0))
+        return loss / self._accumulation()
 
-    def _policy_weights(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor) -> Tensor | None:
-        """Factors that TRL's options put on the policy term of each row, shape (B,); None where there are none."""
-        weights = None
-        if self.off_policy_mask_threshold is not None:
-            old_logps = inputs.get("old_per_token_logps", logps.detach())
-            weights = self.get_off_policy_mask(
-                advantages=inputs["advantages"].unsqueeze(1),
-                per_token_logps=logps,
-                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_logps),
-                mask=mask,
-                off_policy_threshold=self.off_policy_mask_threshold,
-            ).squeeze(1)
-        if "importance_sampling_ratio" in inputs:
-            correction = inputs["importance_sampling_ratio"].squeeze(1)
-            weights = correction if weights is None else weights * correction
-        return weights
+    def _off_policy_mask(self, inputs: dict[str, Any], logps_BC: Tensor, mask_BC: Tensor) -> Tensor | None:
+        """What `off_policy_mask_threshold` keeps, shape (B, 1); None if it is not set."""
+        if self.off_policy_mask_threshold is None:
+            return None
+        old_logps_BC = inputs.get("old_per_token_logps", logps_BC.detach())
+        return self.get_off_policy_mask(
+            advantages=inputs["advantages"].unsqueeze(1),
+            per_token_logps=logps_BC,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_logps_BC),
+            mask=mask_BC,
+            off_policy_threshold=self.off_policy_mask_threshold,
+        )
 
-    # Log
+    def _trl_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """TRL's loss; if its own KL is not the one that is asked for, ours is added or logged."""
+        kl, mask_BC = self.parts.reference_kl, micro_batch.mask_BC
+        if not kl.has_reference or (kl.estimator == "k3" and self.beta != 0.0):
+            return super()._compute_loss(model, micro_batch.inputs)
+        with self._beta(0.0), results_of(self, "_get_per_token_logps_and_entropies") as scored:
+            loss = super()._compute_loss(model, micro_batch.inputs)
+        kl_BC = kl.per_token(micro_batch, scored[0][0])
+        totals = self.accelerator.reduce(torch.stack([(kl_BC.detach() * mask_BC).sum(), mask_BC.sum().float()]))
+        self.record("kl", (totals[0] / totals[1].clamp(min=1.0)).item())
+        if self.beta == 0.0:
+            return loss
+        return loss + self.beta * kl.mean_over_rows(kl_BC, mask_BC) / self._accumulation()
+
+    def _accumulation(self) -> int:
+        """What a loss is divided by: the trainer does not do so itself (`loss_is_scaled_for_ga`)."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    @contextmanager
+    def _beta(self, beta: float) -> Iterator[None]:
+        """A context in which TRL sees this weight of the KL."""
+        own, self.beta = self.beta, beta
+        try:
+            yield
+        finally:
+            self.beta = own
+
+    # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:  # transformers divides by the steps of this session
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         if self.model.training and self._timed_from_step is not None and "loss" in logs:
             steps = max(1, self.state.global_step - self._timed_from_step)
             self._timed_from_step = None
-            logs |= {f"time/{phase}": seconds / steps for phase, seconds in self._phases.pop().items()}
+            logs |= {f"time/{phase}": seconds / steps for phase, seconds in self.parts.phases.pop().items()}
             logs["peak_memory_mb"] = round(peak_memory_mb(self.accelerator.device))
         super().log(logs, start_time)
 
     def log_alone(self, metrics: dict[str, float]) -> None:
         """Log these values now, without closing the running means that TRL's `log` would flush with them, and without
         taking the place of the step's own log."""
-        due = self.control.should_log
+        is_due = self.control.should_log
         super(GRPOTrainer, self).log(metrics)
-        self.control.should_log = due
+        self.control.should_log = is_due
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        may_save = control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
+        control.should_log = control.should_log or control.should_save or may_save  # a step that is saved is logged
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # Checkpoints and what is published
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self.checkpoints.writing(folder):
+            super()._save_checkpoint(model, trial)
+        self.checkpoints.rotate(folder, self.state.best_model_checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What TRL and transformers carry from step to step and do not save themselves: the rollout that is in use and
+        the place in it, the table of completions, and the sum of the losses."""
+        state: dict[str, Any] = {"step": self._step, "losses": self._losses_before + self._total_loss_scalar}
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            state["rollout"] = self._buffered_inputs
+            state["logs"] = {name: list(self._logs[name]) for name in LOGGED}
+            for kind in LOGGED_BY_NAME:
+                state["logs"][kind] = {name: list(values) for name, values in self._logs[kind].items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of a checkpoint."""
+        self._step, self._losses_before = state["step"], state["losses"]
+        self._buffered_inputs = state.get("rollout")
+        if self._buffered_inputs is not None:
+            for name in LOGGED:
+                self._logs[name].extend(state["logs"][name])
+            for kind in LOGGED_BY_NAME:
+                for name, values in state["logs"][kind].items():
+                    self._logs[kind][name].extend(values)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_card(self, output_dir or self.args.output_dir)
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            shutil.rmtree(Path(self.args.output_dir, REFERENCE), ignore_errors=True)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        if self.is_world_process_zero():
+            write_card(self, self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        self._publisher.warn_about_strategy()
+        with self._publisher.publishing():
+            super().init_hf_repo(token, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._publisher.pushes_checkpoints:
+            self._draw_curves()
+            self.create_model_card()  # which shows them
+        with self._publisher.publishing():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self._draw_curves()
+        with self._publisher.publishing():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _draw_curves(self) -> None:
+        if self.is_world_process_zero():
+            self._publisher.draw_curves()
+
+    # The worst-case step
+
+    def scratch_copy(self) -> "GRPOExtTrainer":
+        """A trainer on the same model and data whose rollouts and losses leave no trace in this one, apart from
+        gradients, random numbers, and the states of the parts. Trackers hear nothing of it."""
+        copied = copy.copy(self)
+        for name in CHANGED_IN_PLACE:
+            setattr(copied, name, copy.deepcopy(getattr(self, name)))
+        copied.args = copy.copy(self.args)
+        copied.args.report_to = []
+        copied.parts = replace(self.parts, phases=PhaseTimer())
+        return copied
+
+    def roll_out(self, examples: list[dict[str, Any]], rewards_BF: Tensor) -> dict[str, Any]:
+        """A rollout for these rows of the dataset that is given its rewards."""
+        with replaced(self, _calculate_rewards=lambda *_: rewards_BF):
+            return self._generate_and_score_completions(examples)
+
+    def sample(self, prompt_ids: list[int]) -> list[int]:
+        """Token ids of one completion."""
+        (completion_ids,), _ = self._generate_single_turn([prompt_ids], None, {}, self.num_generations)
+        return completion_ids
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -1,4 +1,4 @@
-"""The adapter that did best on the held-out problems, kept in `output_dir/best` beside the last one.
+"""Keep the adapter with the best held-out accuracy in `output_dir/best`, in addition to the last one.
 
 best/adapter_model.safetensors, best/adapter_config.json, best/best.json: {"step": 150, "pass@1": 0.62}
 """
@@ -14,11 +14,11 @@ from trl import GRPOTrainer
 
 METRIC = "heldout/pass@1"
 FOLDER, RECORD = "best", "best.json"
-NOT_KEPT = ("ref", "training_args.bin")  # a reference adapter, and a pickle
+EXCLUDED = ("ref", "training_args.bin")  # a reference adapter, and a pickle
 
 
 class BestAdapter(TrainerCallback):
-    """Saves the adapter where the held-out accuracy in the log is above all before it, the starting policy's too."""
+    """Saves the adapter if the logged held-out accuracy exceeds all before it, including the starting policy's."""
 
     def __init__(self, trainer: GRPOTrainer):
         self._trainer = trainer
@@ -28,11 +28,11 @@ class BestAdapter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from what a resumed run had kept by then; anything later, or of another run, is removed."""
-        kept = read_best(args.output_dir)
-        if kept and state.global_step and kept["step"] <= state.global_step:
-            self._best = kept["pass@1"]
-        elif kept and self._trainer.accelerator.is_main_process:
+        """Continue from the best adapter of a resumed run; delete one of a later step or of another run."""
+        saved = read_best(args.output_dir)
+        if saved and state.global_step and saved["step"] <= state.global_step:
+            self._best = saved["pass@1"]
+        elif saved and self._trainer.accelerator.is_main_process:
             shutil.rmtree(self._folder)
 
     def on_log(
@@ -43,7 +43,7 @@ class BestAdapter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the adapter where it is the best so far."""
+        """Save the adapter if it is the best so far."""
         accuracy = (logs or {}).get(METRIC)
         if accuracy is None or accuracy <= self._best:
             return
@@ -54,13 +54,13 @@ class BestAdapter(TrainerCallback):
             return
         self._trainer.save_model(str(self._folder), _internal_call=True)
         if self._trainer.accelerator.is_main_process:
-            for name in NOT_KEPT:
+            for name in EXCLUDED:
                 path = self._folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             (self._folder / RECORD).write_text(json.dumps({"step": state.global_step, "pass@1": accuracy}) + "\n")
 
 
 def read_best(output_dir: str | Path) -> dict[str, Any] | None:
-    """Step and accuracy of the best adapter of a run; None where there is none."""
+    """Step and accuracy of the best adapter of a run; None if there is none."""
     path = Path(output_dir, FOLDER, RECORD)
     return json.loads(path.read_text()) if path.exists() else None

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from grpo_ext.checks import prompts as check_prompts
 from grpo_ext.checks import rewards as check_rewards
-from grpo_ext.checks.worst_case_step import Rehearsal, rehearse, why_not_rehearsed
+from grpo_ext.checks.worst_case_step import WorstCase, run_worst_case_step, why_not_run
 from grpo_ext.model.adapters import trainable_parameters
 from grpo_ext.model.chat import tokenize_prompt
 
@@ -143,25 +143,25 @@ def before_training(trainer: GRPOTrainer) -> None:
     scores = {}
     if isinstance(data, Dataset) and trainer.rollout_func is None and trainer.environment_factories is None:
         scores = check_rewards.call_once(trainer.reward_funcs, [data[i] for i in range(min(ROWS_TRIED, len(data)))])
-    reason = why_not_rehearsed(trainer)
+    reason = why_not_run(trainer)
     if reason is not None:
         logger.warning(f"No step is rehearsed before the run: {reason}.")
         return
-    row, _ = check_prompts.find_longest(data, trainer._tokenizer, template)
+    row, _ = check_prompts.find_longest(data, trainer.tokenizer, template)
     ends = set(trainer.eos_token_ids)
-    for warning in check_prompts.warnings_of_template(trainer._tokenizer, data[0]["prompt"], template, ends):
+    for warning in check_prompts.warnings_of_template(trainer.tokenizer, data[0]["prompt"], template, ends):
         logger.warning(warning)
-    rehearsal = rehearse(trainer, data[row], tokenize_prompt(trainer._tokenizer, data[0]["prompt"], **template))
+    worst = run_worst_case_step(trainer, data[row], tokenize_prompt(trainer.tokenizer, data[0]["prompt"], **template))
     if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
-        _show(rehearsal, scores)
+        _show(worst, scores)
 
 
-def _show(rehearsal: Rehearsal, scores: dict[str, list[float | None]]) -> None:
+def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("largest step", f"{rehearsal.seconds:.1f} s, {rehearsal.peak_mb / 1000:.2f} GB at its peak")
+    table.add_row("largest step", f"{worst.seconds:.1f} s, {worst.peak_mb / 1000:.2f} GB at its peak")
     table.add_row("rewards", ", ".join(f"{name}: {values}" for name, values in scores.items()) + " for no answer")
-    table.add_row("first prompt", Text(rehearsal.prompt[-SHOWN_CHARACTERS:]))
-    table.add_row("an answer", Text(rehearsal.answer[:SHOWN_CHARACTERS]))
+    table.add_row("first prompt", Text(worst.prompt[-SHOWN_CHARACTERS:]))
+    table.add_row("an answer", Text(worst.completion[:SHOWN_CHARACTERS]))
     Console().print(Panel(table, title="Before the first step", title_align="left", expand=False))

@@ -1,4 +1,4 @@
-"""Prompts before a run: enough of them, none too long, tokens that the model has, and an end that it knows.
+"""Check the prompts before a run: their number, their length, their tokens, and how an answer would end.
 
 find_longest(data, tokenizer, {})  ->  (17, [151644, 872, ..., 198])      row and token ids of the longest prompt
 """
@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_ext.model.chat import tokenize_prompt
 
-# Of the prompts with most characters, so many are tokenised to find the one with most tokens.
+# The longest prompt in tokens is searched among this many prompts with the most characters.
 CANDIDATES = 32
-TURN = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
+EXAMPLE_CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
 
 
 def check_count(prompts: int, rollout: int, num_generations: int) -> None:
-    """Whether there are prompts for one rollout of `rollout` completions: of fewer, TRL makes no step at all.
+    """Check that there are enough prompts for one rollout of `rollout` completions. With fewer, TRL trains no step.
 
     Raises:
-        ValueError: there are not.
+        ValueError: there are too few.
     """
     needed = rollout // num_generations
     if prompts == 0:
@@ -35,10 +35,14 @@ def check_count(prompts: int, rollout: int, num_generations: int) -> None:
 def without_overlong(
     data: Dataset, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], limit: int, action: str
 ) -> tuple[Dataset, str | None]:
-    """The data without prompts of more than `limit` tokens, and a line that says how many there were.
+    """The data without prompts of more than `limit` tokens, and a message with their number (None if there are none).
+
+    Args:
+        template: further arguments of the chat template.
+        action: "drop" or "error", the value of `overlong_prompts`.
 
     Raises:
-        ValueError: there are such prompts and `action` is "error", or nothing else is left.
+        ValueError: there are such prompts and `action` is "error", or no other prompts are left.
     """
     lengths = data.map(
         lambda row: {"tokens": len(tokenize_prompt(tokenizer, row["prompt"], **template))},
@@ -56,7 +60,7 @@ def without_overlong(
 
 
 def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> tuple[int, list[int]]:
-    """Row and token ids of the longest prompt; among many, of those with most characters."""
+    """Row and token ids of the longest prompt among the `CANDIDATES` prompts with the most characters."""
     prompts = data["prompt"][:]
     rows = sorted(range(len(prompts)), key=lambda row: -len(str(prompts[row])))[:CANDIDATES]
     return max(
@@ -65,13 +69,13 @@ def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: di
 
 
 def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int) -> None:
-    """Whether the model has these tokens, and positions for them and `new_tokens` more.
+    """Check that the model knows these tokens, and has positions for them and `new_tokens` more.
 
     Args:
         config: of the model.
 
     Raises:
-        ValueError: it has not.
+        ValueError: a token is not in its vocabulary, or the longest prompt and answer exceed its positions.
     """
     text_config = config.get_text_config()
     largest = max([*longest, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0])
@@ -92,10 +96,10 @@ def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config:
 def warnings_of_template(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, template: dict[str, Any], ends: set[int]
 ) -> list[str]:
-    """What looks wrong with how prompts are rendered, and with how an answer would end.
+    """Warnings about prompts that bypass the chat template, and about a template that ends turns without an EOS token.
 
     Args:
-        prompt: one of them.
+        prompt: a prompt of the data.
         ends: ids of the tokens that end an answer.
     """
     if isinstance(prompt, str):
@@ -105,8 +109,8 @@ def warnings_of_template(
             "The prompts are plain text, and the tokenizer has a chat template, which they do not go through. For a "
             "chat model, make each prompt a list of messages: [{'role': 'user', 'content': ...}]."
         ]
-    text = tokenizer.apply_chat_template(TURN, tokenize=False, **template)
-    after = text.rpartition(TURN[-1]["content"])[2]
+    text = tokenizer.apply_chat_template(EXAMPLE_CHAT, tokenize=False, **template)
+    after = text.rpartition(EXAMPLE_CHAT[-1]["content"])[2]
     ids = tokenizer(text=after, add_special_tokens=False)["input_ids"]
     if not ids or ends.intersection(ids):
         return []

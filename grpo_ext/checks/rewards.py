@@ -1,6 +1,6 @@
-"""Rewards before a run: the columns and arguments that they need, and a call of each on two rows of the data.
+"""Check the rewards before a run: the columns and arguments that they need, and one call of each on rows of the data.
 
-A reward that misses a column fails after the first rollout; here it fails before any weight is loaded.
+Without these checks, a reward that needs a missing column would fail only after the first rollout.
 """
 
 import asyncio
@@ -16,19 +16,19 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from rewards import MathAnswerReward, check_gold
 from rewards.workers.pool import IsolatedReward
 
-# What TRL gives to a reward by name, beside the columns of the data.
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-NOT_GIVEN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps to itself
-COMPLETION = "A first answer, to see what the reward returns."
+# What TRL passes to a reward by name, in addition to the columns of the data.
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+WITHHELD_COLUMNS = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on
+EXAMPLE_COMPLETION = "A first answer, to see what the reward returns."
 
 
 def check_signatures(reward_funcs: Sequence[Any], columns: Sequence[str]) -> None:
-    """Whether TRL can call each reward with these columns.
+    """Check that TRL can call each reward with these columns.
 
     Raises:
-        ValueError: a reward needs a column that the data does not have, or does not take what TRL gives.
+        ValueError: a reward needs a column that the data lacks, or does not accept all arguments that TRL passes.
     """
-    known = {*GIVEN, *columns} - {"prompt", "completion"}
+    known = {*TRL_ARGUMENTS, *columns} - {"prompt", "completion"}
     for reward in filter(_is_function, reward_funcs):
         name, parameters = get_callable_name(reward), inspect.signature(reward).parameters
         kinds = [parameter.kind for parameter in parameters.values()]
@@ -50,10 +50,10 @@ def check_signatures(reward_funcs: Sequence[Any], columns: Sequence[str]) -> Non
 
 
 def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
-    """Whether the gold answers of a reward that parses mathematics can be read.
+    """Check that a reward that parses mathematics can parse the gold answers.
 
     Raises:
-        ValueError: some cannot; their rows are named.
+        ValueError: it cannot parse some; the message gives their rows.
     """
     if "answer" in data.column_names and any(
         isinstance(inspect.unwrap(reward), MathAnswerReward) for reward in filter(callable, reward_funcs)
@@ -62,30 +62,36 @@ def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
 
 
 def call_once(reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Call each reward on these rows of the data, with a completion that says nothing; name -> scores.
+    """Call each reward on these rows of the data with a dummy completion.
 
     Args:
-        reward_funcs: as TRL takes them; reward models are left out.
-        rows: with `prompt`, two or more, as TRL gives them to rewards.
+        reward_funcs: as TRL takes them; reward models are skipped.
+        rows: at least one, each with a `prompt`.
+
+    Returns:
+        Scores by the name of the reward.
 
     Raises:
-        ValueError: a reward raises, or does not return a number or None for each row.
+        ValueError: a reward raises, or does not return a number or None per row.
     """
     prompts = [row["prompt"] for row in rows]
     completions: list[Any] = [
-        COMPLETION if isinstance(prompt, str) else [{"role": "assistant", "content": COMPLETION}] for prompt in prompts
+        EXAMPLE_COMPLETION if isinstance(prompt, str) else [{"role": "assistant", "content": EXAMPLE_COMPLETION}]
+        for prompt in prompts
     ]
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_GIVEN}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name not in WITHHELD_COLUMNS}
     columns |= {"prompts": prompts, "completions": completions, "completion_ids": [[0] for _ in rows]}
-    columns |= {"trainer_state": TrainerState(), "log_extra": _nothing, "log_metric": _nothing}
+    columns |= {"trainer_state": TrainerState(), "log_extra": _ignore, "log_metric": _ignore}
     scores = {}
     for reward in filter(_is_function, reward_funcs):
         name = get_callable_name(reward)
         try:
             returned = _call(reward, columns)
-        except Exception as error:  # whatever a reward may raise
+        except Exception as error:  # a reward may raise anything
             where = f"the first {len(rows)} rows of the data" if len(rows) > 1 else "the first row of the data"
-            raise ValueError(f"Reward {name!r} raised {error!r} on {where}, answered by {COMPLETION!r}.") from error
+            raise ValueError(
+                f"Reward {name!r} raised {error!r} on {where}, answered by {EXAMPLE_COMPLETION!r}."
+            ) from error
         if not isinstance(returned, list | tuple) or len(returned) != len(rows):
             raise ValueError(
                 f"Reward {name!r} returned {returned!r} for {len(rows)} completions; a list of {len(rows)}."
@@ -115,5 +121,5 @@ def _is_number(score: Any) -> bool:
     return not isinstance(score, str)
 
 
-def _nothing(*args: object) -> None:
-    """Stands for what TRL lets a reward log."""
+def _ignore(*args: object) -> None:
+    """Takes the place of TRL's logging callbacks."""

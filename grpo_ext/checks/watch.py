@@ -31,7 +31,7 @@ DEAD_ROLLOUTS = 20
 ZERO_KL, ZERO_KL_AUTOCAST = 1e-3, 1e-2
 
 
-class Tripwires(TrainerCallback):
+class Watch(TrainerCallback):
     """Watches one trainer, which calls `after_rollout` and `after_loss`; everything else comes by the callbacks."""
 
     def __init__(self, trainer: GRPOTrainer):
@@ -102,7 +102,7 @@ class Tripwires(TrainerCallback):
         Raises:
             RuntimeError: the reference is not the starting policy, or nothing moved.
         """
-        metrics = self._trainer._metrics["train"]
+        metrics = self._trainer.train_metrics
         if self._skipped:
             metrics["nonfinite/skipped"].append(float(self._skipped))
         kls = metrics.get("kl", [])[-args.gradient_accumulation_steps :]
@@ -172,7 +172,7 @@ class Tripwires(TrainerCallback):
         trainer = self._trainer
         folder = Path(trainer.args.output_dir, "nonfinite", f"step-{step}")
         folder.mkdir(parents=True, exist_ok=True)
-        parts = trainer._buffered_inputs or []
+        parts = trainer.micro_batches
         tensors = {
             f"{i}.{name}": value.detach().contiguous().cpu()
             for i, part in enumerate(parts)

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.machine import GIB
-from grpo_ext.memory.plan import RESERVE, Footprint, Plan, plan
-from grpo_ext.memory.step_shapes import Step
+from grpo_ext.memory.plan import RESERVED_FRACTION, Footprint, Plan, plan_memory
+from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 
 NAMES = {
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     quiet_libraries()
     policy, step = settings(options)
     device_type = "cuda" if options.gpu else "cpu"
-    made = plan(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
+    made = plan_memory(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
     if options.json:
         print(json.dumps(_as_json(made)))
     else:
@@ -69,9 +69,9 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def settings(options: argparse.Namespace) -> tuple[PolicyConfig, Step]:
+def settings(options: argparse.Namespace) -> tuple[PolicyConfig, StepShape]:
     """What is to be planned, from the command line."""
-    step = Step(
+    step = StepShape(
         prompt=options.prompt,
         completion=options.completion,
         generations=options.generations,
@@ -108,7 +108,7 @@ def _as_json(made: Plan) -> dict[str, object]:
     return {
         "fits": made.fits,
         "total": round(footprint.total),
-        "room": round(made.room),
+        "room": round(made.budget),
         "memory": round(made.memory),
         "step": asdict(made.step),
         "lines": {what: round(amount) for what, amount, _ in lines(footprint)},
@@ -120,14 +120,15 @@ def _as_json(made: Plan) -> dict[str, object]:
 
 def lines(footprint: Footprint) -> list[tuple[str, float, str]]:
     """What is there at the worst moment, how many bytes, and a remark; they add up to the total."""
-    phase = footprint.phases[footprint.worst]
+    peak = footprint.peak_phase
+    phase = footprint.phases[peak]
     rows = [(f"weights, {kind}", amount, REMARKS.get(kind, "")) for kind, amount in footprint.weights.items()]
     rows.append(("adapter, gradients, AdamW", footprint.trained, "float32"))
-    states = "of all answers" if footprint.worst == "sampling" else "of the prompt, once for all of its answers"
-    rows.append((f"{footprint.worst}: keys and values", phase.states, states))
-    rows.append((f"{footprint.worst}: vocabulary tile", phase.head, "" if phase.head else "not at the worst moment"))
+    states = "of all answers" if peak == "sampling" else "of the prompt, once for all of its answers"
+    rows.append((f"{peak}: keys and values", phase.cache, states))
+    rows.append((f"{peak}: vocabulary tile", phase.head, "" if phase.head else "not at the worst moment"))
     rest = footprint.total - footprint.overhead - sum(amount for _, amount, _ in rows)
-    rows.append((f"{footprint.worst}: the rest", rest, "activations, their gradients, copies of keys and values"))
+    rows.append((f"{peak}: the rest", rest, "activations, their gradients, copies of keys and values"))
     rows.append(("overhead", footprint.overhead, "beside tensors"))
     return rows
 
@@ -143,11 +144,13 @@ def _show(made: Plan, title: str, device_type: str) -> None:
     table.add_section()
     table.add_row("all", _gb(footprint.total), Text("fits", "green") if made.fits else Text("does not fit", "red"))
     table.add_row(
-        "room", _gb(made.room), Text(f"{made.memory / GIB:.3g} GB less {RESERVE:.0%} that is left free", "dim")
+        "room",
+        _gb(made.budget),
+        Text(f"{made.memory / GIB:.3g} GB less {RESERVED_FRACTION:.0%} that is left free", "dim"),
     )
     console = Console()
     console.print(table)
-    others = [name for name in footprint.phases if name != footprint.worst]
+    others = [name for name in footprint.phases if name != footprint.peak_phase]
     each = ", ".join(f"{name} {_gb(footprint.total_in(name))}" for name in others)
     console.print(f"Other phases, in GB with all that stays: {each}.")
     if made.fits:
@@ -159,8 +162,8 @@ def _show(made: Plan, title: str, device_type: str) -> None:
     if not made.fits:
         console.print("It does not fit. What to change, in this order, and what all is then:")
         for change, total in made.changes:
-            console.print(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.room else 'not yet'}")
-        if not made.changes or made.changes[-1][1] > made.room:
+            console.print(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'not yet'}")
+        if not made.changes or made.changes[-1][1] > made.budget:
             console.print("  Take a smaller model, or shorter prompts.")
     if device_type == "cuda":
         console.print("This is counted, not measured: no plan for a GPU was compared with a card yet.")

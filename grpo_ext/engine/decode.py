@@ -57,10 +57,10 @@ class GroupSampler:
     Attributes:
         temperature: see above; may be changed between calls.
         max_new_tokens_per_row: a limit for each row of the next call, in addition to that of `generate`; None for none.
-        completions: the result of the last call.
+        completions: the result of the last call; None before it.
     """
 
-    completions: SampledCompletions
+    completions: SampledCompletions | None
 
     def __init__(self, temperature: float):
         self.temperature = temperature

@@ -17,8 +17,8 @@ from grpo_ext.engine.decode import GroupSampler, SampledCompletions
 from grpo_ext.engine.install import shared_sampling
 from grpo_ext.evaluation.complete import Evaluation, Problem, generation_config, sampling_only, summed_up
 from grpo_ext.model.unwrap import base_of
-from grpo_ext.rollout.chat_turns import Turns
-from grpo_ext.rollout.dialogue import Dialogue, Draw
+from grpo_ext.rollout.chat_turns import TurnTokenizer
+from grpo_ext.rollout.dialogue import Dialogue, SampleTurns
 
 
 def evaluate_dialogue(
@@ -52,7 +52,7 @@ def evaluate_dialogue(
     def play(rows: Sequence[Problem], temperature: float) -> list[tuple[str, bool]]:
         """Of each episode, everything said after its first words, and whether it was right."""
         config = generation_config(model, tokenizer, max_new_tokens, temperature)
-        turns = Turns(tokenizer, config.eos_token_id, **(template_kwargs or {}))
+        turns = TurnTokenizer(tokenizer, config.eos_token_id, **(template_kwargs or {}))
         played: list[tuple[str, bool]] = []
         silent = description is None or not state.is_main_process
         with (
@@ -64,7 +64,7 @@ def evaluate_dialogue(
                 batch = mine[start : start + batch_size]
                 eos: int = tokenizer.eos_token_id
                 episodes = dialogue.play(batch, turns, draw, max_tokens=max_new_tokens, eos_token_id=eos)
-                played += [(turns.text(e.completion_ids), (e.reward or 0.0) >= 1.0) for e in episodes]
+                played += [(turns.decode(e.completion_ids), (e.reward or 0.0) >= 1.0) for e in episodes]
         return gather_object(played) if state.num_processes > 1 else played
 
     greedy = play(problems, 0.0)
@@ -77,13 +77,14 @@ def evaluate_dialogue(
 @contextmanager
 def _drawing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, stop_strings: list[str]
-) -> Iterator[Draw]:
+) -> Iterator[SampleTurns]:
     lm, sampler = base_of(model), GroupSampler(config.temperature)
 
     def draw(histories: list[list[int]], limits: list[int]) -> SampledCompletions:
         sampler.max_new_tokens_per_row = limits
         inputs = tokenizer.pad({"input_ids": histories}, padding_side="left", return_tensors="pt").to(model.device)
         lm.generate(**inputs, generation_config=config)
+        assert sampler.completions is not None
         return sampler.completions
 
     with sampler.keep_row_caches(), shared_sampling(lm, sampler, stop_strings, tokenizer):

@@ -14,6 +14,7 @@ Legend: B rows, C completion tokens; m mask of model-written tokens; l, o log-pr
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,3 +111,17 @@ class SequenceGRPO:
         metrics["clip_ratio/high_mean"] = (high_B.to(rows.dtype).sum(), rows)
         metrics["clip_ratio/region_mean"] = ((low_B | high_B).to(rows.dtype).sum(), rows)
         return -objective_B.mean(), {name: (total.detach(), count) for name, (total, count) in metrics.items()}
+
+
+def policy_weights(inputs: dict[str, Any], off_policy_mask_B1: Tensor | None) -> Tensor | None:
+    """The factor that TRL's options put on the policy term of each row, shape (B,); None for 1.
+
+    Args:
+        inputs: a micro-batch, with the correction of an inference engine if there is one.
+        off_policy_mask_B1: what `off_policy_mask_threshold` keeps; None if it is not set.
+    """
+    weights_B = None if off_policy_mask_B1 is None else off_policy_mask_B1.squeeze(1)
+    if "importance_sampling_ratio" in inputs:
+        correction_B = inputs["importance_sampling_ratio"].squeeze(1)
+        weights_B = correction_B if weights_B is None else weights_B * correction_B
+    return weights_B

@@ -1,12 +1,12 @@
-"""What the tensors of a computation hold at most, counted while it runs on tensors without data (the meta device).
+"""Peak memory of a computation, counted while it runs on tensors without data (the meta device).
 
-    with Tally() as tally:
+    with MemoryCounter() as counter:
         model(...).backward()
-    tally.peak        # bytes, beside what was there before
+    counter.peak        # bytes, excluding what existed before
 
-Storages are counted from the operation that makes them until nothing holds them any more: what autograd keeps for the
-backward is among them, as it is in the run itself. Not counted: what an operation takes and gives back inside itself,
-but for dequantised weights; and whatever the allocator keeps.
+A storage counts from the operation that creates it until the last reference is gone, so tensors that autograd saves for
+the backward are included, as in a real run. Not counted: the workspace inside an operation (except dequantised weights)
+and memory that the allocator holds back.
 """
 
 import weakref
@@ -21,43 +21,43 @@ from torch.utils._pytree import tree_map_only
 aten = torch.ops.aten
 
 
-class Tally(TorchDispatchMode):
-    """Counts live bytes inside its context.
+class MemoryCounter(TorchDispatchMode):
+    """Counts the live bytes of storages created inside its context.
 
-    Operations whose result depends on values, which meta tensors do not have, get the result of a mask that is true
-    everywhere. Tensors that do have values, small ones of indices, may stand beside meta tensors.
+    Meta tensors have no values. An operation whose output shape depends on the values of a mask runs as if the mask
+    were true everywhere. Small index tensors with values may be mixed with meta tensors.
 
     Attributes:
-        now, peak: bytes, of storages that were made in the context.
-        marked: `now` at the moments that `mark` was called at, by their names.
+        live, peak: bytes, now and at most.
+        live_at: bytes that were live when `record` was called, by event.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.marked: dict[Any, int] = {}
+        self.live = self.peak = 0
+        self.live_at: dict[Any, int] = {}
         self._storages: dict[int, weakref.ref] = {}
 
-    def __enter__(self) -> "Tally":
+    def __enter__(self) -> "MemoryCounter":
         super().__enter__()
         return self
 
-    def mark(self, moment: Hashable) -> None:
-        """Remember what is there now, under a name; of several times, the most."""
-        self.marked[moment] = max(self.marked.get(moment, 0), self.now)
+    def record(self, event: Hashable) -> None:
+        """Remember the live bytes at this event; the maximum if it happens more than once."""
+        self.live_at[event] = max(self.live_at.get(event, 0), self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
-        if len({tensor.is_meta for tensor in given}) > 1:
+        inputs = list(_tensors((args, kwargs)))
+        if len({tensor.is_meta for tensor in inputs}) > 1:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-            given = list(_tensors((args, kwargs)))
-        output = _with_true_masks(func, args, kwargs)
-        keys = {_key(tensor) for tensor in given}
+            inputs = list(_tensors((args, kwargs)))
+        output = _run_with_full_masks(func, args, kwargs)
+        input_keys = {_key(tensor) for tensor in inputs}
         for tensor in _tensors(output):
-            if _key(tensor) not in keys:
+            if _key(tensor) not in input_keys:
                 self._count(tensor)
-        self.peak = max(self.peak, self.now + _inside(func, args))
+        self.peak = max(self.peak, self.live + _workspace(func, args))
         return output
 
     def _count(self, tensor: Tensor) -> None:
@@ -65,13 +65,13 @@ class Tally(TorchDispatchMode):
         if key in self._storages:
             return
         size = storage.nbytes()
-        self.now += size
+        self.live += size
 
-        def gone(_: weakref.ref) -> None:
-            self.now -= size
+        def on_free(_: weakref.ref) -> None:
+            self.live -= size
             del self._storages[key]
 
-        self._storages[key] = weakref.ref(storage, gone)
+        self._storages[key] = weakref.ref(storage, on_free)
 
 
 def _key(tensor: Tensor) -> int:
@@ -88,8 +88,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _with_true_masks(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation itself, but for those that read values of a mask."""
+def _run_with_full_masks(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run the operation. On meta tensors, those that read the values of a mask take it to be true everywhere."""
     first = args[0] if args else None
     if not (isinstance(first, Tensor) and first.is_meta):
         return func(*args, **kwargs)
@@ -103,8 +103,8 @@ def _with_true_masks(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _inside(func: Any, args: Any) -> int:
-    """Bytes that an operation takes for itself: 4-bit weights, which are unpacked to multiply."""
+def _workspace(func: Any, args: Any) -> int:
+    """Bytes that an operation allocates and frees itself: 4-bit weights are dequantised for a multiplication."""
     if getattr(func, "namespace", "") == "bitsandbytes" and func.__name__.startswith("gemm_4bit"):
         rows, columns = args[2]
         return rows * columns * args[0].element_size()

@@ -1,8 +1,12 @@
-"""What differs between a CPU and a GPU below the engine, for a rehearsal on the meta device: attention, the precision
-of multiplications under autocast, and the tile of the LM head.
+"""Emulates, on the meta device, where a CPU and a GPU use different memory: the attention kernel, the precision of
+matrix products under autocast, and the workspace of the LM head.
 
-The CPU's side is the code that runs there. The GPU's side is written down from TRL's and PyTorch's sources, and was
-checked on no GPU.
+    kernels = DeviceKernels("cuda", torch.bfloat16)
+    with MemoryCounter() as counter, kernels.emulated():
+        model(...)
+
+The CPU part runs the operations that a CPU runs. The GPU part was written from the sources of TRL and PyTorch and has
+not been compared with a GPU.
 """
 
 import functools
@@ -21,15 +25,15 @@ from transformers import PreTrainedModel
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from grpo_ext.engine.lm_head import VOCAB_TILE, TiledHead
-from grpo_ext.memory.counter import Tally
+from grpo_ext.memory.counter import MemoryCounter
 
 aten = torch.ops.aten
-MASK_ALIGNMENT = 16  # keys; CUDA's attention pads the mask to a multiple
+MASK_ALIGNMENT = 16  # CUDA attention pads the mask to a multiple of this many keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadPass:
-    """The LM head at work on so many tokens at once."""
+class HeadCall:
+    """One call of the LM head, or its backward, on `tokens` hidden states."""
 
     tokens: int
     with_entropies: bool
@@ -37,40 +41,40 @@ class HeadPass:
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """Of one device.
+class DeviceKernels:
+    """The kernels of one kind of device.
 
     Args:
         device_type: "cuda" or "cpu".
-        autocast: the precision of multiplications; None for that of their inputs.
+        autocast: dtype of matrix products; None for the dtype of their inputs.
     """
 
     device_type: str
     autocast: torch.dtype | None
 
     @contextmanager
-    def functions(self) -> Iterator[None]:
-        """Inside, PyTorch's functions take the way on meta tensors that they take on the device's."""
-        with _Functions(self), _PackedProducts() if self.device_type == "cpu" else nullcontext():
+    def emulated(self) -> Iterator[None]:
+        """Inside this context, PyTorch dispatches operations on meta tensors as it would on this device."""
+        with _EmulatedFunctions(self), _PackedFactors() if self.device_type == "cpu" else nullcontext():
             yield
 
-    def tile(self, lm: PreTrainedModel, passed: HeadPass) -> int:
-        """Bytes that the LM head takes for a moment, beside its inputs and outputs."""
+    def head_workspace(self, lm: PreTrainedModel, call: HeadCall) -> int:
+        """Peak bytes of a call of the LM head, excluding its inputs and outputs."""
         head: Any = lm.get_output_embeddings()
-        words, hidden = head.weight.shape
+        vocabulary, hidden = head.weight.shape
         dtype = self.autocast or head.weight.dtype
         if self.device_type == "cpu":
             softcap = getattr(lm.config, "final_logit_softcapping", None)
-            return _tile_of_cpu(passed, words, hidden, dtype, softcap)
-        # One buffer of products, which Triton's kernels turn into gradients in place, and gradients in float32.
-        tile = min(passed.tokens, TOKEN_CHUNK_SIZE) * min(words, VOCAB_TILE) * dtype.itemsize
-        return tile + passed.backward * passed.tokens * hidden * torch.float32.itemsize
+            return _head_workspace_on_cpu(call, vocabulary, hidden, dtype, softcap)
+        # One tile of logits, which the Triton kernels turn into gradients in place, and float32 input gradients.
+        tile = min(call.tokens, TOKEN_CHUNK_SIZE) * min(vocabulary, VOCAB_TILE) * dtype.itemsize
+        return tile + call.backward * call.tokens * hidden * torch.float32.itemsize
 
 
 class _HeadOnly(nn.Module):
-    def __init__(self, words: int, hidden: int, dtype: torch.dtype):
+    def __init__(self, vocabulary: int, hidden: int, dtype: torch.dtype):
         super().__init__()
-        self.head = nn.Linear(hidden, words, bias=False, dtype=dtype)
+        self.head = nn.Linear(hidden, vocabulary, bias=False, dtype=dtype)
         self.head.requires_grad_(False)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -78,26 +82,28 @@ class _HeadOnly(nn.Module):
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_of_cpu(passed: HeadPass, words: int, hidden: int, dtype: torch.dtype, softcap: float | None) -> int:
-    """Counted on the head itself, run on tensors without data."""
+def _head_workspace_on_cpu(
+    call: HeadCall, vocabulary: int, hidden: int, dtype: torch.dtype, softcap: float | None
+) -> int:
+    """Counted while the engine's own head runs on tensors without data."""
     with FakeTensorMode():
-        lm: Any = _HeadOnly(words, hidden, dtype)
-        hidden_TH = torch.empty(passed.tokens, hidden, dtype=dtype, requires_grad=passed.backward)
-        targets_T = torch.zeros(passed.tokens, dtype=torch.long)
+        lm: Any = _HeadOnly(vocabulary, hidden, dtype)
+        hidden_TH = torch.empty(call.tokens, hidden, dtype=dtype, requires_grad=call.backward)
+        targets_T = torch.zeros(call.tokens, dtype=torch.long)
         head = TiledHead(lm=lm, softcap=softcap, scale=1.0)
-        if not passed.backward:
-            with Tally() as tally, torch.no_grad():
-                head.score(hidden_TH, targets_T, 1.0, with_entropies=passed.with_entropies)
-            return tally.peak
-        scored = head.score(hidden_TH, targets_T, 1.0, with_entropies=passed.with_entropies)
+        if not call.backward:
+            with MemoryCounter() as counter, torch.no_grad():
+                head.score(hidden_TH, targets_T, 1.0, with_entropies=call.with_entropies)
+            return counter.peak
+        scored = head.score(hidden_TH, targets_T, 1.0, with_entropies=call.with_entropies)
         outputs = [output for output in scored if output is not None]
-        with Tally() as tally:
+        with MemoryCounter() as counter:
             torch.autograd.grad(outputs, hidden_TH, [torch.empty_like(output) for output in outputs])
-        return tally.peak
+        return counter.peak
 
 
-class _PackedProducts(TorchDispatchMode):
-    """A CPU copies the second factor of a batch of products in 16 bits: the whole LM head, where a prompt was read."""
+class _PackedFactors(TorchDispatchMode):
+    """A CPU copies the second factor of a batched 16-bit product; at the LM head, that is the whole head."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         copied = None
@@ -108,8 +114,8 @@ class _PackedProducts(TorchDispatchMode):
         return output
 
 
-class _Functions(TorchFunctionMode):
-    def __init__(self, kernels: Kernels):
+class _EmulatedFunctions(TorchFunctionMode):
+    def __init__(self, kernels: DeviceKernels):
         super().__init__()
         self._kernels = kernels
 
@@ -132,7 +138,7 @@ class _Functions(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """The kernel that the device would choose; its memory does not grow with the square of the tokens."""
+        """The kernel that the device would choose. Its memory is linear, not quadratic, in the tokens."""
         options = {"is_causal": is_causal, "scale": scale}
         if attn_mask is not None:
             attn_mask = attn_mask.to(query.device)

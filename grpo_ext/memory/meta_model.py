@@ -1,13 +1,12 @@
-"""A policy without weights: every module, parameter and 4-bit constant of it on the meta device, where none has data.
+"""The policy on the meta device: all modules, parameters and 4-bit constants, with shapes and dtypes but no data.
 
-In: what would be loaded (`PolicyConfig`) and where. Out: a PEFT model whose tensors have shapes and types, and how many
-bytes they would take. Only the config of the model is read, from disk or from the Hub.
+In: what a run would load (`PolicyConfig`). Out: a PEFT model, and the bytes that its tensors would take. Only the
+config of the model is loaded, from disk or from the Hub.
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
@@ -22,14 +21,14 @@ from trl import get_peft_config, get_quantization_config
 
 from grpo_ext.model.load import PolicyConfig, disable_4bit_repacking, unreachable_message
 
-ATTENTION = "sdpa"  # what transformers takes where nothing is asked for
+ATTENTION = "sdpa"  # the default of transformers
 
 
-def config_of(policy: PolicyConfig) -> PretrainedConfig:
-    """The config of the model.
+def load_config(policy: PolicyConfig) -> PretrainedConfig:
+    """Load the (text) config of the model.
 
     Raises:
-        SystemExit: neither a local folder nor reachable on the Hub; one sentence says what to do.
+        SystemExit: the model is neither a local folder nor reachable on the Hub; the message says what to do.
     """
     name = policy.model_name_or_path
     assert name is not None
@@ -39,27 +38,27 @@ def config_of(policy: PolicyConfig) -> PretrainedConfig:
         raise SystemExit(unreachable_message("Model", name, error)) from None
 
 
-def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The config of the same model with fewer layers, the first ones."""
-    shorter = copy.deepcopy(config)
-    shorter.num_hidden_layers = layers
+def with_first_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The config of the same model with only its first layers."""
+    truncated = copy.deepcopy(config)
+    truncated.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        shorter.layer_types = config.layer_types[:layers]
-    return shorter
+        truncated.layer_types = config.layer_types[:layers]
+    return truncated
 
 
-def period(config: PretrainedConfig) -> int:
-    """After how many layers the kinds of layers repeat: 1 where all are alike."""
+def layer_period(config: PretrainedConfig) -> int:
+    """Number of layers after which the types of layers repeat; 1 if all layers have the same type."""
     kinds = getattr(config, "layer_types", None) or [""]
     return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
 
 
-def skeleton(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype) -> PeftModel:
+def build_meta_model(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype) -> PeftModel:
     """The policy on the meta device: the frozen base in `dtype` or in 4 bits, and its adapter in float32.
 
     Raises:
-        ValueError: the policy is not a LoRA adapter on a frozen base that is whole or in 4 bits; or there are experts,
-            which are adapted, or in float32.
+        ValueError: the policy is not LoRA on an unquantized or 4-bit base, or it has experts that the adapter targets
+            or that are in float32.
     """
     if not policy.use_peft or policy.load_in_8bit:
         raise ValueError(
@@ -69,7 +68,7 @@ def skeleton(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     if policy.load_in_4bit:
-        _quantise(lm, policy, dtype)
+        _quantize(lm, policy, dtype)
     with torch.device("meta"):
         model = get_peft_model(lm, get_peft_config(policy))
     _refuse_experts(model, policy, dtype)
@@ -81,7 +80,7 @@ def skeleton(config: PretrainedConfig, policy: PolicyConfig, dtype: torch.dtype)
 
 
 def _refuse_experts(model: PeftModel, policy: PolicyConfig, dtype: torch.dtype) -> None:
-    """Of what a mixture of experts does, tensors without data cannot do all."""
+    """Some operations of a mixture of experts cannot run on tensors without data."""
     if any(isinstance(module, ParamWrapper) for module in model.modules()):
         raise ValueError(
             f"Plans are not made for adapters on experts, which lora_target_modules={policy.lora_target_modules} and "
@@ -95,12 +94,13 @@ def _refuse_experts(model: PeftModel, policy: PolicyConfig, dtype: torch.dtype) 
         )
 
 
-def _quantise(lm: PreTrainedModel, policy: PolicyConfig, dtype: torch.dtype) -> None:
+def _quantize(lm: PreTrainedModel, policy: PolicyConfig, dtype: torch.dtype) -> None:
     quantization = get_quantization_config(policy)
     quantization.bnb_4bit_compute_dtype = dtype
     replace_with_bnb_linear(lm, get_keys_to_not_convert(lm), quantization)
     lm.is_loaded_in_4bit = lm.is_quantized = True
-    quantize_4bit(torch.zeros(1, 64), compress_statistics=True)  # bitsandbytes keeps tables where it first needs them
+    # bitsandbytes caches its tables on the device of the first call: let that be the CPU.
+    quantize_4bit(torch.zeros(1, 64), compress_statistics=True)
     for layer in lm.modules():
         if isinstance(layer, Linear4bit):
             packed, state = quantize_4bit(
@@ -119,8 +119,8 @@ def _quantise(lm: PreTrainedModel, policy: PolicyConfig, dtype: torch.dtype) -> 
 
 
 def bytes_by_kind(model: PeftModel) -> dict[str, int]:
-    """Bytes of the frozen weights by how they are stored (`"bfloat16"`, `"nf4"` with its constants), and of the
-    adapter (`"adapter"`). A weight that two modules share counts once."""
+    """Bytes of the frozen weights per storage format (`"bfloat16"`, `"nf4"` including its constants) and of the
+    `"adapter"`. A weight that two modules share counts once."""
     sizes: defaultdict[str, int] = defaultdict(int)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -139,9 +139,3 @@ def _constants(state: QuantState) -> Iterator[Tensor]:
             yield value
     if state.nested:
         yield from _constants(state.state2)
-
-
-def head_size(lm: PreTrainedModel) -> tuple[int, int]:
-    """Words of the vocabulary and the size of a hidden state."""
-    head: Any = lm.get_output_embeddings()
-    return head.out_features, head.in_features

@@ -1,35 +1,35 @@
-"""How much memory a run needs, and what fits: from the config of a model alone, before anything is loaded.
+"""Plan the memory of a run, and what fits, from the config of its model alone, before anything is loaded.
 
-    plan(PolicyConfig("Qwen/Qwen2.5-0.5B-Instruct", load_in_4bit=True), Step(prompt=512, ...), device_type="cuda",
-         memory=8 * 2**30).fits
+    plan_memory(PolicyConfig("Qwen/Qwen2.5-0.5B-Instruct", load_in_4bit=True), StepShape(prompt=512, ...),
+                device_type="cuda", memory=8 * 2**30).fits
 
-Weights, adapter and optimizer are counted on a model without data (`skeleton.py`), and so is a step (`dry_step.py`),
-on models of the first layers: what each further layer adds is the same. On a CPU the result is compared with
-measurements in tests/memory/test_plan.py; on a GPU it was not measured.
+Weights, adapter and optimizer states are counted on a model without data (`meta_model.py`). The phases of a step are
+measured on models of its first layers (`estimate_step.py`) and extrapolated: every further layer adds the same. On a
+CPU, tests/memory/test_plan.py compares plans with measured peaks; no plan was compared with a GPU yet.
 """
 
 import bisect
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from grpo_ext.memory.device_kernels import Kernels
-from grpo_ext.memory.estimate_step import Phase, rehearse
-from grpo_ext.memory.meta_model import bytes_by_kind, config_of, period, skeleton, with_layers
-from grpo_ext.memory.search import largest_multiple
-from grpo_ext.memory.step_shapes import Pass, Step, passes, refuse_impossible_step
+from grpo_ext.memory.device_kernels import DeviceKernels
+from grpo_ext.memory.estimate_step import PhaseMemory, estimate_phase
+from grpo_ext.memory.meta_model import build_meta_model, bytes_by_kind, layer_period, load_config, with_first_layers
+from grpo_ext.memory.step_shapes import PhaseShape, StepShape, phase_shapes, refuse_impossible_step
 from grpo_ext.model.load import PolicyConfig
 
-# Left free: a display, other processes, and holes between blocks that the allocator cannot use. A choice.
-RESERVE = 0.1
-# Beside tensors. CUDA: context, loaded kernels and their workspaces, an allowance. CPU: what PyTorch's libraries keep.
-OVERHEAD = {"cuda": 600 * 2**20, "cpu": 16 * 2**20}
-ADAM_STATES = 2  # float32 numbers a trained parameter
-MOST_GENERATIONS = 256
-UNIT = {"generations": 1, "prompt": 64, "completion": 64, "chunk_tokens": 128}  # to which the largest is found
+# Fraction left free for a display, other processes, and fragmentation of the allocator. A choice.
+RESERVED_FRACTION = 0.1
+# Memory that is not in tensors. CUDA: an allowance for context, kernels and workspaces. CPU: PyTorch's libraries.
+OVERHEAD_BYTES = {"cuda": 600 * 2**20, "cpu": 16 * 2**20}
+ADAM_STATES = 2  # float32 numbers per trained parameter
+MAX_GENERATIONS = 256
+# Sizes to maximise, and the multiples that are tried.
+SEARCH_UNITS = {"generations": 1, "prompt": 64, "completion": 64, "chunk_tokens": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,39 +37,39 @@ class Footprint:
     """Bytes of a run on one device.
 
     Attributes:
-        weights: of the frozen base, by how they are stored.
+        weights: of the frozen base, per storage format.
         adapter: its parameters, float32.
-        phases: of a step, see `dry_step.Phase`; the gradients of the adapter are among those of "update".
-        keeps_gradients: whether gradients of earlier micro-batches are there beside those of the current one.
-        overhead: beside tensors.
+        phases: peak memory of each phase of a step; "update" includes the gradients of the adapter.
+        keeps_gradients: whether gradients of earlier micro-batches are held in addition to those of the current one.
+        overhead: memory that is not in tensors.
     """
 
     weights: Mapping[str, float]
     adapter: float
-    phases: dict[str, Phase]
+    phases: dict[str, PhaseMemory]
     keeps_gradients: bool
     overhead: float
 
     @property
     def trained(self) -> float:
-        """Of the adapter, its gradients and AdamW's states."""
+        """The adapter, its gradients and the states of AdamW."""
         return (2 + ADAM_STATES) * self.adapter
 
     def total_in(self, phase: str) -> float:
-        """All that is there at the worst moment of a phase."""
+        """All bytes at the peak of a phase."""
         gradients = self.adapter if phase == "update" and self.keeps_gradients else 0
-        stays = self.overhead + sum(self.weights.values()) + (1 + ADAM_STATES) * self.adapter
-        return stays + gradients + self.phases[phase].total
+        permanent = self.overhead + sum(self.weights.values()) + (1 + ADAM_STATES) * self.adapter
+        return permanent + gradients + self.phases[phase].total
 
     @property
-    def worst(self) -> str:
-        """The phase that takes most."""
+    def peak_phase(self) -> str:
+        """The phase that needs the most memory."""
         return max(self.phases, key=self.total_in)
 
     @property
     def total(self) -> float:
-        """At the worst moment of a step."""
-        return self.total_in(self.worst)
+        """All bytes at the peak of a step."""
+        return self.total_in(self.peak_phase)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,133 +78,169 @@ class Plan:
 
     Attributes:
         memory: of the device, bytes.
-        largest: where it fits, the largest `generations`, `prompt`, `completion` and `chunk_tokens` that do, each with
-            the others as they are; for `chunk_tokens` None where none does, and 0 where no bound is needed.
-        changes: where it does not fit, what to change, the cheapest first, and the bytes needed after each, all those
-            before it included; the last one fits unless none does.
+        largest: if the run fits, the largest `generations`, `prompt`, `completion` and `chunk_tokens` that fit, each
+            with the other sizes unchanged. For `chunk_tokens`, None if no bound is small enough, 0 if none is needed.
+        changes: if it does not fit, flags to change, the cheapest first, each with the bytes needed once it and all
+            flags before it are applied. The last one fits, or nothing does.
     """
 
-    step: Step
+    step: StepShape
     footprint: Footprint
     memory: float
     largest: dict[str, int | None]
     changes: list[tuple[str, float]]
 
     @property
-    def room(self) -> float:
-        return (1 - RESERVE) * self.memory
+    def budget(self) -> float:
+        """Bytes of the device that a run may use."""
+        return (1 - RESERVED_FRACTION) * self.memory
 
     @property
     def fits(self) -> bool:
-        return self.footprint.total <= self.room
+        return self.footprint.total <= self.budget
 
 
 class Planner:
-    """Footprints of one policy on one kind of device.
+    """Computes footprints of one policy on one kind of device.
 
     Args:
         device_type: "cuda" or "cpu".
 
     Raises:
-        SystemExit: the config of the model cannot be had.
-        ValueError: the policy is not LoRA on a base that is whole or in 4 bits.
+        SystemExit: the config of the model cannot be loaded.
+        ValueError: the policy is not LoRA on an unquantized or 4-bit base.
     """
 
     def __init__(self, policy: PolicyConfig, device_type: str):
         self.policy, self.device_type = policy, device_type
-        self.config = config_of(policy)
-        self.dtype = _dtype(policy, self.config.dtype, device_type)
-        self.kernels = Kernels(device_type, self.dtype if device_type == "cuda" else None)
-        sizes = bytes_by_kind(skeleton(self.config, policy, self.dtype))
+        self.config = load_config(policy)
+        self.dtype = _base_dtype(policy, self.config.dtype, device_type)
+        self.kernels = DeviceKernels(device_type, self.dtype if device_type == "cuda" else None)
+        sizes = bytes_by_kind(build_meta_model(self.config, policy, self.dtype))
         self._adapter = sizes.pop("adapter")
         self._weights = dict(sizes)
-        every = period(self.config)
-        self._layers = min(2 * every, self.config.num_hidden_layers), min(3 * every, self.config.num_hidden_layers)
-        self._short, self._longer = (
-            skeleton(with_layers(self.config, layers), policy, self.dtype) for layers in self._layers
+        period, layers = layer_period(self.config), self.config.num_hidden_layers
+        self._depths = min(2 * period, layers), min(3 * period, layers)
+        self._shallow, self._deeper = (
+            build_meta_model(with_first_layers(self.config, depth), policy, self.dtype) for depth in self._depths
         )
-        self._phase = functools.cache(self._stretched)
+        self._phase_memory = functools.cache(self._extrapolate)
 
-    def footprint(self, step: Step) -> Footprint:
-        """What a step needs."""
+    def footprint(self, step: StepShape) -> Footprint:
+        """What a step of this shape needs."""
         return Footprint(
             weights=self._weights,
             adapter=self._adapter,
-            phases={passed.phase: self._phase(passed) for passed in passes(step)},
+            phases={shape.phase: self._phase_memory(shape) for shape in phase_shapes(step)},
             keeps_gradients=step.accumulation > 1,
-            overhead=OVERHEAD[self.device_type],
+            overhead=OVERHEAD_BYTES[self.device_type],
         )
 
-    def _stretched(self, passed: Pass) -> Phase:
-        """A phase of the whole model, from that of its first layers."""
-        short, longer = self._layers
-        phase = rehearse(self._short, passed, self.kernels)
-        if longer == short:
+    def _extrapolate(self, shape: PhaseShape) -> PhaseMemory:
+        """A phase of the whole model, from two models of its first layers."""
+        shallow, deeper = self._depths
+        phase = estimate_phase(self._shallow, shape, self.kernels)
+        if deeper == shallow:
             return phase
-        times = (self.config.num_hidden_layers - short) / (longer - short)
-        return phase.stretched(rehearse(self._longer, passed, self.kernels), times)
+        times = (self.config.num_hidden_layers - shallow) / (deeper - shallow)
+        return phase.extrapolated(estimate_phase(self._deeper, shape, self.kernels), times)
 
-    def largest(self, step: Step, name: str, room: float) -> int | None:
-        """See `Plan.largest`; in multiples of `UNIT`, and None where not even one fits."""
+    def largest(self, step: StepShape, name: str, budget: float) -> int | None:
+        """See `Plan.largest`; a multiple of its unit in `SEARCH_UNITS`, None if one unit does not fit."""
+        unit = SEARCH_UNITS[name]
         bounds = {
-            "generations": MOST_GENERATIONS,
+            "generations": MAX_GENERATIONS,
             "prompt": self.config.max_position_embeddings - step.completion,
             "completion": self.config.max_position_embeddings - step.prompt,
             "chunk_tokens": (1 + step.rows) * step.prompt + step.rows * step.completion,
         }
-        without_bound = replace(step, chunk_tokens=None, gradient_checkpointing=False)
-        if name == "chunk_tokens" and self.footprint(without_bound).total <= room:
-            return 0
 
         def bytes_of(n: int) -> float:
-            return self.footprint(changed(step, name, n)).total
+            return self.footprint(with_size(step, name, n)).total
 
-        if name == "chunk_tokens":  # bytes grow in steps
-            sizes = range(UNIT[name], bounds[name] + 1, UNIT[name])
-            return UNIT[name] * bisect.bisect_right(sizes, room, key=bytes_of) or None
-        return largest_multiple(bytes_of, room, getattr(step, name), bounds[name], UNIT[name])
+        if name != "chunk_tokens":
+            return largest_multiple(bytes_of, budget, getattr(step, name), bounds[name], unit)
+        unbounded = replace(step, chunk_tokens=None, gradient_checkpointing=False)
+        if self.footprint(unbounded).total <= budget:
+            return 0
+        # Bytes grow in steps here, on which the interpolation of `largest_multiple` would be slow.
+        return unit * bisect.bisect_right(range(unit, bounds[name] + 1, unit), budget, key=bytes_of) or None
 
 
-def plan(policy: PolicyConfig, step: Step, *, device_type: str, memory: float, with_largest: bool = True) -> Plan:
-    """What this policy and step need on such a device, what would fit, and where they do not fit, what to change.
+def plan_memory(
+    policy: PolicyConfig, step: StepShape, *, device_type: str, memory: float, with_largest: bool = True
+) -> Plan:
+    """Plan what this policy and step need, and either the largest sizes that fit or what to change so that it fits.
 
     Args:
         memory: bytes of the device.
-        with_largest: whether to look for what would fit, which takes some seconds.
+        with_largest: whether to search for the largest sizes, which takes some seconds.
 
     Raises:
-        SystemExit, ValueError: as `Planner`.
+        SystemExit, ValueError: as `Planner` and `refuse_impossible_step`.
     """
     planner = Planner(policy, device_type)
     refuse_impossible_step(step, planner.config.max_position_embeddings)
-    made = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
-    if not made.fits:
-        return replace(made, changes=_changes(planner, step, made.room))
+    plan = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
+    if not plan.fits:
+        return replace(plan, changes=_suggest_changes(planner, step, plan.budget))
     if not with_largest:
-        return made
-    largest = {name: planner.largest(step, name, made.room) for name in UNIT}
-    return replace(made, largest={name: _no_less(found, getattr(step, name)) for name, found in largest.items()})
+        return plan
+    largest = {name: planner.largest(step, name, plan.budget) for name in SEARCH_UNITS}
+    return replace(plan, largest={name: _at_least(found, getattr(step, name)) for name, found in largest.items()})
 
 
-def _no_less(found: int | None, asked: int | None) -> int | None:
-    """What was asked for fits, too, where it is between two multiples; 0 stands for no bound."""
-    return found if found == 0 or asked is None else max(found or 0, asked)
+def _at_least(found: int | None, requested: int | None) -> int | None:
+    """The requested size fits, so report it if it lies between two multiples; 0 means that no bound is needed."""
+    return found if found == 0 or requested is None else max(found or 0, requested)
 
 
-def changed(step: Step, name: str, value: int) -> Step:
-    """The step with another size; with other generations, micro-batches of as many prompts."""
+def with_size(step: StepShape, name: str, value: int) -> StepShape:
+    """The step with one size changed. Changing `generations` keeps the number of prompts per micro-batch."""
     rows = max(1, step.rows * value // step.generations) if name == "generations" else step.rows
     sizes: dict[str, Any] = {name: value, "rows": rows}
     return replace(step, **sizes)
 
 
-def _changes(planner: Planner, step: Step, room: float) -> list[tuple[str, float]]:
-    """First what costs time only, then what costs precision, then what changes the task."""
+def largest_multiple(bytes_of: Callable[[int], float], budget: float, start: int, bound: int, unit: int) -> int | None:
+    """The largest multiple of `unit` up to `bound` within `budget`, in few calls: each one runs a step on meta tensors.
+
+    Args:
+        bytes_of: grows with its argument.
+        start: where to begin to search.
+    """
+    top = bound // unit
+    known: dict[int, float] = {}
+
+    def fits(n: int) -> bool:
+        known[n] = bytes_of(n * unit)
+        return known[n] <= budget
+
+    low = 0  # in units: the largest that is known to fit; `high` is the smallest that is known not to
+    guess = min(max(1, start // unit), top)
+    if not top or fits(top):
+        return top * unit or None
+    high = top
+    while high - low > 1:
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        if low in known and high in known:
+            fraction = (budget - known[low]) / (known[high] - known[low])
+            guess = min(max(low + int(fraction * (high - low)), low + 1), high - 1)
+        else:
+            guess = max(1, high // 2) if low == 0 else min(2 * low, top)
+    return low * unit or None
+
+
+def _suggest_changes(planner: Planner, step: StepShape, budget: float) -> list[tuple[str, float]]:
+    """First what costs only time, then what costs precision, then what changes the task."""
     changes: list[tuple[str, float]] = []
 
     def fits_with(change: str) -> bool:
         changes.append((change, planner.footprint(step).total))
-        return changes[-1][1] <= room
+        return changes[-1][1] <= budget
 
     chunk = max(64, min(512, step.prompt // 2))
     if step.graph_tokens is None or step.graph_tokens > chunk:
@@ -212,7 +248,7 @@ def _changes(planner: Planner, step: Step, room: float) -> list[tuple[str, float
         if fits_with(f"--chunk_tokens {chunk}"):
             return changes
     if not planner.policy.load_in_4bit:
-        policy: Any = planner.policy  # fields of a skipped base class
+        policy: Any = planner.policy  # mypy skips the base class that has these fields
         planner = Planner(replace(policy, load_in_4bit=True), planner.device_type)
         if fits_with("--load_in_4bit"):
             return changes
@@ -222,13 +258,13 @@ def _changes(planner: Planner, step: Step, room: float) -> list[tuple[str, float
             return changes
     for name, flag, least in (("generations", "num_generations", 4), ("completion", "max_completion_length", 64)):
         while getattr(step, name) > least:
-            step = changed(step, name, max(least, getattr(step, name) // 2))
+            step = with_size(step, name, max(least, getattr(step, name) // 2))
             if fits_with(f"--{flag} {getattr(step, name)}"):
                 return changes
     return changes
 
 
-def _dtype(policy: PolicyConfig, of_config: torch.dtype | None, device_type: str) -> torch.dtype:
+def _base_dtype(policy: PolicyConfig, config_dtype: torch.dtype | None, device_type: str) -> torch.dtype:
     if policy.dtype == "auto":
-        return of_config or torch.float32
+        return config_dtype or torch.float32
     return getattr(torch, policy.dtype or ("bfloat16" if device_type == "cuda" else "float32"))

@@ -1,6 +1,6 @@
-"""What a training step computes, from its sizes: sampling, the pass of the reference, the update.
+"""The shapes of the three phases of a training step: sampling, the reference pass, and the update.
 
-passes(Step(prompt=512, completion=256, generations=8, rows=8))     # three, or two with beta=0
+phase_shapes(StepShape(prompt=512, completion=256, generations=8, rows=8))      # three, or two if beta=0
 """
 
 from dataclasses import dataclass, replace
@@ -9,16 +9,16 @@ from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """The sizes of an optimizer step, as the fields of `GRPOExtConfig` give them.
+class StepShape:
+    """The sizes of one optimizer step, in the terms of `GRPOExtConfig`.
 
     Attributes:
         prompt: tokens of the longest prompt.
-        completion: `max_completion_length`; every completion is taken to be as long.
+        completion: `max_completion_length`; every completion is assumed to have that many tokens.
         generations: `num_generations`.
-        rows: `per_device_train_batch_size`, completions of a micro-batch.
-        accumulation: `gradient_accumulation_steps`, micro-batches of a rollout.
-        chunk_tokens, gradient_checkpointing, beta: as there.
+        rows: `per_device_train_batch_size`, completions per micro-batch.
+        accumulation: `gradient_accumulation_steps`, micro-batches per rollout.
+        chunk_tokens, gradient_checkpointing, beta: the fields of the same name.
     """
 
     prompt: int
@@ -32,90 +32,91 @@ class Step:
 
     @property
     def graph_tokens(self) -> int | None:
-        """Tokens that carry a graph at once; None for no bound. `mechanisms/shared_prompt.py` decides it likewise."""
+        """Tokens with an autograd graph at any one time; None for no bound. The trainer applies the same rule."""
         one_row = self.prompt + self.completion if self.gradient_checkpointing else None
         return one_row if self.chunk_tokens is None else self.chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
-    """What a phase of a step computes, as far as its memory depends on it: steps that share a pass are counted once.
+class PhaseShape:
+    """What a phase computes, reduced to what its memory depends on. Steps with equal shapes are measured once.
 
     Attributes:
         phase: `"sampling"`, `"reference"` or `"update"`.
-        prompts, each: so many prompts with so many rows each.
+        prompts, rows_per_prompt: number of prompts, and of completions per prompt.
         prompt, completion: tokens.
-        at_once: prompts that are read together.
+        prompts_per_forward: prompts that are prefilled together.
         max_rows, chunk_tokens: see `engine.batch.ScoringBatch`.
     """
 
     phase: str
     prompts: int
-    each: int
+    rows_per_prompt: int
     prompt: int
     completion: int
-    at_once: int
+    prompts_per_forward: int
     max_rows: int | None = None
     chunk_tokens: int | None = None
 
     @property
     def rows(self) -> int:
-        return self.prompts * self.each
+        return self.prompts * self.rows_per_prompt
 
 
-def passes(step: Step) -> list[Pass]:
-    """Of a rollout in sampling and under the reference, if there is one, and of a micro-batch in the update."""
+def phase_shapes(step: StepShape) -> list[PhaseShape]:
+    """Sampling of a rollout, its reference pass if `beta` is not 0, and the update on one micro-batch."""
     return [_sampling(step), *([_reference(step)] if step.beta else []), _update(step)]
 
 
-def _sampling(step: Step) -> Pass:
-    return _pass(step, "sampling", rows=step.rows * step.accumulation)
+def _sampling(step: StepShape) -> PhaseShape:
+    return _whole_phase(step, "sampling", rows=step.rows * step.accumulation)
 
 
-def _reference(step: Step) -> Pass:
-    """Forwards of no more rows than a micro-batch has. They leave their scores alone, so two of them are enough: the
-    second finds what the first one leaves."""
-    rollout = _pass(step, "reference", rows=step.rows * step.accumulation)
-    budget = None if step.graph_tokens is None else step.graph_tokens * NO_GRAD_CHUNK_FACTOR
+def _reference(step: StepShape) -> PhaseShape:
+    """Forwards of at most one micro-batch of rows. Only scores survive a forward, so two of them reach the peak: the
+    second one runs while the scores of the first are held."""
+    rollout = _whole_phase(step, "reference", rows=step.rows * step.accumulation)
+    chunk_tokens = None if step.graph_tokens is None else step.graph_tokens * NO_GRAD_CHUNK_FACTOR
     return replace(
         rollout,
-        prompts=min(rollout.prompts, 2 * rollout.at_once),
-        each=min(rollout.each, 2 * step.rows, _two_chunks(step, budget)),
+        prompts=min(rollout.prompts, 2 * rollout.prompts_per_forward),
+        rows_per_prompt=min(rollout.rows_per_prompt, 2 * step.rows, _rows_of_two_chunks(step, chunk_tokens)),
         max_rows=step.rows,
-        chunk_tokens=budget,
+        chunk_tokens=chunk_tokens,
     )
 
 
-def _update(step: Step) -> Pass:
-    """With a graph of all of it, or, where it has more tokens than that may have, in chunks."""
-    whole = _pass(step, "update", rows=step.rows)
-    tokens = whole.prompts * ((1 + whole.each) * step.prompt + whole.each * step.completion)
-    if step.graph_tokens is None or tokens <= step.graph_tokens:  # as `ScoringBatch.fits_one_chunk` counts
+def _update(step: StepShape) -> PhaseShape:
+    """The micro-batch at once if its graph is within `graph_tokens`, else in chunks."""
+    whole = _whole_phase(step, "update", rows=step.rows)
+    tokens = whole.prompts * ((1 + whole.rows_per_prompt) * step.prompt + whole.rows_per_prompt * step.completion)
+    if step.graph_tokens is None or tokens <= step.graph_tokens:  # counts like `ScoringBatch.fit_one_chunk`
         return whole
-    return replace(whole, each=min(whole.each, _two_chunks(step, step.graph_tokens)), chunk_tokens=step.graph_tokens)
+    rows_per_prompt = min(whole.rows_per_prompt, _rows_of_two_chunks(step, step.graph_tokens))
+    return replace(whole, rows_per_prompt=rows_per_prompt, chunk_tokens=step.graph_tokens)
 
 
-def _pass(step: Step, phase: str, rows: int) -> Pass:
-    return Pass(
+def _whole_phase(step: StepShape, phase: str, rows: int) -> PhaseShape:
+    return PhaseShape(
         phase=phase,
         prompts=max(1, rows // step.generations),
-        each=min(step.generations, rows),
+        rows_per_prompt=min(step.generations, rows),
         prompt=step.prompt,
         completion=step.completion,
-        at_once=max(1, step.rows // step.generations),
+        prompts_per_forward=max(1, step.rows // step.generations),
     )
 
 
-def _two_chunks(step: Step, budget: int | None) -> int:
-    """Rows of two chunks of a prompt, which hold as much as all of its chunks do."""
-    return step.generations if budget is None else 2 * max(1, budget // (step.prompt + step.completion))
+def _rows_of_two_chunks(step: StepShape, chunk_tokens: int | None) -> int:
+    """ScoringBatch in two chunks of a prompt. Two chunks have the same peak as all chunks of that prompt."""
+    return step.generations if chunk_tokens is None else 2 * max(1, chunk_tokens // (step.prompt + step.completion))
 
 
-def refuse_impossible_step(step: Step, positions: int) -> None:
-    """Whether a model with so many positions can take such a step.
+def refuse_impossible_step(step: StepShape, positions: int) -> None:
+    """Refuse a step that a model with this many positions cannot run.
 
     Raises:
-        ValueError: it cannot; the message says what was received and what is valid.
+        ValueError: a size is out of range; the message gives the value received and a valid one.
     """
     for name, least in (("prompt", 2), ("completion", 2), ("generations", 2), ("rows", 1), ("accumulation", 1)):
         if getattr(step, name) < least:

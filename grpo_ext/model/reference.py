@@ -10,10 +10,15 @@ float32's precision:
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -117,6 +122,50 @@ def _config_with_rank(policy: LoraConfig, parts: int) -> LoraConfig:
         alpha_pattern={name: alpha * alpha_factor for name, alpha in (policy.alpha_pattern or {}).items()},
     )
     return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSetup:
+    """What a run wants of its reference, known before the model is loaded.
+
+    Attributes:
+        is_needed: whether there is a KL to it, in the loss or in the log.
+        adapter_follows: whether it is an adapter that follows the policy (`sync_ref_model`).
+    """
+
+    is_needed: bool
+    adapter_follows: bool
+
+    @classmethod
+    def of(cls, args: Any, adapters: Sequence[PeftConfig]) -> "ReferenceSetup":
+        """Raises ValueError if the backbone without these adapters would not be the starting model."""
+        is_needed = args.beta != 0.0 or args.log_kl
+        for reason in map(why_base_is_changed, adapters):
+            if is_needed and reason is not None:
+                raise ValueError(reason)
+        return cls(is_needed=is_needed, adapter_follows=args.sync_ref_model and is_needed and bool(adapters))
+
+    @contextmanager
+    def as_trl_knows_it(self, args: Any) -> Iterator[None]:
+        """A context for TRL's constructor, which sets up a reference only if `beta` is not 0, and refuses an adapter
+        with `sync_ref_model`."""
+        beta, syncs = args.beta, args.sync_ref_model
+        if args.log_kl:
+            args.beta = beta or 1.0
+        args.sync_ref_model = syncs and not self.adapter_follows
+        try:
+            yield
+        finally:
+            args.beta, args.sync_ref_model = beta, syncs
+
+
+def scores_reference(model: nn.Module, ref_model: nn.Module | None) -> bool:
+    """Whether a forward of `model` now is one of the reference: a model of its own, or the backbone with the adapter
+    off or with the adapter `ref`."""
+    if ref_model is not None:
+        return model is ref_model
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and (layer.disable_adapters or REFERENCE in layer.active_adapters)
 
 
 class ReferenceSync(TrainerCallback):

@@ -93,7 +93,7 @@ def write_card(
         datasets=data,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*trainer._tag_names, CARD_TAG, *(["peft"] if is_adapter else []), *added],
+        tags=[*trainer.tag_names, CARD_TAG, *(["peft"] if is_adapter else []), *added],
         eval_results=_results(summary, data) if summary else None,
     )
     body = BODY.format(

@@ -1,1 +1,1 @@
-"""Answers on their way from the sampler to the update: rollouts that are put together, and groups kept for reuse."""
+"""Rollouts: everything between the sampler and the loss, and dialogues with text environments."""

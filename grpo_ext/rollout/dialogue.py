@@ -1,4 +1,4 @@
-"""Text environments of several turns: the model speaks, the environment answers, until one of them ends it.
+"""Multi-turn text environments: the model and the environment take turns until the episode ends.
 
     class Guess(TextEnv):
         def reset(self, row):
@@ -15,9 +15,9 @@
 
     GRPOExtTrainer(..., rollout_func=Dialogue(Guess, max_turns=7), reward_funcs=dialogue_reward)
 
-A prompt is played in as many copies of the environment as its group has answers, all of them in step. A completion is
-everything after the first words of the environment; of its tokens the model's own are trained, the environment's are
-read and have no part in the loss.
+Each prompt is played in one copy of the environment per completion of its group, and all episodes advance together. The
+prompt is the environment's first observation, and the completion is everything after it. The loss covers the model's
+own tokens; tokens of the environment are context only.
 """
 
 from abc import ABC, abstractmethod
@@ -28,56 +28,59 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_ext.engine.decode import SampledCompletions
-from grpo_ext.rollout.chat_turns import Messages, Turns
+from grpo_ext.rollout.chat_turns import Messages, TurnTokenizer
 from rewards.workers.pool import FAILURE_WINDOW, MAX_FAILURE_RATE, MIN_FAILURES, callable_name
 
-# Draws one turn each of some rows: their token ids so far, and how many more they may have -> what was drawn.
-Draw = Callable[[list[list[int]], list[int]], SampledCompletions]
+# Samples one turn per row, from the token ids so far and the maximum number of new tokens.
+SampleTurns = Callable[[list[list[int]], list[int]], SampledCompletions]
 
 
 class TextEnv(ABC):
-    """What the model talks to. One object plays one episode, in the process of the training.
+    """The environment that the model talks to. One object plays one episode, in the training process.
 
-    An exception costs its own episode, which is left out of its group; above 5% of them the run stops.
+    An exception ends its own episode, which gets no reward and is excluded from its group. If more than 5% of episodes
+    fail, the run stops.
     """
 
     def reset(self, row: dict[str, Any]) -> str | Messages:
-        """Begin with a row of the data set; what the model reads first. Where all copies of a row begin with the same
-        words, the model reads them once, so what is drawn at random should come from the row.
+        """Start an episode from a row of the dataset.
+
+        If all copies of a row return the same observation, it is prefilled once for the group. So random choices should
+        come from the row.
 
         Returns:
-            A text or, for a chat model, messages. Unless overridden, the row's `prompt`.
+            The first observation: a text or, for a chat model, messages. By default, the row's `prompt`.
         """
         return row["prompt"]
 
     @abstractmethod
     def step(self, text: str) -> tuple[str | None, bool]:
-        """Hear the model's turn, whatever it says.
+        """React to a turn of the model, which may be any text.
 
         Returns:
-            The answer, and whether the episode is over; the last answer is not read by anyone and may be None.
+            The reply, and whether the episode is over. A reply at the end of the episode is not used and may be None.
         """
 
     @abstractmethod
     def reward(self) -> float:
-        """What the episode was worth, however it ended. NaN says that it cannot be judged."""
+        """The reward of the episode, however it ended. NaN if it cannot be scored."""
 
 
 @dataclass(kw_only=True)
 class Episode:
-    """One copy of an environment and what was said.
+    """One copy of an environment and its dialogue so far.
 
     Attributes:
         env: the environment.
-        prompt_ids: tokens of its first words.
-        completion_ids: tokens of everything after them.
-        is_own: 1 for each of these that the model drew, 0 for the environment's.
-        logps: log-probs that the model's tokens were drawn with (nats), 0 for the environment's.
-        turns: of the model.
-        is_over: whether nobody speaks any more.
-        is_cut: whether the model's last turn ended because no more tokens were allowed.
-        reward: of the environment; None where it raised.
-        error: what it raised.
+        prompt_ids: tokens of its first observation.
+        completion_ids: tokens of everything after that.
+        is_own: per completion token, 1 if the model sampled it, 0 if it is the environment's.
+        logps: per completion token, its log-prob at sampling (nats); 0 for the environment's.
+        turns: number of turns of the model.
+        is_over: whether the episode has ended.
+        is_cut: whether the model's last turn ended at the limit of tokens.
+        reward: of the episode; None if the environment raised.
+        error: the exception of the environment.
     """
 
     env: TextEnv
@@ -92,29 +95,29 @@ class Episode:
     error: Exception | None = None
 
     def add(self, ids: list[int], logps: list[float], *, is_own: bool) -> None:
-        """Tokens that were said."""
+        """Append tokens to the completion."""
         self.completion_ids += ids
         self.logps += logps
         self.is_own += [int(is_own)] * len(ids)
 
     @contextmanager
-    def at_its_own_risk(self) -> Iterator[None]:
-        """What the environment raises ends this episode, and no other."""
+    def catching_env_errors(self) -> Iterator[None]:
+        """An exception inside this context ends this episode only."""
         try:
             yield
-        except Exception as error:  # it is the user's, and may raise anything
+        except Exception as error:  # the environment is user code and may raise anything
             self.error, self.is_over = error, True
 
 
 class Dialogue:
-    """TRL's `rollout_func` for a `TextEnv`, played by `GRPOExtTrainer`; `dialogue_reward` hands on its rewards.
+    """A `rollout_func` for `GRPOExtTrainer` that plays a `TextEnv`. Use it with the reward function `dialogue_reward`.
 
     Args:
-        env: makes a new environment, for example its class.
-        max_turns: of the model, 1 or more. An episode that has had them is over.
-        max_turn_tokens: tokens of one turn, 1 or more; None for no bound but that of the episode, which is
-            `GRPOExtConfig.max_completion_length` for both sides together. Recommended: twice what a good turn takes, so
-            that a turn that goes astray does not use the episode up.
+        env: called to create an environment, for example its class.
+        max_turns: maximum number of turns of the model per episode, 1 or more.
+        max_turn_tokens: maximum tokens per turn, 1 or more; None for no limit except that of the episode, which is
+            `GRPOExtConfig.max_completion_length` for both sides together. Recommended: twice the length of a good turn,
+            so that one runaway turn cannot use up the episode.
 
     Raises:
         ValueError: a limit below 1.
@@ -129,7 +132,7 @@ class Dialogue:
         self._has_failed: deque[bool] = deque(maxlen=FAILURE_WINDOW)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        """What TRL calls with the prompts of this process; the trainer knows the rows that they belong to."""
+        """Called by TRL with the prompts of this process; the trainer has the dataset rows that they belong to."""
         if not hasattr(trainer, "play"):
             raise TypeError(
                 f"Dialogue is played by GRPOExtTrainer, got {type(trainer).__name__}. Use grpo_ext.GRPOExtTrainer."
@@ -137,57 +140,64 @@ class Dialogue:
         return trainer.play(self)
 
     def play(
-        self, rows: Sequence[dict[str, Any]], turns: Turns, draw: Draw, *, max_tokens: int, eos_token_id: int
+        self,
+        rows: Sequence[dict[str, Any]],
+        turns: TurnTokenizer,
+        sample_turns: SampleTurns,
+        *,
+        max_tokens: int,
+        eos_token_id: int,
     ) -> list[Episode]:
-        """Play each row once, all of them in step: those that go on have their next turn drawn together.
+        """Play one episode per row. All unfinished episodes advance together, one sampling call per turn.
 
         Args:
-            max_tokens: of an episode after its first words; an answer that leaves no room for a turn is not given.
-            eos_token_id: stands for the words of an environment that could not begin.
+            max_tokens: of an episode after its first observation. A reply that leaves no room for another turn is
+                dropped, and the episode ends.
+            eos_token_id: prompt and completion of an episode whose environment failed to start.
 
         Raises:
             RuntimeError: the environment raised in more than 5% of the last 1,000 episodes, and in more than five.
         """
         episodes = [Episode(env=self._env()) for _ in rows]
         for episode, row in zip(episodes, rows, strict=True):
-            with episode.at_its_own_risk():
-                episode.prompt_ids = turns.opening(episode.env.reset(dict(row)))
+            with episode.catching_env_errors():
+                episode.prompt_ids = turns.encode_first(episode.env.reset(dict(row)))
                 if not episode.prompt_ids:
                     raise ValueError("reset must return at least a word")
             if not episode.prompt_ids:
                 episode.prompt_ids, episode.is_over = [eos_token_id], True
                 episode.add([eos_token_id], [0.0], is_own=False)
-        while going_on := [episode for episode in episodes if not episode.is_over]:
-            left = [max_tokens - len(episode.completion_ids) for episode in going_on]
+        while active := [episode for episode in episodes if not episode.is_over]:
+            left = [max_tokens - len(episode.completion_ids) for episode in active]
             limits = [min(tokens, self.max_turn_tokens or tokens) for tokens in left]
-            drawn = draw([episode.prompt_ids + episode.completion_ids for episode in going_on], limits)
-            for i, episode in enumerate(going_on):
+            drawn = sample_turns([episode.prompt_ids + episode.completion_ids for episode in active], limits)
+            for i, episode in enumerate(active):
                 episode.is_cut = drawn.is_cut[i]
                 episode.add(drawn.tokens[i], drawn.logps[i], is_own=True)
-                self._answer(episode, turns, drawn.tokens[i], max_tokens)
+                self._reply(episode, turns, drawn.tokens[i], max_tokens)
         for episode in episodes:
             if episode.error is None:
-                with episode.at_its_own_risk():
+                with episode.catching_env_errors():
                     episode.reward = float(episode.env.reward())
-        self._stop_where_too_many_failed(episodes)
+        self._stop_on_many_failures(episodes)
         return episodes
 
-    def _answer(self, episode: Episode, turns: Turns, tokens: list[int], max_tokens: int) -> None:
-        """What the environment says to a turn of the model, where the episode goes on."""
+    def _reply(self, episode: Episode, turns: TurnTokenizer, tokens: list[int], max_tokens: int) -> None:
+        """Give a turn of the model to the environment, and append its reply unless the episode ends."""
         episode.turns += 1
-        with episode.at_its_own_risk():
-            answer, episode.is_over = episode.env.step(turns.text(tokens))
+        with episode.catching_env_errors():
+            reply, episode.is_over = episode.env.step(turns.decode(tokens))
             episode.is_over |= episode.turns == self.max_turns
             if episode.is_over:
                 return
-            if not isinstance(answer, str):
-                raise TypeError(f"step must return a text where the episode goes on, got {answer!r}")
-            ids = turns.reply(answer, tokens[-1])
+            if not isinstance(reply, str):
+                raise TypeError(f"step must return a text where the episode goes on, got {reply!r}")
+            ids = turns.encode_reply(reply, tokens[-1])
             episode.is_over = len(episode.completion_ids) + len(ids) >= max_tokens
             if not episode.is_over:
                 episode.add(ids, [0.0] * len(ids), is_own=False)
 
-    def _stop_where_too_many_failed(self, episodes: list[Episode]) -> None:
+    def _stop_on_many_failures(self, episodes: list[Episode]) -> None:
         errors = [episode.error for episode in episodes if episode.error is not None]
         self._has_failed.extend(episode.error is not None for episode in episodes)
         failed, played = sum(self._has_failed), len(self._has_failed)
@@ -199,10 +209,10 @@ class Dialogue:
 
 
 def dialogue_reward(completions: list[Any], episode_reward: list[float | None], **columns: Any) -> list[float | None]:
-    """The reward of each episode's own environment; None, which leaves it out of its group, where that raised.
+    """The reward of each episode's environment; None, which excludes it from its group, if the environment raised.
 
     Args:
-        completions: the episodes, of which nothing else is judged.
+        completions: unused.
         episode_reward: a column that `Dialogue` adds.
         columns: the other columns, unused.
     """

@@ -1,7 +1,7 @@
-"""Two environments to start from: a calculator that is asked in the middle of an answer, and a number to be guessed.
+"""Two example environments: a calculator that the model uses in the middle of an answer, and a guessing game.
 
 Question: 538+478=?
-Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016          in brackets what the calculator says
+Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016          the calculator's replies are in brackets
 """
 
 import re
@@ -13,34 +13,34 @@ from rewards import math_answer_reward
 
 
 class Calculator(TextEnv):
-    """Answers every sum that a turn ends with, such as "8+8+0="; any other turn is the answer to the row's question.
+    """Replies to a turn that ends with a sum, such as "8+8+0=", with its result. Any other turn ends the episode.
 
-    For a base model, with `stop_strings: ["="]`, so that its turn ends there: what the calculator says stands in the
-    middle of the answer. Rows: `prompt` and `answer`. 1.0 for a right answer, 0.0 for a wrong one or none.
+    For a base model with `stop_strings: ["="]`: its turn ends at the "=", and the result continues the same line.
+    Columns: `prompt` and `answer`. The reward is 1.0 if all text together gives the right answer, else 0.0.
     """
 
     def reset(self, row: dict[str, Any]) -> str | Messages:
-        self.gold, self.said = row["answer"], ""
+        self.gold, self.transcript = row["answer"], ""
         return row["prompt"]
 
     def step(self, text: str) -> tuple[str | None, bool]:
-        self.said += text
-        asked = re.search(r"(\d{1,9}(?:\+\d{1,9}){1,9})=$", text)
-        if asked is None:
+        self.transcript += text
+        sum_at_end = re.search(r"(\d{1,9}(?:\+\d{1,9}){1,9})=$", text)
+        if sum_at_end is None:
             return None, True
-        result = str(sum(map(int, asked[1].split("+"))))
-        self.said += result
+        result = str(sum(map(int, sum_at_end[1].split("+"))))
+        self.transcript += result
         return result, False
 
     def reward(self) -> float:
-        (score,) = math_answer_reward([self.said], [self.gold])
+        (score,) = math_answer_reward([self.transcript], [self.gold])
         return score or 0.0
 
 
 class GuessNumber(TextEnv):
-    """Think of a number from 1 to 100; the model guesses, and hears whether it is higher or lower.
+    """Holds a number from 1 to 100. The model guesses, and is told whether the number is higher or lower.
 
-    For a chat model. Rows: `answer`, the number. 1.0 where it was guessed; bisection needs no more than 7 turns.
+    For a chat model. Column: `answer`, the number. The reward is 1.0 if it was guessed; bisection needs up to 7 turns.
     """
 
     rules = "I think of a whole number from 1 to 100. Guess it: answer with a number, and I say higher or lower."

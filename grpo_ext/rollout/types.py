@@ -1,8 +1,10 @@
-"""A rollout that is put together before TRL works on it: answers, their rewards, and what else was drawn for them.
+"""The values that travel from sampling to the loss: completions, and the rollout that they form.
 
-Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M answers drawn to a prompt, G or more.
+Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M completions sampled for a prompt, at
+least G.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,18 +12,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Completion:
     """One row of a rollout.
 
     Attributes:
-        example: the row of the data set, with its `prompt`.
-        prompt_ids, completion_ids: as TRL's `_generate` gives them.
-        completion: text or messages, what reward functions see.
-        logps: of the completion's tokens, under the policy that drew them at `temperature` (nats); None where the
-            sampler does not say.
-        is_cut: whether it ended because no more tokens were allowed; None where the sampler does not say.
-        temperature: that it was drawn at.
-        extra: what reward functions logged beside.
+        example: the row of the dataset, with its `prompt`.
+        prompt_ids, completion_ids: token ids, as TRL's `_generate` returns them.
+        completion: text or messages, as reward functions see it.
+        logps: log-probs of the completion's tokens under the policy that sampled them at `temperature` (nats); None if
+            the sampler does not report them.
+        is_cut: whether it ended because no more tokens were allowed; None if the sampler does not report it.
+        temperature: the temperature that it was sampled at.
+        extra: values that reward functions logged for it (`log_extra`).
     """
 
     example: dict[str, Any]
@@ -34,34 +36,155 @@ class Answer:
     extra: dict[str, Any]
 
 
-@dataclass(kw_only=True)
-class Rollout:
-    """The rows that TRL is to work on, groups next to each other.
+@dataclass(frozen=True, kw_only=True)
+class SampledRows:
+    """What is known about the rows of this process when they are scored.
 
     Attributes:
-        answers: the rows of this process.
-        first: the place of its first row among those of all processes.
-        rewards_BF: of the rows of all processes; NaN where a function did not judge.
-        all_rewards_PM: the total reward of every answer that was drawn to a group's prompt, those that are not among
-            the rows too; NaN where there is none or nobody judged it.
-        replayed: groups that an earlier policy drew.
+        temperatures: the temperature that each row was sampled at.
+        logps: log-probs at sampling, row by row; None if they are not those of the policy's own tokens.
+        is_cut: whether each row ended because no more tokens were allowed; None if the sampler does not report it.
+        is_replayed: whether an earlier policy sampled the row.
     """
 
-    answers: list[Answer]
-    first: int
+    temperatures: list[float]
+    logps: list[list[float]] | None
+    is_cut: list[bool] | None
+    is_replayed: list[bool]
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """Completions with their rewards, the rows of a group next to each other.
+
+    Attributes:
+        completions: the rows of this process.
+        first_row: index of its first row among the rows of all processes.
+        rewards_BF: rewards of the rows of all processes; NaN if a function did not score a row.
+        all_rewards_PM: total reward of every completion that was sampled for each group's prompt, including those that
+            are not among the rows; NaN if there is none or nothing scored it.
+        sampled_PM: `all_rewards_PM` of every group that was sampled on the way, including those that were replaced.
+        replayed: groups that an earlier policy sampled.
+    """
+
+    completions: list[Completion]
+    first_row: int
     rewards_BF: Tensor
     all_rewards_PM: Tensor
+    sampled_PM: list[Tensor]
     replayed: set[int] = field(default_factory=set)
 
-    def put(self, group: int, answers: list[Answer], rewards_GF: Tensor, drawn_M: Tensor) -> None:
-        """Replace a group; `answers` may be empty where this process has none of its rows."""
-        G = len(rewards_GF)
-        self.rewards_BF[group * G : (group + 1) * G] = rewards_GF
-        self.all_rewards_PM[group] = drawn_M
-        for row, answer in enumerate(answers, start=group * G - self.first):
-            if 0 <= row < len(self.answers):
-                self.answers[row] = answer
+    @classmethod
+    def of(
+        cls,
+        examples: list[dict[str, Any]],
+        generated: tuple[Any, ...],
+        rows: SampledRows,
+        extra: dict[str, list[Any]],
+        *,
+        rewards_BF: Tensor,
+        all_rewards_PM: Tensor,
+        first_row: int,
+    ) -> "Rollout":
+        """A rollout as it was sampled.
 
-    def is_replayed(self, num_generations: int) -> list[bool]:
-        """Of each row of this process, whether an earlier policy drew it."""
-        return [(self.first + row) // num_generations in self.replayed for row in range(len(self.answers))]
+        Args:
+            examples: rows of the dataset.
+            generated: what TRL's `_generate` returned for them.
+            rows: what the sampler reports about them.
+            extra: columns that reward functions logged.
+            rewards_BF, all_rewards_PM, first_row: as the attributes.
+        """
+        prompt_ids, completion_ids, _, completions, logps, *_ = generated
+        sampled = [
+            Completion(
+                example=example,
+                prompt_ids=prompt_ids[i],
+                completion_ids=completion_ids[i],
+                completion=completions[i],
+                logps=None if logps is None else logps[i],
+                is_cut=None if rows.is_cut is None else rows.is_cut[i],
+                temperature=rows.temperatures[i],
+                extra={column: values[i] for column, values in extra.items()},
+            )
+            for i, example in enumerate(examples)
+        ]
+        return cls(
+            completions=sampled,
+            first_row=first_row,
+            rewards_BF=rewards_BF,
+            all_rewards_PM=all_rewards_PM,
+            sampled_PM=[all_rewards_PM.clone()],
+        )
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.rewards_BF) // len(self.all_rewards_PM)
+
+    def replace_group(
+        self, group: int, completions: list[Completion], rewards_GF: Tensor, all_rewards_M: Tensor
+    ) -> None:
+        """Replace a group; `completions` may be empty if this process has none of its rows."""
+        G = self.group_size
+        self.rewards_BF[group * G : (group + 1) * G] = rewards_GF
+        self.all_rewards_PM[group] = all_rewards_M
+        for row, completion in enumerate(completions, start=group * G - self.first_row):
+            if 0 <= row < len(self.completions):
+                self.completions[row] = completion
+
+    def as_generated(self) -> tuple[Any, ...]:
+        """The rows of this process as TRL's `_generate` returns them."""
+        rows = self.completions
+        return (
+            [row.prompt_ids for row in rows],
+            [row.completion_ids for row in rows],
+            None,
+            [row.completion for row in rows],
+            _all_or_none(row.logps for row in rows),
+            {},
+            None,
+            [],
+        )
+
+    def sampled_rows(self) -> SampledRows:
+        """What the scoring passes need to know about the rows."""
+        rows, G = self.completions, self.group_size
+        return SampledRows(
+            temperatures=[row.temperature for row in rows],
+            logps=_all_or_none(row.logps for row in rows),
+            is_cut=_all_or_none(row.is_cut for row in rows),
+            is_replayed=[(self.first_row + i) // G in self.replayed for i in range(len(rows))],
+        )
+
+
+@dataclass(kw_only=True)
+class RolloutInProgress:
+    """What TRL's rollout method does not pass from one of its hooks to the next.
+
+    Attributes:
+        examples: rows of the dataset.
+        rollout: what stages put together; None if TRL's method samples.
+        rows: what the scoring passes need to know about the rows; None before they are sampled.
+        is_cut: whether each row was cut off, as far as the sampler reports it.
+        ref_hidden_BCH: last hidden states of the reference, if they were asked for.
+        rewards_BF: rewards of the rows of all processes, once they are computed.
+        scored_examples, completion_ids: the rows that they belong to, as reward functions saw them.
+        extra_columns: columns that reward functions logged.
+    """
+
+    examples: list[dict[str, Any]]
+    rollout: Rollout | None = None
+    rows: SampledRows | None = None
+    is_cut: list[bool] | None = None
+    ref_hidden_BCH: Tensor | None = None
+    rewards_BF: Tensor | None = None
+    scored_examples: list[dict[str, Any]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    extra_columns: list[str] = field(default_factory=list)
+
+
+def _all_or_none(values: Iterable[Any]) -> list[Any] | None:
+    """The values; None if one of them is."""
+    listed = list(values)
+    return None if any(value is None for value in listed) else listed

@@ -1,13 +1,13 @@
-"""What test_killed.py starts: one run that nobody disturbs, and the same run killed again and again.
+"""Started by test_killed.py: one undisturbed run, and the same run killed again and again.
 
     python tests/checkpoints/killed_runs.py FOLDER SEED
 
-Every session is a fork of this process, which has imported everything and computed nothing. It is sent SIGKILL in the
-k-th generation, backward pass, save or whatever lies between, k and the moment at random, and the next session resumes
-from the last checkpoint. Runs are killed so until there were KILLS of them; the last one then comes to its end.
+Every session is a fork of this process, which has imported everything and computed nothing. SIGKILL is sent in its k-th
+generation, backward pass, save, or between these; k and the delay are random. The next session resumes from the last
+checkpoint. This continues, over several runs if needed, until there were KILLS kills; then the last run finishes.
 
 FOLDER/whole, FOLDER/killed-0, ...     the output folders, each with what its sessions trained on in `seen.jsonl`
-FOLDER/kills.json                      of each kill, the run, the phase that it was aimed at, and the one that it hit
+FOLDER/kills.json                      for each kill: the run, the phase that it was aimed at, and the phase that it hit
 """
 
 import gc
@@ -38,9 +38,9 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, half_dead, share_of_digits
 from tests.tools.training import SETTINGS
 
-KILLS, MOST_KILLS = 20, 60  # more than KILLS where a phase was not hit yet
+KILLS, MAX_KILLS = 20, 60  # more than KILLS if a phase was not hit yet
 PHASES = ("other", "generate", "backward", "save")
-# Everything that a checkpoint has to carry, saved in the middle of rollouts.
+# Uses everything that a checkpoint must contain; saves in the middle of rollouts.
 RUN: dict[str, Any] = {
     "max_steps": 60,
     "save_strategy": "steps",
@@ -66,27 +66,27 @@ RUN: dict[str, Any] = {
 }
 
 
-class Marks:
-    """In memory that sessions share with this process: the phase that one is in, how often each began in it, and how
-    long they took in all (seconds)."""
+class PhaseLog:
+    """Memory shared by the sessions and this process: the current phase, and for each phase how often it began and its
+    total seconds."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 8 + 16 * len(PHASES))
 
     @property
-    def phase(self) -> int:
+    def current(self) -> int:
         return self.memory[0]
 
-    def of(self, phase: int) -> tuple[float, float]:
+    def count_and_seconds(self, phase: int) -> tuple[float, float]:
         return struct.unpack_from("dd", self.memory, 8 + 16 * phase)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self.memory[:] = bytes(len(self.memory))
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        before, phase, started = self.phase, PHASES.index(name), time.perf_counter()
-        count, seconds = self.of(phase)
+        before, phase, started = self.current, PHASES.index(name), time.perf_counter()
+        count, seconds = self.count_and_seconds(phase)
         struct.pack_into("dd", self.memory, 8 + 16 * phase, count + 1, seconds)
         self.memory[0] = phase
         yield
@@ -94,22 +94,22 @@ class Marks:
         self.memory[0] = before
 
 
-class MarkedTrainer(GRPOExtTrainer):
-    """Says which phase it is in, and writes down what it trains on."""
+class LoggingTrainer(GRPOExtTrainer):
+    """Records which phase it is in and what it trains on."""
 
-    marks: Marks
+    phases: PhaseLog
     notes: Path
 
     def note(self, **values: Any) -> None:
         with self.notes.open("a") as file:
-            file.write("\n" + json.dumps(values))  # apart from what a kill cut short
+            file.write("\n" + json.dumps(values))  # begins on a new line: a kill may have cut the last one short
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self.marks("generate"):
+        with self.phases("generate"):
             return super()._generate(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.marks("other"):
+        with self.phases("other"):
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
@@ -118,26 +118,26 @@ class MarkedTrainer(GRPOExtTrainer):
         return super()._compute_loss(model, inputs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.marks("save"):
+        with self.phases("save"):
             super()._save_checkpoint(*args, **kwargs)
         self.note(saved=self.state.global_step)
 
 
-class Began(TrainerCallback):
-    """Notes the step that a session resumed from."""
+class NotesFirstStep(TrainerCallback):
+    """Notes the step that a session starts from."""
 
-    def __init__(self, trainer: MarkedTrainer):
+    def __init__(self, trainer: LoggingTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.note(began=state.global_step)
 
 
-def session(output_dir: Path, marks: Marks) -> None:
-    """The same command every time: go on from the last checkpoint, or begin."""
+def session(output_dir: Path, phases: PhaseLog) -> None:
+    """The same every time: resume from the last checkpoint, or start."""
     output_dir.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    trainer = MarkedTrainer(
+    trainer = LoggingTrainer(
         small_llama(tokenizer),
         reward_funcs=half_dead,
         args=GRPOExtConfig(**SETTINGS | RUN | {"output_dir": str(output_dir)}),
@@ -145,37 +145,37 @@ def session(output_dir: Path, marks: Marks) -> None:
         processing_class=tokenizer,
         peft_config=random_lora(),
     )
-    trainer.marks, trainer.notes = marks, output_dir / "seen.jsonl"
+    trainer.phases, trainer.notes = phases, output_dir / "seen.jsonl"
     backward = trainer.accelerator.backward
 
-    def marked_backward(*args: Any, **kwargs: Any) -> None:
-        with marks("backward"):
+    def logged_backward(*args: Any, **kwargs: Any) -> None:
+        with phases("backward"):
             backward(*args, **kwargs)
 
-    trainer.accelerator.backward = marked_backward
+    trainer.accelerator.backward = logged_backward
     problems = [{"prompt": prompt} for prompt in PROMPTS]
     settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
     measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
     trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
-    trainer.add_callback(Began(trainer))
+    trainer.add_callback(NotesFirstStep(trainer))
     trainer.train(resume_from_checkpoint="last")
     trainer.save_model()
 
 
-def fork(output_dir: Path, marks: Marks) -> int:
+def fork(output_dir: Path, phases: PhaseLog) -> int:
     child = os.fork()
     if child:
         return child
     try:
-        session(output_dir, marks)
+        session(output_dir, phases)
         sys.stdout.flush()
         os._exit(0)
     finally:
         os._exit(1)
 
 
-def ended(child: int) -> bool:
-    """Whether the session has come to its end by itself; any other end than a good one is an error."""
+def has_finished(child: int) -> bool:
+    """Whether the session has finished; raises if it failed."""
     pid, status = os.waitpid(child, os.WNOHANG)
     if pid and status:
         raise RuntimeError(f"a session ended with status {status}")
@@ -184,31 +184,31 @@ def ended(child: int) -> bool:
 
 def main() -> None:
     folder, rng = Path(sys.argv[1]), random.Random(sys.argv[2])
-    marks = Marks()
-    os.waitpid(fork(folder / "whole", marks), 0)
-    counts, seconds = zip(*(marks.of(phase) for phase in range(len(PHASES))), strict=True)
+    phases = PhaseLog()
+    os.waitpid(fork(folder / "whole", phases), 0)
+    counts, seconds = zip(*(phases.count_and_seconds(phase) for phase in range(len(PHASES))), strict=True)
     kills: list[dict[str, Any]] = []
     runs, output_dir = 0, folder / "killed-0"
-    while len(kills) < KILLS or ({kill["hit"] for kill in kills} < set(PHASES) and len(kills) < MOST_KILLS):
+    while len(kills) < KILLS or ({kill["hit"] for kill in kills} < set(PHASES) and len(kills) < MAX_KILLS):
         phase = len(kills) % len(PHASES)
-        begun = rng.randint(1, {"save": 2, "generate": 3}.get(PHASES[phase], 8))
+        kth = rng.randint(1, {"save": 2, "generate": 3}.get(PHASES[phase], 8))
         wait = rng.random() * 0.7 * seconds[phase] / counts[phase]
-        marks.forget()
-        child = fork(output_dir, marks)
-        has_ended = False
-        while marks.of(phase)[0] < begun and not (has_ended := ended(child)):
+        phases.reset()
+        child = fork(output_dir, phases)
+        finished = False
+        while phases.count_and_seconds(phase)[0] < kth and not (finished := has_finished(child)):
             time.sleep(0.0002)
-        if has_ended:  # the run is finished: kill another one
+        if finished:  # start another run to kill
             runs += 1
             output_dir = folder / f"killed-{runs}"
             continue
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
-        hit = PHASES[marks.phase]
+        hit = PHASES[phases.current]
         os.waitpid(child, 0)
         kills.append({"run": output_dir.name, "aimed_at": PHASES[phase], "hit": hit})
-    child = fork(output_dir, marks)
-    while not ended(child):
+    child = fork(output_dir, phases)
+    while not has_finished(child):
         time.sleep(0.01)
     (folder / "kills.json").write_text(json.dumps(kills))
 

@@ -1,4 +1,4 @@
-"""What is resumed from is whole and of this run; anything else is named, and passed over or refused."""
+"""Only whole checkpoints of the same run are resumed; others are skipped or refused, with the reason."""
 
 import copy
 import json
@@ -14,13 +14,13 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtConfig
-from grpo_ext.checkpoints import files as checkpoint
+from grpo_ext.checkpoints import files
 from grpo_ext.report.metrics_file import read_metrics
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import PROMPTS, likes_step_two, share_of_digits
 from tests.tools.training import adapter_of
 
-# Everything that writes a file of its own into a checkpoint.
+# Every option that writes its own file into a checkpoint.
 EVERYTHING = {
     "per_device_train_batch_size": 16,
     "num_iterations": 2,
@@ -34,7 +34,7 @@ EVERYTHING = {
 
 @pytest.fixture
 def saved(build, small_model):
-    """Trains on the small model with a checkpoint a step; the trainer, whose `args.output_dir` holds them."""
+    """`saved()` trains the small model with one checkpoint per step and returns the trainer."""
 
     def run(**settings):
         trainer = build(
@@ -48,7 +48,7 @@ def saved(build, small_model):
 
 @pytest.fixture
 def again(build, tokenizer):
-    """A new trainer like the one that `saved` built, with changes."""
+    """`again()` builds another trainer like that of `saved`, with changes."""
 
     def make(**settings):
         settings = {"peft_config": random_lora(), "save_strategy": "steps", "save_steps": 1} | settings
@@ -81,31 +81,31 @@ def empty(path):
 DAMAGES = (truncated, with_a_flipped_bit, missing, empty)
 
 
-def test_every_damage_to_every_file_is_named_and_passed_over(saved, caplog):
-    """A checkpoint whose optimizer or rollout was cut short would train on in another way, or load as garbage."""
+def test_every_damage_to_every_file_is_found(saved, caplog):
+    """A checkpoint with a truncated optimizer or rollout would continue differently, or load garbage."""
     folder = Path(saved(max_steps=3, **EVERYTHING).args.output_dir)
     last, before = folder / "checkpoint-3", folder / "checkpoint-2"
     names = sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
-    kinds = "adapter_model.safetensors ref/adapter_model.safetensors optimizer.pt scheduler.pt rng_state.pth "
-    kinds += "trainer_state.json state_0.json rollout_0.safetensors run.json replay.json temperature.json complete.json"
-    assert set(kinds.split()) <= set(names)
-    assert checkpoint.find("last", folder) == last
+    expected = "adapter_model.safetensors ref/adapter_model.safetensors optimizer.pt scheduler.pt rng_state.pth "
+    expected += "trainer_state.json state_0.json state_0.safetensors run.json complete.json"
+    assert set(expected.split()) <= set(names)
+    assert files.find_checkpoint("last", folder) == last
     for name in names:
         whole = (last / name).read_bytes()
         for damage in DAMAGES:
             damage(last / name)
             caplog.clear()
-            assert checkpoint.find("last", folder) == before, (name, damage)
-            (said,) = caplog.messages
-            assert said.startswith(f"{last} is passed over: ")
-            assert name in said or name == "complete.json"
+            assert files.find_checkpoint("last", folder) == before, (name, damage)
+            (warning,) = caplog.messages
+            assert warning.startswith(f"{last} is passed over: ")
+            assert name in warning or name == "complete.json"
             with pytest.raises(ValueError, match=rf"checkpoint-3' cannot be resumed: .*\. Use {before}\."):
-                checkpoint.find(str(last), folder)
+                files.find_checkpoint(str(last), folder)
             (last / name).write_bytes(whole)
-    assert checkpoint.fault(last) is None
+    assert files.why_unusable(last) is None
 
 
-def test_a_damaged_run_goes_on_from_the_checkpoint_before(saved, again, caplog):
+def test_last_resumes_from_the_checkpoint_before_a_damaged_one(saved, again, caplog):
     whole = saved(max_steps=4)
     folder = Path(whole.args.output_dir)
     adapter = adapter_of(whole)
@@ -119,34 +119,34 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(saved, again, caplog):
         assert torch.equal(value, adapter[name]), name
 
 
-def test_where_nothing_is_whole(saved, tmp_path, caplog):
-    """Killed before its first checkpoint was finished, a run begins again; if finished ones were damaged, it stops."""
-    assert checkpoint.find("last", tmp_path) is None
+def test_no_whole_checkpoint(saved, tmp_path, caplog):
+    """A run that was killed before its first checkpoint starts again; if finished checkpoints are damaged, it stops."""
+    assert files.find_checkpoint("last", tmp_path) is None
     (tmp_path / "checkpoint-1").mkdir()
-    assert checkpoint.find("last", tmp_path) is None
+    assert files.find_checkpoint("last", tmp_path) is None
     assert "checkpoint-1 is passed over: it was not written to its end" in caplog.text
     assert f"no finished checkpoint in {tmp_path}: the run begins at step 0" in caplog.text
     folder = Path(saved(max_steps=1).args.output_dir)
     missing(folder / "checkpoint-1" / "optimizer.pt")
     with pytest.raises(ValueError, match=r"is whole\. checkpoint-1: optimizer\.pt is missing\. Restore one"):
-        checkpoint.find("last", folder)
+        files.find_checkpoint("last", folder)
     with pytest.raises(ValueError, match=r"cannot be resumed: optimizer\.pt is missing\. Start without resume\."):
-        checkpoint.find(folder / "checkpoint-1", folder)
+        files.find_checkpoint(folder / "checkpoint-1", folder)
     with pytest.raises(ValueError, match="nowhere' cannot be resumed: there is no such folder"):
-        checkpoint.find("nowhere", folder)
+        files.find_checkpoint("nowhere", folder)
 
 
-def test_the_folder_of_a_run_is_no_checkpoint(saved):
+def test_the_folder_of_a_run_is_not_a_checkpoint(saved):
     folder = Path(saved(max_steps=2).args.output_dir)
     with pytest.raises(
         ValueError, match=rf"not written to its end \(no complete\.json\)\. Use {folder}/checkpoint-2\."
     ):
-        checkpoint.find(str(folder), folder)
+        files.find_checkpoint(str(folder), folder)
 
 
 @pytest.mark.parametrize("text", ["True", "true", "last", True])
-def test_what_a_command_line_delivers(saved, text):
-    """There, `True` is a text; transformers would take it for a folder."""
+def test_values_from_a_command_line(saved, text):
+    """On a command line `True` is text; transformers would take it for a folder."""
     trainer = saved(max_steps=2)
     assert trainer.find_checkpoint(text) == Path(trainer.args.output_dir, "checkpoint-2")
     for nothing in ("False", "false", "", None, False):
@@ -156,26 +156,26 @@ def test_what_a_command_line_delivers(saved, text):
 # Writing
 
 
-def talkative(completions, log_extra, **columns):
+def verbose_reward(completions, log_extra, **columns):
     log_extra("why", ["because " * 2_000] * len(completions))
     return share_of_digits(completions)
 
 
 @pytest.mark.parametrize(
-    ("most", "settings"), [(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})]
+    ("max_bytes", "settings"), [(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})]
 )
-def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, most, settings):
-    """No file can be longer than `most` bytes in the second save: the card, the adapter, the optimizer or, after all of
-    transformers' own, the state. By then transformers would have deleted the first checkpoint: save_total_limit=1."""
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, max_bytes, settings):
+    """In the second save, no file can exceed `max_bytes`: the card, the adapter, the optimizer or, after all files of
+    transformers, the state fails. With save_total_limit=1, transformers would have deleted the first checkpoint."""
     settings = settings | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    trainer = build(small_model, peft_config=random_lora(), reward=talkative, **settings)
-    write = trainer._save_checkpoint
+    trainer = build(small_model, peft_config=random_lora(), reward=verbose_reward, **settings)
+    save = trainer._save_checkpoint
 
     def on_a_full_disk(*args):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most if trainer.state.global_step == 2 else soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes if trainer.state.global_step == 2 else soft, hard))
         try:
-            write(*args)
+            save(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -184,23 +184,23 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
         trainer.train()
     folder = Path(trainer.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert checkpoint.find("last", folder) == folder / "checkpoint-1"
+    assert files.find_checkpoint("last", folder) == folder / "checkpoint-1"
     assert trainer.args.save_total_limit == 1
 
 
-def test_a_checkpoint_is_written_anew(saved, again):
-    """In a folder that another session left, files of both would be taken for those of one."""
+def test_an_existing_checkpoint_is_replaced(saved, again):
+    """Files that an earlier session left in the folder would be taken for files of this checkpoint."""
     folder = Path(saved(max_steps=2).args.output_dir)
-    (folder / "checkpoint-2" / "rollout_0.safetensors").write_bytes(b"of another session")
+    (folder / "checkpoint-2" / "state_0.safetensors").write_bytes(b"of another session")
     again(max_steps=2).train(resume_from_checkpoint=folder / "checkpoint-1")
-    assert not (folder / "checkpoint-2" / "rollout_0.safetensors").exists()
-    assert checkpoint.find("last", folder) == folder / "checkpoint-2"
+    assert not (folder / "checkpoint-2" / "state_0.safetensors").exists()
+    assert files.find_checkpoint("last", folder) == folder / "checkpoint-2"
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_the_checkpoints_that_stay_are_those_of_transformers(build, small_model, tmp_path, limit):
-    """The newest and the best always do."""
+def test_rotation_keeps_the_same_checkpoints_as_transformers(build, small_model, tmp_path, limit):
+    """The newest and the best are always kept."""
     kept = {}
     for kind in (None, GRPOTrainer):
         settings = {
@@ -226,23 +226,23 @@ def test_the_checkpoints_that_stay_are_those_of_transformers(build, small_model,
     assert "checkpoint-2" in kept[None]
 
 
-def test_what_was_not_finished_is_not_counted(tmp_path):
-    """A folder that a killed run left behind would take the place of a checkpoint that can be resumed from."""
+def test_unfinished_checkpoints_do_not_count_in_rotation(tmp_path):
+    """A folder left by a killed run must not take the place of a checkpoint that can be resumed."""
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step != 3:
-            checkpoint.seal(tmp_path / f"checkpoint-{step}")
-    checkpoint.rotate(tmp_path, 2, {tmp_path / "checkpoint-4"})
+            files.seal(tmp_path / f"checkpoint-{step}")
+    files.rotate(tmp_path, 2, {tmp_path / "checkpoint-4"})
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3", "4"]
-    checkpoint.rotate(tmp_path, None, set())
-    checkpoint.rotate(tmp_path, 0, set())
+    files.rotate(tmp_path, None, set())
+    files.rotate(tmp_path, 0, set())
     assert len(list(tmp_path.iterdir())) == 3
 
 
 # Another run
 
 
-def test_another_run_is_refused_by_its_first_difference(saved, again, tmp_path, small_model):
+def test_checkpoint_of_another_run_is_refused(saved, again, tmp_path, small_model):
     other_weights = small_model.__class__(small_model.config)
     other_config = copy.deepcopy(small_model)
     other_config.config.rms_norm_eps = 1e-3
@@ -271,12 +271,12 @@ def test_another_run_is_refused_by_its_first_difference(saved, again, tmp_path, 
         "max_completion_length=12; this run has max_completion_length=13": {"max_completion_length": 13},
         "dead_groups=keep; this run has dead_groups=resample": {"dead_groups": "resample"},
     }
-    for said, changes in differences.items():
-        with pytest.raises(ValueError, match=f"Checkpoint was made with {said}"):
+    for message, changes in differences.items():
+        with pytest.raises(ValueError, match=f"Checkpoint was made with {message}"):
             again(**changes).train(resume_from_checkpoint="last")
-    harmless = {"logging_steps": 2, "save_steps": 5, "max_steps": 3, "chunk_tokens": 64, "report_to": "none"}
-    harmless |= {"output_dir": str(tmp_path / "other"), "reward_workers": 1, "log_completions": True}
-    longer = again(**harmless)
+    may_differ = {"logging_steps": 2, "save_steps": 5, "max_steps": 3, "chunk_tokens": 64, "report_to": "none"}
+    may_differ |= {"output_dir": str(tmp_path / "other"), "reward_workers": 1, "log_completions": True}
+    longer = again(**may_differ)
     longer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert longer.state.global_step == 3
 
@@ -285,7 +285,7 @@ def test_another_number_of_processes_is_refused(saved, again):
     folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"number of processes": 2}))
-    checkpoint.seal(folder)
+    files.seal(folder)
     with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
         again().train(resume_from_checkpoint="last")
 
@@ -304,8 +304,8 @@ def test_saving_in_the_middle_of_a_step_is_refused(tmp_path):
 # Pickles
 
 
-class Runs:
-    """What a pickle can do: this one makes a folder."""
+class MakesFolder:
+    """Shows that a pickle can run code: unpickling this creates a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -315,14 +315,14 @@ class Runs:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
-def test_a_pickle_does_not_run(saved, again, tmp_path, name):
-    """Planted with hashes that fit, as whoever can write the one can write the other."""
+def test_a_malicious_pickle_does_not_run(saved, again, tmp_path, name):
+    """Its hash in the manifest is right: whoever can write the file can write the manifest."""
     folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
     if name == "adapter_model.bin":
         (folder / "adapter_model.safetensors").unlink()
-    torch.save({"state": Runs(tmp_path / "ran")}, folder / name)
-    checkpoint.seal(folder)
-    assert checkpoint.fault(folder) is None
+    torch.save({"state": MakesFolder(tmp_path / "ran")}, folder / name)
+    files.seal(folder)
+    assert files.why_unusable(folder) is None
     with pytest.raises(pickle.UnpicklingError):
         again().train(resume_from_checkpoint="last")
     assert not (tmp_path / "ran").exists()
@@ -330,9 +330,9 @@ def test_a_pickle_does_not_run(saved, again, tmp_path, name):
     assert (tmp_path / "ran").exists()
 
 
-def test_arguments_are_not_loaded(saved, again, tmp_path):
+def test_pickled_training_arguments_are_not_loaded(saved, again, tmp_path):
     folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
-    torch.save({"state": Runs(tmp_path / "ran")}, folder / "training_args.bin")
-    checkpoint.seal(folder)
+    torch.save({"state": MakesFolder(tmp_path / "ran")}, folder / "training_args.bin")
+    files.seal(folder)
     again().train(resume_from_checkpoint="last")
     assert not (tmp_path / "ran").exists()

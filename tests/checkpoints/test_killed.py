@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of real runs: what came after the last checkpoint is lost, and nothing else changes."""
+"""SIGKILL at random moments of real runs: only the work after the last checkpoint is lost."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from grpo_ext.checkpoints import files as checkpoint
+from grpo_ext.checkpoints import files
 from tests.checkpoints import killed_runs
 from tests.checkpoints.killed_runs import KILLS, PHASES, RUN
 from tests.tools.metrics import comparable
@@ -20,7 +20,7 @@ SEED = 0
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """The folder of `killed_runs.py`, and its kills."""
+    """The folder of `killed_runs.py` and its list of kills."""
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, killed_runs.__file__, str(folder), str(SEED)]
@@ -30,7 +30,7 @@ def killed(tmp_path_factory):
 
 
 def notes_of(run):
-    """What the sessions of a run wrote down, in order; a line that a kill cut short is left out."""
+    """The notes of all sessions of a run, in order, except lines that a kill cut short."""
     lines = (run / "seen.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -44,8 +44,8 @@ def test_kills_hit_every_phase(killed):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_the_run_that_was_not(killed):
-    """The adapter, to the byte, and every line of the log, held-out accuracy among them."""
+def test_killed_runs_end_like_the_undisturbed_run(killed):
+    """Same adapter, to the byte, and same lines in the log, including held-out accuracy."""
     folder, kills = killed
     lines = comparable(folder / "whole" / "metrics.jsonl")
     assert sum("heldout/pass@1" in line for line in lines) == 1 + RUN["max_steps"] // RUN["eval_steps"]
@@ -53,13 +53,14 @@ def test_killed_runs_end_as_the_run_that_was_not(killed):
     for name in {kill["run"] for kill in kills}:
         assert comparable(folder / name / "metrics.jsonl") == lines
         assert (folder / name / "adapter_model.safetensors").read_bytes() == adapter
-        assert checkpoint.find("last", folder / name).name == f"checkpoint-{RUN['max_steps']}"
+        assert files.find_checkpoint("last", folder / name).name == f"checkpoint-{RUN['max_steps']}"
 
 
 @pytest.mark.slow
-def test_each_session_trains_on_what_the_whole_run_trained_on(killed):
-    """Tokens, advantages and temperatures of every micro-step of every session, those that a kill undid among them; and
-    each resumes from the last checkpoint whose saving came to its end, or from one that the kill found finished."""
+def test_each_session_trains_on_the_same_rows(killed):
+    """Tokens, advantages and temperatures of every micro-step of every session, including steps that a kill undid. Each
+    session resumes from the last checkpoint that was reported as saved, or from one that was complete when the kill
+    came."""
     folder, kills = killed
     whole = {note["micro_step"]: note["rows"] for note in notes_of(folder / "whole") if "micro_step" in note}
     assert sorted(whole) == list(range(RUN["max_steps"]))
@@ -68,7 +69,7 @@ def test_each_session_trains_on_what_the_whole_run_trained_on(killed):
         for note in notes_of(folder / name):
             if "began" in note:
                 assert note["began"] in (saved, saved + RUN["save_steps"])
-                saved = micro_step = note["began"]  # a micro-step a step
+                saved = micro_step = note["began"]  # one micro-step per step
                 sessions += 1
             elif "saved" in note:
                 saved = note["saved"]

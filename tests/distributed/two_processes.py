@@ -118,7 +118,6 @@ class GivenTurns(GRPOExtTrainer):
         for text in texts:
             rng = random.Random(f"{text} {self.state.global_step}")
             turns.append("".join(rng.choice("0123abc") for _ in range(rng.randint(1, 4))))
-        self._is_cut = [False] * len(turns)
         completion_ids = self.processing_class(turns)["input_ids"]
         return completion_ids, [[0.0] * len(ids) for ids in completion_ids]
 
@@ -134,7 +133,6 @@ class GivenCompletions(GRPOExtTrainer):
         self.drawn_in = self.state.global_step, times + 1 if step == self.state.global_step else 0
         prompts = [self.processing_class.decode(ids) for ids in prompt_ids]
         completion_ids = given_completions(prompts, self)["completion_ids"]
-        self._is_cut = [False] * len(prompts)
         return completion_ids, [self.logps(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
 
     @torch.no_grad()
@@ -208,7 +206,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     return {
         "start": start,
         "adapter": adapter_of(trainer),
-        "shares": trainer._shares_prompts,
+        "shares": trainer.shares_prompts,
         "updates_in_chunks": chunked.call_count,
         "grad_norm": [row["grad_norm"] for row in logs],
         # of the steps that began with a rollout

@@ -81,7 +81,7 @@ def train(processes: int, folder: Path, **changes: Any) -> dict[str, Any]:
         "start": start,
         "adapter": full(adapter_of(trainer)),
         "held_here": {name: local_shard(p).numel() for name, p in trainable_parameters(trainer.model).items()},
-        "shares": trainer._shares_prompts,
+        "shares": trainer.shares_prompts,
         **{name: [row[name] for row in logs] for name in ("loss", "grad_norm", "kl", "reward")},
     }
 

@@ -47,10 +47,15 @@ def trainer_on(model, folder, **options):
         peft_config=random_lora(),
         **options,
     )
-    assert trainer._shares_prompts
+    assert trainer.shares_prompts
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
+
+
+def share_prompts(trainer, on):
+    scorer = dataclasses.replace(trainer.parts.scorer, shares_prompts=on)
+    trainer.parts = dataclasses.replace(trainer.parts, scorer=scorer)
 
 
 @pytest.fixture(scope="module", params=slow_but(ATTENTION, ["llama"]))
@@ -71,7 +76,7 @@ def case(request, tmp_path_factory):
         trainer.model.to(torch.float64)
 
         ids, mask, completion = padded_batch((150, 150), ((12, 7, 9, 5), (5, 12, 8, 3)))
-        trainer._shares_prompts = False
+        share_prompts(trainer, False)
         with torch.no_grad():
             logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, completion)
         generator = torch.Generator().manual_seed(3)
@@ -107,11 +112,8 @@ def test_the_gradient_of_a_loss(case, loss_type):
     trainer.epsilon_high = 1.05 if loss_type == "cispo" else 0.2  # TRL: cispo clips at the value itself
     for beta, entropy_coef in ((0.0, 0.0), (0.1, 0.01)):
         trainer.beta = beta
-        trainer.entropy_coef, trainer._entropy_bonus_enabled = entropy_coef, entropy_coef > 0
-        trainer._sequence_objective = dataclasses.replace(
-            trainer._sequence_objective, beta=beta, entropy_coef=entropy_coef
-        )
-        trainer._shares_prompts = False
+        trainer.entropy_coef = entropy_coef
+        share_prompts(trainer, False)
         wanted = gradients(trainer, inputs)
         metrics = trainer._metrics["train"]
         if loss_type == "cispo":
@@ -120,7 +122,7 @@ def test_the_gradient_of_a_loss(case, loss_type):
             assert metrics["clip_ratio/low_mean"][-1] > 0
             assert metrics["clip_ratio/high_mean"][-1] > 0
             assert metrics["clip_ratio/region_mean"][-1] < 0.6
-        trainer._shares_prompts = True
+        share_prompts(trainer, True)
         for chunk_tokens in (None, 64, 330):
             trainer.args.chunk_tokens = chunk_tokens
             for name, grad in gradients(trainer, inputs).items():
@@ -140,8 +142,9 @@ def test_a_base_of_four_bits(dtype, tmp_path):
     assert projection.compute_dtype == dtype
     ids, mask, completion = padded_batch((60, 40), ((12, 7, 9, 5), (5, 12, 0, 1)))
     results = {}
-    for chunk_tokens in ("plain", None, 50, 110):  # 50 splits the prompt, 110 fits two rows
-        trainer._shares_prompts, trainer.args.chunk_tokens = chunk_tokens != "plain", chunk_tokens
+    for chunk_tokens in ("plain", None, 50, 110):  # 50 cuts the prompt, 110 holds two rows
+        share_prompts(trainer, chunk_tokens != "plain")
+        trainer.args.chunk_tokens = chunk_tokens
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, completion, compute_entropy=True
         )

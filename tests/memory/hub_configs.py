@@ -1,7 +1,7 @@
-"""Configs of models that recipes name, for tests without the Hub.
+"""Configs of the models that the recipes use, for tests without the Hub.
 
-Sizes are those of each model's config.json on the Hub, compared number by number with torchtune's builders, which give
-the same files as their source (pytorch/torchtune, torchtune/models/qwen2_5/_model_builders.py).
+The sizes are those of each model's config.json on the Hub, compared number by number with torchtune's builders, which
+cite the same files (pytorch/torchtune, torchtune/models/qwen2_5/_model_builders.py).
 """
 
 from transformers import Qwen2Config

@@ -1,7 +1,7 @@
-"""Peak memory of two real training steps; run by test_plan.py as a program of its own.
+"""Measure the peak memory of two real training steps; test_plan.py runs this as a separate program.
 
 python tests/memory/planned_memory.py '[["folder of a model", {"prompt": 256, ...}, {"load_in_4bit": true}], ...]'
-measured 12345678   bytes at the peak, a line a case, beside what its process held before it loaded the model
+measured 12345678   bytes at the peak, one line per case, excluding what its process held before it loaded the model
 """
 
 import json
@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from trl import get_peft_config
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from grpo_ext.memory.step_shapes import Step
+from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
 from tests.tools.memory import in_a_fork
 from tests.tools.models import small_llama
@@ -36,7 +36,7 @@ def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [sum(ids) % 1009 / 1009 for ids in completion_ids]
 
 
-def trainer(model: Any, policy: PolicyConfig, step: Step, tokenizer: Any, folder: str) -> GRPOExtTrainer:
+def trainer(model: Any, policy: PolicyConfig, step: StepShape, tokenizer: Any, folder: str) -> GRPOExtTrainer:
     args = GRPOExtConfig(
         **SETTINGS | {"output_dir": folder, "max_steps": 2, "gradient_checkpointing": step.gradient_checkpointing},
         num_generations=step.generations,
@@ -63,7 +63,7 @@ def trainer(model: Any, policy: PolicyConfig, step: Step, tokenizer: Any, folder
 
 
 def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
-    step, policy = Step(**sizes), PolicyConfig(model_name_or_path=model, **settings)
+    step, policy = StepShape(**sizes), PolicyConfig(model_name_or_path=model, **settings)
     warm_up()
     tokenizer = word_tokenizer(AutoConfig.from_pretrained(model).vocab_size)
     peak = peak_meter()
@@ -72,7 +72,8 @@ def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         training = trainer(model, policy, step, tokenizer, folder)
         for tensor in (*training.model.parameters(), *training.model.buffers()):
-            tensor.data = tensor.data.clone()  # else a view into the whole file, with what was quantised since
+            # A view would keep the whole file in memory, including weights that have been quantized since.
+            tensor.data = tensor.data.clone()
         release_free_memory()
         peak.reset()
         training.train()
@@ -80,8 +81,8 @@ def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
 
 
 def warm_up() -> None:
-    """What a first training loads and allocates for good, and the pages of libraries that it touches."""
-    step = Step(prompt=8, completion=4, generations=4, rows=4)
+    """Train once, so that libraries are loaded, their pages touched, and permanent allocations made."""
+    step = StepShape(prompt=8, completion=4, generations=4, rows=4)
     tokenizer = word_tokenizer(64)
     with tempfile.TemporaryDirectory() as folder:
         trainer(small_llama(tokenizer), PolicyConfig(), step, tokenizer, folder).train()

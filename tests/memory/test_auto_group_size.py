@@ -1,4 +1,4 @@
-"""`--num_generations auto` of a recipe: what it becomes, and that the batch arithmetic stays valid."""
+"""`--num_generations auto` of a recipe: which number it becomes, and that the batch arithmetic stays valid."""
 
 from itertools import pairwise
 
@@ -8,9 +8,9 @@ from trl import TrlParser
 
 import recipes.math as recipe
 from grpo_ext import GRPOExtConfig
-from grpo_ext.memory.auto_group_size import CHOICES, asked_for, resolved
+from grpo_ext.memory.auto_group_size import GROUP_SIZES, parse_flags, with_group_size
 from grpo_ext.memory.plan import Planner
-from grpo_ext.memory.step_shapes import Step
+from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
 from tests.tools.paths import ROOT
@@ -21,51 +21,53 @@ FOLDER = str(ROOT / "recipes")
 
 @pytest.fixture
 def available(monkeypatch):
-    """`available(gigabytes)`: so much memory is left on this machine."""
+    """`available(gigabytes)` sets the free memory of this machine."""
 
-    def leave(gigabytes):
+    def set_free_memory(gigabytes):
         memory = psutil.virtual_memory()._replace(available=int(gigabytes * 2**30))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
-    return leave
+    return set_free_memory
 
 
 def batch(rows, accumulation=1):
     return ["--per_device_train_batch_size", str(rows), "--gradient_accumulation_steps", str(accumulation)]
 
 
-@pytest.mark.parametrize(("rows", "accumulation", "chosen"), [(8, 1, 8), (8, 2, 16), (12, 1, 4), (16, 4, 32)])
-def test_the_largest_that_divides_the_rollout(rows, accumulation, chosen, available, capsys):
-    """TRL refuses a rollout that is no multiple of it, after everything was loaded; what was chosen, and for which
-    memory, is said in one line."""
+@pytest.mark.parametrize(("rows", "accumulation", "expected"), [(8, 1, 8), (8, 2, 16), (12, 1, 4), (16, 4, 32)])
+def test_largest_size_that_divides_the_rollout(rows, accumulation, expected, available, capsys):
+    """TRL refuses a rollout that is not a multiple of the group size, after everything is loaded. One printed line
+    reports the choice and the memory that it was planned for."""
     available(64)
     _, args, _ = recipe.parse([*AUTO, *batch(rows, accumulation)])
-    assert args.num_generations == chosen
-    assert args.generation_batch_size % chosen == 0
-    (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith(f"num_generations=auto: {chosen}, the largest of 4, 8, 16, 32 that divides the rollout of ")
-    assert f" rollout of {rows * accumulation} answers, and it fits: 0." in said
-    assert "of 57.60 GB: the free memory of this machine, less a tenth" in said
+    assert args.num_generations == expected
+    assert args.generation_batch_size % expected == 0
+    (printed,) = capsys.readouterr().out.splitlines()
+    assert printed.startswith(
+        f"num_generations=auto: {expected}, the largest of 4, 8, 16, 32 that divides the rollout of "
+    )
+    assert f" rollout of {rows * accumulation} answers, and it fits: 0." in printed
+    assert "of 57.60 GB: the free memory of this machine, less a tenth" in printed
 
 
 @pytest.fixture(scope="module")
 def planner():
-    """Of the embedded model on a CPU; what it has counted, it knows."""
+    """For the embedded model on a CPU; shared, since it caches what it has counted."""
     return Planner(PolicyConfig(model_name_or_path=f"{FOLDER}/tiny_math/model"), "cpu")
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"chunk_tokens": 264}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}]
 )
-def test_larger_groups_need_no_more(planner, options):
-    """Else a smaller group might fit where the largest does not, and `auto` would refuse what can be trained."""
+def test_larger_groups_need_no_more_memory(planner, options):
+    """Otherwise a smaller group might fit when the largest does not, and `auto` would refuse a run that can train."""
     sizes = {"rows": 8, "accumulation": 4, "prompt": 100, "completion": 32} | options
-    needs = [planner.footprint(Step(generations=choice, **sizes)).total for choice in CHOICES]
+    needs = [planner.footprint(StepShape(generations=size, **sizes)).total for size in GROUP_SIZES]
     assert all(larger <= smaller for larger, smaller in pairwise(needs))
     assert needs[0] < needs[-1]
 
 
-def test_a_number_stays_what_it_is(capsys):
+def test_a_number_is_left_unchanged(capsys):
     _, args, _ = recipe.parse(["--num_generations", "4"])
     assert args.num_generations == 4
     assert "num_generations=auto" not in capsys.readouterr().out
@@ -73,8 +75,8 @@ def test_a_number_stays_what_it_is(capsys):
         recipe.parse(["--num_generations", "many"])
 
 
-def test_a_config_file_may_say_auto_and_flags_win(tmp_path, available):
-    """The file is read before TRL reads it: its other settings must count, too."""
+def test_auto_in_a_config_file_and_flags_that_override_it(tmp_path, available):
+    """The file is parsed before TRL parses it: its other settings must count too."""
     available(64)
     settings = "model_name_or_path: $RECIPES/tiny_math/model\ndataset_name: d\nper_device_train_batch_size: 4\n"
     (tmp_path / "c.yaml").write_text(settings + "gradient_accumulation_steps: 4\nnum_generations: auto\n")
@@ -85,21 +87,21 @@ def test_a_config_file_may_say_auto_and_flags_win(tmp_path, available):
 
 
 def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
-    """Two processes of one machine: twice the rollout, half of the memory for each, and one of them speaks."""
+    """Two processes on one machine: twice the rollout, half the memory for each, and only one of them prints."""
     available(64)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     argv = ["--config", f"{FOLDER}/tiny_math.yaml", *AUTO, *batch(8), "--output_dir", "x"]
-    asked = asked_for(TrlParser((RecipeArguments, GRPOExtConfig, PolicyConfig)), argv)
-    assert resolved(argv, asked, folder=FOLDER)[-1] == "16"
+    settings = parse_flags(TrlParser((RecipeArguments, GRPOExtConfig, PolicyConfig)), argv)
+    assert with_group_size(argv, settings, folder=FOLDER)[-1] == "16"
     assert "of 28.80 GB: the free memory of this machine by 2, less a tenth" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    resolved(argv, asked, folder=FOLDER)
+    with_group_size(argv, settings, folder=FOLDER)
     assert capsys.readouterr().out == ""
 
 
-def test_prompts_are_planned_as_long_as_they_may_be(available, capsys):
-    """The embedded model reads 256 tokens at most; `max_prompt_tokens` says it better, where it is set."""
+def test_planned_prompt_length(available, capsys):
+    """The embedded model has 256 positions; `max_prompt_tokens` is a better bound if it is set."""
     available(64)
     recipe.parse([*AUTO, *batch(8), "--max_completion_length", "16"])
     assert "for prompts of at most 240 tokens" in capsys.readouterr().out
@@ -120,22 +122,22 @@ def test_refusals(flags, message):
 
 
 @pytest.mark.parametrize("flags", [["--dataset_name", "d"], ["--model_name_or_path", "m"]])
-def test_without_a_model_or_data_the_recipe_says_so(flags, capsys):
-    """Its own sentence, not an error about `auto`."""
+def test_missing_model_or_data_is_the_error_of_the_recipe(flags, capsys):
+    """Its own message, not an error about `auto`."""
     with pytest.raises(SystemExit):
         recipe.parse([*AUTO, *flags])
     assert "give both --model_name_or_path and --dataset_name" in capsys.readouterr().err
 
 
-def test_a_machine_that_is_too_small(available):
-    """By name, before a model is loaded, with what is missing."""
+def test_a_machine_with_too_little_memory(available):
+    """Refused before a model is loaded, with the memory needed and available."""
     available(0.01)
     message = r"rollout of 8 answers does not fit\. 0\.\d+ GB are planned .*, of 0\.01 GB: the free memory"
     with pytest.raises(ValueError, match=message):
         recipe.parse([*AUTO, *batch(8)])
 
 
-def test_a_script_of_ones_own_is_told_to_give_a_number():
-    """TRL would end in a TypeError of its batch arithmetic."""
+def test_outside_of_recipes_auto_is_refused():
+    """TRL would raise a TypeError in its batch arithmetic."""
     with pytest.raises(ValueError, match=r"num_generations='auto' must be a number of 2 or more, for example 8\."):
         GRPOExtConfig("x", num_generations="auto")

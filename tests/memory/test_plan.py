@@ -1,4 +1,4 @@
-"""The memory planner: against measured peaks of real training steps, against hand-worked numbers, and its command."""
+"""The memory planner against measured peaks of real training steps and numbers worked out by hand, and its command."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from grpo_ext import cli
-from grpo_ext.memory.counter import Tally
-from grpo_ext.memory.device_kernels import HeadPass, Kernels
-from grpo_ext.memory.estimate_step import rehearse
-from grpo_ext.memory.meta_model import bytes_by_kind, config_of, skeleton
-from grpo_ext.memory.plan import RESERVE, UNIT, Plan, Planner, changed, plan
-from grpo_ext.memory.step_shapes import Step, passes
+from grpo_ext.memory.counter import MemoryCounter
+from grpo_ext.memory.device_kernels import DeviceKernels, HeadCall
+from grpo_ext.memory.estimate_step import estimate_phase
+from grpo_ext.memory.meta_model import build_meta_model, bytes_by_kind, load_config
+from grpo_ext.memory.plan import RESERVED_FRACTION, SEARCH_UNITS, Plan, Planner, plan_memory, with_size
+from grpo_ext.memory.step_shapes import StepShape, phase_shapes
 from grpo_ext.model.load import PolicyConfig
 from tests.memory import planned_memory
 from tests.tools.memory import RETURN_FREED
@@ -50,14 +50,14 @@ MODELS = {
 NF4, BF16, FP32 = {"load_in_4bit": True}, {"dtype": "bfloat16"}, {}
 
 
-def step(prompt: int, completion: int, generations: int, **changes: Any) -> Step:
-    return Step(
+def step(prompt: int, completion: int, generations: int, **changes: Any) -> StepShape:
+    return StepShape(
         **{"prompt": prompt, "completion": completion, "generations": generations, "rows": generations} | changes
     )
 
 
 WHOLE = {"gradient_checkpointing": False}
-# Of chunks of several rows and of parts of a prompt, of whole micro-batches, of one row at a time.
+# Chunks of several rows and of parts of a prompt, whole micro-batches, and one row at a time.
 CASES = {
     "llama, fp32, whole": ("llama", FP32, step(256, 16, 8, **WHOLE)),
     "llama, fp32, chunks of 2 rows": ("llama", FP32, step(384, 16, 4, chunk_tokens=2 * 400)),
@@ -72,19 +72,19 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Models with random weights, by name."""
-    made = {}
+    """Folders of models with random weights, by name."""
+    folders = {}
     for name, config in MODELS.items():
         torch.manual_seed(0)
-        made[name] = str(tmp_path_factory.mktemp(name))
-        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
-    return made
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+    return folders
 
 
 @pytest.mark.slow
-def test_estimates_are_those_of_real_steps(folders):
-    """Within 15% of the peak of two steps of the trainer itself, beside what the process held before: whatever is
-    forgotten, counted twice or freed too early shows in one of these settings."""
+def test_plans_match_real_steps(folders):
+    """Within 15% of the peak of two real steps of the trainer, excluding what the process held before. Anything that
+    is forgotten, counted twice or freed too early shows in one of these settings."""
     cases = [[folders[model], asdict(sizes), policy] for model, policy, sizes in CASES.values()]
     done = subprocess.run(
         [sys.executable, planned_memory.__file__, json.dumps(cases)],
@@ -107,10 +107,10 @@ def test_estimates_are_those_of_real_steps(folders):
     assert not far
 
 
-def planned(model: str, sizes: Step, *, device_type: str = "cuda", memory: float = 2**40, **policy: Any) -> Plan:
-    """Without what would fit."""
+def planned(model: str, sizes: StepShape, *, device_type: str = "cuda", memory: float = 2**40, **policy: Any) -> Plan:
+    """A plan without the search for the largest sizes."""
     config = PolicyConfig(model_name_or_path=str(model), **policy)
-    return plan(config, sizes, device_type=device_type, memory=memory, with_largest=False)
+    return plan_memory(config, sizes, device_type=device_type, memory=memory, with_largest=False)
 
 
 SMALL = step(24, 8, 4)
@@ -126,19 +126,19 @@ def config_folder(tmp_path_factory, layers: int) -> str:
 
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory):
-    """The config of a model of five layers; there are no weights."""
+    """The config of a model with five layers, without weights."""
     return config_folder(tmp_path_factory, 5)
 
 
 @pytest.fixture(scope="module")
 def two_layers(tmp_path_factory):
-    """The same of two layers, of which a step is counted soonest."""
+    """The same with two layers, the fastest to count."""
     return config_folder(tmp_path_factory, 2)
 
 
 @pytest.fixture(scope="module")
 def planner(small_folder):
-    """Of that model on a GPU; what it has counted, it knows."""
+    """For the five-layer model on a GPU; shared, since it caches what it has counted."""
     return Planner(PolicyConfig(model_name_or_path=small_folder), "cuda")
 
 
@@ -150,71 +150,73 @@ IN_CHUNKS = step(48, 8, 4, chunk_tokens=16, accumulation=2)
     [("cpu", SMALL), ("cpu", IN_CHUNKS), ("cuda", IN_CHUNKS), ("cuda", step(24, 8, 4, **WHOLE))],
 )
 def test_further_layers_add_the_same(small_folder, device_type, sizes):
-    """A step is rehearsed on a few layers: where a further one added something else, large models would be far off."""
+    """A step is measured on a few layers. If further layers added something else, large models would be far off."""
     planner = Planner(PolicyConfig(model_name_or_path=small_folder), device_type)
-    whole = skeleton(planner.config, planner.policy, planner.dtype)
+    whole = build_meta_model(planner.config, planner.policy, planner.dtype)
     footprint = planner.footprint(sizes)
     assert footprint.phases.keys() == {"sampling", "reference", "update"}
-    for passed in passes(sizes):
-        counted = rehearse(whole, passed, planner.kernels)
-        assert footprint.phases[passed.phase].total == pytest.approx(counted.total), passed.phase
+    for shape in phase_shapes(sizes):
+        counted = estimate_phase(whole, shape, planner.kernels)
+        assert footprint.phases[shape.phase].total == pytest.approx(counted.total), shape.phase
 
 
-def test_weights_are_counted_once_each(small_folder):
-    """By hand, of five layers: 64 words, hidden states of 32, 2 heads of 16, 1 of which for keys and values, 64 in the
-    middle."""
+def test_each_weight_counts_once(small_folder):
+    """By hand for five layers: vocabulary 64, hidden size 32, 2 query heads and 1 key-value head of size 16,
+    intermediate size 64."""
     linear = 5 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     others = 2 * 64 * 32 + 11 * 32  # head and embedding, norms
     lora = 5 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
-    frequencies = 8 * 4  # of the rotary embedding; it keeps them twice
+    frequencies = 8 * 4  # of the rotary embedding, which holds two copies
     sizes = sizes_of(small_folder, lora_r=4)
     assert sizes == {"bfloat16": 2 * (linear + others), "float32": 2 * frequencies, "adapter": 4 * lora}
     blocks = linear // 64
-    tables = 35 * (16 + 256 + 1) * 4  # of each of 35 matrices: values of NF4, those of its constants, and their mean
-    nested = linear // 2 + blocks + tables + 35 * 4  # a byte a block, and a float for up to 256 of these
+    tables = (
+        35 * (16 + 256 + 1) * 4
+    )  # for each of 35 matrices: the NF4 table, the table of its constants, and their mean
+    nested = linear // 2 + blocks + tables + 35 * 4  # one byte per block, one float per 256 blocks
     four_bit = sizes_of(small_folder, lora_r=4, load_in_4bit=True)
     assert four_bit == {"nf4": nested, "bfloat16": 2 * others, "float32": 2 * frequencies, "adapter": 4 * lora}
     simple = sizes_of(small_folder, load_in_4bit=True, use_bnb_nested_quant=False)
     assert simple["nf4"] == linear // 2 + 4 * blocks + 35 * 16 * 4
 
 
-def test_two_of_what_runs_in_turn_are_enough(planner):
-    """Rows of an update in chunks, and forwards of the reference, hold no more where all of them are counted, but for
-    their scores: 4 bytes a token. Counting one alone would miss what it leaves to the next."""
-    counted = {passed.phase: passed for passed in passes(step(96, 8, 8, chunk_tokens=104, accumulation=4))}
-    assert (counted["update"].each, counted["reference"].prompts) == (2, 2)
-    for all_of_it in (replace(counted["update"], each=8), replace(counted["reference"], prompts=4)):
-        two = rehearse(planner._short, counted[all_of_it.phase], planner.kernels)
-        scores = 4 * all_of_it.rows * all_of_it.completion
-        every = rehearse(planner._short, all_of_it, planner.kernels)
+def test_two_sequential_parts_have_the_peak_of_all(planner):
+    """The planner counts two chunks of an update and two forwards of the reference. Counting all of them only adds
+    their scores, 4 bytes per token; counting one would miss what it leaves to the next."""
+    shapes = {shape.phase: shape for shape in phase_shapes(step(96, 8, 8, chunk_tokens=104, accumulation=4))}
+    assert (shapes["update"].rows_per_prompt, shapes["reference"].prompts) == (2, 2)
+    for whole in (replace(shapes["update"], rows_per_prompt=8), replace(shapes["reference"], prompts=4)):
+        two = estimate_phase(planner._shallow, shapes[whole.phase], planner.kernels)
+        scores = 4 * whole.rows * whole.completion
+        every = estimate_phase(planner._shallow, whole, planner.kernels)
         assert two.total <= every.total <= two.total + 4 * scores
 
 
 def sizes_of(folder: str, **policy: Any) -> dict[str, int]:
     config = PolicyConfig(model_name_or_path=folder, **policy)
-    return bytes_by_kind(skeleton(config_of(config), config, torch.bfloat16))
+    return bytes_by_kind(build_meta_model(load_config(config), config, torch.bfloat16))
 
 
-def test_the_adapter_is_held_four_times(planner):
-    """Itself, its gradients and two states of AdamW; with several micro-batches, the sum of earlier gradients, too."""
+def test_adapter_gradients_and_optimizer_states(planner):
+    """The adapter, its gradients and two AdamW states; with several micro-batches, the accumulated gradients too."""
     once = planner.footprint(SMALL)
     assert once.trained == 4 * once.adapter > 0
     twice = planner.footprint(replace(SMALL, accumulation=2))
     assert twice.total_in("update") == once.total_in("update") + once.adapter
 
 
-def test_states_are_counted_by_hand(planner):
-    """Keys and values of the prompt once, whatever G; in sampling those of every answer beside them."""
+def test_kv_cache_by_hand(planner):
+    """The KV cache of the prompt counts once for any group size; sampling adds that of every completion."""
     token = 5 * 2 * 16 * 2  # layers, keys and values, one head of 16, bfloat16
     phases = planner.footprint(step(512, 8, 4)).phases
-    assert phases["update"].states == phases["reference"].states == 511 * token
-    assert 512 + 4 * 7 <= phases["sampling"].states / token <= (512 + 4 * 7) * 9 / 8 + 64
+    assert phases["update"].cache == phases["reference"].cache == 511 * token
+    assert 512 + 4 * 7 <= phases["sampling"].cache / token <= (512 + 4 * 7) * 9 / 8 + 64
     many = planner.footprint(step(512, 8, 64)).phases
-    assert many["update"].states == phases["update"].states
+    assert many["update"].cache == phases["update"].cache
 
 
-def test_what_costs_memory_costs_it(planner, small_folder):
-    """The direction of every option, on a GPU: chunks, row by row, no reference, bf16 for fp32."""
+def test_direction_of_every_option(planner, small_folder):
+    """On a GPU: chunks, row by row, no reference, bf16 instead of fp32."""
     sizes = step(256, 64, 8, **WHOLE)
     update = planner.footprint(sizes).phases["update"].total
     row_by_row = planner.footprint(step(256, 64, 8)).phases["update"].total
@@ -226,56 +228,56 @@ def test_what_costs_memory_costs_it(planner, small_folder):
     assert whole.weights["float32"] > planner.footprint(sizes).weights["bfloat16"]
 
 
-def test_a_tile_of_the_head_on_a_gpu():
-    """Products of at most 4096 tokens by 32768 words in bfloat16, and the gradient of the hidden states in float32."""
+def test_head_workspace_on_a_gpu():
+    """A tile of up to 4096 tokens by 32768 logits in bfloat16, and float32 gradients of the hidden states."""
     lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=40000, hidden_size=32, num_hidden_layers=1, **TOKENS))
-    kernels = Kernels("cuda", torch.bfloat16)
-    passed = HeadPass(tokens=5000, with_entropies=True, backward=False)
-    assert kernels.tile(lm, passed) == 4096 * 32768 * 2
-    assert kernels.tile(lm, replace(passed, backward=True)) == 4096 * 32768 * 2 + 5000 * 32 * 4
+    kernels = DeviceKernels("cuda", torch.bfloat16)
+    forward = HeadCall(tokens=5000, with_entropies=True, backward=False)
+    assert kernels.head_workspace(lm, forward) == 4096 * 32768 * 2
+    assert kernels.head_workspace(lm, replace(forward, backward=True)) == 4096 * 32768 * 2 + 5000 * 32 * 4
 
 
-def test_a_tally_counts_what_is_there():
-    """Views and results in place cost nothing, what is freed is gone, what autograd keeps is not."""
+def test_counter_follows_live_storages():
+    """Views and in-place results are free; freed storages stop counting, unless autograd saved them."""
     x = torch.empty(1000, device="meta", requires_grad=True)
-    with Tally() as tally:
+    with MemoryCounter() as counter:
         y = x * 2
         z = y.view(10, 100).sin()  # keeps y
         del y
-        assert tally.now == 2 * 4000
+        assert counter.live == 2 * 4000
         z = z.mul_(3).sum()
-        assert tally.peak == 2 * 4000 + 4
+        assert counter.peak == 2 * 4000 + 4
         del z
-        assert tally.now == 0
+        assert counter.live == 0
 
 
-@pytest.mark.parametrize("name", UNIT)
-def test_the_largest_fits_and_the_next_does_not(two_layers, name):
+@pytest.mark.parametrize("name", SEARCH_UNITS)
+def test_largest_size_fits_and_the_next_does_not(two_layers, name):
     sizes = step(256, 128, 8, **WHOLE) if name != "chunk_tokens" else step(256, 128, 8, chunk_tokens=512)
     planner = Planner(PolicyConfig(model_name_or_path=two_layers), "cuda")
-    room = planner.footprint(sizes).total + 2**20
-    found = planner.largest(sizes, name, room)
+    budget = planner.footprint(sizes).total + 2**20
+    found = planner.largest(sizes, name, budget)
     assert found >= getattr(sizes, name)
-    assert planner.footprint(changed(sizes, name, found)).total <= room
-    assert planner.footprint(changed(sizes, name, found + UNIT[name])).total > room
+    assert planner.footprint(with_size(sizes, name, found)).total <= budget
+    assert planner.footprint(with_size(sizes, name, found + SEARCH_UNITS[name])).total > budget
     assert planner.largest(sizes, name, planner.footprint(sizes).overhead) is None
 
 
-def test_no_bound_where_none_is_needed(two_layers):
+def test_no_chunk_bound_if_everything_fits(two_layers):
     planner = Planner(PolicyConfig(model_name_or_path=two_layers), "cuda")
     assert planner.largest(step(32, 16, 4), "chunk_tokens", 2**40) == 0
 
 
-def test_changes_where_it_does_not_fit(two_layers):
-    """The first that suffices is the last that is named; where none does, all are, with what would still be needed."""
+def test_suggested_changes(two_layers):
+    """Suggestions end with the first that is enough. If none is, all are listed, with the bytes still needed."""
     sizes = step(256, 128, 8, **WHOLE)
     needs = planned(two_layers, sizes).footprint.total
     in_chunks = planned(two_layers, replace(sizes, chunk_tokens=128)).footprint.total
-    little = planned(two_layers, sizes, memory=(needs + in_chunks) / 2 / (1 - RESERVE))
+    little = planned(two_layers, sizes, memory=(needs + in_chunks) / 2 / (1 - RESERVED_FRACTION))
     assert not little.fits
     ((change, total),) = little.changes
     assert change == "--chunk_tokens 128"
-    assert total == in_chunks <= little.room
+    assert total == in_chunks <= little.budget
     none = planned(two_layers, replace(sizes, accumulation=4), memory=2**20)
     named = [change for change, _ in none.changes]
     assert named == [
@@ -285,39 +287,39 @@ def test_changes_where_it_does_not_fit(two_layers):
         "--num_generations 4",
         "--max_completion_length 64",
     ]
-    assert all(total > none.room for _, total in none.changes)
+    assert all(total > none.budget for _, total in none.changes)
 
 
-def test_through_its_command_line(capsys, two_layers):
-    """The table fits one screen and adds up; the JSON says the same; on a card without room to spare, what was asked
-    for is the largest that fits, also where it is no round number."""
+def test_command_line(capsys, two_layers):
+    """The table fits one screen and adds up, and the JSON agrees with it. On a card with no memory to spare, the
+    requested sizes are the largest that fit, even if they are not multiples of a unit."""
     needs = planned(two_layers, step(33, 17, 4)).footprint.total
-    memory = (needs + 8) / (1 - RESERVE) / 2**30
+    memory = (needs + 8) / (1 - RESERVED_FRACTION) / 2**30
     sizes = ["--prompt", "33", "--completion", "17", "--generations", "4"]
     command = ["plan", "--model", two_layers, "--gpu", f"{memory:.15f}GB", *sizes]
     cli.main(command)
-    said = capsys.readouterr().out
-    assert len(said.splitlines()) <= 24
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 24
     for words in (
         "weights, bfloat16",
         "adapter, gradients, AdamW",
         "fits",
         f"{memory:.3g} GB less 10% that is left free",
     ):
-        assert words in said
-    assert "no plan for a GPU was compared with a card yet" in said
+        assert words in printed
+    assert "no plan for a GPU was compared with a card yet" in printed
     cli.main([*command, "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"]
     assert sum(answer["lines"].values()) == pytest.approx(answer["total"], abs=10)
     assert answer["total"] == round(needs) == max(answer["phases"].values()) <= answer["room"]
-    assert set(answer["largest"]) == set(UNIT)
+    assert set(answer["largest"]) == set(SEARCH_UNITS)
     assert (answer["largest"]["prompt"], answer["largest"]["completion"]) == (33, 17)
     cli.main(["plan", "--model", two_layers, "--cpu", "0.001", "--prompt", "16", "--completion", "72"])
-    said = capsys.readouterr().out
-    assert "It does not fit" in said
-    assert "--load_in_4bit" in said
-    assert "Take a smaller model" in said
+    printed = capsys.readouterr().out
+    assert "It does not fit" in printed
+    assert "--load_in_4bit" in printed
+    assert "Take a smaller model" in printed
 
 
 @pytest.mark.parametrize(
@@ -333,18 +335,18 @@ def test_through_its_command_line(capsys, two_layers):
         ),
     ],
 )
-def test_mistakes_give_one_sentence(small_folder, flags, message):
+def test_bad_flags_end_in_one_sentence(small_folder, flags, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["plan", "--model", small_folder, "--gpu", "8GB", *flags])
 
 
-def test_a_size_that_is_none(small_folder, capsys):
+def test_invalid_memory_size(small_folder, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--model", small_folder, "--gpu", "big"])
     assert "'big' is not a size. Type for example 8GB." in capsys.readouterr().err
 
 
-def test_a_whole_fine_tune_is_not_planned(small_folder):
+def test_full_fine_tuning_is_refused(small_folder):
     with pytest.raises(ValueError, match=r"got use_peft=False, load_in_8bit=False\. Use use_peft=True"):
         planned(small_folder, SMALL, use_peft=False)
 
@@ -370,21 +372,21 @@ def experts_folder(tmp_path_factory):
         ("cpu", {"lora_target_modules": ["q_proj", "v_proj"]}, r"got dtype=float32\. Use --dtype bfloat16"),
     ],
 )
-def test_experts_that_are_not_planned(experts_folder, device, policy, message):
-    """Else both end in an error from inside of PyTorch; `all-linear`, the default, adapts experts."""
+def test_refused_mixtures_of_experts(experts_folder, device, policy, message):
+    """Both would raise an error from inside PyTorch; `all-linear`, the default, adapts experts."""
     with pytest.raises(ValueError, match=message):
         planned(experts_folder, SMALL, device_type=device, **policy)
 
 
-def test_what_the_refusals_of_experts_name_is_planned(experts_folder):
-    advised = {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "dtype": "bfloat16"}
-    weights = planned(experts_folder, SMALL, device_type="cpu", **advised).footprint.weights
+def test_settings_that_the_refusals_suggest_are_planned(experts_folder):
+    suggested = {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "dtype": "bfloat16"}
+    weights = planned(experts_folder, SMALL, device_type="cpu", **suggested).footprint.weights
     assert weights["bfloat16"] > 2 * 2 * 4 * 3 * 32 * 64  # layers, experts, matrices of 32 by 64
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
 def test_other_architectures(kind, tmp_path):
-    """Layers of several kinds, which repeat; states that are not keys and values."""
+    """Layers of several kinds that repeat; states that are not a KV cache."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     kinds = {
@@ -396,5 +398,5 @@ def test_other_architectures(kind, tmp_path):
     }
     config, special = kinds[kind]
     config(**sizes, **heads, **TOKENS, **special).save_pretrained(tmp_path)
-    made = planned(str(tmp_path), step(48, 8, 4, chunk_tokens=64))
-    assert all(phase.total > phase.states > 0 for phase in made.footprint.phases.values())
+    plan = planned(str(tmp_path), step(48, 8, 4, chunk_tokens=64))
+    assert all(phase.total > phase.cache > 0 for phase in plan.footprint.phases.values())

@@ -1,4 +1,4 @@
-"""The presets of recipes/ for cards of 8 to 24 GB: each fits its card, by the plan that its own comment names."""
+"""The presets in recipes/ for cards of 8 to 24 GB: each one fits its card, by the plan in its own comment."""
 
 import argparse
 import re
@@ -8,7 +8,7 @@ import pytest
 
 import recipes.math as recipe
 from grpo_ext.cli import plan as command
-from grpo_ext.memory.plan import plan
+from grpo_ext.memory.plan import plan_memory
 from tests.memory.hub_configs import CONFIGS
 from tests.tools.paths import ROOT
 
@@ -17,14 +17,14 @@ README = ROOT / "recipes" / "README.md"
 GIB = 2**30
 
 
-def test_there_is_one_for_every_size():
+def test_one_preset_per_size():
     assert [path.name for path in PRESETS] == ["gpu_12gb.yaml", "gpu_16gb.yaml", "gpu_24gb.yaml", "gpu_8gb.yaml"]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_fits_its_card_by_the_plan_it_names(preset, tmp_path):
-    """A preset that was changed without its plan, or does not leave the reserve free, would end out of memory; the
-    numbers of its comment are those of the plan."""
+def test_preset_fits_its_card(preset, tmp_path):
+    """A preset that is changed without its plan, or does not leave the reserve free, could run out of memory. The
+    numbers in its comment must be those of the plan."""
     about, launch, plan_says, *others = preset.read_text().splitlines()
     gigabytes = int(re.search(r"\d+", preset.name)[0])
     assert re.findall(r"(\d+) GB", about) == [str(gigabytes)]
@@ -45,15 +45,15 @@ def test_a_preset_fits_its_card_by_the_plan_it_names(preset, tmp_path):
     assert (step.rows, step.accumulation) == (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     assert (step.chunk_tokens, step.gradient_checkpointing) == (args.chunk_tokens, args.gradient_checkpointing)
     assert step.beta == args.beta
-    assert args.per_device_eval_batch_size <= step.rows * step.accumulation  # held-out answers take no more than these
+    assert args.per_device_eval_batch_size <= step.rows * step.accumulation  # held-out completions need no more memory
 
     assert options.gpu == gigabytes * GIB
     CONFIGS[policy.model_name_or_path].save_pretrained(tmp_path)
     policy.model_name_or_path = str(tmp_path)
-    made = plan(policy, step, device_type="cuda", memory=options.gpu, with_largest=False)
+    made = plan_memory(policy, step, device_type="cuda", memory=options.gpu, with_largest=False)
     assert made.fits, made.footprint
-    total, room = (f"{amount / GIB:.2f}" for amount in (made.footprint.total, made.room))
+    total, room = (f"{amount / GIB:.2f}" for amount in (made.footprint.total, made.budget))
     assert re.findall(r"\d+\.\d+|\d+(?= tok)", plan_says) == [total, room, str(step.prompt)]
     (row,) = (line for line in README.read_text().splitlines() if line.startswith(f"| [{preset.name}]"))
     assert row.endswith(f"| {total} GB |")
-    assert made.room == pytest.approx(0.9 * made.memory)
+    assert made.budget == pytest.approx(0.9 * made.memory)

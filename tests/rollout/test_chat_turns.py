@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 from trl.chat_template_utils import gemma3_chat_template, qwen2_5_chat_template, qwen3_chat_template
 
-from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, dialogue_reward
 from grpo_ext.rollout.example_envs import GuessNumber
 from tests.tools.models import random_lora, small_llama
@@ -36,19 +36,19 @@ def test_turns_are_those_of_the_chat_template(tokenizer, template, is_cut):
     Qwen3's, which drops what an answer began with once another follows, gives way to TRL's for training."""
     tokenizer.chat_template = template
     eos = tokenizer.eos_token_id
-    turns = Turns(tokenizer, [eos])
-    ids = turns.opening(TALK[:2])
+    turns = TurnTokenizer(tokenizer, [eos])
+    ids = turns.encode_first(TALK[:2])
     ends = "" if is_cut or template is gemma3_chat_template else "<|im_end|>"
     for said, answer in ((TALK[2], TALK[3]), (TALK[4], TALK[5])):
         drawn = tokenizer(said["content"] + ends)["input_ids"]
-        assert turns.text(drawn) == said["content"]
-        ids += drawn + turns.reply(answer["content"], drawn[-1])
+        assert turns.decode(drawn) == said["content"]
+        ids += drawn + turns.encode_reply(answer["content"], drawn[-1])
     whole = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     if template is qwen3_chat_template:
         assert turns._template is not None
         whole = whole.replace("<think>\n\n</think>\n\n", "")
     assert tokenizer.decode(ids) == whole
-    assert turns.opening("Guess.") == turns.opening(TALK[1:2])
+    assert turns.encode_first("Guess.") == turns.encode_first(TALK[1:2])
 
 
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):
@@ -57,7 +57,7 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
         "{% endfor %}"
     )
     with pytest.raises(ValueError, match="changes a turn of the assistant once another one follows"):
-        Turns(tokenizer, [tokenizer.eos_token_id])
+        TurnTokenizer(tokenizer, [tokenizer.eos_token_id])
 
 
 class Recorded(GuessNumber):

@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.evaluation.complete import complete
 from grpo_ext.evaluation.dialogue import evaluate_dialogue
-from grpo_ext.rollout.chat_turns import Turns
+from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.rollout.example_envs import Calculator
 from tests.tools.models import random_lora
@@ -113,7 +113,7 @@ def test_no_history_is_read_twice(build_player, tokenizer):
     assert len(prompts) == 2
     assert len({tuple(ids) for ids in rollout["completion_ids"]}) == len(rollout["completion_ids"]) == 8
     assert sum(tokens) == sum(map(len, prompts)) + sum(len(ids) - 1 for ids in rollout["completion_ids"])
-    assert trainer._sampler._kept_rows == {}
+    assert trainer.parts.sampler._engine._kept_rows == {}
 
 
 def test_rewards_and_rows_stay_together(build_player, tokenizer):
@@ -154,7 +154,7 @@ class Script:
 
 def play(tokenizer, script, rows, env=Digits, max_tokens=100, **settings):
     dialogue = Dialogue(env, **settings)
-    turns = Turns(tokenizer, [tokenizer.eos_token_id])
+    turns = TurnTokenizer(tokenizer, [tokenizer.eos_token_id])
     return dialogue.play(rows, turns, script, max_tokens=max_tokens, eos_token_id=tokenizer.eos_token_id)
 
 

@@ -157,7 +157,7 @@ def test_rows_stay_whole(build, small_model):
     )
     assert sorted(texts_of(trainer, part)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
     assert max(log_of(trainer, "sampling/logp_gap")) < 1e-4
-    assert trainer._sampler._kept is None
+    assert trainer.parts.sampler._engine._kept is None
 
 
 def test_without_dead_groups_nothing_changes(build, small_model):

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from grpo_ext.rollout.replay_buffer import GroupReplayBuffer, KeptGroup
-from grpo_ext.rollout.types import Answer
+from grpo_ext.checkpoints.state import load_states, save_states
+from grpo_ext.rollout.stages.replay import GroupReplayBuffer, StoredGroup
+from grpo_ext.rollout.types import Completion
 from tests.tools.models import random_lora
 from tests.tools.reward_functions import PROMPTS
 from tests.tools.training import adapter_of, log_of, texts_of
@@ -19,8 +21,8 @@ SETTINGS |= {"replay_fraction": 0.5, "learning_rate": 1e-2}
 def kept(step, text="a", **changes):
     fields = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "logps": [-0.1, -2.0 / 3], "is_cut": False}
     fields |= {"temperature": 0.8, "extra": {}}
-    answer = Answer(example={"prompt": text}, completion=text, **fields | changes)
-    return KeptGroup(answers=[answer], rewards_GF=[[1.0, math.nan]], drawn_M=[1.0, math.nan], step=step)
+    completion = Completion(example={"prompt": text}, completion=text, **fields | changes)
+    return StoredGroup(completions=[completion], rewards_GF=[[1.0, math.nan]], all_rewards_M=[1.0, math.nan], step=step)
 
 
 def test_the_youngest_come_first_and_once():
@@ -44,15 +46,15 @@ def test_old_groups_are_dropped_and_counted():
 def test_a_saved_buffer_is_the_same(tmp_path):
     """To the last bit of each log-prob; messages, rewards that were not judged, and what JSON has no form for."""
     messages = [{"role": "user", "content": "Größe ≠ 尺寸"}]
-    groups = [kept(1, messages), kept(2, is_cut=None, extra={"seen": torch.tensor(1)})]
+    groups = [kept(1, messages), kept(2, is_cut=None, extra={"seen": Path("x")})]
     buffer = GroupReplayBuffer(capacity=9, max_age=2)
     buffer.add(groups)
-    buffer.save(tmp_path / "replay.json")
+    save_states(tmp_path, 0, {"replay": buffer.state_dict()})
     again = GroupReplayBuffer(capacity=9, max_age=2)
-    again.load(tmp_path / "replay.json")
+    again.load_state_dict(load_states(tmp_path, 0, torch.device("cpu"))["replay"])
     second, first = again.take(9)
-    assert first.answers == groups[0].answers
-    assert second.answers[0].extra == {"seen": "tensor(1)"}
+    assert first.completions == groups[0].completions
+    assert second.completions[0].extra == {"seen": "x"}
     assert str(first.rewards_GF) == "[[1.0, nan]]"
     assert (first.step, second.step) == (1, 2)
 
@@ -131,7 +133,7 @@ def test_dead_places_go_to_groups_of_the_step_before(build, small_model):
     alive = sum(i**2 / 9 for i in range(4)) / 4
     assert log_of(trainer, "reward_drawn") == pytest.approx([alive, (alive + 1) / 2])
     assert log_of(trainer, "reward") == pytest.approx([alive, alive])
-    assert len(trainer._replay) == 2 + 2
+    assert len(trainer.parts.stages[-1].buffer) == 2 + 2
 
 
 def by_hand(inputs, logps_BC):

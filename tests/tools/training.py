@@ -96,7 +96,7 @@ def train_on_a_copy(build, model, trainer, watch=None, **settings):
 
 def assert_same_training(ours, stock):
     """Adapter, loss and every metric that both log, but for times; ours on shared prompts."""
-    assert ours._shares_prompts
+    assert ours.shares_prompts
     for name, value in adapter_of(stock).items():
         torch.testing.assert_close(adapter_of(ours)[name], value, atol=1e-5, rtol=1e-4, msg=name)
     rows = zip(ours.state.log_history[:-1], stock.state.log_history[:-1], strict=True)

@@ -72,7 +72,7 @@ def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkey
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": next(again), "logprobs": None}
 
     ours, same_start, got = train(GRPOExtTrainer, GRPOExtConfig, rollout_func=given)
-    assert ours._shares_prompts
+    assert ours.shares_prompts
     assert drawn[STEPS:] == drawn[:STEPS]
     rewards = log_of(ours, "reward")
     assert rewards == log_of(stock, "reward")

@@ -57,11 +57,11 @@ def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_
         trainer.train()
         runs.append(trainer)
     plain, *shared = runs
-    assert not plain._shares_prompts
+    assert not plain.shares_prompts
     assert min(log_of(plain, "aux_loss")) > 0.5
     assert any(not torch.equal(value, start[name]) for name, value in adapter_of(plain).items())
     for run in shared:
-        assert run._shares_prompts
+        assert run.shares_prompts
         assert log_of(run, "aux_loss") == pytest.approx(log_of(plain, "aux_loss"), rel=1e-5)
         assert log_of(run, "loss") == pytest.approx(log_of(plain, "loss"), abs=1e-5)
         for name, value in adapter_of(plain).items():
@@ -146,7 +146,7 @@ def test_a_loaded_adapter_is_its_own_reference(build, tiny_model, tmp_path):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     trainer = build(model, beta=0.1, max_steps=1)
-    assert trainer._shares_prompts
+    assert trainer.shares_prompts
     trainer.train()
     assert abs(log_of(trainer, "kl_sequence")[0]) < 1e-8
 
@@ -156,7 +156,7 @@ def test_where_it_cannot_be_exact_it_says_why_and_trains_all_the_same(build, sma
         trainer = build(
             small_model, peft_config=random_lora(lora_dropout=0.1), disable_dropout=False, prompts=PROMPTS, max_steps=1
         )
-    assert not trainer._shares_prompts
+    assert not trainer.shares_prompts
     assert "Prompts are not shared between completions, TRL's plain path is taken: dropout is on." in caplog.text
     trainer.train()
     assert trainer.state.global_step == 1

@@ -43,7 +43,7 @@ def run(build, model, **settings):
         **{"num_iterations": 2, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5, "beta": 0.1} | settings,
     )
     start = adapter_of(trainer)
-    counts = rows_scored(trainer) if getattr(trainer, "_shares_prompts", False) else []
+    counts = rows_scored(trainer) if getattr(trainer, "shares_prompts", False) else []
     trainer.train()
     assert all(not torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
     return trainer, counts
@@ -156,7 +156,7 @@ def test_what_needs_the_loop_of_transformers(build, small_model, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = build(copy.deepcopy(small_model), peft_config=random_lora(), generation_kwargs=beams, max_steps=1)
     assert caplog.text.count("transformers' own loop is taken: generation is by beam_sample") == 1
-    assert not trainer._samples_shared
+    assert not trainer.parts.sampler.is_shared
     trainer.train()
     with pytest.raises(ValueError, match="stop_strings"):
         build(small_model, peft_config=random_lora(), generation_kwargs=beams | {"stop_strings": ["1"]})

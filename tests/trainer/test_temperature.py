@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_at_its_temperature(build, small_model, tmp_path):
     again = build(copy.deepcopy(small_model), peft_config=random_lora(), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert again.state.global_step == 4
-    want = whole._controller.temperature
+    want = whole.parts.temperature.temperature
     assert want < 0.7
     assert log_of(again, "temperature")[2] <= log_of(whole, "temperature")[2]
 

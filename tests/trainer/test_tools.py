@@ -192,7 +192,7 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
         trainer._compute_loss = compared
 
     ours, _ = train_caller(GRPOExtTrainer, kind, watch, loss_type="grpo_sequence", scale_rewards="population")
-    assert ours._shares_prompts
+    assert ours.shares_prompts
     assert min(log_of(ours, "tools/call_frequency")) > 0
     assert len(updates) == 4
     for loss, by_hand, grads, wanted in updates:

@@ -190,8 +190,8 @@ def test_what_vllm_drew_trains_as_in_stock_trl(case, trained):
         settings["loss_type"] = "grpo_sequence"
     ours, engine, own_start, reads = trained(GRPOExtTrainer, mode, drew, **settings)
 
-    assert ours._shares_prompts
-    assert not ours._samples_shared
+    assert ours.shares_prompts
+    assert not ours.parts.sampler.is_shared
     assert len(engine.drawn) == len(drew.drawn) == (1 if "num_iterations" in settings else STEPS)
     assert engine.weights_arrived == drew.weights_arrived > 0
     for name, value in drew.lm.named_parameters():  # merged, and sent whole

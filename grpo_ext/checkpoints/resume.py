@@ -1,0 +1,132 @@
+"""Checkpoints that are whole, and runs that continue from them as if they had never stopped.
+
+transformers and TRL save the model, the optimizer and their counters. A `Checkpoints` adds the fingerprint of the run
+(`fingerprint.py`), the state of every part that carries something from step to step (`state.py`), and the list of files
+that makes a checkpoint whole (`files.py`).
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from grpo_ext.checkpoints import files
+from grpo_ext.checkpoints.fingerprint import first_difference
+from grpo_ext.checkpoints.state import Stateful, load_states, save_states
+
+RUN_FILE, REFERENCE_FILE = "run.json", "reference.safetensors"
+OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # in one piece, in shards of FSDP, of DeepSpeed
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        args: of the trainer.
+        fingerprint: what makes the run the run that it is.
+        states: what is carried from step to step, by name; a state that a checkpoint lacks is left as it is.
+        process: index of this process.
+        wait: returns when every process has called it.
+        device: of the tensors in `states`.
+        reference: a whole model that follows the policy (`sync_ref_model` without an adapter); None if there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        fingerprint: dict[str, Any],
+        states: Mapping[str, Stateful],
+        process: int,
+        wait: Callable[[], None],
+        device: torch.device,
+        reference: nn.Module | None = None,
+    ):
+        self._args, self._fingerprint, self._states = args, fingerprint, states
+        self._process, self._wait, self._device = process, wait, device
+        self._reference = reference
+
+    def find(self, wanted: Any, train_dataset: Any) -> Path | None:
+        """The checkpoint that `wanted` names; None to begin at step 0.
+
+        Args:
+            wanted: a folder; True or "last" for the last checkpoint in `output_dir` that is whole.
+
+        Raises:
+            ValueError: the checkpoint is not whole (`files.py`), belongs to another run, or cannot be resumed.
+        """
+        folder = files.find_checkpoint(wanted, self._args.output_dir)
+        if folder is None:
+            return None
+        difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)
+        if difference is not None:
+            raise ValueError(difference)
+        if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
+            raise ValueError(
+                f"{folder} holds no optimizer: it was made with save_only_model=True. Start without resume, and make "
+                f"checkpoints with save_only_model=False."
+            )
+        epoch = json.loads((folder / TRAINER_STATE_NAME).read_text())["epoch"]
+        if isinstance(train_dataset, IterableDataset) and epoch >= 1:
+            raise ValueError(
+                f"{folder} was made in pass {int(epoch) + 1} over a streamed data set, whose place cannot be found "
+                f"again. Load the data set whole, or resume from a checkpoint of the first pass."
+            )
+        return folder
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Inside, transformers writes its part of `folder`; afterwards the checkpoint is whole, or it is gone.
+
+        Raises:
+            OSError: the checkpoint could not be written; earlier ones are as they were.
+        """
+        writes, limit = self._args.should_save, self._args.save_total_limit
+        if writes:
+            files.remove(folder)  # what a killed process may have left
+        self._wait()
+        self._args.save_total_limit = None  # transformers would delete before the new one is whole
+        try:
+            yield
+            save_states(folder, self._process, {name: part.state_dict() for name, part in self._states.items()})
+            if self._reference is not None and writes:
+                save_model(self._reference, str(folder / REFERENCE_FILE))
+            self._wait()
+            if writes:
+                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n")
+                files.seal(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if writes:
+                files.remove(folder)
+            free = shutil.disk_usage(folder.parent).free / 1e6
+            raise OSError(
+                f"{folder} could not be written: {error} ({free:.0f} MB are free). Earlier checkpoints are as they "
+                f"were: make room, then run the same command with --resume_from_checkpoint last."
+            ) from error
+        finally:
+            self._args.save_total_limit = limit
+
+    def rotate(self, folder: Path, best: str | None) -> None:
+        """Delete the oldest checkpoints beyond `save_total_limit`, but neither `folder` nor the best one."""
+        if self._args.should_save:
+            kept = {folder, *([Path(best)] if best else [])}
+            files.rotate(folder.parent, self._args.save_total_limit, kept)
+
+    def load(self, folder: Path) -> None:
+        """Restore every part, and a reference that follows the policy."""
+        states = load_states(folder, self._process, self._device)
+        for name, part in self._states.items():
+            if name in states:
+                part.load_state_dict(states[name])
+        if self._reference is not None and (folder / REFERENCE_FILE).exists():
+            load_model(self._reference, str(folder / REFERENCE_FILE))

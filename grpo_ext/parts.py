@@ -1,0 +1,206 @@
+"""The parts that a `GRPOExtTrainer` holds, built from its settings, and the order of its rollout stages."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from accelerate.logging import get_logger
+from torch.utils.data import IterableDataset
+
+from grpo_ext import refusals
+from grpo_ext.checkpoints.state import Stateful
+from grpo_ext.checks.watch import Watch
+from grpo_ext.console.phase_timer import PhaseTimer
+from grpo_ext.engine.install import install_shared_scoring, why_sampling_unsupported, why_scoring_unsupported
+from grpo_ext.engine.scorer import Scorer
+from grpo_ext.losses.dead_groups import SkippedRows
+from grpo_ext.losses.reference_kl import ReferenceKL
+from grpo_ext.model.lm_head_lora import has_head_adapter, why_head_untrainable
+from grpo_ext.model.load import disable_4bit_repacking
+from grpo_ext.model.unwrap import base_of
+from grpo_ext.report.publisher import Publisher
+from grpo_ext.report.recorder import Recorder
+from grpo_ext.rollout.chat_turns import TurnTokenizer
+from grpo_ext.rollout.collect import RolloutStage
+from grpo_ext.rollout.dialogue import Dialogue
+from grpo_ext.rollout.dialogue_player import DialoguePlayer
+from grpo_ext.rollout.old_logprobs import OldLogprobs
+from grpo_ext.rollout.sampler import Sampler
+from grpo_ext.rollout.stages.extend_groups import ExtendGroups
+from grpo_ext.rollout.stages.replay import GroupReplayBuffer, Replay
+from grpo_ext.rollout.stages.resample import Resample
+from grpo_ext.rollout.temperature import TemperatureControl
+
+if TYPE_CHECKING:
+    from grpo_ext.trainer import GRPOExtTrainer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a trainer holds; `dialogue` and `watch` are None if the run has no dialogue or no guards."""
+
+    phases: PhaseTimer
+    temperature: TemperatureControl
+    sampler: Sampler
+    dialogue: DialoguePlayer | None
+    stages: tuple[RolloutStage, ...]
+    scorer: Scorer
+    old_logprobs: OldLogprobs
+    skipped_rows: SkippedRows
+    reference_kl: ReferenceKL
+    recorder: Recorder
+    watch: Watch | None
+    publisher: Publisher
+
+    @property
+    def states(self) -> dict[str, Stateful]:
+        """The parts that carry something from step to step, by the name of their state in checkpoints."""
+        named: dict[str, Stateful] = {
+            "temperature": self.temperature,
+            "old_logprobs": self.old_logprobs,
+            "skipped_rows": self.skipped_rows,
+        }
+        return named | {type(stage).__name__: stage for stage in self.stages if isinstance(stage, Stateful)}
+
+
+def build_parts(trainer: "GRPOExtTrainer", publisher: Publisher, *, has_reference: bool) -> Parts:
+    """The parts of a trainer that TRL has built.
+
+    Raises:
+        ValueError: settings that this model, or the others, do not allow; the message says what to type.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    scorer = _scorer(trainer)
+    sampler = _sampler(trainer, scorer)
+    refusals.refuse_moving_temperature(args, shares_prompts=scorer.shares_prompts)
+    reference_kl = ReferenceKL(
+        has_reference=has_reference, estimator=args.kl_estimator, bias_corrected=args.use_bias_correction_kl
+    )
+    if reference_kl.is_exact:
+        head = base_of(trainer.model).get_output_embeddings()
+        shares_head = trainer.ref_model is None and not scorer.requires_sharing and not head.weight.requires_grad
+        refusals.refuse_exact_kl(shares_prompts=scorer.shares_prompts, shares_head=shares_head)
+    return Parts(
+        phases=PhaseTimer(),
+        temperature=TemperatureControl(
+            schedule=args.temperature_schedule,
+            start=args.temperature,
+            end=args.temperature_end,
+            entropy_target=args.temperature_entropy_target,
+            device=accelerator.device,
+            reduce=accelerator.reduce,
+        ),
+        sampler=sampler,
+        dialogue=_dialogue_player(trainer, sampler),
+        stages=tuple(_stages(trainer, sampler)),
+        scorer=scorer,
+        old_logprobs=OldLogprobs(lambda gap: accelerator.gather(gap).max().item()),
+        skipped_rows=SkippedRows(),
+        reference_kl=reference_kl,
+        recorder=Recorder(args, writes=accelerator.is_main_process),
+        watch=Watch(trainer) if args.guards else None,
+        publisher=publisher,
+    )
+
+
+def _stages(trainer: "GRPOExtTrainer", sampler: Sampler) -> list[RolloutStage]:
+    """The stages of this run in their order: each draws through those before it."""
+    args, accelerator = trainer.args, trainer.accelerator
+    here = {"record": trainer.record, "process": accelerator.process_index, "processes": accelerator.num_processes}
+    stages: list[RolloutStage] = []
+    if args.num_generations_max is not None:
+        _refuse_interleaved(trainer, f"num_generations_max={args.num_generations_max}")
+        refusals.refuse_extension(args, samples_shared=sampler.is_shared)
+        extend = partial(ExtendGroups, limit=args.num_generations_max, group_size=args.num_generations, **here)
+        stages.append(extend(total=trainer.total_rewards, keep_prompt_caches=sampler.keep_prompt_caches))
+    if args.dead_groups == "resample":
+        _refuse_interleaved(trainer, "dead_groups='resample'")
+        refusals.refuse_streamed_resampling(is_streamed=isinstance(trainer.train_dataset, IterableDataset))
+        resample = partial(Resample, max_rounds=args.max_resample_rounds, group_size=args.num_generations, **here)
+        whole, dataset = args.num_generations_max is not None, lambda: trainer.train_dataset
+        stages.append(resample(whole_groups=whole, dataset=dataset, step=lambda: trainer.step, seed=args.seed))
+    if args.replay_fraction > 0:
+        _refuse_interleaved(trainer, f"replay_fraction={args.replay_fraction}")
+        refusals.refuse_replay_without_logps(args, samples_shared=sampler.is_shared)
+        max_groups, groups = refusals.replayed_groups(args), args.generation_batch_size // args.num_generations
+        buffer = GroupReplayBuffer(capacity=groups * args.replay_max_age, max_age=args.replay_max_age)
+        replay = partial(Replay, max_groups=max_groups, buffer=buffer, **here)
+        stages.append(replay(score=trainer.score_completions, step=lambda: trainer.step))
+    return stages
+
+
+def _refuse_interleaved(trainer: "GRPOExtTrainer", option: str) -> None:
+    refusals.refuse_rollout_stages(
+        option,
+        tools=bool(trainer.tools),
+        environment_factory=trainer.environment_factories is not None,
+        rollout_func=trainer.rollout_func is not None,
+        images=trainer.is_multimodal,
+    )
+
+
+def _scorer(trainer: "GRPOExtTrainer") -> Scorer:
+    """Prepares the models for shared scoring; if that is impossible, the log says why."""
+    model, args = trainer.model, trainer.args
+    disable_4bit_repacking(model)  # before anything runs
+    reason = (
+        why_scoring_unsupported(model, args, is_multimodal=trainer.is_multimodal, is_sharded=trainer.is_sharded)
+        if args.share_prompt
+        else None
+    )
+    shares_prompts = args.share_prompt and reason is None
+    if reason is not None:
+        logger.warning(f"Prompts are not shared between completions, TRL's plain path is taken: {reason}.")
+    if shares_prompts:
+        if args.gradient_checkpointing:
+            logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
+        for each in (model, trainer.ref_model):
+            if each is not None:
+                install_shared_scoring(base_of(each))
+    adapts_head = has_head_adapter(model)
+    if adapts_head:
+        refusals.refuse_head_adapter(why_head_untrainable(model, args), shares_prompts=shares_prompts)
+    return Scorer(
+        shares_prompts=shares_prompts,
+        requires_sharing=adapts_head,
+        experts_per_token=getattr(base_of(model).config.get_text_config(), "num_experts_per_tok", None),
+        autocast=trainer.accelerator.autocast,
+    )
+
+
+def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer) -> Sampler:
+    """Shared sampling, if the model and the settings allow it; else the log says why."""
+    stop_strings: list[str] = []
+    is_shared = False
+    if trainer.samples_by_generate:
+        configs = trainer.generation_config, base_of(trainer.model).generation_config
+        given: str | list[str] = next((config.stop_strings for config in configs if config.stop_strings), [])
+        stop_strings = [given] if isinstance(given, str) else list(given)
+        reason = why_sampling_unsupported(*configs)
+        is_shared = scorer.shares_prompts and reason is None
+        if scorer.shares_prompts and reason is not None:
+            logger.warning(f"Prompts are not shared in sampling, transformers' own loop is taken: {reason}.")
+        refusals.refuse_stop_strings(stop_strings, samples_shared=is_shared, tools=bool(trainer.tools))
+    return Sampler(
+        is_shared=is_shared,
+        temperature=trainer.temperature,
+        stop_strings=stop_strings,
+        tokenizer=trainer.tokenizer,
+    )
+
+
+def _dialogue_player(trainer: "GRPOExtTrainer", sampler: Sampler) -> DialoguePlayer | None:
+    if not isinstance(trainer.rollout_func, Dialogue):
+        return None
+    refusals.refuse_dialogue(samples_shared=sampler.is_shared, tools=bool(trainer.tools))
+    return DialoguePlayer(
+        sampler=sampler,
+        turns=TurnTokenizer(trainer.tokenizer, trainer.eos_token_ids, **trainer.chat_template_kwargs),
+        max_tokens=trainer.max_completion_length,
+        eos_token_id=trainer.tokenizer.eos_token_id,
+        record=trainer.record,
+        gather=trainer.accelerator.gather,
+        device=trainer.accelerator.device,
+    )

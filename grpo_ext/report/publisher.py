@@ -1,0 +1,67 @@
+"""Pushes of a run to the Hub: transformers decides when, `report/hub.py` what, and a failed push does not end a run.
+
+When is transformers' `hub_strategy`:
+    "every_save": at every save, and by `save_model` and `push_to_hub`;
+    "end": by these two alone;
+    "checkpoint", "all_checkpoints": as "every_save", and the adapter and tokenizer of a checkpoint are also kept in
+    `last-checkpoint` or `checkpoint-N` of the repository. What resumes a run stays in `output_dir`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers.trainer
+from accelerate.logging import get_logger
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from grpo_ext.report.hub import RunPushes, check_write_access
+from grpo_ext.report.metrics_file import metrics_path
+from grpo_ext.report.png_plots import draw_curves
+from grpo_ext.report.warn_on_error import attempt
+
+logger = get_logger(__name__)
+
+
+class Publisher:
+    """Pushes what is published of one run.
+
+    Raises:
+        ValueError: `push_to_hub` is on, and the token cannot write.
+    """
+
+    def __init__(self, args: TrainingArguments):
+        self._args = args
+        self._pushes: RunPushes | None = None
+        if args.push_to_hub and args.process_index == 0:
+            check_write_access(args)
+
+    @property
+    def pushes_checkpoints(self) -> bool:
+        """Whether a save is followed by a push."""
+        return self._args.hub_strategy != HubStrategy.END
+
+    def warn_about_strategy(self) -> None:
+        """Warn if the strategy promises that a run can be resumed from the Hub."""
+        strategy = self._args.hub_strategy
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            logger.warning(
+                f"hub_strategy={strategy.value!r} pushes the adapter of a checkpoint, not the state of the optimizer: "
+                f"a run is resumed from its output_dir."
+            )
+
+    def draw_curves(self) -> None:
+        """Draw `curves.png`, if something has been logged; an error is a warning."""
+        if metrics_path(self._args).exists():
+            attempt(draw_curves, self._args.output_dir)
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """A context in which transformers' trainer pushes through `RunPushes`."""
+        self._pushes = self._pushes or RunPushes(self._args)
+        client = transformers.trainer.hf_api
+        transformers.trainer.hf_api = lambda: self._pushes
+        try:
+            yield
+        finally:
+            transformers.trainer.hf_api = client

@@ -1,0 +1,39 @@
+"""Records what the policy wrote in each rollout, for the report of the run: `completions.jsonl`."""
+
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import TrainingArguments
+
+from grpo_ext.report.completions_file import Judged, append_completions
+from grpo_ext.report.display_text import gold_of
+from grpo_ext.rollout.types import RolloutInProgress
+
+
+class Recorder:
+    """Appends each rollout of training to `completions.jsonl`.
+
+    Args:
+        args: of the trainer.
+        writes: whether this process writes the file.
+    """
+
+    def __init__(self, args: TrainingArguments, *, writes: bool):
+        self._args, self._writes = args, writes
+
+    def __call__(self, rollout: RolloutInProgress, is_cut: list[bool], *, step: int, logs: dict[str, Any]) -> None:
+        """Record the rows of this process; every process calls it.
+
+        Args:
+            rollout: once its rewards are computed.
+            is_cut: whether each row was cut off.
+            step: the optimizer step that the rollout is for, from 1.
+            logs: TRL's table of completions, which ends with this rollout.
+        """
+        rows = [
+            Judged(tokens=len(ids), is_cut=cut, gold=gold_of(example))
+            for example, ids, cut in zip(rollout.scored_examples, rollout.completion_ids, is_cut, strict=True)
+        ]
+        rows = gather_object(rows)
+        if self._writes:
+            append_completions(self._args, step, logs, rows, rollout.extra_columns)

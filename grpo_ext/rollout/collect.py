@@ -1,0 +1,60 @@
+"""Rollouts that are put together before TRL works on them: sample, compute rewards, let each stage change the result.
+
+    rollout = collect(examples, draw, [ExtendGroups(...), Resample(...), Replay(...)])
+
+TRL samples, runs the old and reference passes, and computes rewards only then. A stage looks at rewards first, and
+samples as often as it needs to; TRL's own method then works on the rollout as if it had been sampled at once.
+
+Legend: P prompts, G completions per prompt, M completions sampled for a prompt.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grpo_ext.losses.advantages import group_kind_shares
+from grpo_ext.rollout.types import Rollout
+
+
+class Draw(Protocol):
+    """Samples completions for these rows of the dataset and computes their rewards.
+
+    Rows with the same prompt are neighbours. `group_size` is the number of rows per prompt; None for the
+    `num_generations` of the run. Every process calls it equally often, with the same number of rows.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]], group_size: int | None = None) -> Rollout: ...
+
+
+class RolloutStage(Protocol):
+    """Draws a rollout with `draw`, which includes the stages before it, and returns it, changed or not."""
+
+    def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout: ...
+
+
+class Record(Protocol):
+    """Adds a value to the metric of this name; metrics are averaged over a logging step."""
+
+    def __call__(self, name: str, value: float) -> None: ...
+
+
+def collect(examples: list[dict[str, Any]], draw: Draw, stages: Sequence[RolloutStage]) -> Rollout:
+    """The rollout for these rows of the dataset, as the last of the stages returns it."""
+    for stage in stages:
+        draw = partial(stage, draw=draw)
+    return draw(examples)
+
+
+def record_group_kinds(record: Record, sampled_PM: list[Tensor], attainable_reward: float) -> None:
+    """Record the shares of the sampled groups that are mixed, all right, all wrong, and dead.
+
+    Args:
+        attainable_reward: the total reward of a perfect completion.
+    """
+    shares = group_kind_shares(torch.cat(sampled_PM), attainable_reward)
+    for kind, share in shares.items():
+        record(f"frac_groups/{kind}", share)
+    record("frac_dead_groups", 1.0 - shares["mixed"])

@@ -1,0 +1,76 @@
+"""Old log-probs without a pass: those of the sampler are used as long as they agree with a scoring pass.
+
+TRL scores the completions of a rollout once more if it serves several optimizer steps (`num_iterations > 1`, or an
+accumulation that does not fit the rollout). The first rollout is scored whole, later ones in one row per process; if
+that row disagrees, the rollout is scored whole again.
+
+Legend: B rows, C completion tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_ext.engine.scorer import RequestScores
+from grpo_ext.rollout.types import SampledRows
+
+
+class OldLogprobs:
+    """Carries from rollout to rollout whether the sampler has agreed with scoring.
+
+    Args:
+        gather_max: the largest of a number over all processes.
+    """
+
+    def __init__(self, gather_max: Callable[[Tensor], float]):
+        self._gather_max = gather_max
+        self._agrees = False
+
+    def __call__(
+        self,
+        rows: SampledRows,
+        mask_BC: Tensor,
+        score: Callable[[slice], RequestScores],
+        *,
+        step: int,
+        tolerance: float,
+    ) -> tuple[RequestScores, float]:
+        """Old log-probs of a rollout, and the largest difference that was seen.
+
+        Args:
+            rows: with log-probs at sampling.
+            mask_BC: 1 on completion tokens.
+            score: scores of some of the rows under the policy as it is now.
+            step: decides which row is scored.
+            tolerance: nats per completion.
+
+        Returns:
+            Log-probs alone, and the difference in nats per completion.
+        """
+        assert rows.logps is not None
+        sampled_BC = torch.zeros_like(mask_BC, dtype=torch.float32)
+        for row, logps in zip(sampled_BC, rows.logps, strict=True):
+            row[: len(logps)] = row.new_tensor(logps)
+        is_fresh_B1 = ~torch.tensor(rows.is_replayed, device=mask_BC.device).unsqueeze(1)
+
+        def compare(which: slice) -> tuple[Tensor, float]:
+            scored = score(which).logps_BC.where(is_fresh_B1[which], sampled_BC[which])
+            gaps = ((scored - sampled_BC[which]) * mask_BC[which]).sum(dim=1).abs()
+            return scored, self._gather_max(gaps.max())
+
+        fresh = [row for row, is_replayed in enumerate(rows.is_replayed) if not is_replayed] or [0]
+        everything, spot = slice(None), fresh[step % len(fresh)]
+        logps_BC, gap = compare(slice(spot, spot + 1) if self._agrees else everything)
+        agreed_before, self._agrees = self._agrees, gap < tolerance
+        if agreed_before:  # one row was scored
+            logps_BC = sampled_BC if self._agrees else compare(everything)[0]
+        scores = RequestScores(logps_BC=logps_BC, entropies_BC=None, kls_BC=None, hidden_BCH=None, aux_loss=None)
+        return scores, gap
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"agrees": self._agrees}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._agrees = state["agrees"]

@@ -1,0 +1,1 @@
+"""Stages of a rollout: each changes what is trained on once rewards are known."""

@@ -1,0 +1,79 @@
+"""Resample dead groups: groups on other prompts take their places."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from grpo_ext.losses.advantages import mixed_groups
+from grpo_ext.rollout.collect import Draw, Record
+from grpo_ext.rollout.types import Rollout
+
+
+@dataclass(kw_only=True)
+class Resample:
+    """The stage of `dead_groups="resample"`: in each round, as many random prompts are sampled as groups are dead.
+
+    Groups that are still dead after the last round stay. Metric: `resampled_groups`, groups that were replaced.
+
+    Attributes:
+        max_rounds: 1 or more.
+        group_size: G.
+        whole_groups: whether a group must be sampled by one process.
+        dataset: the training data at the time of the call.
+        step: the optimizer step that the rollout is for.
+        seed: the same on every process; with it and the step, a resumed run samples the same prompts.
+        record: takes the metric.
+        process, processes: index of this process, and their number.
+    """
+
+    max_rounds: int
+    group_size: int
+    whole_groups: bool
+    dataset: Callable[[], Dataset]
+    step: Callable[[], int]
+    seed: int
+    record: Record
+    process: int = 0
+    processes: int = 1
+    _rollout_of_step: tuple[int, int] = field(default=(-1, 0), init=False)  # the step and its rollouts so far
+
+    def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout:
+        rollout = draw(examples)
+        G, dataset = self.group_size, self.dataset()
+        prompts, resampled = self._random_prompts(), 0
+        for _ in range(self.max_rounds):
+            dead = (~mixed_groups(rollout.all_rewards_PM)).nonzero().flatten().tolist()
+            if not dead:
+                break
+            # Every process samples the same number of rows, so there may be more groups than dead ones.
+            groups, unit = len(dead), 1 if self.whole_groups else G
+            while groups * unit % self.processes:
+                groups += 1
+            rows = range(len(dataset))
+            chosen = prompts.sample(rows, groups) if groups <= len(rows) else prompts.choices(rows, k=groups)
+            drawn = [dataset[i] for i in chosen]
+            fresh_rows = [dict(example) for example in drawn for _ in range(G)]
+            per_process = len(fresh_rows) // self.processes
+            fresh = draw(fresh_rows[self.process * per_process : (self.process + 1) * per_process])
+            rollout.sampled_PM += fresh.sampled_PM
+            completions = gather_object(fresh.completions)
+            mixed = mixed_groups(fresh.all_rewards_PM).nonzero().flatten().tolist()
+            for place, group in zip(dead, mixed, strict=False):
+                of_group = slice(group * G, (group + 1) * G)
+                rollout.replace_group(
+                    place, completions[of_group], fresh.rewards_BF[of_group], fresh.all_rewards_PM[group]
+                )
+                resampled += 1
+        self.record("resampled_groups", float(resampled))
+        return rollout
+
+    def _random_prompts(self) -> random.Random:
+        """The same on every process, and in a run that is resumed."""
+        step, rollouts = self._rollout_of_step
+        rollouts = rollouts + 1 if step == self.step() else 0
+        self._rollout_of_step = self.step(), rollouts
+        return random.Random(f"{self.seed} {self.step()} {rollouts}")
