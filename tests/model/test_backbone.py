@@ -81,6 +81,7 @@ def test_an_explicit_dtype_wins(build):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_nf4_updates_every_adapter_weight(build):
     """20 steps at the default learning rate of 1e-5 change every lora_A and lora_B. TRL keeps the adapters of a
     quantised model in bfloat16, in which most such updates are lost to rounding."""
