@@ -224,6 +224,7 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", two_resumed.CASES)
 def test_two_processes_resume_exactly(two, case):
     """Each process has its own rows, random state and entropies; both share the order of prompts."""
@@ -236,6 +237,7 @@ def test_two_processes_resume_exactly(two, case):
     assert comparable(two / f"{case}-again" / "metrics.jsonl") == comparable(two / case / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_one_process_cannot_resume_a_run_of_two(two, train):
     with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
         train("alone", resume=str(two / "rollouts" / "checkpoint-5"))

@@ -151,6 +151,7 @@ def test_off_the_main_thread(safe, new_workers):
     assert new_workers() == workers
 
 
+@pytest.mark.slow
 def test_overhead(safe):
     """Below one millisecond per completion, excluding the reward itself, once the machine is free for a second."""
     reward = safe(timeout_s=20.0)
@@ -158,6 +159,7 @@ def test_overhead(safe):
     assert becomes(lambda: seconds_of(reward, ["a"] * 1000) < 1.0)
 
 
+@pytest.mark.slow
 def test_completions_are_scored_in_parallel(safe):
     reward = safe(timeout_s=20.0, workers=4)
     reward(completions=["warm up"] * 8)
@@ -173,6 +175,7 @@ def seconds_of(reward, completions):
 # With a trainer
 
 
+@pytest.mark.slow
 def test_in_training(build, small_model, safe):
     """Columns, logs and state come from TRL, and failures are in the metrics."""
     reward = safe(logged, timeout_s=20.0)
@@ -190,6 +193,7 @@ def test_in_training(build, small_model, safe):
     assert all(score >= 0 for score in scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [None, 0])
 def test_where_rewards_run(build, small_model, workers, caplog, new_workers):
     """A reward that scores independently runs in several workers. Any other one gets whole calls in one worker, where
