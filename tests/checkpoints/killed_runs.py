@@ -62,6 +62,7 @@ RUN: dict[str, Any] = {
     "ref_model_sync_steps": 5,
     "eval_steps": 7,
     "guards": False,
+    "reward_workers": 0,  # a session would wait for its worker longer than it trains
 }
 
 

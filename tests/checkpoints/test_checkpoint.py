@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files
 from grpo_ext.report.metrics_file import read_metrics
+from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import PROMPTS, likes_step_two, share_of_digits
 from tests.tools.training import adapter_of
@@ -198,7 +199,7 @@ def test_an_existing_checkpoint_is_replaced(saved, again):
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("limit", slow_but([1, 2, 3], [2]))
 def test_rotation_keeps_the_same_checkpoints_as_transformers(build, small_model, tmp_path, limit):
     """The newest and the best are always kept."""
     kept = {}
@@ -242,6 +243,7 @@ def test_unfinished_checkpoints_do_not_count_in_rotation(tmp_path):
 # Another run
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_run_is_refused(saved, again, tmp_path, small_model):
     other_weights = small_model.__class__(small_model.config)
     other_config = copy.deepcopy(small_model)

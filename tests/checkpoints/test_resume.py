@@ -202,6 +202,7 @@ def test_streamed_data(tmp_path, tokenizer):
         data = Dataset.from_dict({"prompt": PROMPTS * 3}).to_iterable_dataset()
         settings = SETTINGS | {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 1}
         settings |= LONG | {"max_steps": 14, "num_generations": 4, "max_completion_length": 8, "guards": False}
+        settings |= {"reward_workers": 0}
         arguments = {"train_dataset": data, "processing_class": tokenizer, "peft_config": random_lora()}
         return GRPOExtTrainer(small_llama(tokenizer), half_dead, GRPOExtConfig(**settings), **arguments)
 
@@ -223,6 +224,7 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", two_resumed.CASES)
 def test_two_processes_resume_exactly(two, case):
     """Each process has its own rows, random state and entropies; both share the order of prompts."""
@@ -235,6 +237,7 @@ def test_two_processes_resume_exactly(two, case):
     assert comparable(two / f"{case}-again" / "metrics.jsonl") == comparable(two / case / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_one_process_cannot_resume_a_run_of_two(two, train):
     with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
         train("alone", resume=str(two / "rollouts" / "checkpoint-5"))

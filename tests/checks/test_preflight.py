@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from trl.extras import profiling
 
 from rewards import math_answer_reward
+from tests.checks.failing_rewards import fails_elsewhere, raises, too_few, words
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
@@ -140,22 +141,6 @@ def test_nothing_to_train(build, small_model):
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match=r"No trainable parameters\. .*is_trainable=True"):
         build(frozen, guards=True, beta=0.0).train()
-
-
-def raises(completions, **columns):
-    raise KeyError("solution")
-
-
-def too_few(completions, **columns):
-    return [1.0]
-
-
-def words(completions, **columns):
-    return ["good"] * len(completions)
-
-
-async def fails_elsewhere(completions, **columns):
-    raise ConnectionError("no judge there")
 
 
 FAILING = [

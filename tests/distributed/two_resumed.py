@@ -36,6 +36,7 @@ def train(case: str, output_dir: Path, resume: Path | None = None) -> dict[str, 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     settings = SETTINGS | {
         "guards": False,
+        "reward_workers": 0,
         "max_steps": 9,
         "save_strategy": "steps",
         "save_steps": 5,

@@ -58,6 +58,7 @@ def long_way(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_accuracy_of_the_embedded_model_and_of_an_adapter(capsys, long_way):
     """On the problems that a run holds out: 0.14 is what the README's run begins with."""
     base = evaluated(capsys)
@@ -105,6 +106,7 @@ def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monk
     assert evaluated(capsys, *flags)["pass_at_1"]["value"] < 1.0
 
 
+@pytest.mark.slow
 def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model, tokenizer):
     """Else a model trained without thinking is measured with it: by a recipe, and by the command afterwards. Here the
     template asks as the model was taught only where it is given `ending`."""

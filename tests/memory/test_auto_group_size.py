@@ -13,6 +13,7 @@ from grpo_ext.memory.plan import Planner
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
+from tests.tools.lanes import slow_but
 from tests.tools.paths import ROOT
 
 AUTO = ["--num_generations", "auto"]
@@ -57,7 +58,8 @@ def planner():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"chunk_tokens": 264}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}]
+    "options",
+    slow_but([{}, {"chunk_tokens": 264}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}], [{}]),
 )
 def test_larger_groups_need_no_more_memory(planner, options):
     """Otherwise a smaller group might fit when the largest does not, and `auto` would refuse a run that can train."""

@@ -20,6 +20,7 @@ from grpo_ext.memory.plan import RESERVED_FRACTION, SEARCH_UNITS, Plan, Planner,
 from grpo_ext.memory.step_shapes import StepShape, phase_shapes
 from grpo_ext.model.load import PolicyConfig
 from tests.memory import planned_memory
+from tests.tools.lanes import slow_but
 from tests.tools.memory import RETURN_FREED
 from tests.tools.paths import ROOT
 from tests.tools.waiting import PATIENCE
@@ -147,7 +148,9 @@ IN_CHUNKS = step(48, 8, 4, chunk_tokens=16, accumulation=2)
 
 @pytest.mark.parametrize(
     ("device_type", "sizes"),
-    [("cpu", SMALL), ("cpu", IN_CHUNKS), ("cuda", IN_CHUNKS), ("cuda", step(24, 8, 4, **WHOLE))],
+    slow_but(
+        [("cpu", SMALL), ("cpu", IN_CHUNKS), ("cuda", IN_CHUNKS), ("cuda", step(24, 8, 4, **WHOLE))], [("cpu", SMALL)]
+    ),
 )
 def test_further_layers_add_the_same(small_folder, device_type, sizes):
     """A step is measured on a few layers. If further layers added something else, large models would be far off."""
@@ -215,6 +218,7 @@ def test_kv_cache_by_hand(planner):
     assert many["update"].cache == phases["update"].cache
 
 
+@pytest.mark.slow
 def test_direction_of_every_option(planner, small_folder):
     """On a GPU: chunks, row by row, no reference, bf16 instead of fp32."""
     sizes = step(256, 64, 8, **WHOLE)
@@ -251,7 +255,7 @@ def test_counter_follows_live_storages():
         assert counter.live == 0
 
 
-@pytest.mark.parametrize("name", SEARCH_UNITS)
+@pytest.mark.parametrize("name", slow_but(SEARCH_UNITS, ["prompt"]))
 def test_largest_size_fits_and_the_next_does_not(two_layers, name):
     sizes = step(256, 128, 8, **WHOLE) if name != "chunk_tokens" else step(256, 128, 8, chunk_tokens=512)
     planner = Planner(PolicyConfig(model_name_or_path=two_layers), "cuda")
@@ -268,6 +272,7 @@ def test_no_chunk_bound_if_everything_fits(two_layers):
     assert planner.largest(step(32, 16, 4), "chunk_tokens", 2**40) == 0
 
 
+@pytest.mark.slow
 def test_suggested_changes(two_layers):
     """Suggestions end with the first that is enough. If none is, all are listed, with the bytes still needed."""
     sizes = step(256, 128, 8, **WHOLE)
@@ -290,6 +295,7 @@ def test_suggested_changes(two_layers):
     assert all(total > none.budget for _, total in none.changes)
 
 
+@pytest.mark.slow
 def test_command_line(capsys, two_layers):
     """The table fits one screen and adds up, and the JSON agrees with it. On a card with no memory to spare, the
     requested sizes are the largest that fit, even if they are not multiples of a unit."""
@@ -384,7 +390,7 @@ def test_settings_that_the_refusals_suggest_are_planned(experts_folder):
     assert weights["bfloat16"] > 2 * 2 * 4 * 3 * 32 * 64  # layers, experts, matrices of 32 by 64
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
+@pytest.mark.parametrize("kind", slow_but(["gemma3", "lfm2"], ["lfm2"]))
 def test_other_architectures(kind, tmp_path):
     """Layers of several kinds that repeat; states that are not a KV cache."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}

@@ -27,6 +27,13 @@ TIMEOUT = 1.0  # seconds per completion
 
 
 @pytest.fixture
+def new_workers():
+    """`new_workers()`: the process ids of workers that this process started since the test began."""
+    before = workers_of(os.getpid())
+    return lambda: workers_of(os.getpid()) - before
+
+
+@pytest.fixture
 def safe():
     made = []
 
@@ -71,13 +78,13 @@ def test_a_failure_costs_one_completion(safe, text, kind):
     assert vars(reward.failures) == {"completions": 6} | failed
 
 
-def test_batched_calls(safe):
+def test_batched_calls(safe, new_workers):
     """A reward may compare completions and remember them, so it has one worker. A failure costs the call, and the
     message says how to make it cost one completion."""
     reward = safe(compared, workers=None, batched=True)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
-    assert len(workers_of(os.getpid())) == 1
+    assert len(new_workers()) == 1
     with pytest.raises(
         RuntimeError, match=r"took longer than 6 s on 6 completions, the first being 'a', .*scores_independently"
     ):
@@ -130,7 +137,7 @@ def test_invalid_settings_are_refused(settings, message):
         isolated(obey, **settings)
 
 
-def test_off_the_main_thread(safe):
+def test_off_the_main_thread(safe, new_workers):
     """Also after that thread has ended: workers must not end with the thread that started them."""
     reward, got = safe(), []
     for _ in range(2):
@@ -138,12 +145,13 @@ def test_off_the_main_thread(safe):
         thread.start()
         thread.join()
     assert got == [[1, None, 3]] * 2
-    assert becomes(lambda: len(workers_of(os.getpid())) == 2)  # the killed worker is replaced
-    workers = workers_of(os.getpid())
+    assert becomes(lambda: len(new_workers()) == 2)  # the killed worker is replaced
+    workers = new_workers()
     assert reward(completions=["abcd"]) == [4]
-    assert workers_of(os.getpid()) == workers
+    assert new_workers() == workers
 
 
+@pytest.mark.slow
 def test_overhead(safe):
     """Below one millisecond per completion, excluding the reward itself, once the machine is free for a second."""
     reward = safe(timeout_s=20.0)
@@ -151,6 +159,7 @@ def test_overhead(safe):
     assert becomes(lambda: seconds_of(reward, ["a"] * 1000) < 1.0)
 
 
+@pytest.mark.slow
 def test_completions_are_scored_in_parallel(safe):
     reward = safe(timeout_s=20.0, workers=4)
     reward(completions=["warm up"] * 8)
@@ -166,6 +175,7 @@ def seconds_of(reward, completions):
 # With a trainer
 
 
+@pytest.mark.slow
 def test_in_training(build, small_model, safe):
     """Columns, logs and state come from TRL, and failures are in the metrics."""
     reward = safe(logged, timeout_s=20.0)
@@ -183,8 +193,9 @@ def test_in_training(build, small_model, safe):
     assert all(score >= 0 for score in scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [None, 0])
-def test_where_rewards_run(build, small_model, workers, caplog):
+def test_where_rewards_run(build, small_model, workers, caplog, new_workers):
     """A reward that scores independently runs in several workers. Any other one gets whole calls in one worker, where
     it keeps its state. With `runs_in_process`, or if it cannot be pickled, it runs in the training process. Workers end
     with the training."""
@@ -216,7 +227,7 @@ def test_where_rewards_run(build, small_model, workers, caplog):
     assert list(logged["Counting"]) == longest
     gold = dict(zip(trainer.train_dataset["prompt"], columns["answer"], strict=True))
     assert list(trainer._logs["extra"]["gold"]) == [gold[prompt] for prompt in trainer._logs["prompt"]]
-    assert not workers_of(os.getpid())
+    assert not new_workers()
     assert ("'holds_a_lock' holds what cannot be sent to a worker" in caplog.text) is (workers is None)
 
 

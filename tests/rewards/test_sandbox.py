@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import CDLL
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rewards.code import sandbox_policy
@@ -364,7 +365,7 @@ def test_the_sandbox_seen_from_outside():
             assert (process / "ns" / namespace).readlink() != Path("/proc/self/ns", namespace).readlink(), namespace
         status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
         mounts = [line.split()[4:6] for line in (process / "mountinfo").read_text().splitlines()]
-        os.kill(int(process.name), signal.SIGKILL)
+        next(parent for parent in psutil.Process(int(process.name)).parents() if parent.name() == "bwrap").kill()
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert 0 not in map(int, status["Uid"].split() + status["Gid"].split())

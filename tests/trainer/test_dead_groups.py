@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import Embedding
 
+from tests.tools.lanes import slow
 from tests.tools.models import random_lora
 from tests.tools.reward_functions import PROMPTS
 from tests.tools.training import adapter_of, log_of
@@ -50,11 +51,11 @@ PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "ch
     ("loss_type", "settings"),
     [
         ("grpo_sequence", ALL_AT_ONCE),
-        ("grpo_sequence", ONE_GROUP_A_TIME),
-        ("grpo_sequence", PARTS),
+        slow(("grpo_sequence", ONE_GROUP_A_TIME)),
+        slow(("grpo_sequence", PARTS)),
         ("grpo", PARTS),
-        ("dapo", ALL_AT_ONCE),
-        ("cispo", ONE_GROUP_A_TIME),
+        slow(("dapo", ALL_AT_ONCE)),
+        slow(("cispo", ONE_GROUP_A_TIME)),
     ],
 )
 def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):

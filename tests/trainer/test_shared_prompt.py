@@ -68,6 +68,7 @@ def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_
             torch.testing.assert_close(adapter_of(run)[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_one_equivalence_class(build, small_model):
     """Five steps: sharing on and off, chunks, checkpointing and cuts are one and the same training."""
     variants = [

@@ -158,7 +158,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, ["tools"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_as_stock_trl(train_caller, case):
     """Later turns are drawn on longer prompts, one a row, in which a sampler may lose a row or its random state."""
     kind = case.partition(",")[0]

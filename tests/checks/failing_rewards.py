@@ -1,0 +1,17 @@
+"""Rewards of test_preflight.py that fail, in a module that a worker imports in no time."""
+
+
+def raises(completions, **columns):
+    raise KeyError("solution")
+
+
+def too_few(completions, **columns):
+    return [1.0]
+
+
+def words(completions, **columns):
+    return ["good"] * len(completions)
+
+
+async def fails_elsewhere(completions, **columns):
+    raise ConnectionError("no judge there")
