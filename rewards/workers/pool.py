@@ -4,19 +4,16 @@
     safe(completions=["#### 4", "#### 5"], answer=["4", "4"])  ->  [1.0, 0.0]
 
 By default each completion is scored independently: a free worker calls the reward with lists of length one, and the
-scores come back in order. A reward that compares completions with each other, or that remembers earlier ones, needs
-`batched=True`: a single worker receives whole calls and keeps its state between them. A failure then costs the whole
-call.
+scores come back in order. A reward that compares completions, or that remembers earlier ones, needs `batched=True`: a
+single worker gets whole calls and keeps its state between them. A failure then costs the whole call.
 
-`log_extra` and `log_metric`, which TRL passes to rewards, work. `trainer_state` is passed on if the reward has a
-parameter of that name, and in batched calls. Anything else that a reward changes outside itself stays in its worker.
+TRL's `log_extra` and `log_metric` work. `trainer_state` is passed on in batched calls, and to a reward with a parameter
+of that name. Anything else that a reward changes outside itself stays in its worker.
 
-`GRPOExtTrainer` wraps rewards by itself: see `grpo_ext/rollout/reward_workers.py`. Two attributes of a reward function
-tell it how: `scores_independently = True` (one completion at a time, in several workers) and `runs_in_process = True`
-(no worker at all).
+`GRPOExtTrainer` wraps rewards by itself; `grpo_ext/rollout/reward_workers.py` says which attributes tell it how.
 
-Workers live until `close()` or until this process ends, however it ends. They do not import the main module again: a
-script that loads a model costs nothing, and the reward may be a function of that script.
+Workers live until `close()`, or until this process ends in any way. They do not import the main module again: a script
+that loads a model costs nothing, and the reward may be a function of that script.
 """
 
 import functools
@@ -38,8 +35,7 @@ from rewards.workers.worker import WorkerResult, init_worker, ping, run_reward
 
 RewardFunc = Callable[..., list[float | None]]
 
-# A run stops if, of the last FAILURE_WINDOW completions, more than MIN_FAILURES failed and more than MAX_FAILURE_RATE
-# of them all.
+# A run stops if more than MIN_FAILURES and more than MAX_FAILURE_RATE of the last FAILURE_WINDOW completions failed.
 MIN_FAILURES, MAX_FAILURE_RATE, FAILURE_WINDOW = 5, 0.05, 1000
 SHOWN_CHARACTERS = 300  # of a completion, in an error message
 
@@ -49,7 +45,7 @@ class FailureCounts:
     """How many completions were scored so far, and how many of them failed.
 
     Attributes:
-        completions: all completions, failed ones included.
+        completions: all of them, including those that failed.
         timeouts: the reward took longer than its timeout.
         crashes: the worker process died.
         errors: the reward raised, or did not return one score per completion.
@@ -73,16 +69,14 @@ def isolated(
 
     Args:
         reward: a reward function with TRL's signature, `f(completions, **columns) -> list[float | None]`.
-        timeout_s: seconds per completion, counted from the moment when a worker starts on it, with a resolution of
-            0.1 s. A batched call gets this time for each of its completions. Above 0. Recommended: ten times what the
-            slowest completion takes.
+        timeout_s: seconds per completion, above 0, from when a worker starts on it, to within 0.1 s. A batched call
+            gets this time for each of its completions. Recommended: ten times what the slowest completion takes.
         workers: number of processes, 1 or more. None (recommended) means one per core of this training process.
-        on_error: what happens to a completion whose reward failed. "none" scores it None, which excludes it from its
-            group; "raise" raises at the first failure.
+        on_error: "none" scores a failed completion None, which excludes it from its group; "raise" raises an error.
         batched: False scores each completion independently; True sends whole calls to one worker.
 
     Raises:
-        ValueError: `timeout_s` or `workers` is not above 0, several workers with `batched`, or an unknown `on_error`.
+        ValueError: `timeout_s` or `workers` not above 0, several workers with `batched`, or an unknown `on_error`.
     """
     if timeout_s <= 0 or (workers is not None and workers < 1):
         raise ValueError(f"timeout_s={timeout_s} and workers={workers} must be above 0, for example 10.0 and 2.")
@@ -97,8 +91,7 @@ class IsolatedReward:
     """A reward in worker processes; made by `isolated`.
 
     Attributes:
-        failures: counts since the start. If the trainer passes `log_metric`, each call also logs its own counts as
-            `rewards/NAME/timeouts|crashes|errors`.
+        failures: counts since the start. Each call logs its own as `rewards/NAME/timeouts|crashes|errors`.
     """
 
     runs_in_process = True
@@ -120,11 +113,11 @@ class IsolatedReward:
 
         Args:
             completions: strings or chat completions.
-            columns: the other keyword arguments that TRL passes. Lists as long as `completions` are split with them.
+            columns: the other arguments from TRL. Lists as long as `completions` are split with them.
 
         Raises:
-            RuntimeError: the reward failed and `on_error` is "raise"; or it failed on more than five, and more than 5%,
-                of the last 1,000 completions; or no worker could be started.
+            RuntimeError: a failure with `on_error="raise"`; failures on more than five, and more than 5%, of the last
+                1,000 completions; or no worker could be started.
         """
         log_extra, log_metric = columns.pop("log_extra", None), columns.pop("log_metric", None)
         state = columns.pop("trainer_state", None)
@@ -208,10 +201,8 @@ class IsolatedReward:
         what, advice = f"Reward {self.__name__!r} {how} on the completion {shown}", ""
         if len(completions) > 1:
             what = f"Reward {self.__name__!r} {how} on {len(completions)} completions, the first being {shown}"
-            advice = (
-                " If it judges each answer by itself, say so by scores_independently = True: "
-                "then only one of them is lost."
-            )
+            advice = " If it judges each answer by itself, say so by scores_independently = True: "
+            advice += "then only one of them is lost."
         if self._on_error == "raise":
             raise RuntimeError(f"{what}. Mend the reward, or pass on_error='none' to leave such answers out.{advice}")
         if failed > max(MIN_FAILURES, MAX_FAILURE_RATE * recent):
