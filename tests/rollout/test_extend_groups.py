@@ -155,7 +155,7 @@ def test_rows_stay_whole(build, small_model):
     )
     assert sorted(texts_of(trainer, part)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
     assert max(log_of(trainer, "sampling/logp_gap")) < 1e-4
-    assert trainer._sampler._kept is None
+    assert trainer._sampler._kept_prompts is None
 
 
 def test_without_dead_groups_nothing_changes(build, small_model):
