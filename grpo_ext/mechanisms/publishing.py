@@ -12,10 +12,10 @@ from trl import GRPOTrainer
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.report.card import write_card
-from grpo_ext.report.hub import RunPushes, check_write_access
+from grpo_ext.report.hub import PublishingClient, check_write_access
 from grpo_ext.report.metrics_file import metrics_path
 from grpo_ext.report.png_plots import draw_curves
-from grpo_ext.report.warn_on_error import attempt
+from grpo_ext.report.run_files import draw_or_warn
 
 logger = get_logger(__name__)
 
@@ -34,7 +34,7 @@ class PublishingTrainer(GRPOTrainer):
     """
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
-        self._run_pushes: RunPushes | None = None
+        self._run_pushes: PublishingClient | None = None
         if args.push_to_hub and args.process_index == 0:
             check_write_access(args)
         super().__init__(model, reward_funcs, args, *rest, **keywords)
@@ -75,12 +75,12 @@ class PublishingTrainer(GRPOTrainer):
 
     def _draw_curves(self) -> None:
         if self.is_world_process_zero() and metrics_path(self.args).exists():  # else nothing is logged yet
-            attempt(draw_curves, self.args.output_dir)
+            draw_or_warn(draw_curves, self.args.output_dir)
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:
-        """Let transformers' trainer push through `RunPushes`."""
-        self._run_pushes = self._run_pushes or RunPushes(self.args)
+        """Let transformers' trainer push through `PublishingClient`."""
+        self._run_pushes = self._run_pushes or PublishingClient(self.args)
         client = transformers.trainer.hf_api
         transformers.trainer.hf_api = lambda: self._run_pushes
         try:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.mechanisms.resume import ResumeTrainer
-from grpo_ext.report.completions_file import CompletionsFile, Judged, append_completions
-from grpo_ext.report.display_text import gold_of
+from grpo_ext.report.completions_file import CompletionInfo, CompletionsFile, append_completions
+from grpo_ext.report.display_text import gold_answer
 from grpo_ext.report.run_settings import SettingsFile
 
 
@@ -20,7 +20,7 @@ class RecordingTrainer(ResumeTrainer):
     """
 
     def __init__(self, model: str | nn.Module, reward_funcs: Any, args: GRPOExtConfig, *rest: Any, **keywords: Any):
-        self._judged: list[Judged] = []  # the rows of this process that rewards saw last
+        self._judged: list[CompletionInfo] = []  # the rows of this process that rewards saw last
         self._extra_columns: list[str] = []  # that they logged beside
         super().__init__(model, reward_funcs, args, *rest, **keywords)
         self.add_callback(CompletionsFile())
@@ -31,10 +31,10 @@ class RecordingTrainer(ResumeTrainer):
     ) -> Tensor:
         endings = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._judged = [
-            Judged(
+            CompletionInfo(
                 tokens=len(ids),
                 is_cut=self._is_cut[i] if self._samples_shared and not self.tools else ids[-1] not in endings,
-                gold=gold_of(inputs[i]),
+                gold=gold_answer(inputs[i]),
             )
             for i, ids in enumerate(completion_ids_list)
         ]

@@ -31,8 +31,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
+from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
+from grpo_ext.report.heldout_file import evaluation_metrics
 from tests.conftest import PROMPTS, SETTINGS, TINY_MODEL, half_dead, random_lora, share_of_digits, small_llama
 
 KILLS, MOST_KILLS = 20, 60  # more than KILLS where a phase was not hit yet
@@ -152,7 +153,9 @@ def session(output_dir: Path, marks: Marks) -> None:
     problems = [{"prompt": prompt} for prompt in PROMPTS]
     settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
     measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
-    trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
+    trainer.add_callback(
+        HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(evaluation_metrics(found)))
+    )
     trainer.add_callback(Began(trainer))
     trainer.train(resume_from_checkpoint="last")
     trainer.save_model()

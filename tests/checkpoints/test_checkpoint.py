@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files as checkpoint
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.report.run_reader import read_metrics
 from tests.conftest import PROMPTS, adapter_of, likes_step_two, random_lora, share_of_digits, small_llama
 
 # Everything that writes a file of its own into a checkpoint.

@@ -15,9 +15,10 @@ from transformers import LlamaForCausalLM
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.checkpoints import files as checkpoint
-from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
+from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.report.heldout_file import evaluation_metrics
+from grpo_ext.report.run_reader import read_metrics
 from rewards.workers.pool import isolated
 from tests.conftest import (
     PROMPTS,
@@ -207,7 +208,9 @@ def test_held_out_accuracy_on_the_way(train, tmp_path, tokenizer):
     def measured(trainer):
         settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
         measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
-        trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
+        trainer.add_callback(
+            HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(evaluation_metrics(found)))
+        )
 
     plain, _ = train("plain", eval_steps=2, **LONG)
     whole, _ = train("whole", before=measured, eval_steps=2, **LONG)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.report.run_reader import read_metrics
 from tests.conftest import PROMPTS, adapter_of, log_of, random_lora, share_of_digits
 
 TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
