@@ -1,7 +1,38 @@
-"""GRPO for one consumer GPU: a plugin for TRL with LoRA/QLoRA on one frozen backbone."""
+"""GRPO for one consumer GPU: a plugin for TRL with LoRA/QLoRA on one frozen backbone.
 
-from grpo_ext.config import GRPOExtConfig
-from grpo_ext.trainer import GRPOExtTrainer
+The names below are imported on first use, so `import grpo_ext` loads neither torch nor TRL.
+"""
 
-__all__ = ["GRPOExtConfig", "GRPOExtTrainer"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_ext.config import GRPOExtConfig
+    from grpo_ext.evaluation.complete import evaluate
+    from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
+    from grpo_ext.trainer import GRPOExtTrainer
+
+__all__ = ["Dialogue", "GRPOExtConfig", "GRPOExtTrainer", "TextEnv", "dialogue_reward", "evaluate"]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Dialogue": "grpo_ext.rollout.dialogue",
+    "GRPOExtConfig": "grpo_ext.config",
+    "GRPOExtTrainer": "grpo_ext.trainer",
+    "TextEnv": "grpo_ext.rollout.dialogue",
+    "dialogue_reward": "grpo_ext.rollout.dialogue",
+    "evaluate": "grpo_ext.evaluation.complete",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

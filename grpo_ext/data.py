@@ -1,8 +1,8 @@
-"""Problems for a run: a data set of the Hub or of local files, with a prompt and a gold answer a row.
+"""Problems for a run: a data set from the Hub or from local files, with a prompt and a gold answer per row.
 
 In: `openai/gsm8k`, `problems.jsonl`, or a folder with train and test files; columns `prompt`, `question` or `problem`,
-and `answer`, `solution` or `code`. Out: train and held-out `Dataset`s with `prompt` and `answer`, ready for TRL. A base
-model gets a text of column `prompt` as it is.
+and `answer`, `solution` or `code`. Out: train and held-out `Dataset`s with `prompt` and `answer`, ready for TRL. For a
+base model, text in a column `prompt` is not changed.
 
     {"question": "538+478=?", "answer": "1016"}
     -> {"prompt": "Question: 538+478=?\\nAnswer:", "answer": "1016"}                                a base model
@@ -22,36 +22,36 @@ from grpo_ext.model.load import unreachable_message
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "code")
-SYSTEM_LINE = "Reason step by step, and put the final answer within \\boxed{}."
+SYSTEM_PROMPT = "Reason step by step, and put the final answer within \\boxed{}."
 PLAIN_PROMPT = "Question: {question}\nAnswer:"
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wording:
-    """How a problem is put to the model.
+class PromptFormat:
+    """How a problem becomes a prompt.
 
     Attributes:
-        system: of a chat model.
-        plain: what a base model reads, with `{question}` in it.
-        question: the question itself, from the text of its column and the whole row; None for the text as it is.
+        system: system message for a chat model.
+        plain: prompt for a base model, with `{question}` in it.
+        question: makes the question from the text of its column and the whole row; None to take the text as it is.
     """
 
-    system: str = SYSTEM_LINE
+    system: str = SYSTEM_PROMPT
     plain: str = PLAIN_PROMPT
     question: Callable[[str, dict[str, Any]], str] | None = None
 
 
-USUAL_WORDING = Wording()
+DEFAULT_FORMAT = PromptFormat()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """The rows to train on and the rows to evaluate on; no prompt is in both.
+    """The rows to train on and the held-out rows; no prompt is in both.
 
     Attributes:
-        train, heldout: columns `prompt` (text or messages), `answer` (text) and whatever else the data has.
-        note: how the held-out rows came about, in plain words.
+        train, heldout: columns `prompt` (text or messages), `answer` (text), and the other columns of the data.
+        note: where the held-out rows come from, in plain words.
     """
 
     train: Dataset
@@ -68,23 +68,23 @@ def load_problems(
     test_split: str = "test",
     max_heldout: int = 256,
     seed: int = 0,
-    wording: Wording = USUAL_WORDING,
+    prompt_format: PromptFormat = DEFAULT_FORMAT,
 ) -> Problems:
-    """Load, name the columns, write the prompts, and keep held-out problems apart.
+    """Load the data, format prompts and answers, and separate held-out problems from the training data.
 
     Args:
         name: a data set of the Hub, a local file (.jsonl, .json, .csv, .parquet) or a folder of such files.
         tokenizer: with a chat template the prompts become messages, else plain text.
-        config: of a Hub data set; the first one (`main` of gsm8k) where the data has several.
-        max_heldout: at most so many held-out rows, drawn with `seed`. Without a `test_split`, so many rows, but at
-            most a fifth, are taken out of the training data.
-        wording: how the prompts are written.
+        config: of a Hub data set; by default its first one (`main` for gsm8k).
+        max_heldout: the number of held-out rows, drawn with `seed`, or all rows of the `test_split` if it has fewer.
+            Without a `test_split`, held-out rows are taken out of the training data, at most a fifth of it.
+        prompt_format: how problems become prompts.
 
     Raises:
-        SystemExit: not on disk and not reachable on the Hub.
-        ValueError: no rows, or no column that could be the prompt or the answer.
+        SystemExit: the data is neither on disk nor reachable on the Hub.
+        ValueError: no rows, too few to hold some out, or no column for the prompt or the answer.
     """
-    splits = fetch(name, config)
+    splits = load_splits(name, config)
     if train_split not in splits:
         raise ValueError(f"'{name}' has no split {train_split!r}; it has: {', '.join(splits)}.")
     train = splits[train_split]
@@ -101,7 +101,7 @@ def load_problems(
         parts = train.train_test_split(test_size=size, seed=seed)
         train, heldout = parts["train"], parts["test"]
         note = f"{size} problems taken out of split '{train_split}'"
-    train, heldout = (with_prompts(rows, tokenizer, name, wording) for rows in (train, heldout))
+    train, heldout = (format_rows(rows, tokenizer, name, prompt_format) for rows in (train, heldout))
     seen = {str(prompt) for prompt in heldout["prompt"]}
     before = len(train)
     train = train.filter(lambda prompt: str(prompt) not in seen, input_columns="prompt")
@@ -110,21 +110,21 @@ def load_problems(
     return Problems(train=train, heldout=heldout, note=note)
 
 
-def draw(name: str, split: str, most: int, seed: int) -> Dataset:
-    """At most so many rows of one split, in an order drawn with `seed`: that of the held-out problems of a run.
+def sample_rows(name: str, split: str, limit: int, seed: int) -> Dataset:
+    """Up to `limit` rows of one split, drawn with `seed`; the same ones that a run with this seed holds out.
 
     Raises:
         SystemExit, ValueError: as `load_problems`.
     """
-    splits = fetch(name)
+    splits = load_splits(name)
     if split not in splits:
         raise ValueError(f"'{name}' has no split {split!r}; it has: {', '.join(splits)}. Add --split NAME.")
     rows = splits[split].shuffle(seed=seed)
-    return rows.select(range(min(most, len(rows))))
+    return rows.select(range(min(limit, len(rows))))
 
 
-def fetch(name: str, config: str | None = None) -> DatasetDict:
-    """Every split of a data set of the Hub, a local file or a folder; `config` as in `load_problems`.
+def load_splits(name: str, config: str | None = None) -> DatasetDict:
+    """Every split of a data set from the Hub, a local file or a folder; `config` as for `load_problems`.
 
     Raises:
         SystemExit, ValueError: as `load_problems`.
@@ -142,52 +142,52 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
         raise SystemExit(unreachable_message("Data set", name, error)) from None
     if not path.is_dir():
         for rows in splits.values():
-            rows.info.dataset_name = name  # `datasets` leaves the owner out
+            rows.info.dataset_name = name  # `datasets` drops the owner
     return splits
 
 
-def with_prompts(
+def format_rows(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    wording: Wording = USUAL_WORDING,
+    prompt_format: PromptFormat = DEFAULT_FORMAT,
     *,
     needs_answer: bool = True,
 ) -> Dataset:
-    """The rows with columns `prompt` and `answer` and whatever else they have.
+    """The rows with columns `prompt` and `answer`, in addition to their other columns.
 
     Args:
-        name: of the data, for errors.
-        needs_answer: False for rewards that judge by other columns; then rows may have no answer, and a chat model is
-            not told how to write one.
+        name: of the data, for error messages.
+        needs_answer: False for rewards that use other columns; rows may then lack an answer, in which case a chat model
+            gets no system message.
 
     Raises:
-        ValueError: no column that could be the prompt or the answer.
+        ValueError: no column for the prompt or the answer.
     """
-    prompt_column = _first_of(PROMPT_COLUMNS, rows, "prompt", name)
+    prompt_column = _find_column(PROMPT_COLUMNS, rows, "prompt", name)
     has_answer = needs_answer or not set(ANSWER_COLUMNS).isdisjoint(rows.column_names)
-    answer_column = _first_of(ANSWER_COLUMNS, rows, "answer", name) if has_answer else None
+    answer_column = _find_column(ANSWER_COLUMNS, rows, "answer", name) if has_answer else None
     is_chat, is_prompt = tokenizer.chat_template is not None, prompt_column == "prompt"
-    system = [{"role": "system", "content": wording.system}] if has_answer else []
+    system = [{"role": "system", "content": prompt_format.system}] if has_answer else []
 
-    def write(row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its prompt as the model reads it, and its answer as text where it has one."""
+    def formatted(row: dict[str, Any]) -> dict[str, Any]:
+        """The formatted prompt of a row, and its answer as text if it has one."""
         text = row[prompt_column]
-        if isinstance(text, str) and wording.question is not None:
-            text = wording.question(text, row)
+        if isinstance(text, str) and prompt_format.question is not None:
+            text = prompt_format.question(text, row)
         if not isinstance(text, str):
             prompt = text  # messages already
         elif is_chat:
             prompt = [*system, {"role": "user", "content": text}]
         else:
-            prompt = text if is_prompt else wording.plain.format(question=text)
+            prompt = text if is_prompt else prompt_format.plain.format(question=text)
         return {"prompt": prompt} | ({"answer": str(row[answer_column])} if answer_column else {})
 
     columns = [prompt_column, *([answer_column] if answer_column else [])]
-    return rows.map(write, remove_columns=columns, desc="prompts")
+    return rows.map(formatted, remove_columns=columns, desc="prompts")
 
 
-def _first_of(candidates: tuple[str, ...], rows: Dataset, role: str, name: str) -> str:
+def _find_column(candidates: tuple[str, ...], rows: Dataset, role: str, name: str) -> str:
     for column in candidates:
         if column in rows.column_names:
             return column

@@ -1,23 +1,46 @@
-"""What recipes share beside the run itself (`experiment.py`): their flags, and problems and a trainer made from them.
+"""What all recipes share: flags -> problems and trainer -> a run -> its verdict as the last line.
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
-that `--config` names; flags win. `$RECIPES` in a model or data set is the folder of the recipes, and
-`--num_generations auto` is decided before the run (`memory/auto_group_size.py`).
+that `--config` names; flags win. `$RECIPES` in the name of a model or data set is the folder of the recipes, and
+`--num_generations auto` is with_group_size before the run (`memory/auto_group_size.py`). A run, in this order,
+
+1. prints the banner, and runs the checks and a step of the largest shape;
+2. measures held-out accuracy, and keeps the result for sessions that resume the run;
+3. trains, and measures accuracy every `eval_steps` steps;
+4. measures accuracy again, and writes adapter, card, curves, report and `summary.json` to `output_dir`.
 """
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, TrlParser, get_peft_config
+from trl.distributed import DistributedBackend
 
+from grpo_ext.checkpoints.best import BestAdapter, read_best
 from grpo_ext.config import GRPOExtConfig
+from grpo_ext.console.banner import show_banner
 from grpo_ext.console.quiet import quiet_libraries
-from grpo_ext.data import USUAL_WORDING, Problems, Wording, load_problems
+from grpo_ext.data import DEFAULT_FORMAT, Problems, PromptFormat, load_problems
+from grpo_ext.evaluation.callback import HeldOutAccuracy, load_initial_evaluation, save_initial_evaluation
+from grpo_ext.evaluation.complete import Evaluation, Problem, evaluate
 from grpo_ext.memory.auto_group_size import parse_flags, with_group_size
 from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
+from grpo_ext.report.heldout_file import SHOWN_PROBLEMS, HeldoutFile, append_evaluation, evaluation_metrics
+from grpo_ext.report.page import write_page
+from grpo_ext.report.png_plots import draw_curves
+from grpo_ext.report.run_files import draw_or_warn
+from grpo_ext.report.summary import accuracy_lines, build_summary, write_summary
 from grpo_ext.trainer import GRPOExtTrainer
+from rewards.completion import text_of
 
 
 @dataclass
@@ -38,21 +61,24 @@ class RecipeArguments(ScriptArguments):
 Arguments = TypeVar("Arguments", bound=RecipeArguments)
 
 
-def begin() -> None:
-    """Quiet libraries, and no child process that puts the folder of the recipes on its path."""
+# Flags -> problems and trainer
+
+
+def prepare_process() -> None:
+    """Quiet libraries, and keep the folder of the recipes off the path of child processes."""
     os.environ["PYTHONSAFEPATH"] = "1"
     quiet_libraries()
 
 
-def parse(
+def parse_arguments(
     argv: list[str], recipe: str, folder: str, *, embedded: str, arguments: type[Arguments]
 ) -> tuple[Arguments, GRPOExtConfig, PolicyConfig]:
-    """The flags of a run; the embedded model and its problems where neither a model, data nor a config file is named.
+    """The arguments of a run; those of the embedded run if `argv` names neither a model, data nor a config file.
 
     Args:
         recipe: its name.
         folder: of the recipes.
-        embedded: the YAML file of the run without arguments, in that folder.
+        embedded: name of the YAML file of the embedded run, in that folder.
         arguments: what the recipe adds to the flags.
     """
     parser = TrlParser((arguments, GRPOExtConfig, PolicyConfig))
@@ -68,13 +94,13 @@ def parse(
     return script_args, args, model_args
 
 
-def find_problems(
+def build_problems(
     script_args: RecipeArguments,
     args: GRPOExtConfig,
     tokenizer: PreTrainedTokenizerBase,
-    wording: Wording = USUAL_WORDING,
+    prompt_format: PromptFormat = DEFAULT_FORMAT,
 ) -> Problems:
-    """The problems that these flags name, put as `wording` says.
+    """The problems that these arguments name.
 
     Raises:
         SystemExit, ValueError: as `data.load_problems`.
@@ -87,7 +113,7 @@ def find_problems(
         test_split=script_args.dataset_test_split,
         max_heldout=script_args.max_eval_prompts,
         seed=args.seed,
-        wording=wording,
+        prompt_format=prompt_format,
     )
 
 
@@ -99,7 +125,7 @@ def build_trainer(
     model_args: PolicyConfig,
     **arguments: Any,
 ) -> GRPOExtTrainer:
-    """The trainer of these flags; `arguments` are further ones of its own."""
+    """The trainer for these arguments; `arguments` are further ones of GRPOExtTrainer."""
     args.model_init_kwargs = model_init_kwargs(model_args, args)
     return GRPOExtTrainer(
         model=model_args.model_name_or_path,
@@ -111,3 +137,114 @@ def build_trainer(
         peft_config=get_peft_config(model_args),
         **arguments,
     )
+
+
+# The run
+
+
+def train_and_report(
+    trainer: GRPOExtTrainer,
+    problems: Problems,
+    reward: Any,
+    *,
+    recipe: str,
+    eval_samples: int = 0,
+    evaluate: Callable[..., Evaluation] = evaluate,
+) -> dict[str, object]:
+    """Train, measure held-out accuracy, and write the report.
+
+    Args:
+        trainer: built, not yet trained.
+        problems: the held-out rows are evaluated; they must not be trained on.
+        reward: what `evaluate` grades held-out answers with: a reward function that gives 1.0 for a right answer.
+        recipe: name of the recipe, for the summary.
+        eval_samples: answers sampled per held-out problem before and after training; 0 for greedy accuracy only.
+        evaluate: `evaluation.complete.evaluate`, or a function that takes the same arguments.
+
+    Returns:
+        The contents of `summary.json`; empty if `dry_run` ends the run before its first step.
+    """
+    args = trainer.args
+    heldout = problems.heldout.to_list()
+    base_model = _short_name(trainer.model.config.name_or_path)
+    measure = partial(
+        evaluate,
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        heldout,
+        reward,
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        template_kwargs=args.chat_template_kwargs,
+    )
+    show_banner(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
+    trainer.preflight()
+    if args.dry_run:
+        print("dry run: the checks are through, nothing was trained")
+        return {}
+    resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
+    before = None
+    if resumed:
+        before = load_initial_evaluation(args.output_dir, problems=len(heldout), samples=eval_samples)
+    if before is None:  # the policy is still the one that training starts from
+        with DistributedBackend(trainer.accelerator).gather_params(list(trainer.model.parameters())):
+            before = measure(samples=eval_samples, description="held-out accuracy before")
+        if trainer.accelerator.is_main_process:
+            save_initial_evaluation(args.output_dir, before)
+    during = partial(measure, samples=min(eval_samples, 1))
+    record = partial(_record, trainer, heldout)
+    trainer.add_callback(BestAdapter(trainer))
+    trainer.add_callback(HeldoutFile())  # starts the file that the next one adds to
+    trainer.add_callback(HeldOutAccuracy(before, during, record))
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=resumed)
+    seconds = time.monotonic() - started
+    after = measure(samples=eval_samples, description="held-out accuracy after")
+    record(after)
+    summary = build_summary(trainer, recipe=recipe, base_model=base_model, seconds=seconds, before=before, after=after)
+
+    if trainer.accelerator.is_main_process:
+        write_summary(args.output_dir, summary)
+        draw_or_warn(draw_curves, args.output_dir)
+    trainer.save_model()  # with a card that shows both; pushes it if asked to
+    if trainer.accelerator.is_main_process:
+        _show_samples(heldout, before, after)
+        print(f"adapter, report.html, curves.png, metrics.jsonl and summary.json are in {args.output_dir}")
+        best = read_best(args.output_dir)
+        if best and best["pass@1"] > after.greedy.value:
+            print(
+                f"the best adapter, of step {best['step']} with held-out pass@1 {best['pass@1']:.2f}, is in its best/"
+            )
+        print(accuracy_lines(summary))
+    return summary
+
+
+def _record(trainer: GRPOExtTrainer, heldout: list[Problem], evaluation: Evaluation) -> None:
+    """Log an evaluation at the current step, and update the report."""
+    trainer.log_alone(evaluation_metrics(evaluation))
+    if trainer.accelerator.is_main_process:
+        append_evaluation(trainer.args.output_dir, trainer.state.global_step, evaluation, heldout)
+        draw_or_warn(write_page, trainer.args.output_dir)
+
+
+def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation) -> None:
+    """Print the first few held-out problems with the greedy answers before and after; right ones are green."""
+    table = Table(title="Held-out problems, greedy answers", title_justify="left", show_lines=True)
+    for column in ("problem", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for i, problem in enumerate(heldout[:SHOWN_PROBLEMS]):
+        answers = [
+            Text(text_of(e.completions[i])[:300].strip(), "green" if e.right[i] else "red")
+            + Text("  (right)" if e.right[i] else "  (wrong)")
+            for e in (before, after)
+        ]
+        table.add_row(Text(text_of(problem["prompt"])[-300:].strip()), *answers)
+    Console().print(table)
+
+
+def _short_name(name_or_path: str) -> str:
+    """A Hub id as it is; a local folder relative to the current one if it is inside it."""
+    path = Path(name_or_path)
+    return str(path.relative_to(Path.cwd())) if path.is_dir() and path.is_relative_to(Path.cwd()) else name_or_path

@@ -1,24 +1,25 @@
-"""Teach a model to talk: GRPO with LoRA on episodes of several turns whose outcome can be checked.
+"""Teach a model to act over several turns: GRPO with LoRA on episodes whose outcome can be checked.
 
     accelerate launch recipes/dialogue.py
 
-Without arguments: the embedded 0.87M-parameter model and a calculator, offline, on two CPU cores. Its turn ends where
-it asks for a sum, and the calculator answers in the middle of its line; but usually it blurts a wrong answer.
-Held-out success: greedy 0.12 -> 1.00, sampled 0.40 -> 0.98 (n=256, seed 0), half a minute of training.
+Without arguments: the embedded 0.87M-parameter model and a calculator, offline, on two CPU cores. A turn of the model
+ends when it asks for a sum, and the calculator answers in the middle of the line; but before training the model usually
+gives a wrong answer at once. Held-out success: greedy 0.12 -> 1.00, sampled 0.40 -> 0.98 (n=256, seed 0), half a minute
+of training.
 
     accelerate launch recipes/dialogue.py --config recipes/guess_number.yaml
 
-Guess a number from hints, with a chat model on one GPU of 8 GB or more; planned, and not measured yet, so there is no
-number to expect.
+Guess a number from hints, with a chat model on one GPU of 8 GB or more; not measured yet, so there is no number to
+expect.
 
-The environments are in grpo_ext/rollout/example_envs.py; copy one and put yours in its place. Every field of
+The environments are in grpo_ext/rollout/example_envs.py; copy one to write your own. Every field of
 GRPOExtConfig, of TRL's ModelConfig and of DialogueArguments below is a flag, or a line of a YAML file that `--config`
 names; flags win.
 """
 
 import sys
 
-# Started as a script, this folder comes first on sys.path, where `import math` would find the recipe of that name.
+# If this file is started as a script, its folder comes first on sys.path, and `import math` would find recipes/math.py.
 HERE = __file__.replace("\\", "/").rpartition("/")[0]
 sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
 
@@ -29,9 +30,15 @@ from functools import partial
 from datasets import Dataset
 
 from grpo_ext.data import Problems
-from grpo_ext.experiment import run
 from grpo_ext.model.load import load_tokenizer
-from grpo_ext.recipe import RecipeArguments, begin, build_trainer, find_problems, parse
+from grpo_ext.recipe import (
+    RecipeArguments,
+    build_problems,
+    build_trainer,
+    parse_arguments,
+    prepare_process,
+    train_and_report,
+)
 from grpo_ext.evaluation.dialogue import evaluate_dialogue
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.rollout.example_envs import Calculator, GuessNumber
@@ -41,8 +48,7 @@ GUESS_NUMBER = "guess_number"
 
 @dataclass
 class DialogueArguments(RecipeArguments):
-    """What a run with an environment adds; `dataset_name` is "guess_number", or problems to be solved with a
-    calculator."""
+    """Arguments of a run with an environment; `dataset_name` is "guess_number", or problems for the calculator."""
 
     max_turns: int = field(default=8, metadata={"help": "Turns of the model in an episode."})
     max_turn_tokens: int | None = field(
@@ -51,15 +57,15 @@ class DialogueArguments(RecipeArguments):
 
 
 def numbers(seed: int) -> Problems:
-    """From 1 to 100, a fifth of them held out."""
+    """The numbers from 1 to 100, with a fifth of them held out."""
     rows = [{"prompt": GuessNumber.rules, "answer": str(number)} for number in range(1, 101)]
     random.Random(seed).shuffle(rows)
     return Problems(train=Dataset.from_list(rows[20:]), heldout=Dataset.from_list(rows[:20]), note="20 numbers of 100")
 
 
 def main(argv: list[str]) -> None:
-    begin()
-    script_args, args, model_args = parse(
+    prepare_process()
+    script_args, args, model_args = parse_arguments(
         argv, "dialogue", HERE, embedded="tiny_dialogue.yaml", arguments=DialogueArguments
     )
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
@@ -67,11 +73,13 @@ def main(argv: list[str]) -> None:
     if script_args.dataset_name == GUESS_NUMBER:
         environment, problems = GuessNumber, numbers(args.seed)
     else:
-        environment, problems = Calculator, find_problems(script_args, args, tokenizer)
+        environment, problems = Calculator, build_problems(script_args, args, tokenizer)
     dialogue = Dialogue(environment, max_turns=script_args.max_turns, max_turn_tokens=script_args.max_turn_tokens)
     trainer = build_trainer(dialogue_reward, problems, tokenizer, args, model_args, rollout_func=dialogue)
     evaluate = partial(evaluate_dialogue, stop_strings=(args.generation_kwargs or {}).get("stop_strings", []))
-    run(trainer, problems, dialogue, recipe="dialogue", eval_samples=script_args.eval_samples, evaluate=evaluate)
+    train_and_report(
+        trainer, problems, dialogue, recipe="dialogue", eval_samples=script_args.eval_samples, evaluate=evaluate
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""`grpo-ext COMMAND`: what there is to do around a run. Each command is a file of `grpo_ext/cli/`."""
+"""`grpo-ext COMMAND`: what can be done before and after a run, with one command per file.
+
+A command has `add_arguments(parser)` and `run(options)`. Only `run` and what it calls import libraries that take
+seconds to load, so `grpo-ext COMMAND --help` is quick.
+"""
 
 import argparse
 from importlib import import_module
@@ -15,7 +19,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; exits with 1 where it found what must be mended."""
+    """Run one command.
+
+    Raises:
+        SystemExit: 1 if the command failed, or found something that must be fixed; 2 for wrong arguments.
+    """
     parser = argparse.ArgumentParser(prog="grpo-ext", description="What there is to do around a GRPO run.")
     names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
@@ -30,7 +38,3 @@ def main(argv: list[str] | None = None) -> None:
         command.run(options)
     except (ValueError, ImportError, AttributeError, FileNotFoundError) as error:
         raise SystemExit(f"grpo-ext: {error}") from None
-
-
-if __name__ == "__main__":
-    main()

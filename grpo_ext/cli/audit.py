@@ -2,21 +2,23 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo_ext.cli.names import named
+from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
-from grpo_ext.data import PROMPT_COLUMNS, draw
-from rewards.audit import ANSWER_FORMS, Check, Timing, audit
+
+if TYPE_CHECKING:
+    from rewards.audit import Check, Timing
 
 SHOWN_CHARACTERS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the arguments of the command."""
     parser.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
     parser.add_argument("--split", default="train", help="of the data; default: train")
     parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
@@ -31,20 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table of `rewards.audit`; exit with 1 where gold answers do not earn 1.0."""
+    """Print the table of `rewards.audit`; exit with 1 if gold answers do not earn 1.0."""
     quiet_libraries()
-    rows = draw(options.data, options.split, options.rows, options.seed).to_list()
+    from grpo_ext.data import PROMPT_COLUMNS, sample_rows
+    from rewards.audit import ANSWER_FORMS, audit
+
+    rows = sample_rows(options.data, options.split, options.rows, options.seed).to_list()
     for row in rows:
         row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
     checks, seconds = audit(
-        named(options.reward), rows, gold=options.gold, forms=options.form or ANSWER_FORMS, seed=options.seed
+        load_reward(options.reward), rows, gold=options.gold, forms=options.form or ANSWER_FORMS, seed=options.seed
     )
     _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
     if any(check.is_fatal and check.failed for check in checks):
         sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")
 
 
-def _show(checks: list[Check], seconds: Timing, title: str) -> None:
+def _show(checks: "list[Check]", seconds: "Timing", title: str) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("answers", "should earn", "earn, in the mean", "others"):
         table.add_column(column)

@@ -1,6 +1,6 @@
 """`grpo-ext doctor`: what this machine has for a run, what is missing, and what to type.
 
-A red line stops every run; without what a yellow line names, some runs do not start or are slower.
+A red line stops every run. A yellow line means that some runs do not start, or are slower.
 """
 
 import argparse
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import torch
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import build_hf_headers, get_session
 from packaging.requirements import Requirement
@@ -24,42 +22,40 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import is_torch_bf16_gpu_available
 
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.machine import GIB, device_name
-from rewards.code.sandbox import run_program
 
 SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-LITTLE_GB, TOO_LITTLE_GB = 10, 1  # of disk: below a small model and a few checkpoints; below anything
+LOW_DISK_GB, MIN_DISK_GB = 10, 1  # of free disk: a small model and a few checkpoints need more; every run needs more
 HUB_TIMEOUT_S = 3
 MARKS = {"green": "ok", "yellow": "look", "red": "stop"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: green where all is well, else with what to type."""
+    """One line of the table: green if all is well, else with a remedy, what to type."""
 
     name: str
     colour: Literal["green", "yellow", "red"]
-    said: str
+    text: str
     remedy: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There is nothing to choose."""
+    """The command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print one line a finding; exit with 1 where one is red."""
+    """Print one line per finding; exit with 1 if one is red."""
     quiet_libraries()
     findings = list(examine())
     table = Table.grid(padding=(0, 2))
     for finding in findings:
-        said = Text(finding.said)
+        text = Text(finding.text)
         if finding.remedy:
-            said.append(f"\n-> {finding.remedy}", "bold")
-        table.add_row(Text(MARKS[finding.colour], finding.colour), finding.name, said)
+            text.append(f"\n-> {finding.remedy}", "bold")
+        table.add_row(Text(MARKS[finding.colour], finding.colour), finding.name, text)
     Console().print(table)
     if any(finding.colour == "red" for finding in findings):
         sys.exit("A red line stops every run: type what stands beside it, then run grpo-ext doctor again.")
@@ -81,7 +77,7 @@ def examine() -> Iterator[Finding]:
 
 
 def python() -> Finding:
-    """The version of Python, against the one that the package asks for."""
+    """The version of Python, compared with the one that the package requires."""
     here = platform.python_version()
     try:
         wanted = metadata("grpo-ext")["Requires-Python"]
@@ -93,7 +89,7 @@ def python() -> Finding:
 
 
 def packages() -> Finding:
-    """What is installed, against the ranges that the package itself asks for: those are the ones it is tested in."""
+    """Installed packages, compared with the version ranges that the package requires and is tested with."""
     try:
         needed = [Requirement(line) for line in requires("grpo-ext") or []]
     except PackageNotFoundError:
@@ -103,16 +99,16 @@ def packages() -> Finding:
         (one, _version(one.name)) for one in needed if not one.specifier.contains(_version(one.name), prereleases=True)
     ]
     if wrong:
-        said = ", ".join(f"{one.name} {found or 'missing'} (needs {one.specifier})" for one, found in wrong)
+        text = ", ".join(f"{one.name} {found or 'missing'} (needs {one.specifier})" for one, found in wrong)
         return Finding(
-            "packages", "red", said, "pip install " + " ".join(f'"{one.name}{one.specifier}"' for one, _ in wrong)
+            "packages", "red", text, "pip install " + " ".join(f'"{one.name}{one.specifier}"' for one, _ in wrong)
         )
     shown = ", ".join(f"{name} {_version(name)}" for name in SHOWN_PACKAGES)
     return Finding("packages", "green", f"all {len(needed)} in the ranges that are tested: {shown}")
 
 
 def _version(name: str) -> str:
-    """Empty for a package that is not there, a version that no range has."""
+    """The installed version; "" for a missing package, which is outside every range."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -121,22 +117,27 @@ def _version(name: str) -> str:
 
 def device() -> Finding:
     """The GPU, or the CPU's memory."""
+    import torch
+
     if not torch.accelerator.is_available():
         memory = psutil.virtual_memory()
         free = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GB free"
-        said = f"no GPU; {device_name(torch.device('cpu'))}, {free}"
-        return Finding("device", "yellow", said, "nvidia-smi; where it shows a card, install a PyTorch with CUDA")
+        text = f"no GPU; {device_name(torch.device('cpu'))}, {free}"
+        return Finding("device", "yellow", text, "nvidia-smi; where it shows a card, install a PyTorch with CUDA")
     here = torch.accelerator.current_accelerator()
     assert here is not None
-    said = device_name(here)
+    text = device_name(here)
     if here.type == "cuda":
         there, total = torch.cuda.mem_get_info()
-        said = f"{torch.cuda.device_count()} x {said}, {there / GIB:.1f} of {total / GIB:.1f} GB free"
-    return Finding("device", "green", said)
+        text = f"{torch.cuda.device_count()} x {text}, {there / GIB:.1f} of {total / GIB:.1f} GB free"
+    return Finding("device", "green", text)
 
 
 def precision() -> Finding:
-    """What a run computes in."""
+    """The precision that a run computes in."""
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
     if not torch.accelerator.is_available():
         return Finding("precision", "green", "float32, as on every CPU")
     if is_torch_bf16_gpu_available():
@@ -148,6 +149,9 @@ def precision() -> Finding:
 
 def four_bits() -> Finding:
     """Whether a 4-bit layer runs forward here."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(here)
@@ -162,7 +166,9 @@ def four_bits() -> Finding:
 
 
 def sandbox() -> Finding:
-    """Whether model-written programs can be run, as code rewards do."""
+    """Whether programs that a model wrote can be run, as code rewards do."""
+    from rewards.code.sandbox import run_program
+
     try:
         outcome = run_program("print(6 * 7)")
     except (RuntimeError, OSError) as error:
@@ -178,30 +184,30 @@ def sandbox() -> Finding:
 
 
 def disk(name: str, folder: Path, remedy: str) -> Finding:
-    """Free space where this folder is, or will be."""
+    """Free space on the disk of this folder, which need not exist yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free / GIB
-    said = f"{free:.1f} GB free in {folder}"
-    if free < LITTLE_GB:
-        return Finding(name, "red" if free < TOO_LITTLE_GB else "yellow", said, remedy)
+    text = f"{free:.1f} GB free in {folder}"
+    if free < LOW_DISK_GB:
+        return Finding(name, "red" if free < MIN_DISK_GB else "yellow", text, remedy)
     if not os.access(there, os.W_OK):
         return Finding(name, "red", f"{folder} cannot be written to", remedy)
-    return Finding(name, "green", said)
+    return Finding(name, "green", text)
 
 
 def hub() -> Finding:
-    """Whether the Hub answers, and knows the user."""
+    """Whether the Hub answers, and accepts the saved token."""
     if constants.is_offline_mode():
-        said = "offline, as HF_HUB_OFFLINE asks: only what is on disk already"
-        return Finding("Hub", "yellow", said, "unset HF_HUB_OFFLINE")
+        text = "offline, as HF_HUB_OFFLINE asks: only what is on disk already"
+        return Finding("Hub", "yellow", text, "unset HF_HUB_OFFLINE")
     token = get_token()
     try:
         answer = get_session().get(
             f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token or False), timeout=HUB_TIMEOUT_S
         )
     except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
-        said = f"{constants.ENDPOINT} does not answer ({type(error).__name__}): only what is on disk already"
-        return Finding("Hub", "yellow", said, "check the network; export HF_HUB_OFFLINE=1 spares the waiting")
+        text = f"{constants.ENDPOINT} does not answer ({type(error).__name__}): only what is on disk already"
+        return Finding("Hub", "yellow", text, "check the network; export HF_HUB_OFFLINE=1 spares the waiting")
     if answer.status_code == 200:
         return Finding("Hub", "green", f"logged in as {answer.json()['name']}")
     if token is None:

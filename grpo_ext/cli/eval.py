@@ -1,7 +1,7 @@
 """`grpo-ext eval --model NAME --data problems.jsonl`: how many problems a model solves, with or without an adapter.
 
-As a run measures it: the prompts of `grpo_ext.data`, greedy answers for pass@1 and samples for pass@k, 95% intervals.
-With the seed of a run, its held-out problems.
+It measures as a run does: the prompts of `grpo_ext.data`, greedy answers for pass@1, samples for pass@k, 95% intervals.
+With the seed of a run, it takes the problems that the run held out.
 
 {"model": "Qwen/Qwen2.5-0.5B", "pass_at_1": {"value": 0.31, "low": 0.26, "high": 0.37, "n": 256}, "k": 0, ...}
 """
@@ -11,22 +11,21 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from grpo_ext.cli.names import named
-from grpo_ext.config import GRPOExtConfig
+from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
-from grpo_ext.data import draw, with_prompts
-from grpo_ext.evaluation.complete import Estimate, evaluate
-from grpo_ext.model.load import PolicyConfig, disable_4bit_repacking, load_tokenizer, model_init_kwargs, quantization
-from grpo_ext.rollout.reward_workers import in_workers
-from rewards.workers.pool import IsolatedReward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grpo_ext.config import GRPOExtConfig
+    from grpo_ext.evaluation.estimates import Estimate
+    from grpo_ext.model.load import PolicyConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the arguments of the command."""
     parser.add_argument("--model", required=True, help="a Hub name or a folder")
     parser.add_argument("--adapter", help="of that model: the output folder of a run, or a Hub name")
     parser.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
@@ -59,12 +58,19 @@ def run(options: argparse.Namespace) -> None:
         base = json.loads(config.read_text())["base_model_name_or_path"] or "BASE"
         raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
     quiet_libraries()
+    from grpo_ext.config import GRPOExtConfig
+    from grpo_ext.data import format_rows, sample_rows
+    from grpo_ext.evaluation.complete import evaluate
+    from grpo_ext.model.load import PolicyConfig, load_tokenizer
+    from grpo_ext.rollout.reward_workers import in_workers
+    from rewards.workers.pool import IsolatedReward
+
     model_args = PolicyConfig(model_name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     tokenizer = load_tokenizer(model_args)
-    rows = draw(options.data, options.split, options.max_problems, options.seed)
-    problems = with_prompts(rows, tokenizer, options.data, needs_answer=False).to_list()
+    rows = sample_rows(options.data, options.split, options.max_problems, options.seed)
+    problems = format_rows(rows, tokenizer, options.data, needs_answer=False).to_list()
     args = GRPOExtConfig(report_to="none")
-    reward = in_workers(named(options.reward), args.reward_workers, args.reward_timeout)
+    reward = in_workers(load_reward(options.reward), args.reward_workers, args.reward_timeout)
     model = _load(model_args, args, options.adapter)
     started = time.monotonic()
     try:
@@ -96,8 +102,13 @@ def run(options: argparse.Namespace) -> None:
     print(_line(measured, found.k), f" ({len(problems)} problems; all of it in {options.json})")
 
 
-def _load(model_args: PolicyConfig, args: GRPOExtConfig, adapter: str | None) -> PreTrainedModel:
+def _load(model_args: "PolicyConfig", args: "GRPOExtConfig", adapter: str | None) -> "PreTrainedModel":
     """The model as a run loads it, frozen and in the precision of the device, with its adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from grpo_ext.model.load import disable_4bit_repacking, model_init_kwargs, quantization
+
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         quantization_config=quantization(model_args, args),
@@ -108,7 +119,7 @@ def _load(model_args: PolicyConfig, args: GRPOExtConfig, adapter: str | None) ->
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 
-def _line(measured: dict[str, Estimate | None], k: int) -> str:
+def _line(measured: "dict[str, Estimate | None]", k: int) -> str:
     """`pass@1 0.14 [0.10, 0.18]  sampled pass@1 0.39 [0.33, 0.45]  pass@8 0.98 [0.95, 0.99]`"""
     labels = {"pass_at_1": "pass@1", "sampled_pass_at_1": "sampled pass@1", "pass_at_k": f"pass@{k}"}
     return "  ".join(f"{labels[name]} {estimate}" for name, estimate in measured.items() if estimate is not None)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -10,11 +11,13 @@ from rich.text import Text
 
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.machine import GIB
-from grpo_ext.memory.plan import RESERVED_FRACTION, Footprint, Plan, plan_memory
-from grpo_ext.memory.step_shapes import StepShape
-from grpo_ext.model.load import PolicyConfig
 
-NAMES = {
+if TYPE_CHECKING:
+    from grpo_ext.memory.plan import Footprint, Plan
+    from grpo_ext.memory.step_shapes import StepShape
+    from grpo_ext.model.load import PolicyConfig
+
+OPTION_NAMES = {
     "generations": "answers to a prompt",
     "prompt": "prompt tokens",
     "completion": "answer tokens",
@@ -24,11 +27,13 @@ REMARKS = {"nf4": "with its constants; head, embeddings and norms are not quanti
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes; names and defaults are those of the recipes."""
+    """Add the arguments of the command; names and defaults are those of the recipes."""
     parser.add_argument("--model", required=True, help="a Hub name or a folder; only its config is read")
     device = parser.add_mutually_exclusive_group(required=True)
-    device.add_argument("--gpu", type=size, metavar="SIZE", help="memory of the card, for example 8GB")
-    device.add_argument("--cpu", type=size, metavar="SIZE", help="memory for a run without a GPU, for example 16GB")
+    device.add_argument("--gpu", type=memory_size, metavar="SIZE", help="memory of the card, for example 8GB")
+    device.add_argument(
+        "--cpu", type=memory_size, metavar="SIZE", help="memory for a run without a GPU, for example 16GB"
+    )
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the longest prompt; default: %(default)s")
     parser.add_argument(
         "--completion", "--max_completion_length", type=int, default=256, help="answer tokens; default: %(default)s"
@@ -58,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the plan."""
     quiet_libraries()
-    policy, step = settings(options)
+    from grpo_ext.memory.plan import plan_memory
+
+    policy, step = plan_inputs(options)
     device_type = "cuda" if options.gpu else "cpu"
     made = plan_memory(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
     if options.json:
@@ -69,8 +76,11 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def settings(options: argparse.Namespace) -> tuple[PolicyConfig, StepShape]:
-    """What is to be planned, from the command line."""
+def plan_inputs(options: argparse.Namespace) -> "tuple[PolicyConfig, StepShape]":
+    """The policy and the step to plan, from the command line."""
+    from grpo_ext.memory.step_shapes import StepShape
+    from grpo_ext.model.load import PolicyConfig
+
     step = StepShape(
         prompt=options.prompt,
         completion=options.completion,
@@ -86,7 +96,7 @@ def settings(options: argparse.Namespace) -> tuple[PolicyConfig, StepShape]:
     return policy, step
 
 
-def size(text: str) -> float:
+def memory_size(text: str) -> float:
     """`8GB`, `7.5gb`, `8` -> bytes; a GB is 2^30 bytes here, as on the box of a card."""
     try:
         value = float(text.lower().removesuffix("b").removesuffix("i").removesuffix("g"))
@@ -103,7 +113,7 @@ def _flag(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _as_json(made: Plan) -> dict[str, object]:
+def _as_json(made: "Plan") -> dict[str, object]:
     footprint = made.footprint
     return {
         "fits": made.fits,
@@ -111,15 +121,15 @@ def _as_json(made: Plan) -> dict[str, object]:
         "room": round(made.budget),
         "memory": round(made.memory),
         "step": asdict(made.step),
-        "lines": {what: round(amount) for what, amount, _ in lines(footprint)},
+        "lines": {what: round(amount) for what, amount, _ in footprint_lines(footprint)},
         "phases": {name: round(footprint.total_in(name)) for name in footprint.phases},
         "largest": made.largest,
         "changes": [{"change": change, "total": round(total)} for change, total in made.changes],
     }
 
 
-def lines(footprint: Footprint) -> list[tuple[str, float, str]]:
-    """What is there at the worst moment, how many bytes, and a remark; they add up to the total."""
+def footprint_lines(footprint: "Footprint") -> list[tuple[str, float, str]]:
+    """Item, bytes and remark for everything in memory at the worst moment; the bytes add up to the total."""
     peak = footprint.peak_phase
     phase = footprint.phases[peak]
     rows = [(f"weights, {kind}", amount, REMARKS.get(kind, "")) for kind, amount in footprint.weights.items()]
@@ -133,13 +143,15 @@ def lines(footprint: Footprint) -> list[tuple[str, float, str]]:
     return rows
 
 
-def _show(made: Plan, title: str, device_type: str) -> None:
+def _show(made: "Plan", title: str, device_type: str) -> None:
+    from grpo_ext.memory.plan import RESERVED_FRACTION
+
     footprint = made.footprint
     table = Table(title=title, title_justify="left")
     table.add_column("at the worst moment")
     table.add_column("GB", justify="right")
     table.add_column("")
-    for what, amount, remark in lines(footprint):
+    for what, amount, remark in footprint_lines(footprint):
         table.add_row(what, _gb(amount), Text(remark, "dim"))
     table.add_section()
     table.add_row("all", _gb(footprint.total), Text("fits", "green") if made.fits else Text("does not fit", "red"))
@@ -158,7 +170,7 @@ def _show(made: Plan, title: str, device_type: str) -> None:
     for name, value in made.largest.items() if made.fits else ():
         asked = getattr(made.step, name)
         found = {0: "no bound needed", None: "none"}.get(value, f"{value}")
-        console.print(f"  {NAMES[name]:<20} {found}" + (f"  (asked: {asked})" if asked else ""))
+        console.print(f"  {OPTION_NAMES[name]:<20} {found}" + (f"  (asked: {asked})" if asked else ""))
     if not made.fits:
         console.print("It does not fit. What to change, in this order, and what all is then:")
         for change, total in made.changes:

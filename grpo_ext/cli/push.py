@@ -1,14 +1,12 @@
-"""`grpo-ext push outputs/math someone/math`: publish what a run left behind, or try again where a push failed."""
+"""`grpo-ext push outputs/math someone/math`: publish a run on the Hub, or repeat a push that failed."""
 
 import argparse
 
-from huggingface_hub import HfApi
-
-from grpo_ext.report.hub import commit, retry_command, stage, why_not, writable_repository
+from grpo_ext.console.quiet import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the arguments of the command."""
     parser.add_argument("folder", metavar="DIR", help="the output folder of a run, or one of its checkpoints")
     parser.add_argument("repository", metavar="REPO", help="on the Hub: owner/name, or a name of your own")
     parser.add_argument("--private", action="store_true", help="where the repository has to be created first")
@@ -16,12 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Create the repository where there is none, push to it in one commit, and print its address."""
+    """Create the repository if there is none, push to it in one commit, and print its address."""
+    quiet_libraries()
+    from huggingface_hub import HfApi
+
+    from grpo_ext.report.hub import commit_files, ensure_writable_repository, explain_failure, push_command, stage_files
+
     private = options.private or None
-    with stage(options.folder) as files:
-        repository = writable_repository(options.repository, private=private, revision=options.revision)
+    with stage_files(options.folder) as files:
+        repository = ensure_writable_repository(options.repository, private=private, revision=options.revision)
         try:
-            done = commit(
+            done = commit_files(
                 files,
                 HfApi(library_name="grpo-ext"),
                 repository,
@@ -29,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
                 revision=options.revision,
             )
         except Exception as error:
-            again = retry_command(options.folder, repository, private=private, revision=options.revision)
+            again = push_command(options.folder, repository, private=private, revision=options.revision)
             raise ValueError(
-                f"Not pushed: {why_not(error)}. All of it is in {options.folder}; push it again: {again}"
+                f"Not pushed: {explain_failure(error)}. All of it is in {options.folder}; push it again: {again}"
             ) from error
     print(f"pushed to {done.commit_url}")

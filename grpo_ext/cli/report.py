@@ -1,14 +1,11 @@
-"""`grpo-ext report DIR`: a run, going, ended or dead, as one page; of several runs what differs."""
+"""`grpo-ext report DIR`: one page for a run that goes on, ended or died, or for what differs between several runs."""
 
 import argparse
 from pathlib import Path
 
-from grpo_ext.report.page import write_comparison, write_page
-from grpo_ext.report.png_plots import draw_curves
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
+    """Add the arguments of the command."""
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output_dir of a run; several to compare them")
     parser.add_argument(
         "--output", default="comparison.html", help="file for the comparison of several runs; default: %(default)s"
@@ -16,7 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write `DIR/report.html` and `DIR/curves.png`, or the comparison of several runs, and say where."""
+    """Write `DIR/report.html` and `DIR/curves.png`, or the comparison of several runs, and print their paths."""
+    from grpo_ext.report.page import write_comparison, write_page
+    from grpo_ext.report.png_plots import draw_curves
+
     if len(options.folders) > 1:
         print(f"the comparison is in {write_comparison(options.folders, Path(options.output))}")
         return

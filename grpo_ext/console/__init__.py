@@ -1,1 +1,1 @@
-"""What happens around the steps of a run: where its seconds went, what it says at the start, how it shows progress."""
+"""What a run and the commands show in the terminal, and how long the phases of a step take."""

@@ -1,65 +1,20 @@
-"""What a run says before its first step, in plain words."""
+"""The banner of a run: what it will do, in plain words, before its first step."""
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from trl import GRPOTrainer
 
-from grpo_ext.machine import device_name, memory_in_use
-from grpo_ext.model.adapters import count_parameters
+from grpo_ext.run_description import describe_run
 
 
-def describe(trainer: GRPOTrainer, *, model_name: str, data: str) -> dict[str, str]:
-    """The lines of the banner, label -> text."""
-    args = trainer.args
-    is_adapter = hasattr(trainer.model, "peft_config")
-    trainable, total = count_parameters(trainer.model)
-    frozen = total - trainable if is_adapter else total
-    rows = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    groups = rows / args.num_generations
-    micro = args.per_device_train_batch_size
-    whole = "whole groups" if micro % args.num_generations == 0 else "not whole groups; a multiple of G is faster"
-    dtype = str(next(p.dtype for p in trainer.model.parameters() if not p.requires_grad or trainable == total))
-    if args.beta == 0:
-        reference = "none (beta = 0)"
-    elif is_adapter:
-        reference = f"the same backbone with the adapter off, no second model; beta = {args.beta:g}"
-    else:
-        reference = f"a frozen second copy of the model (no adapter); beta = {args.beta:g}"
-    return {
-        "model": f"{model_name}, {frozen / 1e6:.2f}M parameters in {dtype.removeprefix('torch.')}",
-        "device": device_name(trainer.accelerator.device)
-        + (f", {args.world_size} processes" if args.world_size > 1 else ""),
-        "trains": f"{trainable:,} parameters ({100 * trainable / total:.2f}%)"
-        + (", the adapter, in float32" if is_adapter else ", the whole model"),
-        "reference": reference,
-        "one step": f"{groups:g} prompts x {args.num_generations} answers = {rows} completions of at most "
-        f"{args.max_completion_length} tokens, in micro-batches of {micro} ({whole})",
-        "steps": f"{planned_steps(trainer)}, learning rate {args.learning_rate:g}, {args.loss_type}, seed {args.seed}",
-        "data": data,
-        "memory": memory_in_use(trainer.accelerator.device),
-        "note": "loss is not progress in GRPO: it hovers around 0. Watch the reward and the held-out accuracy.",
-    }
-
-
-def planned_steps(trainer: GRPOTrainer) -> int:
-    """Optimizer steps of the run: `max_steps`, else epochs x prompts x G x iterations / completions a step."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    prompts_a_rollout = args.generation_batch_size // args.num_generations
-    rollouts = len(trainer.train_dataset) // prompts_a_rollout  # TRL drops the last incomplete one
-    micro_batches = rollouts * args.steps_per_generation * args.num_iterations
-    return int(args.num_train_epochs * (micro_batches // args.gradient_accumulation_steps))
-
-
-def show(trainer: GRPOTrainer, *, model_name: str, data: str) -> None:
-    """Print the banner, on the main process only."""
+def show_banner(trainer: GRPOTrainer, *, model_name: str, data: str) -> None:
+    """Print the banner on the main process; arguments as those of `describe_run`."""
     if not trainer.accelerator.is_main_process:
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for label, text in describe(trainer, model_name=model_name, data=data).items():
+    for label, text in describe_run(trainer, model_name=model_name, data=data).items():
         table.add_row(label, text)
     Console().print(Panel(table, title="GRPO", title_align="left", expand=False))

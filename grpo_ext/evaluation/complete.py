@@ -25,25 +25,25 @@ Problem = dict[str, Any]
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float | None]]
 
-# Columns of the problems that accuracy is split by, where they have from 2 to MOST_KINDS different values.
+# Columns of the problems that accuracy is split by if they have between 2 and MAX_KINDS different values.
 KIND_COLUMNS = ("difficulty", "level", "category", "subject", "type")
-MOST_KINDS = 12
+MAX_KINDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
         greedy: pass@1 of the most likely answer.
-        sampled: pass@1 at the training temperature, mean over `k` samples; None where `k` is 0.
-        pass_at_k: share of problems that at least one of `k` samples solves; None where `k` is below 2.
+        sampled: pass@1 at the training temperature, mean over `k` samples; None if `k` is 0.
+        pass_at_k: share of problems that at least one of `k` samples solves; None if `k` is below 2.
         k: samples drawn per problem.
         completions: the greedy completion of each problem.
         right: whether it was right.
-        shares: of each problem, the share of its samples that are right; empty where `k` is 0.
-        pass_at: k -> pass@k, for the powers of two above 1 and below the number of samples, and for that number.
-        kinds: column -> value -> greedy pass@1 of the problems that have it, for `KIND_COLUMNS`.
+        shares: share of right samples per problem; empty if `k` is 0.
+        pass_at: k -> pass@k, for the powers of two between 1 and the number of samples, and for that number.
+        kinds: column -> value -> greedy pass@1 of the problems with that value, for `KIND_COLUMNS`.
     """
 
     greedy: Estimate
@@ -58,8 +58,8 @@ class Evaluation:
 
 
 @contextmanager
-def sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """No graph, no dropout, key-value cache on, and the random state of the run as it was afterwards."""
+def evaluation_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Generate without gradients and dropout, with the KV cache on; restores mode and random state afterwards."""
     was_training = model.training
     device = model.device
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
@@ -73,17 +73,17 @@ def sampling_only(model: PreTrainedModel, seed: int) -> Iterator[None]:
             model.train(was_training)
 
 
-def generation_config(
+def plain_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Plain sampling or greedy, as TRL trains: a model's own top-p or penalty, from its files, is set aside."""
+    """Plain sampling or greedy decoding, as TRL trains: ignores top-p and penalties of the model's own files."""
     own_eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(own_eos if isinstance(own_eos, list) else [own_eos])} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
-        top_k=0 if temperature else 50,  # 0 is off; transformers warns of any other value than 50 in greedy decoding
+        top_k=0 if temperature else 50,  # 0 is off; transformers warns if greedy decoding has any other value than 50
         top_p=1.0,
         repetition_penalty=1.0,
         eos_token_id=sorted(eos),
@@ -103,25 +103,26 @@ def complete(
     description: str | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[Completion]:
-    """One completion a prompt, in order; the work is shared between processes where there are several.
+    """One completion per prompt, in order; several processes share the work.
 
     Args:
-        temperature: 0 for greedy.
+        temperature: 0 for greedy decoding.
         batch_size: prompts decoded at once on each process.
-        seed: of the sampling; the random state of the caller is left as it was.
+        seed: of the sampling; the caller's random state is restored.
         description: label of the progress bar; None for no bar.
         template_kwargs: further arguments of the chat template.
 
     Returns:
-        Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL hands to rewards.
+        Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL passes them to
+        rewards.
     """
     state = PartialState()
-    config = generation_config(model, tokenizer, max_new_tokens, temperature)
-    # As many on each process: where parameters are sharded, all of them run every batch together.
+    config = plain_generation_config(model, tokenizer, max_new_tokens, temperature)
+    # Same number per process: with sharded parameters, all processes run every batch together.
     even = [*prompts, *list(prompts[-1:]) * (-len(prompts) % state.num_processes)]
-    with state.split_between_processes(even) as mine, sampling_only(model, seed + state.process_index):
+    with state.split_between_processes(even) as mine, evaluation_mode(model, seed + state.process_index):
         ids = [tokenize_prompt(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
         texts = [""] * len(ids)
         silent = description is None or not state.is_main_process
         for start in tqdm(range(0, len(ids), batch_size), desc=description, disable=silent, leave=False):
@@ -135,12 +136,12 @@ def complete(
     everyone = gather_object(texts) if state.num_processes > 1 else texts
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, everyone, strict=False)  # the last few may be repeated
+        for prompt, text in zip(prompts, everyone, strict=False)  # may end with repeated prompts
     ]
 
 
-def judge(reward: Reward, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[bool]:
-    """Whether each completion earns the full reward; an answer that cannot be judged counts as wrong."""
+def grade(reward: Reward, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[bool]:
+    """Whether each completion earns 1.0 or more; one that the reward cannot score (None) counts as wrong."""
     columns = {name: [problem[name] for problem in problems] for name in problems[0] if name != "prompt"}
     prompts = [problem["prompt"] for problem in problems]
     scores = reward(prompts=prompts, completions=list(completions), **columns)
@@ -161,11 +162,11 @@ def evaluate(
     description: str | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """Greedy pass@1; with `samples` > 0 also sampled pass@1, and from 2 samples on pass@k for k up to `samples`.
+    """Greedy pass@1; with `samples` >= 1 also sampled pass@1, with `samples` >= 2 also pass@k for k up to `samples`.
 
     Args:
         problems: rows with `prompt` and the columns that `reward` takes; at least one.
-        reward: TRL's signature; 1.0 or more means right.
+        reward: has TRL's signature; 1.0 or more means right.
         temperature: of the samples, above 0.
         batch_size, seed, description, template_kwargs: as `complete`.
     """
@@ -173,31 +174,32 @@ def evaluate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     settings |= {"description": description, "template_kwargs": template_kwargs}
     completions = complete(model, tokenizer, prompts, **settings)
-    right = judge(reward, problems, completions)
+    right = grade(reward, problems, completions)
     repeated = [problem for problem in problems for _ in range(samples)]
-    drawn_right: list[bool] = []
+    sampled_right: list[bool] = []
     if samples:
         drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
-        drawn_right = judge(reward, repeated, drawn)
-    return summed_up(problems, completions, right, drawn_right)
+        sampled_right = grade(reward, repeated, drawn)
+    return build_evaluation(problems, completions, right, sampled_right)
 
 
-def summed_up(
-    problems: Sequence[Problem], completions: list[Completion], right: list[bool], drawn_right: list[bool]
+def build_evaluation(
+    problems: Sequence[Problem], completions: list[Completion], right: list[bool], sampled_right: list[bool]
 ) -> Evaluation:
-    """An evaluation from what was found problem by problem.
+    """An evaluation from per-problem results.
 
     Args:
-        completions, right: greedy answers, and whether each was right.
-        drawn_right: of as many samples of each problem, next to each other; empty where none were drawn.
+        completions, right: the greedy completion of each problem, and whether it is right.
+        sampled_right: whether each sample is right; the same number of samples per problem, next to each other, or
+            none.
     """
-    samples = len(drawn_right) // len(right)
+    samples = len(sampled_right) // len(right)
     shares: list[float] = []
     pass_at: dict[int, Estimate] = {}
     if samples:
-        hits = torch.tensor(drawn_right).view(-1, samples).sum(dim=1).tolist()
+        hits = torch.tensor(sampled_right).view(-1, samples).sum(dim=1).tolist()
         shares = [hit / samples for hit in hits]
-        pass_at = {k: Estimate.of([pass_at_k(hit, samples, k) for hit in hits]) for k in _ks(samples)}
+        pass_at = {k: Estimate.of([pass_at_k(hit, samples, k) for hit in hits]) for k in _reported_ks(samples)}
     return Evaluation(
         greedy=Estimate.of(right),
         sampled=Estimate.of(shares) if samples else None,
@@ -207,29 +209,29 @@ def summed_up(
         right=right,
         shares=shares,
         pass_at=pass_at,
-        kinds=by_kind(problems, right),
+        kinds=accuracy_by_kind(problems, right),
     )
 
 
-def by_kind(problems: Sequence[Problem], right: Sequence[bool]) -> dict[str, dict[str, Estimate]]:
-    """Share right by the value of each of `KIND_COLUMNS`, values in their order; columns with one value or with many
-    are left out."""
+def accuracy_by_kind(problems: Sequence[Problem], right: Sequence[bool]) -> dict[str, dict[str, Estimate]]:
+    """Share of right problems per value of each column in `KIND_COLUMNS`, values in natural order; skips columns with
+    one value or more than `MAX_KINDS`."""
     kinds = {}
     for column in KIND_COLUMNS:
         hits = defaultdict(list)
         for problem, hit in zip(problems, right, strict=True):
             if problem.get(column) is not None:
                 hits[str(problem[column])].append(hit)
-        if 2 <= len(hits) <= MOST_KINDS:
-            kinds[column] = {value: Estimate.of(hits[value]) for value in sorted(hits, key=_natural)}
+        if 2 <= len(hits) <= MAX_KINDS:
+            kinds[column] = {value: Estimate.of(hits[value]) for value in sorted(hits, key=_natural_order)}
     return kinds
 
 
-def _natural(value: str) -> list[str | int]:
+def _natural_order(value: str) -> list[str | int]:
     """Sorts "Level 2" before "Level 10"."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", value)]
 
 
-def _ks(samples: int) -> list[int]:
-    """Powers of two above 1 and below the number of samples, and that number."""
+def _reported_ks(samples: int) -> list[int]:
+    """Powers of two between 1 and the number of samples, and that number; empty for fewer than two samples."""
     return [*(2**i for i in range(1, samples.bit_length()) if 2**i < samples), samples] if samples > 1 else []

@@ -1,7 +1,7 @@
-"""Held-out success in a text environment: episodes that are played without training.
+"""Held-out success in a text environment: plays episodes without training.
 
 In: a model, rows of the data set and a `Dialogue`. Out: an `Evaluation`, as for problems with one answer; an episode is
-right where its environment gives 1.0 or more.
+right if its environment gives 1.0 or more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo_ext.engine.decode import GroupSampler, SampledCompletions
 from grpo_ext.engine.install import shared_sampling
-from grpo_ext.evaluation.complete import Evaluation, Problem, generation_config, sampling_only, summed_up
+from grpo_ext.evaluation.complete import Evaluation, Problem, build_evaluation, evaluation_mode, plain_generation_config
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, SampleTurns
@@ -36,29 +36,29 @@ def evaluate_dialogue(
     stop_strings: Sequence[str] = (),
     template_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """Success of greedy play; with `samples` > 0 also of sampled play, and from 2 samples on that of the best of them.
+    """Success of greedy play; with `samples` >= 1 also of sampled play, with `samples` >= 2 also pass@k.
 
     Args:
         problems: rows for `TextEnv.reset`; at least one.
-        max_new_tokens: of an episode after its first words.
+        max_new_tokens: of an episode after its opening prompt.
         temperature: of the samples, above 0.
         batch_size: episodes played at once on each process.
         description: label of the progress bar; None for no bar.
-        stop_strings: with which a turn of the model ends, beside the end of sequence.
+        stop_strings: end a turn of the model, in addition to the end-of-sequence token.
         template_kwargs: further arguments of the chat template.
     """
     state = PartialState()
 
     def play(rows: Sequence[Problem], temperature: float) -> list[tuple[str, bool]]:
-        """Of each episode, everything said after its first words, and whether it was right."""
-        config = generation_config(model, tokenizer, max_new_tokens, temperature)
+        """The text after the opening prompt, and whether it was right, per episode."""
+        config = plain_generation_config(model, tokenizer, max_new_tokens, temperature)
         turns = TurnTokenizer(tokenizer, config.eos_token_id, **(template_kwargs or {}))
         played: list[tuple[str, bool]] = []
         silent = description is None or not state.is_main_process
         with (
             state.split_between_processes(list(rows)) as mine,
-            sampling_only(model, seed + state.process_index),
-            _drawing(model, tokenizer, config, list(stop_strings)) as draw,
+            evaluation_mode(model, seed + state.process_index),
+            _sampling(model, tokenizer, config, list(stop_strings)) as draw,
         ):
             for start in tqdm(range(0, len(mine), batch_size), desc=description, disable=silent, leave=False):
                 batch = mine[start : start + batch_size]
@@ -69,13 +69,13 @@ def evaluate_dialogue(
 
     greedy = play(problems, 0.0)
     drawn = play([row for row in problems for _ in range(samples)], temperature) if samples else []
-    return summed_up(
+    return build_evaluation(
         problems, [text for text, _ in greedy], [right for _, right in greedy], [right for _, right in drawn]
     )
 
 
 @contextmanager
-def _drawing(
+def _sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, stop_strings: list[str]
 ) -> Iterator[SampleTurns]:
     lm, sampler = base_of(model), GroupSampler(config.temperature)

@@ -1,10 +1,10 @@
-"""Shares of problems with their uncertainty: 95% intervals, unbiased pass@k, and before against after.
+"""Shares of problems with their uncertainty: 95% intervals, unbiased pass@k, and the change from before to after.
 
     Estimate.of([1.0, 0.0, 1.0])                     ->  0.67 [0.21, 0.94]
     Difference.of([0.0, 0.0, 1.0], [1.0, 1.0, 1.0])  ->  +0.67 [-0.25, +1.00], p = 0.5
 
-Before and after are asked on the same problems, so it is each problem's own change that counts: two intervals that
-overlap may well belong to a change that is certain.
+Before and after are measured on the same problems, so the test is paired: a change can be significant although the two
+intervals overlap.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Estimate:
 
     Attributes:
         value: mean over problems, in [0, 1].
-        low, high: Wilson score interval over problems. Where several samples a problem give shares between 0 and 1,
+        low, high: Wilson score interval over problems. For shares between 0 and 1, from several samples per problem,
             it is wider than needed, never narrower.
         n: number of problems.
     """
@@ -45,16 +45,16 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What changed on the same problems, after minus before.
+    """The change on the same problems, after minus before.
 
     Attributes:
         value: mean change over problems, in [-1, 1].
-        low, high: 95% interval of it. Two made-up problems are counted in, one that did not change and one that changed
-            by +1 and by -1, half of it each, so that problems which all changed alike are not taken for certainty
+        low, high: 95% interval of `value`. It includes two pseudo-problems, one without a change and one with half of
+            its weight on +1 and half on -1, so that the interval keeps a width if all problems changed alike
             (Agresti and Min, Statistics in Medicine 24:729, 2005, for shares of 0 and 1).
         n: number of problems.
-        better, worse: problems that rose and that fell.
-        p_value: exact McNemar test that as many rise as fall; None where shares are not all 0 or 1.
+        better, worse: number of problems that rose and that fell.
+        p_value: exact McNemar test that rises and falls are equally likely; None unless all shares are 0 or 1.
     """
 
     value: float
@@ -91,7 +91,7 @@ class Difference:
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is right) from `correct` right ones of `samples` >= k.
+    """Unbiased estimate of P(at least one of k samples is right), given `correct` right ones of `samples` >= k.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv:2107.03374), equation 1.
     """

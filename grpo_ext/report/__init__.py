@@ -1,2 +1,1 @@
-"""What a run leaves behind: `metrics.jsonl`, held-out accuracy with intervals, `curves.png`, `summary.json`, the card;
-and what of it goes to the Hub."""
+"""What a run records, and what is made of it: pictures, a page, comparisons, a model card, and uploads to the Hub."""

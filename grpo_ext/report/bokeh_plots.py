@@ -1,6 +1,6 @@
-"""The panels of a run as figures of Bokeh, which are drawn in the browser and give their values there.
+"""The panels of a run as Bokeh figures, which the browser draws and which show their values under the pointer.
 
-In: panels of `report/plot_data.py`. Out: what `Bokeh.embed.embed_item` takes, and for each figure its legend.
+In: panels of `plot_data.py`. Out: what `Bokeh.embed.embed_item` takes, and for each figure its legend.
 """
 
 from dataclasses import dataclass
@@ -22,25 +22,25 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from grpo_ext.report.plot_data import FEW, PALETTE, Line, Panel
+from grpo_ext.report.plot_data import MAX_MARKED_POINTS, PALETTE, Line, Panel
 
 HEIGHT = 210  # pixels
-# Of axes and grids, and for the blue of the palette, which is too dark on a dark ground: in the light -> in the dark.
-SOFT, RULE = "#5c646d", "#dfe2e5"
-IN_THE_DARK = {SOFT: "#9aa4ae", RULE: "#31373d", PALETTE["blue"]: "#3d9be0"}
+# Colour on a light background -> colour on a dark one, if they differ: text, grid, and the palette's blue.
+TEXT_COLOUR, GRID_COLOUR = "#5c646d", "#dfe2e5"
+DARK_COLOURS = {TEXT_COLOUR: "#9aa4ae", GRID_COLOUR: "#31373d", PALETTE["blue"]: "#3d9be0"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A panel that is ready for the page.
+class BokehPanel:
+    """A panel as `page.js` takes it; the field names are those of its JSON.
 
     Attributes:
         title: of the panel.
-        x_label: as of the panel.
-        item: the figure as Bokeh reads it.
-        lines: label, colour (a name of `PALETTE`) and whether it is dashed, of each line.
-        x: the steps that values are given at; none where x is no step.
-        values: of each line what is written at each of these points; "" where it has none there.
+        x_label: of the panel.
+        item: the figure as Bokeh's JSON.
+        lines: label, colour (a name of `PALETTE`) and whether it is dashed, per line.
+        x: the steps with values; empty if x is not the step.
+        values: per line, the text for each of these steps; "" if the line has no value there.
     """
 
     title: str
@@ -52,19 +52,19 @@ class Drawn:
 
 
 @cache
-def library() -> str:
-    """The JavaScript that draws them."""
+def bokeh_js() -> str:
+    """The JavaScript that draws the figures."""
     return Resources(mode="inline", components=["bokeh"]).js_raw[0]
 
 
-def drawn(panel: Panel) -> Drawn:
-    """A panel as a figure."""
+def to_bokeh(panel: Panel) -> BokehPanel:
+    """The Bokeh figure of a panel."""
     steps = sorted({x for line in panel.lines for x in line.x}) if panel.x_label == "step" else []
-    values = [_written(line, steps, has_band=not panel.stacked) for line in panel.lines]
-    return Drawn(
+    values = [_value_texts(line, steps, has_band=not panel.is_stacked) for line in panel.lines]
+    return BokehPanel(
         title=panel.title,
         x_label=panel.x_label,
-        item=_short(json_item(_figure(panel, steps, values))),
+        item=_round_floats(json_item(_figure(panel, steps, values))),
         lines=[{"label": line.label, "colour": line.colour, "dashed": line.is_dashed} for line in panel.lines],
         x=steps,
         values=values,
@@ -87,24 +87,24 @@ def _figure(panel: Panel, steps: list[float], values: list[list[str]]) -> figure
     )
     if panel.is_share:
         plot.y_range = Range1d(start=0, end=1.02)
-    if panel.right:
-        highest = max(max(line.y) for line in panel.lines if line.is_right)
+    if panel.right_label:
+        highest = max(max(line.y) for line in panel.lines if line.on_right_axis)
         plot.extra_y_ranges = {"right": Range1d(start=0, end=max(1.02, 1.1 * highest))}
-        plot.add_layout(LinearAxis(y_range_name="right", axis_label=panel.right), "right")
-    if panel.stacked:
-        _stack(plot, panel.lines)
-    for line in () if panel.stacked else panel.lines:
-        _plot(plot, line)
-    _tidy(plot, is_by_step=is_by_step)
+        plot.add_layout(LinearAxis(y_range_name="right", axis_label=panel.right_label), "right")
+    if panel.is_stacked:
+        _draw_layers(plot, panel.lines)
+    for line in () if panel.is_stacked else panel.lines:
+        _draw_line(plot, line)
+    _style_axes(plot, is_by_step=is_by_step)
     if is_by_step:
-        _point_at_step(plot, panel, steps, values)
+        _add_step_hover(plot, panel, steps, values)
     else:
-        _point_at_line(plot, panel)
+        _add_point_hover(plot, panel)
     return plot
 
 
-def _stack(plot: figure, lines: list[Line]) -> None:
-    """The running means as layers, each from the top of the one below it."""
+def _draw_layers(plot: figure, lines: list[Line]) -> None:
+    """The running means as layers, each on top of the one below it."""
     floor = np.zeros(len(lines[0].x))
     for line in lines:
         top = floor + np.array(line.mean)
@@ -113,59 +113,59 @@ def _stack(plot: figure, lines: list[Line]) -> None:
         floor = top
 
 
-def _plot(plot: figure, line: Line) -> None:
+def _draw_line(plot: figure, line: Line) -> None:
     colour = PALETTE[line.colour]
     columns: dict[str, Any] = {"x": line.x, "y": line.y, "mean": line.mean, "low": line.low, "high": line.high}
     source = ColumnDataSource({name: list(column) for name, column in columns.items() if column})
-    style: dict[str, Any] = {"source": source, "color": colour, **_axis(line)}
+    style: dict[str, Any] = {"source": source, "color": colour, **_axis_options(line)}
     if line.low:
         plot.varea("x", "low", "high", alpha=0.16, **style)
     if line.mean:
         plot.scatter("x", "y", size=5, alpha=0.4, line_color=None, **{**style, "color": None, "fill_color": colour})
-    elif len(line.x) <= FEW and not line.is_dashed:
+    elif len(line.x) <= MAX_MARKED_POINTS and not line.is_dashed:
         plot.scatter("x", "y", size=5, **style)
     plot.line("x", "mean" if line.mean else "y", line_width=2, line_dash=[5, 4] if line.is_dashed else "solid", **style)
 
 
-def _point_at_step(plot: figure, panel: Panel, steps: list[float], values: list[list[str]]) -> None:
-    """Under the pointer: what every line has at that step."""
+def _add_step_hover(plot: figure, panel: Panel, steps: list[float], values: list[list[str]]) -> None:
+    """Show under the pointer the values of all lines at that step."""
     main = max(panel.lines, key=lambda line: len(line.x))
     heights = np.interp(steps, main.x, main.mean or main.y).tolist()
     columns = {f"line{i}": [text or "-" for text in texts] for i, texts in enumerate(values)}
     source = ColumnDataSource({"x": steps, "y": heights, **columns})
     glyph = plot.line if len(steps) > 1 else partial(plot.scatter, size=20)  # a line of one point has no length
-    unseen = glyph("x", "y", source=source, alpha=0, **_axis(main))
+    invisible = glyph("x", "y", source=source, alpha=0, **_axis_options(main))
     named = [(line.label or panel.unit, f"@line{i}") for i, line in enumerate(panel.lines)]
     plot.add_tools(
         HoverTool(
-            renderers=[unseen],
+            renderers=[invisible],
             mode="vline",
             tooltips=[("step", "@x{0,0}"), *named],
             attachment="horizontal",
         ),
-        CrosshairTool(dimensions="height", line_color=SOFT),
+        CrosshairTool(dimensions="height", line_color=TEXT_COLOUR),
     )
 
 
-def _point_at_line(plot: figure, panel: Panel) -> None:
-    """Under the pointer: the point of a line."""
+def _add_point_hover(plot: figure, panel: Panel) -> None:
+    """Show under the pointer the coordinates of a point."""
     for line in panel.lines:
-        unseen = plot.scatter(line.x, line.y, size=8, alpha=0)
+        invisible = plot.scatter(line.x, line.y, size=8, alpha=0)
         named = [(panel.x_label, "@x{0.000}"), (line.label or panel.unit, "@y{0.000}")]
-        plot.add_tools(HoverTool(renderers=[unseen], tooltips=named, attachment="horizontal"))
+        plot.add_tools(HoverTool(renderers=[invisible], tooltips=named, attachment="horizontal"))
 
 
-def _axis(line: Line) -> dict[str, Any]:
-    return {"y_range_name": "right"} if line.is_right else {}
+def _axis_options(line: Line) -> dict[str, Any]:
+    return {"y_range_name": "right"} if line.on_right_axis else {}
 
 
-def _tidy(plot: figure, *, is_by_step: bool) -> None:
+def _style_axes(plot: figure, *, is_by_step: bool) -> None:
     plot.xgrid.grid_line_color = None
-    plot.ygrid.grid_line_color = RULE
+    plot.ygrid.grid_line_color = GRID_COLOUR
     for axis in plot.axis:
-        axis.axis_line_color = axis.major_tick_line_color = RULE
+        axis.axis_line_color = axis.major_tick_line_color = GRID_COLOUR
         axis.minor_tick_line_color = None
-        axis.major_label_text_color = axis.axis_label_text_color = SOFT
+        axis.major_label_text_color = axis.axis_label_text_color = TEXT_COLOUR
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "11px"
         axis.axis_label_standoff = 4
@@ -175,30 +175,30 @@ def _tidy(plot: figure, *, is_by_step: bool) -> None:
         plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
 
 
-def _written(line: Line, steps: list[float], *, has_band: bool) -> list[str]:
-    """The values of a line at these steps, with their band; "" where it has none."""
+def _value_texts(line: Line, steps: list[float], *, has_band: bool) -> list[str]:
+    """The values of a line at these steps, with their band; "" if it has none."""
     bands = zip(line.low, line.high, strict=True) if line.low and has_band else [None] * len(line.x)
     texts = {
-        x: shown(y) + (f" [{shown(band[0])}, {shown(band[1])}]" if band else "")
+        x: format_number(y) + (f" [{format_number(band[0])}, {format_number(band[1])}]" if band else "")
         for x, y, band in zip(line.x, line.y, bands, strict=True)
     }
     return [texts.get(step, "") for step in steps]
 
 
-def shown(number: float) -> str:
-    """In a few digits: 0.375, 12.3, 1,234, 1.2e-05."""
+def format_number(number: float) -> str:
+    """The number with few digits: 0.375, 12.3, 1,234, 1.2e-05."""
     if number and abs(number) < 1e-3:
         return f"{number:.1e}"
     digits = 3 - len(str(int(abs(number)))) if abs(number) >= 1 else 3
     return f"{round(number, digits):,.{max(0, digits)}f}".rstrip("0").rstrip(".") if digits > 0 else f"{number:,.0f}"
 
 
-def _short(value: Any) -> Any:
-    """The same, with numbers cut to five digits."""
+def _round_floats(value: Any) -> Any:
+    """The same data with floats rounded to five digits, which makes the page smaller."""
     if isinstance(value, dict):
-        return {name: _short(item) for name, item in value.items()}
+        return {name: _round_floats(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_short(item) for item in value]
+        return [_round_floats(item) for item in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else float(f"{value:.5g}")
     return value

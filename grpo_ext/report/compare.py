@@ -1,4 +1,4 @@
-"""Several runs beside each other: their curves in one picture each, and what differs between them."""
+"""Compares several runs: their curves in shared panels, their outcomes, and the settings that differ."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,26 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from grpo_ext.report.plot_data import PALETTE, Line, Panel, panels_of
-from grpo_ext.report.run_reader import Run, results, written
+from grpo_ext.report.plot_data import PALETTE, Line, Panel, build_panels
+from grpo_ext.report.run_reader import RunRecord, accuracy_table, format_setting
 
-OWN = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # settings that differ between any two runs
+PER_RUN_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # always differ
 
 
-def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
-    """Every panel once, with one line a run: the first of its lines, the sum of a stack, or the mixed of its groups."""
+def overlay_panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
+    """Every panel once, with one line per run: its first line, the sum of its layers, or its share of mixed groups."""
     colours = list(PALETTE)
     panels: dict[str, Panel] = {}
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-        for panel in panels_of(run.rows):
-            line = replace(_main(panel), label=name, colour=colours[i % len(colours)], is_dashed=i >= len(colours))
-            before = panels.get(panel.title, replace(panel, lines=[], right="", stacked=False))
+        for panel in build_panels(run.rows):
+            line = replace(_main_line(panel), label=name, colour=colours[i % len(colours)], is_dashed=i >= len(colours))
+            before = panels.get(panel.title, replace(panel, lines=[], right_label="", is_stacked=False))
             panels[panel.title] = replace(before, lines=[*before.lines, line])
-    return [replace(panel, title=_title(panel)) for panel in panels.values()]
+    return [replace(panel, title=_overlay_title(panel)) for panel in panels.values()]
 
 
-def _main(panel: Panel) -> Line:
-    if not panel.stacked:
+def _main_line(panel: Panel) -> Line:
+    if not panel.is_stacked:
         line = next((line for line in panel.lines if line.label == "mean size"), panel.lines[0])
         return replace(line, low=(), high=()) if line.mean else line
     parts = [line for line in panel.lines if line.label == "mixed"] or panel.lines
@@ -33,8 +33,8 @@ def _main(panel: Panel) -> Line:
     return replace(parts[0], y=total.tolist(), mean=tuple(mean))
 
 
-def _title(panel: Panel) -> str:
-    """What is left of a panel that had more lines."""
+def _overlay_title(panel: Panel) -> str:
+    """The title of a panel that had more lines, of which one is left."""
     return {
         "Held-out problems solved": "Held-out problems solved (greedy)",
         "Groups by their rewards": "Groups whose rewards differ",
@@ -42,8 +42,8 @@ def _title(panel: Panel) -> str:
     }.get(panel.title, panel.title)
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Names that tell the runs apart: of their folders, with the folder above or a number where that is not enough."""
+def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
+    """A different name for each run: that of its folder, with the parent folder or a number if names repeat."""
     names = [run.name for run in runs]
     if len(set(names)) < len(runs):
         names = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
@@ -52,15 +52,15 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Settings, versions and the like that are not the same in all runs: name -> a value a run, "" where not there."""
-    flat = [_flat(run.settings) for run in runs]
+def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Settings, versions and the like that differ between runs: name -> one value per run, "" if it has none."""
+    flat = [_flatten(run.settings) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     table = {name: [settings.get(name, "") for settings in flat] for name in names}
     return {name: values for name, values in table.items() if len(set(values)) > 1}
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, str]:
+def _flatten(settings: dict[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for part, values in settings.items():
         if part == "changed":
@@ -68,14 +68,14 @@ def _flat(settings: dict[str, Any]) -> dict[str, str]:
         inner = values if isinstance(values, dict) else {"": values}
         prefix = "" if part == "settings" else part
         for name, value in inner.items():
-            if name not in OWN:
-                flat[f"{prefix} {name}".strip()] = written(value)
+            if name not in PER_RUN_SETTINGS:
+                flat[f"{prefix} {name}".strip()] = format_setting(value)
     return flat
 
 
-def outcomes(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """What came of each run: name -> a value a run, "" where it was not measured."""
-    tables = [results(run) for run in runs]
+def outcome_table(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """The outcome of each run: name -> one value per run, "" if it was not measured."""
+    tables = [accuracy_table(run) for run in runs]
     table = {"steps": [f"{run.step:,}" for run in runs]}
     for name in dict.fromkeys(name for results_of in tables for name in results_of):
         for place, part in enumerate(("before", "after", "change")):

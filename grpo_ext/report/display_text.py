@@ -1,16 +1,16 @@
-"""Prompts and completions as text for people: messages written out, long ones shortened in the middle."""
+"""Prompts and completions as text for people: messages as plain text, long texts shortened in the middle."""
 
 from typing import Any
 
 from grpo_ext.data import ANSWER_COLUMNS
 from rewards.math.final_answer import extract_final_answer
 
-MOST_CHARACTERS = 2000  # of a prompt or a completion in what a run records
-MOST_VALUE_CHARACTERS = 300  # of an answer that was found in one, and of what a reward logs beside
+MAX_CHARACTERS = 2000  # of a recorded prompt or completion
+MAX_VALUE_CHARACTERS = 300  # of a recorded answer, and of a value that a reward logs
 
 
-def readable(message: Any) -> str:
-    """A plain text as it is; of messages the content, under their roles where there are several."""
+def to_text(message: Any) -> str:
+    """Plain text as it is; for messages their content, with a role before each if there are several."""
     if isinstance(message, str):
         return message
     if len(message) == 1:
@@ -26,20 +26,20 @@ def _content(message: dict[str, Any]) -> str:
     return f"{content} {calls}".strip() if calls else content
 
 
-def clipped(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A long text without its middle: how it begins, and how it ends, where the answer stands."""
-    if len(text) <= most:
+def shorten(text: str, limit: int = MAX_CHARACTERS) -> str:
+    """A text of more than `limit` characters without its middle: the answer is at its end."""
+    if len(text) <= limit:
         return text
-    return f"{text[: most // 2]}\n[{len(text) - most} characters left out]\n{text[-(most // 2) :]}"
+    return f"{text[: limit // 2]}\n[{len(text) - limit} characters left out]\n{text[-(limit // 2) :]}"
 
 
-def gold_of(example: dict[str, Any]) -> str | None:
-    """The right answer of a row of the data, where it has one in `answer` or `solution`."""
-    found = next((example[name] for name in ANSWER_COLUMNS if example.get(name) is not None), None)
-    return None if found is None else clipped(str(found))
+def gold_answer(example: dict[str, Any]) -> str | None:
+    """The right answer of a row of the data, from the first of `ANSWER_COLUMNS` that it has; None without one."""
+    gold = next((example[name] for name in ANSWER_COLUMNS if example.get(name) is not None), None)
+    return None if gold is None else shorten(str(gold))
 
 
-def found_in(text: str) -> str | None:
-    """The final answer that a completion gives, as the mathematics reward reads it; None where it marks none."""
+def final_answer_text(text: str) -> str | None:
+    """The final answer in a completion, as the mathematics reward finds it; None if none is marked."""
     found = extract_final_answer(text)
-    return None if found is None else clipped(found, MOST_VALUE_CHARACTERS)
+    return None if found is None else shorten(found, MAX_VALUE_CHARACTERS)

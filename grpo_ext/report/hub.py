@@ -1,8 +1,8 @@
-"""What of a run goes to the Hub, whether it may, and what is said where it cannot.
+"""Uploads a run to the Hub: which files, the permission check, and error messages.
 
-Out of the output folder go the adapter `default` (of a full fine-tune the model), the tokenizer, the card, `curves.png`
-and `summary.json`, in one commit. Nothing else does: no checkpoint to resume from, no pickled arguments, no adapter
-`ref`, no metrics, no completions, and no local path, which PEFT and the summary write where the base is a folder.
+One commit holds the adapter `default` (or the model of a full fine-tune), the tokenizer, the card, `curves.png` and
+`summary.json`. Everything else stays local: resumable checkpoints, pickled arguments, the adapter `ref`, metrics and
+completions. Local paths, which PEFT and the summary write if the base is a folder, are removed.
 """
 
 import json
@@ -20,44 +20,43 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from grpo_ext.report.card import CARD_FILE, for_hub, read_card
-from grpo_ext.report.png_plots import CURVES_FILE
-from grpo_ext.report.summary import SUMMARY_FILE
+from grpo_ext.report.card import load_from_repository, read_card
+from grpo_ext.report.run_files import CARD_FILE, CURVES_FILE, SUMMARY_FILE
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-TOKENIZER = (
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
-REPORT = (CURVES_FILE, SUMMARY_FILE)  # and the card
-# Where a file names the base model.
-NAMES_BASE = {"adapter_config.json": "base_model_name_or_path", SUMMARY_FILE: "base_model"}
+REPORT_FILES = (CURVES_FILE, SUMMARY_FILE)  # in addition to the card
+# File -> its key that names the base model.
+BASE_MODEL_KEYS = {"adapter_config.json": "base_model_name_or_path", SUMMARY_FILE: "base_model"}
 
 
 def check_write_access(args: TrainingArguments) -> str:
-    """The full name of the repository that a run with these arguments pushes to; created where there is none.
+    """The full name of the repository that a run with these arguments pushes to; created if there is none.
 
     Raises:
-        ValueError: it could not be pushed to; what was received, and what to type.
+        ValueError: it cannot be pushed to; the message says what to type.
     """
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     try:
-        return writable_repository(
+        return ensure_writable_repository(
             name, token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision
         )
     except ValueError as error:
-        later = retry_command(args.output_dir, name, private=args.hub_private_repo, revision=args.hub_revision)
+        later = push_command(args.output_dir, name, private=args.hub_private_repo, revision=args.hub_revision)
         raise ValueError(f"{error} Or train with push_to_hub=False, and push afterwards: {later}") from error
 
 
-def writable_repository(
+def ensure_writable_repository(
     name: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> str:
-    """The full name of this repository, created with its branch `revision` where there is none.
+    """The full name of this repository; it and its branch `revision` are created if they do not exist.
 
-    Creating is not enough of a check: where the repository exists already, a token that can only read passes it.
+    Creation alone is no sufficient check: if the repository exists, it succeeds with a token that can only read.
 
     Raises:
         ValueError: as `check_write_access`.
@@ -69,12 +68,12 @@ def writable_repository(
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
     except Exception as error:
-        raise ValueError(f"'{name}' on the Hub cannot be pushed to: {why_not(error)}.") from error
+        raise ValueError(f"'{name}' on the Hub cannot be pushed to: {explain_failure(error)}.") from error
     return repository
 
 
-def why_not(error: Exception) -> str:
-    """What went wrong with a request and what to do, for a user."""
+def explain_failure(error: Exception) -> str:
+    """Why a request to the Hub failed and what to do, for the user."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it"
@@ -97,7 +96,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line.partition(' (Request ID')[0].rstrip('. ')}"
 
 
-def retry_command(
+def push_command(
     folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None
 ) -> str:
     """`grpo-ext push outputs/math someone/math --private`"""
@@ -105,25 +104,27 @@ def retry_command(
     return shlex.join(["grpo-ext", "push", str(folder), repository, *options])
 
 
-def stage(folder: str | Path, *, with_report: bool = True) -> TemporaryDirectory[str]:
-    """A copy of what is published of this folder, as it is now, without local paths.
+def stage_files(folder: str | Path, *, with_report: bool = True) -> TemporaryDirectory[str]:
+    """A copy of the files of this folder that are published, as they are now, without local paths.
 
     Raises:
-        ValueError: the folder has neither an adapter nor a model.
+        ValueError: the folder holds neither an adapter nor a model.
     """
     folder = Path(folder)
-    weights = next((files for files in (ADAPTER, MODEL) if (folder / files[0]).exists()), None)
+    weights = next((files for files in (ADAPTER_FILES, MODEL_FILES) if (folder / files[0]).exists()), None)
     if weights is None:
         saved = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
-        hint = f" The last checkpoint can be pushed: {retry_command(saved, 'REPO')}" if saved else ""
-        raise ValueError(f"'{folder}' has neither {ADAPTER[0]} nor {MODEL[0]}, so there is nothing to push.{hint}")
+        hint = f" The last checkpoint can be pushed: {push_command(saved, 'REPO')}" if saved else ""
+        raise ValueError(
+            f"'{folder}' has neither {ADAPTER_FILES[0]} nor {MODEL_FILES[0]}, so there is nothing to push.{hint}"
+        )
     staged = TemporaryDirectory(prefix="grpo-ext-push-")
     card = read_card(folder)
-    for pattern in (*weights, *TOKENIZER, *(REPORT if with_report else ())):
+    for pattern in (*weights, *TOKENIZER_FILES, *(REPORT_FILES if with_report else ())):
         for path in folder.glob(pattern):
             shutil.copy(path, staged.name)
     base = card.data.get("base_model") if card else None
-    for name, key in NAMES_BASE.items():
+    for name, key in BASE_MODEL_KEYS.items():
         path = Path(staged.name, name)
         if path.exists():
             path.write_text(json.dumps(json.loads(path.read_text()) | {key: base}, indent=2) + "\n")
@@ -132,11 +133,11 @@ def stage(folder: str | Path, *, with_report: bool = True) -> TemporaryDirectory
     return staged
 
 
-def commit(staged: str, api: HfApi, repository: str, *, path_in_repo: str = "", **options: Any) -> CommitInfo:
-    """One commit of what was staged here; `options` are those of `HfApi.create_commit`."""
+def commit_files(staged: str, api: HfApi, repository: str, *, path_in_repo: str = "", **options: Any) -> CommitInfo:
+    """Push the staged files in one commit; `options` are those of `HfApi.create_commit`."""
     card = Path(staged, CARD_FILE)
     if card.exists():
-        card.write_text(for_hub(card.read_text(), repository))
+        card.write_text(load_from_repository(card.read_text(), repository))
     additions = [
         CommitOperationAdd((PurePosixPath(path_in_repo) / file.name).as_posix(), file)
         for file in Path(staged).iterdir()
@@ -144,11 +145,11 @@ def commit(staged: str, api: HfApi, repository: str, *, path_in_repo: str = "", 
     return api.create_commit(repository, additions, **options)
 
 
-class RunPushes:
-    """Stands in for the Hub's client in transformers' trainer: pushes what is published, and never ends a run.
+class PublishingClient:
+    """Replaces the Hub's client in transformers' trainer: pushes the files that are published, and never ends a run.
 
-    transformers decides when to push and what to say of it; it asks for whole folders, this one takes out of them what
-    `stage` does. A failed push leaves everything where it is, and says by which command to push again.
+    transformers decides when to push, and with which commit message. It asks to upload whole folders; this client
+    uploads what `stage_files` takes from them. A failed push prints the command that pushes again.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -168,26 +169,26 @@ class RunPushes:
         path_in_repo: str = "",
         ignore_patterns: object = None,
     ) -> CommitInfo | Future[CommitInfo | None] | None:
-        """As `HfApi.upload_folder`; None where it failed. The files are taken as they are now."""
+        """As `HfApi.upload_folder`; None if it failed. The files are copied before this returns."""
 
         def push(staged: TemporaryDirectory[str]) -> CommitInfo | None:
             options = {"commit_message": commit_message, "token": token, "revision": revision}
-            with self._survived(repo_id, revision), staged as files:
-                return commit(files, self._api, repo_id, path_in_repo=path_in_repo, **options)
+            with self._reporting_failure(repo_id, revision), staged as files:
+                return commit_files(files, self._api, repo_id, path_in_repo=path_in_repo, **options)
             return None
 
-        with self._survived(repo_id, revision):
-            staged = stage(folder_path, with_report=not path_in_repo)
+        with self._reporting_failure(repo_id, revision):
+            staged = stage_files(folder_path, with_report=not path_in_repo)
             return self._api.run_as_future(push, staged) if run_as_future else push(staged)
         nothing: Future[CommitInfo | None] = Future()
         nothing.set_result(None)
         return nothing if run_as_future else None
 
     @contextmanager
-    def _survived(self, repository: str, revision: str | None) -> Iterator[None]:
+    def _reporting_failure(self, repository: str, revision: str | None) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             folder = self._args.output_dir
-            command = retry_command(folder, repository, private=self._args.hub_private_repo, revision=revision)
-            tqdm.write(f"Not pushed: {why_not(error)}. All of it is in {folder}; push it again: {command}")
+            command = push_command(folder, repository, private=self._args.hub_private_repo, revision=revision)
+            tqdm.write(f"Not pushed: {explain_failure(error)}. All of it is in {folder}; push it again: {command}")

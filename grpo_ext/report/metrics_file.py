@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a logged step, written line by line, readable while the run goes on.
+"""Writes `metrics.jsonl`: one JSON object per logged step, readable during the run.
 
 {"step": 1, "reward": 0.42, "kl": 0.0, "frac_dead_groups": 0.06, "time/generate": 1.9, ...}
 """
@@ -9,28 +9,25 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grpo_ext.report.jsonl import append_line, read_lines, write_lines
-from grpo_ext.report.summary import SUMMARY_FILE
-
-METRICS_FILE = "metrics.jsonl"
+from grpo_ext.report.run_files import METRICS_FILE, SUMMARY_FILE, Row, append_row, write_rows
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to `output_dir/metrics.jsonl`.
 
-    A fresh run starts a fresh file; a resumed one starts from the lines that its checkpoint knows, whatever was written
-    after it. The summary of an earlier run in the same folder is not this one's, and goes.
+    A fresh run starts a fresh file. A resumed run starts from the rows that its checkpoint knows, and drops rows that
+    were written after the checkpoint. The `summary.json` of an earlier run in the same folder is deleted.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the file."""
+        """Start the file, on the main process."""
         if not state.is_world_process_zero:
             return
         path = metrics_path(args)
         path.with_name(SUMMARY_FILE).unlink(missing_ok=True)
-        write_lines(path, (_row(row["step"], row) for row in state.log_history))
+        write_rows(path, (_metrics_row(row["step"], row) for row in state.log_history))
 
     def on_log(
         self,
@@ -40,28 +37,23 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line with the step and what was logged, on the main process."""
+        """Append one row with the step and what was logged, on the main process."""
         if state.is_world_process_zero and logs:
             append_metrics(args, state.global_step, logs)
 
 
 def metrics_path(args: TrainingArguments) -> Path:
-    """Where the metrics of a run with these arguments are."""
+    """The metrics file of a run with these arguments."""
     assert args.output_dir is not None
     return Path(args.output_dir) / METRICS_FILE
 
 
 def append_metrics(args: TrainingArguments, step: int, values: dict[str, Any]) -> None:
-    """Add one line; numbers that JSON cannot hold (NaN, infinities) are written as null."""
-    append_line(metrics_path(args), _row(step, values))
+    """Add one row; numbers that JSON cannot hold (NaN, infinities) are written as null."""
+    append_row(metrics_path(args), _metrics_row(step, values))
 
 
-def _row(step: int, values: dict[str, Any]) -> dict[str, Any]:
+def _metrics_row(step: int, values: dict[str, Any]) -> Row:
     return {"step": step} | {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a kill is left out, a missing file has no rows."""
-    return list(read_lines(path))

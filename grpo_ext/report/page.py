@@ -1,12 +1,12 @@
-"""`report.html`: a run in one file that opens anywhere, without a network, from what is in its folder so far.
+"""`report.html`: a run as one self-contained file that opens without a network, from what is in its folder so far.
 
-The verdict in one sentence, the curves of `report/plot_data.py`, what the policy wrote in each group and what it
-earned, the same held-out problems over time, settings, versions, and the command to repeat it. Of several runs: their
-curves over each other, and what differs.
+It shows the verdict in one sentence, the panels of `plot_data.py`, the completions and rewards of each group, the
+same held-out problems over time, settings, versions, and the command that repeats the run. A comparison of several runs
+shows their curves in shared panels, and what differs.
 
-What the model wrote is not to be trusted: it is text inside JSON, which `page.js` shows as text. A policy in the page
-itself forbids every script but Bokeh's and its own, by their hashes, and every request. Styles are allowed, since Bokeh
-writes them as it draws: none can run a script or load anything.
+Text of the model is not trusted: it is data inside JSON, which `page.js` shows as text. A content security policy in
+the page forbids all requests, and all scripts except Bokeh's and its own, by their hashes. Styles are allowed because
+Bokeh writes them as it draws; they can neither run a script nor load anything.
 """
 
 import base64
@@ -21,79 +21,84 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from grpo_ext.evaluation.callback import HELDOUT_FILE
-from grpo_ext.report.bokeh_plots import IN_THE_DARK, drawn, library
-from grpo_ext.report.compare import differences, names_of, outcomes, overlaid
-from grpo_ext.report.completions_file import COMPLETIONS_FILE
-from grpo_ext.report.downsample import NEWEST, read_thinned
-from grpo_ext.report.plot_data import PALETTE, Panel, panels_of
-from grpo_ext.report.run_reader import Run, provenance, reliability, results, status, verdict, written
+from grpo_ext.report.bokeh_plots import DARK_COLOURS, bokeh_js, to_bokeh
+from grpo_ext.report.compare import differing_settings, distinct_names, outcome_table, overlay_panels
+from grpo_ext.report.plot_data import PALETTE, Panel, build_panels
+from grpo_ext.report.run_files import COMPLETIONS_FILE, HELDOUT_FILE, NEWEST_ROWS, PAGE_FILE, read_downsampled
+from grpo_ext.report.run_reader import (
+    RunRecord,
+    accuracy_table,
+    failure_counts,
+    format_setting,
+    provenance,
+    run_status,
+    verdict,
+)
 
-PAGE_FILE = "report.html"
-MOST_BYTES = 5_000_000
-ROOM = 2_500_000  # bytes of completions; less where the page would still be too large
+MAX_PAGE_BYTES = 5_000_000
+COMPLETIONS_BUDGET = 2_500_000  # bytes of completions; reduced if the page is still too large
 
 TEMPLATES = Path(__file__).parent / "template"
-# Signs that turn the order of the text around them, and those that show nothing or move the cursor.
-_UNSEEN = re.compile(
+# Characters that change the direction of the text around them, show nothing, or move the cursor.
+_INVISIBLE = re.compile(
     "[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u200b\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
 )
 
 
 def write_page(output_dir: str | Path) -> Path:
-    """Write `output_dir/report.html` and return its path; works on a run that is still going or that died.
+    """Write `output_dir/report.html` and return its path; also works on a run that has not finished.
 
     Raises:
         ValueError: the folder has no metrics.
     """
-    run = Run.read(output_dir)
-    panels = _data(panels_of(run.rows))
-    room = ROOM
-    while len(page := _page_of(run, panels, room).encode()) > MOST_BYTES and room > 1:
-        room //= 2
-    return _put(page, Path(output_dir, PAGE_FILE))
+    run = RunRecord.read(output_dir)
+    panels = _panel_data(build_panels(run.rows))
+    budget = COMPLETIONS_BUDGET
+    while len(page := _render_run(run, panels, budget).encode()) > MAX_PAGE_BYTES and budget > 1:
+        budget //= 2
+    return _replace_file(page, Path(output_dir, PAGE_FILE))
 
 
 def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
-    """Write a page that lays the runs of these folders over each other, and return its path.
+    """Write a page that compares the runs of these folders, and return its path.
 
     Raises:
         ValueError: a folder has no metrics.
     """
-    runs = [Run.read(folder) for folder in folders]
-    names = names_of(runs)
+    runs = [RunRecord.read(folder) for folder in folders]
+    names = distinct_names(runs)
     context = {
         "title": f"{len(runs)} runs",
         "names": names,
         "verdicts": [verdict(run) for run in runs],
-        "outcomes": outcomes(runs),
-        "differences": differences(runs),
+        "outcomes": outcome_table(runs),
+        "differences": differing_settings(runs),
     }
-    page = render("comparison.html", context, {"panels": _data(overlaid(runs, names))})
-    return _put(page.encode(), Path(path))
+    page = render_page("comparison.html", context, {"panels": _panel_data(overlay_panels(runs, names))})
+    return _replace_file(page.encode(), Path(path))
 
 
-def _put(page: bytes, path: Path) -> Path:
-    """Whoever reloads the page meanwhile has the old one or the new one."""
+def _replace_file(page: bytes, path: Path) -> Path:
+    """Write a file at once: a reader finds the old page or the new one, never a part."""
     new = path.with_name(f"{path.name}.part")
     new.write_bytes(page)
     return new.replace(path)
 
 
-def _page_of(run: Run, panels: list[dict[str, Any]], room: int) -> str:
-    rollouts, every = read_thinned(run.folder / COMPLETIONS_FILE, room)
-    evaluations, _ = read_thinned(run.folder / HELDOUT_FILE, room // 4)
+def _render_run(run: RunRecord, panels: list[dict[str, Any]], budget: int) -> str:
+    rollouts, every = read_downsampled(run.folder / COMPLETIONS_FILE, budget)
+    evaluations, _ = read_downsampled(run.folder / HELDOUT_FILE, budget // 4)
     context = {
         "title": run.name,
         "verdict": verdict(run),
-        "status": status(run),
-        "results": results(run),
-        "reliability": {name: [f"{count:,}"] for name, count in reliability(run).items()},
+        "status": run_status(run),
+        "results": accuracy_table(run),
+        "reliability": {name: [f"{count:,}"] for name, count in failure_counts(run).items()},
         "command": run.settings.get("command"),
         "provenance": {name: [value] for name, value in provenance(run).items()},
-        "settings": {name: [written(value)] for name, value in run.settings.get("settings", {}).items()},
+        "settings": {name: [format_setting(value)] for name, value in run.settings.get("settings", {}).items()},
         "every": every,
-        "newest": NEWEST,
+        "newest": NEWEST_ROWS,
         "rollouts": len(rollouts),
         "evaluations": len(evaluations),
     }
@@ -102,14 +107,14 @@ def _page_of(run: Run, panels: list[dict[str, Any]], room: int) -> str:
         "rollouts": rollouts,
         "evaluations": [{"step": row["step"], "answers": row["answers"]} for row in evaluations],
     }
-    return render("page.html", context, data)
+    return render_page("page.html", context, data)
 
 
-def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
+def render_page(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
     """A page from a template of this folder.
 
     Args:
-        context: what the template names; it is escaped.
+        context: the variables of the template; they are escaped.
         data: what `page.js` finds as JSON in the element `data`.
     """
     loader = FileSystemLoader(TEMPLATES)
@@ -118,33 +123,33 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
     )
     colours = "".join(f"--{name}: {value};" for name, value in PALETTE.items())
     style = f":root {{{colours}}}\n{(TEMPLATES / 'page.css').read_text()}"
-    scripts = [library(), (TEMPLATES / "page.js").read_text()]
-    hashes = " ".join(f"'{_hash(script)}'" for script in scripts)
+    scripts = [bokeh_js(), (TEMPLATES / "page.js").read_text()]
+    hashes = " ".join(f"'{_csp_hash(script)}'" for script in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    text = json.dumps(visible(data | {"inTheDark": IN_THE_DARK}), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(escape_invisible(data | {"inTheDark": DARK_COLOURS}), ensure_ascii=False, separators=(",", ":"))
     return environment.get_template(template).render(
-        **visible(context),
+        **escape_invisible(context),
         style=Markup(style),
         scripts=[Markup(script) for script in scripts],
         policy=Markup(policy),
-        data=Markup(text.replace("<", "\\u003c")),  # so that no end of a script, and no comment, can stand in it
+        data=Markup(text.replace("<", "\\u003c")),  # so it cannot end the script element or start a comment
     )
 
 
-def visible(value: Any) -> Any:
-    """The same data, with signs that are not to be seen, or that turn text around, written as their numbers."""
+def escape_invisible(value: Any) -> Any:
+    """The same data with `_INVISIBLE` characters as their code points: ⟨U+202E⟩."""
     if isinstance(value, str):
-        return _UNSEEN.sub(lambda sign: f"⟨U+{ord(sign.group()):04X}⟩", value)
+        return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
     if isinstance(value, dict):
-        return {visible(name): visible(item) for name, item in value.items()}
-    return [visible(item) for item in value] if isinstance(value, list | tuple) else value
+        return {escape_invisible(name): escape_invisible(item) for name, item in value.items()}
+    return [escape_invisible(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _data(panels: list[Panel]) -> list[dict[str, Any]]:
-    """Panels as `page.js` shows them."""
-    return [asdict(drawn(panel)) for panel in panels]
+def _panel_data(panels: list[Panel]) -> list[dict[str, Any]]:
+    """Panels as `page.js` takes them."""
+    return [asdict(to_bokeh(panel)) for panel in panels]
 
 
-def _hash(text: str) -> str:
-    """As a content security policy names an inline script."""
+def _csp_hash(text: str) -> str:
+    """The name of an inline script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

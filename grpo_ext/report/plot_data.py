@@ -1,15 +1,16 @@
-"""What is drawn of a run, and in which order: the same panels for `curves.png` and for `report.html`.
+"""The panels of a run, in order: one definition for `curves.png` and for `report.html`.
 
-In: the rows of `metrics.jsonl`. Out: panels of lines with their values, smoothed, ready to be drawn. What a run did not
-log has no panel.
+In: the rows of `metrics.jsonl`. Out: panels of lines with raw and smoothed values, ready to be drawn. A metric that the
+run did not log has no panel.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+
+from grpo_ext.report.run_files import Row
 
 PALETTE = {
     "blue": "#0072B2",
@@ -19,11 +20,10 @@ PALETTE = {
     "purple": "#CC79A7",
     "sky": "#56B4E9",
 }
-FEW = 60  # points that can be told apart
-MOST_POINTS = 1000  # of a line; longer runs are drawn as means of so many neighbours
-# A reward with one of these words in its name pays for the shape of a text, not for being right.
+MAX_MARKED_POINTS = 60  # points of a line that can be told apart, and get a marker each
+MAX_POINTS = 1000  # of a line; a point of a longer run is the mean of several steps
+# A reward with one of these words in its name rewards the shape of a text, not a right answer.
 SHAPE_WORDS = ("format", "length", "coherence", "tag", "language")
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class Line:
 
     Attributes:
         x, y: of each point.
-        label: "" where the panel has one line only.
+        label: "" if it is the only line of the panel.
         colour: a name of `PALETTE`.
-        mean: a running mean of y; empty where the points themselves are joined.
-        low, high: of a band around the line; empty for none.
-        is_right: whether it belongs to the axis on the right.
-        is_dashed: how it is drawn.
+        mean: the running mean of y; empty if the line connects the points themselves.
+        low, high: bounds of a band around the line; empty for no band.
+        on_right_axis: whether its values are those of the axis on the right.
+        is_dashed: whether it is drawn dashed.
     """
 
     x: list[float]
@@ -47,141 +47,144 @@ class Line:
     mean: tuple[float, ...] = ()
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-    is_right: bool = False
+    on_right_axis: bool = False
     is_dashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Lines that are drawn together.
+    """Lines that share a pair of axes.
 
     Attributes:
         unit: of y.
-        right: what the axis on the right shows; "" where there is none.
-        x_label: "step", or what else x is.
-        stacked: the running means of the lines are layers on top of each other.
-        is_share: y goes from 0 to 1.
+        right_label: of the axis on the right; "" for no such axis.
+        x_label: of the x axis, "step" in most panels.
+        is_stacked: whether the running means of the lines are drawn as layers on top of each other.
+        is_share: whether y is a share, from 0 to 1.
     """
 
     title: str
     unit: str
     lines: list[Line]
-    right: str = ""
+    right_label: str = ""
     x_label: str = "step"
-    stacked: bool = False
+    is_stacked: bool = False
     is_share: bool = False
 
 
-def panels_of(rows: Rows) -> list[Panel]:
-    """Every panel that these rows have something for, what people look at first first."""
+def build_panels(rows: list[Row]) -> list[Panel]:
+    """Every panel that these rows have values for, the most important ones first."""
     named = sorted({name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean")})
     shape = [name for name in named if any(word in name for word in SHAPE_WORDS)]
     right = [name for name in named if name not in shape]
     is_whole = len(named) == 1  # the only reward is the mean raw reward, which has its own panel
     kl = "kl_sequence" if any("kl_sequence" in row for row in rows) else "kl"
     panels = [
-        _accuracy(rows),
-        Panel(title="Rewards for being right", unit="mean reward", lines=[] if is_whole else _rewards(rows, right)),
-        Panel(title="Rewards for the shape of the text", unit="mean reward", lines=_rewards(rows, shape)),
-        Panel(title="Mean raw reward", unit="mean of all answers", lines=_smooth(rows, "reward", "blue")),
+        _accuracy_panel(rows),
+        Panel(
+            title="Rewards for being right", unit="mean reward", lines=[] if is_whole else _reward_lines(rows, right)
+        ),
+        Panel(title="Rewards for the shape of the text", unit="mean reward", lines=_reward_lines(rows, shape)),
+        Panel(title="Mean raw reward", unit="mean of all answers", lines=_smoothed_line(rows, "reward", "blue")),
         Panel(
             title="Groups by their rewards",
             unit="share of groups",
-            stacked=True,
+            is_stacked=True,
             is_share=True,
-            lines=_layers(rows, "frac_groups/", {"all_wrong": "red", "mixed": "green", "all_right": "blue"}),
+            lines=_stacked_layers(rows, "frac_groups/", {"all_wrong": "red", "mixed": "green", "all_right": "blue"}),
         ),
-        _lengths(rows),
-        _reward_against_kl(rows, kl),
+        _length_panel(rows),
+        _reward_vs_kl_panel(rows, kl),
         Panel(
             title="KL from the reference",
             unit="nats an answer" if kl == "kl_sequence" else "nats a token",
-            lines=_smooth(rows, kl, "purple"),
+            lines=_smoothed_line(rows, kl, "purple"),
         ),
-        Panel(title="Token entropy", unit="nats a token", lines=_smooth(rows, "entropy", "green")),
+        Panel(title="Token entropy", unit="nats a token", lines=_smoothed_line(rows, "entropy", "green")),
         Panel(
             title="Gradient norm",
             unit="before clipping",
-            lines=_smooth(rows, "grad_norm", "orange", "norm") + _right(rows, "nonfinite/skipped", "skipped so far"),
-            right="updates skipped",
+            lines=_smoothed_line(rows, "grad_norm", "orange", "norm")
+            + _right_axis_line(rows, "nonfinite/skipped", "skipped so far"),
+            right_label="updates skipped",
         ),
         Panel(
             title="Time of a step",
             unit="seconds",
-            stacked=True,
-            lines=_layers(
+            is_stacked=True,
+            lines=_stacked_layers(
                 rows, "time/", {"generate": "blue", "reward": "orange", "reference": "green", "update": "purple"}
             ),
         ),
-        Panel(title="Peak memory so far", unit="GB", lines=_joined(rows, "peak_memory_mb", "sky", scale=1e-3)),
+        Panel(title="Peak memory so far", unit="GB", lines=_line(rows, "peak_memory_mb", "sky", scale=1e-3)),
         Panel(
             title="Mean normalised reward",
             unit="advantage",
-            lines=_smooth(rows, "advantages/mean", "blue", "mean (0 by construction)")
-            + _smooth(rows, "advantages/mean_abs", "sky", "mean size"),
+            lines=_smoothed_line(rows, "advantages/mean", "blue", "mean (0 by construction)")
+            + _smoothed_line(rows, "advantages/mean_abs", "sky", "mean size"),
         ),
-        Panel(title="Total loss (no measure of progress)", unit="loss", lines=_smooth(rows, "loss", "red")),
+        Panel(title="Total loss (no measure of progress)", unit="loss", lines=_smoothed_line(rows, "loss", "red")),
     ]
-    return [_tidied(panel) for panel in panels if panel.lines]
+    return [_simplified(panel) for panel in panels if panel.lines]
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a tenth of the run; at the ends over the part of the window that exists."""
+    """Mean over a centred window of a tenth of the run, which is cut off at both ends of the run."""
     half = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     means = (sums[last] - sums[first]) / (last - first)
-    return np.clip(means, values.min(), values.max()) if len(values) else means  # rounding is no change
+    return np.clip(means, values.min(), values.max()) if len(values) else means  # against rounding
 
 
-def _tidied(panel: Panel) -> Panel:
-    """Without a right axis that nothing is on, and without a label where one line says what the title says."""
-    right = panel.right if any(line.is_right for line in panel.lines) else ""
+def _simplified(panel: Panel) -> Panel:
+    """The panel without an unused axis on the right, and without the label of an only line."""
+    right_label = panel.right_label if any(line.on_right_axis for line in panel.lines) else ""
     lines = [replace(panel.lines[0], label="")] if len(panel.lines) == 1 else panel.lines
-    return replace(panel, right=right, lines=lines)
+    return replace(panel, right_label=right_label, lines=lines)
 
 
-def _values(rows: Rows, *names: str) -> list[np.ndarray]:
-    """The columns of these names, in the rows that have a number in each; neighbours averaged where there are many."""
+def _columns(rows: list[Row], *names: str) -> list[np.ndarray]:
+    """The values of these metrics in the rows that have all of them; neighbours are averaged to at most MAX_POINTS."""
     present = [row for row in rows if all(row.get(name) is not None for name in names)]
     columns = np.array([[row[name] for name in names] for row in present], dtype=float).reshape(-1, len(names))
-    width = -(-len(columns) // MOST_POINTS)
+    width = -(-len(columns) // MAX_POINTS)
     if width > 1:
         columns = np.array([columns[i : i + width].mean(axis=0) for i in range(0, len(columns), width)])
     return list(columns.T)
 
 
-def _joined(rows: Rows, name: str, colour: str, label: str = "", scale: float = 1.0) -> list[Line]:
-    x, y = _values(rows, "step", name)
+def _line(rows: list[Row], name: str, colour: str, label: str = "", scale: float = 1.0) -> list[Line]:
+    x, y = _columns(rows, "step", name)
     return [Line(x=x.tolist(), y=(y * scale).tolist(), label=label, colour=colour)] if len(x) else []
 
 
-def _smooth(rows: Rows, name: str, colour: str, label: str = "") -> list[Line]:
-    return [replace(line, mean=tuple(running_mean(np.array(line.y)))) for line in _joined(rows, name, colour, label)]
+def _smoothed_line(rows: list[Row], name: str, colour: str, label: str = "") -> list[Line]:
+    return [replace(line, mean=tuple(running_mean(np.array(line.y)))) for line in _line(rows, name, colour, label)]
 
 
-def _right(rows: Rows, name: str, label: str) -> list[Line]:
-    return [replace(line, is_right=True, is_dashed=True) for line in _joined(rows, name, "red", label)]
+def _right_axis_line(rows: list[Row], name: str, label: str) -> list[Line]:
+    return [replace(line, on_right_axis=True, is_dashed=True) for line in _line(rows, name, "red", label)]
 
 
-def _rewards(rows: Rows, names: list[str]) -> list[Line]:
+def _reward_lines(rows: list[Row], names: list[str]) -> list[Line]:
     """A line for each of the first six reward functions."""
     return [
         line
         for name, colour in zip(names, PALETTE, strict=False)
-        for line in _smooth(rows, name, colour, name.removeprefix("rewards/").removesuffix("/mean"))
+        for line in _smoothed_line(rows, name, colour, name.removeprefix("rewards/").removesuffix("/mean"))
     ]
 
 
-def _layers(rows: Rows, prefix: str, colours: dict[str, str]) -> list[Line]:
-    """Layers of a stack, from the bottom; what a row has no part of is 0 there."""
-    there = [prefix + name for name in colours if any(row.get(prefix + name) is not None for row in rows)]
-    if not there:
+def _stacked_layers(rows: list[Row], prefix: str, colours: dict[str, str]) -> list[Line]:
+    """The layers of a stack, bottom first; a metric that a row lacks counts as 0."""
+    logged = [prefix + name for name in colours if any(row.get(prefix + name) is not None for row in rows)]
+    if not logged:
         return []
-    some = [row for row in rows if any(row.get(name) is not None for name in there)]
-    x, *layers = _values([dict.fromkeys(there, 0.0) | row for row in some], "step", *there)
-    labels = [name.removeprefix(prefix) for name in there]
+    some = [row for row in rows if any(row.get(name) is not None for name in logged)]
+    x, *layers = _columns([dict.fromkeys(logged, 0.0) | row for row in some], "step", *logged)
+    labels = [name.removeprefix(prefix) for name in logged]
     return [
         Line(
             x=x.tolist(),
@@ -194,33 +197,33 @@ def _layers(rows: Rows, prefix: str, colours: dict[str, str]) -> list[Line]:
     ]
 
 
-def _accuracy(rows: Rows) -> Panel:
-    """Greedy and sampled pass@1 and, where the run asked for it, pass@k of the largest k."""
+def _accuracy_panel(rows: list[Row]) -> Panel:
+    """Greedy and sampled pass@1 and, if it was measured, pass@k of the largest k."""
     ks = {int(name[13:]) for row in rows for name in row if name.startswith("heldout/pass@") and name[13:].isdigit()}
     names = [("pass@1", "blue", "greedy"), ("sampled_pass@1", "orange", "sampled")]
     names += [(f"pass@{max(ks)}", "green", f"one of {max(ks)} samples")] if ks - {1} else []
     lines = []
     for name, colour, label in names:
-        x, y, low, high = _values(rows, "step", *(f"heldout/{name}{bound}" for bound in ("", "/low", "/high")))
+        x, y, low, high = _columns(rows, "step", *(f"heldout/{name}{bound}" for bound in ("", "/low", "/high")))
         if len(x):
             line = Line(x=x.tolist(), y=y.tolist(), label=label, colour=colour, low=tuple(low), high=tuple(high))
             lines.append(line)
     return Panel(title="Held-out problems solved", unit="share, 95% interval", lines=lines, is_share=True)
 
 
-def _lengths(rows: Rows) -> Panel:
-    """Mean length with the band from the shortest to the longest, and the share that was cut on the right."""
-    lines = _smooth(rows, "completions/mean_length", "blue", "mean, shortest to longest")
-    x, low, high = _values(rows, "step", "completions/min_length", "completions/max_length")
+def _length_panel(rows: list[Row]) -> Panel:
+    """Mean length with a band from the shortest to the longest, and the share that was cut off on the right axis."""
+    lines = _smoothed_line(rows, "completions/mean_length", "blue", "mean, shortest to longest")
+    x, low, high = _columns(rows, "step", "completions/min_length", "completions/max_length")
     if lines and list(x) == lines[0].x:
         lines = [replace(lines[0], low=tuple(low), high=tuple(high))]
-    lines += _right(rows, "completions/clipped_ratio", "cut off")
-    return Panel(title="Length of completions", unit="tokens", lines=lines, right="share cut off")
+    lines += _right_axis_line(rows, "completions/clipped_ratio", "cut off")
+    return Panel(title="Length of completions", unit="tokens", lines=lines, right_label="share cut off")
 
 
-def _reward_against_kl(rows: Rows, kl: str) -> Panel:
-    """What was paid for the reward: each point is a step, the line goes through them in their order."""
-    x, y = (running_mean(values) for values in _values(rows, kl, "reward"))
+def _reward_vs_kl_panel(rows: list[Row], kl: str) -> Panel:
+    """The KL at which a reward was reached: each point is a step, and the line connects the steps in order."""
+    x, y = (running_mean(values) for values in _columns(rows, kl, "reward"))
     line = Line(x=x.tolist(), y=y.tolist(), label="", colour="purple")
     unit = "nats an answer" if kl == "kl_sequence" else "nats a token"
     return Panel(

@@ -1,7 +1,7 @@
-"""`curves.png`: what happened in a run, drawn from `metrics.jsonl` alone.
+"""`curves.png`: the panels of `plot_data.py`, drawn by matplotlib from `metrics.jsonl` alone.
 
-Dots are raw values, lines their running mean over a tenth of the run, bands 95% intervals or the shortest and longest.
-What is drawn, and in which order, is in `report/plot_data.py`.
+Dots are raw values, lines are their running mean over a tenth of the run, and bands are 95% intervals or the range from
+the shortest to the longest completion.
 """
 
 from pathlib import Path
@@ -11,21 +11,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grpo_ext.report.metrics_file import METRICS_FILE, read_metrics
-from grpo_ext.report.plot_data import FEW, PALETTE, Line, Panel, panels_of
+from grpo_ext.report.plot_data import MAX_MARKED_POINTS, PALETTE, Line, Panel, build_panels
+from grpo_ext.report.run_files import CURVES_FILE, METRICS_FILE
+from grpo_ext.report.run_reader import read_metrics
 
-CURVES_FILE = "curves.png"
 COLUMNS = 3
 GREY = "#666666"
 
 
 def draw_curves(output_dir: str | Path) -> Path:
-    """Draw `output_dir/curves.png` and return its path; works on a run that is still going or that died.
+    """Draw `output_dir/curves.png` and return its path; also works on a run that has not finished.
 
     Raises:
         ValueError: the folder has no metrics.
     """
-    panels = panels_of(read_metrics(Path(output_dir) / METRICS_FILE))
+    panels = build_panels(read_metrics(Path(output_dir) / METRICS_FILE))
     if not panels:
         raise ValueError(f"'{output_dir}' has no {METRICS_FILE} with a logged step.")
     rows = -(-len(panels) // COLUMNS)
@@ -33,7 +33,7 @@ def draw_curves(output_dir: str | Path) -> Path:
     FigureCanvasAgg(figure)
     cells = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axes, panel in zip(cells, panels, strict=False):
-        _draw(axes, panel)
+        _draw_panel(axes, panel)
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     path = Path(output_dir) / CURVES_FILE
@@ -41,39 +41,39 @@ def draw_curves(output_dir: str | Path) -> Path:
     return path
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel(panel.x_label, fontsize=8.5, color=GREY)
     axes.set_ylabel(panel.unit, fontsize=8.5, color=GREY)
-    _tidy(axes)
+    _style_axes(axes)
     if panel.x_label == "step":
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if panel.stacked:
+    if panel.is_stacked:
         layers = [line.mean for line in panel.lines]
         colours = [PALETTE[line.colour] for line in panel.lines]
         axes.stackplot(panel.lines[0].x, layers, labels=[line.label for line in panel.lines], colors=colours, alpha=0.8)
         axes.margins(x=0)
-    second = axes.twinx() if panel.right else axes
-    for line in () if panel.stacked else panel.lines:
-        _plot(second if line.is_right else axes, line)
+    second = axes.twinx() if panel.right_label else axes
+    for line in () if panel.is_stacked else panel.lines:
+        _draw_line(second if line.on_right_axis else axes, line)
     if panel.is_share:
         axes.set_ylim(0, 1.02)
-    elif not panel.stacked:
+    elif not panel.is_stacked:
         axes.margins(y=0.12)
-    if panel.right:
-        second.set_ylabel(panel.right, fontsize=8.5, color=GREY)
-        highest = max(max(line.y) for line in panel.lines if line.is_right)
+    if panel.right_label:
+        second.set_ylabel(panel.right_label, fontsize=8.5, color=GREY)
+        highest = max(max(line.y) for line in panel.lines if line.on_right_axis)
         second.set_ylim(0, max(1.02, 1.1 * highest))
-        _tidy(second)
+        _style_axes(second)
     handles, labels = axes.get_legend_handles_labels()
-    if panel.right:
+    if panel.right_label:
         handles, labels = (a + b for a, b in zip((handles, labels), second.get_legend_handles_labels(), strict=True))
     if handles:
         legend = axes.legend(handles, labels, fontsize=7.5, handlelength=1.4, labelspacing=0.25, edgecolor="none")
-        legend.get_frame().set_alpha(0.85 if panel.stacked else 0.0)
+        legend.get_frame().set_alpha(0.85 if panel.is_stacked else 0.0)
 
 
-def _plot(axes: Axes, line: Line) -> None:
+def _draw_line(axes: Axes, line: Line) -> None:
     colour = PALETTE[line.colour]
     if line.low:
         axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
@@ -81,12 +81,12 @@ def _plot(axes: Axes, line: Line) -> None:
         axes.plot(line.x, line.y, ".", color=colour, alpha=0.4, markersize=7, markeredgewidth=0)
         axes.plot(line.x, line.mean, color=colour, linewidth=1.8, label=line.label)
     else:
-        is_few = len(line.x) <= FEW
+        is_few = len(line.x) <= MAX_MARKED_POINTS
         style = {"linestyle": "--"} if line.is_dashed else {"marker": "o" if is_few else "", "markersize": 3}
         axes.plot(line.x, line.y, color=colour, linewidth=1.5, label=line.label, **style)
 
 
-def _tidy(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.tick_params(labelsize=8, colors=GREY)
     axes.grid(alpha=0.2)
     axes.set_axisbelow(True)

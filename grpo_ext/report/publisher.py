@@ -15,10 +15,10 @@ from accelerate.logging import get_logger
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from grpo_ext.report.hub import RunPushes, check_write_access
+from grpo_ext.report.hub import PublishingClient, check_write_access
 from grpo_ext.report.metrics_file import metrics_path
 from grpo_ext.report.png_plots import draw_curves
-from grpo_ext.report.warn_on_error import attempt
+from grpo_ext.report.run_files import draw_or_warn
 
 logger = get_logger(__name__)
 
@@ -32,7 +32,7 @@ class Publisher:
 
     def __init__(self, args: TrainingArguments):
         self._args = args
-        self._pushes: RunPushes | None = None
+        self._pushes: PublishingClient | None = None
         if args.push_to_hub and args.process_index == 0:
             check_write_access(args)
 
@@ -53,12 +53,12 @@ class Publisher:
     def draw_curves(self) -> None:
         """Draw `curves.png`, if something has been logged; an error is a warning."""
         if metrics_path(self._args).exists():
-            attempt(draw_curves, self._args.output_dir)
+            draw_or_warn(draw_curves, self._args.output_dir)
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
         """A context in which transformers' trainer pushes through `RunPushes`."""
-        self._pushes = self._pushes or RunPushes(self._args)
+        self._pushes = self._pushes or PublishingClient(self._args)
         client = transformers.trainer.hf_api
         transformers.trainer.hf_api = lambda: self._pushes
         try:

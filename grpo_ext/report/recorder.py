@@ -5,8 +5,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from grpo_ext.report.completions_file import Judged, append_completions
-from grpo_ext.report.display_text import gold_of
+from grpo_ext.report.completions_file import CompletionInfo, append_completions
+from grpo_ext.report.display_text import gold_answer
 from grpo_ext.rollout.types import RolloutInProgress
 
 
@@ -31,7 +31,7 @@ class Recorder:
             logs: TRL's table of completions, which ends with this rollout.
         """
         rows = [
-            Judged(tokens=len(ids), is_cut=cut, gold=gold_of(example))
+            CompletionInfo(tokens=len(ids), is_cut=cut, gold=gold_answer(example))
             for example, ids, cut in zip(rollout.scored_examples, rollout.completion_ids, is_cut, strict=True)
         ]
         rows = gather_object(rows)

@@ -1,18 +1,15 @@
-"""What a run found, in sentences and tables: from the files in its folder, whether it ended, goes on, or died."""
+"""Reads the files of a run and puts its results into sentences and tables, whether the run ended, goes on, or died."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_ext.evaluation.callback import HELDOUT_FILE
 from grpo_ext.evaluation.estimates import Difference, Estimate
-from grpo_ext.report.jsonl import Row, read_lines
-from grpo_ext.report.metrics_file import METRICS_FILE, read_metrics
-from grpo_ext.report.run_settings import SETTINGS_FILE
+from grpo_ext.report.run_files import HELDOUT_FILE, METRICS_FILE, SETTINGS_FILE, Row, read_rows
 
-# Metrics of rewards in worker processes, means of a rollout and a process: name at the end -> what it counts.
-FAILURES = {
+# Metrics of rewards in worker processes, means per rollout and process: end of the name -> what it counts.
+FAILURE_LABELS = {
     "timeouts": "answers over the time limit of a reward",
     "crashes": "answers that ended the process of a reward",
     "errors": "answers on which a reward raised an error",
@@ -20,13 +17,13 @@ FAILURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run has left in its folder so far.
+class RunRecord:
+    """The contents of a run's folder so far.
 
     Attributes:
-        rows: of `metrics.jsonl`.
-        evaluations: of `heldout.jsonl`, by step; empty where nothing was held out.
-        settings: `run.json`; empty where there is none.
+        rows: those of `metrics.jsonl`.
+        evaluations: the rows of `heldout.jsonl`, one per step; empty if nothing was held out.
+        settings: the contents of `run.json`; empty if there is none.
     """
 
     folder: Path
@@ -35,8 +32,8 @@ class Run:
     settings: dict[str, Any]
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Run":
-        """The run in this folder.
+    def read(cls, folder: str | Path) -> "RunRecord":
+        """Read the run in this folder.
 
         Raises:
             ValueError: there is none.
@@ -49,7 +46,7 @@ class Run:
                 f"outputs/math."
             )
         settings = folder / SETTINGS_FILE
-        by_step = {row["step"]: row for row in read_lines(folder / HELDOUT_FILE)}
+        by_step = {row["step"]: row for row in read_rows(folder / HELDOUT_FILE)}
         return cls(
             folder=folder,
             rows=rows,
@@ -59,22 +56,30 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return self.folder.resolve().name
 
     @property
     def step(self) -> int:
-        """The last one that was logged."""
+        """The last logged step."""
         return max(row["step"] for row in self.rows)
 
     def last(self, metric: str) -> float | None:
-        """The last value that was logged of a metric."""
+        """The last logged value of a metric; None if it was never logged."""
         return next((row[metric] for row in reversed(self.rows) if row.get(metric) is not None), None)
 
 
-def change(run: Run, column: str = "right") -> tuple[Estimate, Estimate, Difference] | None:
-    """The first evaluation, the last one, and what changed between them on the same problems; None where there are not
-    two. `column` is "right" for greedy answers, "shares" for sampled ones."""
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics file; skips a last line that a kill cut short, and a missing file has no rows."""
+    return list(read_rows(path))
+
+
+def accuracy_change(run: RunRecord, column: str = "right") -> tuple[Estimate, Estimate, Difference] | None:
+    """The first and the last evaluation, and the change between them; None without two of the same problems.
+
+    Args:
+        column: "right" for greedy answers, "shares" for sampled ones.
+    """
     measured = [row for row in run.evaluations if row.get(column)]
     if len(measured) < 2 or len(measured[0][column]) != len(measured[-1][column]):
         return None
@@ -82,9 +87,9 @@ def change(run: Run, column: str = "right") -> tuple[Estimate, Estimate, Differe
     return Estimate.of(before), Estimate.of(after), Difference.of(before, after)
 
 
-def verdict(run: Run) -> str:
+def verdict(run: RunRecord) -> str:
     """The run in one sentence."""
-    found = change(run)
+    found = accuracy_change(run)
     if found is None:
         return _without_change(run)
     before, after, difference = found
@@ -99,7 +104,7 @@ def verdict(run: Run) -> str:
     return f"No change that could be told from chance: {figures} ({interval})."
 
 
-def _without_change(run: Run) -> str:
+def _without_change(run: RunRecord) -> str:
     if run.evaluations:
         before = Estimate.of(run.evaluations[0]["right"])
         since = "No evaluation since" if len(run.evaluations) == 1 else "Later evaluations are of other problems"
@@ -116,9 +121,9 @@ def _without_change(run: Run) -> str:
     )
 
 
-def status(run: Run) -> list[str]:
-    """Where the run is, and on what."""
-    planned, seconds, seed = run.settings.get("steps"), run.last("train_runtime"), setting(run, "seed")
+def run_status(run: RunRecord) -> list[str]:
+    """Step, duration, model, device and seed, as far as they are known."""
+    planned, seconds, seed = run.settings.get("steps"), run.last("train_runtime"), training_argument(run, "seed")
     parts = [
         f"step {run.step:,}" + (f" of {planned:,}" if planned else ""),
         f"{seconds:,.0f} s of training" if seconds else "",
@@ -129,16 +134,16 @@ def status(run: Run) -> list[str]:
     return [part for part in parts if part]
 
 
-def setting(run: Run, name: str) -> Any:
-    """A field of the trainer's arguments; None where it is not recorded."""
+def training_argument(run: RunRecord, name: str) -> Any:
+    """A field of the trainer's arguments; None if it is not recorded."""
     return run.settings.get("settings", {}).get(name)
 
 
-def results(run: Run) -> dict[str, list[str]]:
-    """How accuracy was measured -> before, after, and the change; empty where it is not counted problem by problem."""
+def accuracy_table(run: RunRecord) -> dict[str, list[str]]:
+    """Measure -> estimate before, estimate after, and the change, which is "" for pass@k and for kinds of problems."""
     table = {}
     for label, column in (("greedy pass@1", "right"), ("sampled pass@1", "shares")):
-        found = change(run, column)
+        found = accuracy_change(run, column)
         if found:
             table[label] = [str(part) for part in found]
     first, last = (run.evaluations[i] if run.evaluations else {} for i in (0, -1))
@@ -153,28 +158,29 @@ def results(run: Run) -> dict[str, list[str]]:
     return table
 
 
-def reliability(run: Run) -> dict[str, int]:
-    """How often something went wrong and the run went on: failures of rewards, and updates that were skipped."""
+def failure_counts(run: RunRecord) -> dict[str, int]:
+    """How often the run survived a failure: failed rewards and skipped updates, label -> count."""
     counts = {}
-    a_step = (setting(run, "gradient_accumulation_steps") or 1) / (
-        (setting(run, "steps_per_generation") or 1) * (setting(run, "num_iterations") or 1)
+    rollouts_per_step = (training_argument(run, "gradient_accumulation_steps") or 1) / (
+        (training_argument(run, "steps_per_generation") or 1) * (training_argument(run, "num_iterations") or 1)
     )
     processes = run.settings.get("processes", 1)
-    for ending, label in FAILURES.items():
-        rows = [row for row in run.rows if any(_counts(name, ending) for name in row)]
+    for ending, label in FAILURE_LABELS.items():
+        rows = [row for row in run.rows if any(_counts_failures(name, ending) for name in row)]
         steps = [row["step"] for row in rows]
         since = [step - before for before, step in zip([0, *steps], steps, strict=False)]
-        totals = [sum(value or 0 for name, value in row.items() if _counts(name, ending)) for row in rows]
+        totals = [sum(value or 0 for name, value in row.items() if _counts_failures(name, ending)) for row in rows]
         if rows:
-            counts[label] = round(sum(a * b for a, b in zip(totals, since, strict=True)) * a_step * processes)
+            rollouts = rollouts_per_step * processes
+            counts[label] = round(sum(a * b for a, b in zip(totals, since, strict=True)) * rollouts)
     skipped = run.last("nonfinite/skipped")
     if skipped is not None:
         counts["updates skipped because of numbers that are not finite"] = round(skipped)
     return counts
 
 
-def provenance(run: Run) -> dict[str, str]:
-    """What the run was made with: the model, the machine, versions, and the settings that are not at their defaults."""
+def provenance(run: RunRecord) -> dict[str, str]:
+    """Model, device, versions, adapter, and the settings that differ from their defaults, label -> text."""
     recorded = run.settings
     if not recorded:
         return {}
@@ -183,23 +189,23 @@ def provenance(run: Run) -> dict[str, str]:
         "model": f"{recorded['base_model']}, {total:,} parameters, {trained:,} of them trained",
         "device": recorded["device"] + (f", {recorded['processes']} processes" if recorded["processes"] > 1 else ""),
         "versions": ", ".join(f"{name} {number}" for name, number in recorded["versions"].items()),
-        **{f"adapter: {name}": written(value) for name, value in recorded["adapter"].items()},
-        **{name: written(recorded["settings"][name]) for name in recorded["changed"]},
+        **{f"adapter: {name}": format_setting(value) for name, value in recorded["adapter"].items()},
+        **{name: format_setting(recorded["settings"][name]) for name in recorded["changed"]},
     }
 
 
-def written(value: Any) -> str:
-    """A setting in plain words: `down_proj, up_proj`."""
+def format_setting(value: Any) -> str:
+    """A setting as text: `down_proj, up_proj`."""
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {written(item)}" for name, item in value.items())
-    return ", ".join(map(written, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name}: {format_setting(item)}" for name, item in value.items())
+    return ", ".join(map(format_setting, value)) if isinstance(value, list) else str(value)
 
 
-def _counts(name: str, ending: str) -> bool:
+def _counts_failures(name: str, ending: str) -> bool:
     return name.startswith("rewards/") and name.endswith(f"/{ending}")
 
 
 def _percent(share: float) -> str:
-    """`14%`; and 99.6% rather than 100% where not all is right."""
+    """`14%`; but 99.6% rather than 100% unless every problem is right, and likewise for 0%."""
     text = f"{share * 100:.0f}%"
     return f"{share * 100:.1f}%" if text in ("0%", "100%") and 0 < share < 1 else text

@@ -1,4 +1,4 @@
-"""`summary.json`: one run in one object, for scripts that compare runs.
+"""Writes `summary.json`: the results of a run in one object, for scripts that compare runs.
 
 {"recipe": "math", "steps": 30, "pass_at_1_before": {"value": 0.15, "low": 0.11, "high": 0.2, "n": 256}, ...}
 """
@@ -6,7 +6,6 @@
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from trl import GRPOTrainer
 
 from grpo_ext.evaluation.complete import Evaluation
 from grpo_ext.evaluation.estimates import Difference, Estimate
-from grpo_ext.machine import device_name, peak_memory_mb
+from grpo_ext.machine import device_name, package_versions, peak_memory_mb
 from grpo_ext.model.adapters import count_parameters
-
-SUMMARY_FILE = "summary.json"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+from grpo_ext.report.run_files import SUMMARY_FILE
 
 
-def summarise(
+def build_summary(
     trainer: GRPOTrainer,
     *,
     recipe: str,
@@ -33,8 +30,8 @@ def summarise(
     """The contents of `summary.json`.
 
     Args:
-        seconds: of training, evaluation before and after it left out.
-        before, after: evaluations of the starting and the trained policy on the same problems.
+        seconds: duration of the training, without the evaluations before and after it.
+        before, after: evaluations of the starting and of the trained policy on the same problems.
     """
     args, state = trainer.args, trainer.state
     trainable, total = count_parameters(trainer.model)
@@ -66,7 +63,7 @@ def summarise(
         "peak_memory_mb": round(peak_memory_mb(trainer.accelerator.device)),
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {"python": platform.python_version(), **package_versions()},
         "seed": args.seed,
     }
 
@@ -76,8 +73,8 @@ def write_summary(output_dir: str | Path, summary: dict[str, Any]) -> None:
     (Path(output_dir) / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """One line each for greedy and sampled answers:
+def accuracy_lines(summary: dict[str, Any]) -> str:
+    """The last lines of a run, one each for greedy and sampled answers:
 
     held-out pass@1: 0.39 [0.33, 0.45] -> 0.93 [0.89, 0.95], +0.54 [+0.47, +0.60], p < 0.001  (greedy, n=256, 46 s)
     """

@@ -25,8 +25,8 @@ from trl import GRPOTrainer, get_peft_config
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.data import load_problems
 from grpo_ext.model.load import load_tokenizer, model_init_kwargs
-from grpo_ext.evaluation.complete import complete, judge
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.evaluation.complete import complete, grade
+from grpo_ext.report.run_reader import read_metrics
 from grpo_ext.console.quiet import quiet_libraries
 from recipes.math import parse
 from recipes.tiny_math.study_report import Points, draw, table
@@ -85,7 +85,7 @@ class Curve(TrainerCallback):
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
-        return sum(judge(math_answer_reward, self._heldout, completions))
+        return sum(grade(math_answer_reward, self._heldout, completions))
 
 
 def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: str) -> Points:

@@ -31,8 +31,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
+from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
+from grpo_ext.report.heldout_file import evaluation_metrics
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, half_dead, share_of_digits
@@ -156,7 +157,9 @@ def session(output_dir: Path, phases: PhaseLog) -> None:
     problems = [{"prompt": prompt} for prompt in PROMPTS]
     settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
     measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
-    trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
+    trainer.add_callback(
+        HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(evaluation_metrics(found)))
+    )
     trainer.add_callback(NotesFirstStep(trainer))
     trainer.train(resume_from_checkpoint="last")
     trainer.save_model()

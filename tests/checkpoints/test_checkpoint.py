@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.report.run_reader import read_metrics
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import PROMPTS, likes_step_two, share_of_digits

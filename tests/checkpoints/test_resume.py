@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.checkpoints import files
-from grpo_ext.evaluation.callback import HeldOutAccuracy, as_metrics
+from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
+from grpo_ext.report.heldout_file import evaluation_metrics
 from rewards.workers.pool import isolated
 from tests.distributed import two_resumed
 from tests.rewards.worker_rewards import logged
@@ -180,7 +181,9 @@ def test_held_out_accuracy_during_training(train, tmp_path, tokenizer):
     def add_measurement(trainer):
         settings = {"max_new_tokens": 8, "temperature": 0.8, "samples": 2}
         measure = partial(evaluate, trainer.model, tokenizer, problems, share_of_digits, **settings)
-        trainer.add_callback(HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(as_metrics(found))))
+        trainer.add_callback(
+            HeldOutAccuracy(measure(), measure, lambda found: trainer.log_alone(evaluation_metrics(found)))
+        )
 
     plain, _ = train("plain", eval_steps=2, **LONG)
     whole, _ = train("whole", before=add_measurement, eval_steps=2, **LONG)

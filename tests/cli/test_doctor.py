@@ -40,7 +40,7 @@ def test_a_machine_that_passes_the_tests_is_well():
     """A finding that cries wolf would be ignored when it matters."""
     for finding in (doctor.python(), doctor.packages(), doctor.four_bits()):
         assert finding.colour == "green", finding
-    packages = doctor.packages().said
+    packages = doctor.packages().text
     assert packages.startswith("all ")
     assert "trl 1.16" in packages
 
@@ -54,7 +54,7 @@ def test_no_bubblewrap(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = doctor.sandbox()
     assert (finding.colour, finding.remedy) == ("yellow", "apt install bubblewrap")
-    assert "rewards that run programs do not work; others do" in finding.said
+    assert "rewards that run programs do not work; others do" in finding.text
 
 
 def test_a_bubblewrap_that_cannot_make_a_sandbox(monkeypatch, tmp_path):
@@ -65,7 +65,7 @@ def test_a_bubblewrap_that_cannot_make_a_sandbox(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = doctor.sandbox()
     assert finding.colour == "yellow"
-    assert "No permission to create new namespace" in finding.said
+    assert "No permission to create new namespace" in finding.text
     assert "apt install" not in finding.remedy
 
 
@@ -76,7 +76,7 @@ def test_packages_out_of_range_or_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: found.get(name, real(name)))
     finding = doctor.packages()
     assert finding.colour == "red"
-    assert finding.said == "peft missing (needs >=0.20), trl 1.17.0 (needs <1.17,>=1.16)"
+    assert finding.text == "peft missing (needs >=0.20), trl 1.17.0 (needs <1.17,>=1.16)"
     assert finding.remedy == 'pip install "peft>=0.20" "trl<1.17,>=1.16"'
 
 
@@ -85,13 +85,13 @@ def test_packages_of_extras_are_not_asked_for(monkeypatch):
     extras = [line for line in requires("grpo-ext") if "extra ==" in line]
     assert extras
     monkeypatch.setattr(doctor, "requires", lambda name: extras)
-    assert doctor.packages().said.startswith("all 0 ")
+    assert doctor.packages().text.startswith("all 0 ")
 
 
 def test_an_old_python(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.9")
     finding = doctor.python()
-    assert (finding.colour, finding.said) == ("red", "3.10.9, and grpo-ext needs >=3.11")
+    assert (finding.colour, finding.text) == ("red", "3.10.9, and grpo-ext needs >=3.11")
 
 
 def test_four_bits_that_do_not_run(monkeypatch):
@@ -103,7 +103,7 @@ def test_four_bits_that_do_not_run(monkeypatch):
     monkeypatch.setattr(Linear4bit, "forward", broken)
     finding = doctor.four_bits()
     assert (finding.colour, finding.remedy) == ("yellow", "pip install -U bitsandbytes")
-    assert finding.said == "--load_in_4bit does not work: no kernel image is available"
+    assert finding.text == "--load_in_4bit does not work: no kernel image is available"
 
 
 @pytest.mark.parametrize(("gigabytes", "colour"), [(0.5, "red"), (5, "yellow"), (50, "green")])
@@ -112,7 +112,7 @@ def test_disks(free, gigabytes, colour, tmp_path):
     free(gigabytes)
     finding = doctor.disk("disk", tmp_path / "not" / "yet", "hf cache prune")
     assert (finding.colour, bool(finding.remedy)) == (colour, colour != "green")
-    assert f"{gigabytes:.1f} GB free in {tmp_path}/not/yet" in finding.said
+    assert f"{gigabytes:.1f} GB free in {tmp_path}/not/yet" in finding.text
 
 
 def test_offline_by_choice_is_no_fault(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port}")
     finding = doctor.hub()
     assert finding.colour == "yellow"
-    assert f"http://127.0.0.1:{closed_port} does not answer" in finding.said
+    assert f"http://127.0.0.1:{closed_port} does not answer" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_hub_that_answers(monkeypatch, status, token, colour, said, hub_of):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(doctor, "get_token", lambda: token)
     finding = doctor.hub()
-    assert (finding.colour, finding.said) == (colour, said)
+    assert (finding.colour, finding.text) == (colour, said)
     assert asked == [token and f"Bearer {token}"]
 
 

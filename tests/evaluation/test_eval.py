@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import recipes.math as recipe
 from grpo_ext import cli
 from grpo_ext.data import load_problems
-from grpo_ext.evaluation.callback import load_before
+from grpo_ext.evaluation.callback import load_initial_evaluation
 from grpo_ext.evaluation.complete import complete, evaluate
 from grpo_ext.model.load import disable_4bit_repacking
 from recipes.tiny_math import build
@@ -128,7 +128,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
     flags += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--guards", "false"]
     flags += ["--max_completion_length", "40", "--output_dir", out, "--chat_template_kwargs", ending]
     recipe.main(flags)
-    before = load_before(out, problems=len(rows), samples=0)
+    before = load_initial_evaluation(out, problems=len(rows), samples=0)
     assert sorted(map(text_of, before.completions)) == sorted(expected) != sorted(unasked)
     found = evaluated(capsys, "--model", chat, "--data", questions, "--chat_template_kwargs", ending)
     assert found["pass_at_1"]["value"] == before.greedy.value > 0

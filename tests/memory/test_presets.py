@@ -37,7 +37,7 @@ def test_preset_fits_its_card(preset, tmp_path):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     options = parser.parse_args(words)
-    policy, step = command.settings(options)
+    policy, step = command.plan_inputs(options)
 
     script_args, args, model_args = recipe.parse(["--config", str(preset), "--bf16", "false"])
     assert script_args.dataset_name == "openai/gsm8k"

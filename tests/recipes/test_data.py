@@ -6,7 +6,7 @@ import pandas
 import pytest
 from datasets import load_dataset
 
-from grpo_ext.data import SYSTEM_LINE, load_problems
+from grpo_ext.data import SYSTEM_PROMPT, load_problems
 
 ROWS = [{"question": f"{i}+1=?", "answer": str(i + 1)} for i in range(50)]
 
@@ -61,7 +61,7 @@ def test_chat_models_get_messages(tmp_path, tokenizer):
         kept = load_problems(write(tmp_path / "m.jsonl", messages), tokenizer).heldout[0]["prompt"]
     finally:
         tokenizer.chat_template = None
-    assert prompt[0] == {"role": "system", "content": SYSTEM_LINE}
+    assert prompt[0] == {"role": "system", "content": SYSTEM_PROMPT}
     assert prompt[1]["role"] == "user"
     assert prompt[1]["content"].endswith("+1=?")
     assert kept == [{"role": "user", "content": "hi"}]

@@ -14,7 +14,7 @@ from trl import get_peft_config
 import recipes.math as recipe
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.data import load_problems
-from grpo_ext.evaluation.callback import load_before
+from grpo_ext.evaluation.callback import load_initial_evaluation
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.model.load import load_tokenizer, model_init_kwargs
 from rewards import math_answer_reward
@@ -195,16 +195,16 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     recipe.main([*flags, "--resume_from_checkpoint", "True"])
     assert left_behind() == at_once
-    before = load_before(tmp_path, problems=8, samples=2)
+    before = load_initial_evaluation(tmp_path, problems=8, samples=2)
     assert asdict(before.greedy) == at_once[0]["pass_at_1_before"]
-    assert load_before(tmp_path, problems=8, samples=3) is None
-    assert load_before(tmp_path, problems=9, samples=2) is None
+    assert load_initial_evaluation(tmp_path, problems=8, samples=3) is None
+    assert load_initial_evaluation(tmp_path, problems=9, samples=2) is None
     kept = tmp_path / "heldout_before.json"
     kept.write_text(kept.read_text().replace(f'"value": {before.pass_at_k.value}', '"value": 0.0625'))
     recipe.main([*flags, "--resume_from_checkpoint", "last"])
     assert left_behind()[0]["pass_at_k_before"]["value"] == 0.0625  # it is not measured again
     kept.write_text("{")  # killed while it was written
-    assert load_before(tmp_path, problems=8, samples=2) is None
+    assert load_initial_evaluation(tmp_path, problems=8, samples=2) is None
 
 
 @pytest.mark.slow

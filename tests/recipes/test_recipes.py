@@ -12,7 +12,7 @@ import recipes.coding
 import recipes.dialogue
 import recipes.logic
 from grpo_ext import GRPOExtConfig
-from grpo_ext.data import Wording, load_problems
+from grpo_ext.data import PromptFormat, load_problems
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
 from rewards import program_reward
@@ -134,7 +134,7 @@ def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
     rows[7]["test_list"] = ["assert plus(other) > open('x')"]
     path = tmp_path / "mbpp.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = load_problems(str(path), tokenizer, wording=recipes.coding.WORDING)
+    problems = load_problems(str(path), tokenizer, prompt_format=recipes.coding.PROMPT_FORMAT)
     judged = recipes.coding.judged(problems)
     assert len(judged.train) + len(judged.heldout) == 49
     assert judged.note.endswith("; 1 problems whose tests cannot be judged were left out")
@@ -151,8 +151,8 @@ def test_wording_of_a_chat_model(tmp_path, tokenizer):
     try:
         path = Path(tmp_path / "d.jsonl")
         path.write_text("".join(json.dumps({"question": f"{i}?", "answer": "1"}) + "\n" for i in range(10)))
-        wording = Wording(system="Be brief.", question=lambda text, row: f"{text} ({row['answer']})")
-        prompt = load_problems(str(path), tokenizer, wording=wording).heldout[0]["prompt"]
+        prompt_format = PromptFormat(system="Be brief.", question=lambda text, row: f"{text} ({row['answer']})")
+        prompt = load_problems(str(path), tokenizer, prompt_format=prompt_format).heldout[0]["prompt"]
     finally:
         tokenizer.chat_template = None
     assert [message["role"] for message in prompt] == ["system", "user"]

@@ -6,7 +6,7 @@ import random
 import pytest
 from transformers import AutoModelForCausalLM
 
-from grpo_ext.evaluation.complete import complete, evaluate, judge
+from grpo_ext.evaluation.complete import complete, evaluate, grade
 from recipes.tiny_math import build
 from rewards import math_answer_reward
 from tests.tools.paths import TINY_DATA, TINY_MODEL
@@ -73,5 +73,5 @@ def test_the_base_model_can_but_usually_does_not(tokenizer):
     assert found.pass_at_k.value >= 0.90
     completions = complete(model, tokenizer, [p["prompt"] for p in problems], **settings)
     worked_out = [(p, c) for p, c in zip(problems, completions, strict=True) if c.count("+") == 6]
-    right = judge(math_answer_reward, [p for p, _ in worked_out], [c for _, c in worked_out])
+    right = grade(math_answer_reward, [p for p, _ in worked_out], [c for _, c in worked_out])
     assert sum(right) / len(right) >= 0.97

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_ext.report.completions_file import COMPLETIONS_FILE, MOST_GROUPS, Judged, append_completions
-from grpo_ext.report.display_text import MOST_CHARACTERS, clipped, readable
-from grpo_ext.report.jsonl import append_line, keep_lines, read_lines
-from grpo_ext.report.run_settings import HIDDEN, SETTINGS_FILE, command_line, shown
+from grpo_ext.report.completions_file import MAX_GROUPS, CompletionInfo, append_completions
+from grpo_ext.report.display_text import MAX_CHARACTERS, shorten, to_text
+from grpo_ext.report.run_files import COMPLETIONS_FILE, SETTINGS_FILE, append_row, keep_rows_until, read_rows
+from grpo_ext.report.run_settings import REDACTED, command_line, redact
 from tests.tools.models import random_lora
 from tests.tools.training import log_of
 
@@ -34,7 +34,7 @@ class Watched:
 
 
 def recorded(trainer):
-    return list(read_lines(Path(trainer.args.output_dir, COMPLETIONS_FILE)))
+    return list(read_rows(Path(trainer.args.output_dir, COMPLETIONS_FILE)))
 
 
 def test_the_record_is_what_the_rewards_saw_and_the_update_used(build, small_model, tokenizer):
@@ -118,18 +118,18 @@ def test_a_record_is_bounded(build, small_model):
     """Long answers must not fill a disk, and the end of an answer, where its result stands, must stay."""
     args = build(small_model, peft_config=random_lora()).args
     Path(args.output_dir).mkdir(exist_ok=True)
-    count = 4 * (MOST_GROUPS + 3)
+    count = 4 * (MAX_GROUPS + 3)
     text = "a" * 100_000 + "#### 12"
     logs = {"prompt": ["p" * 9000] * count, "completion": [[{"role": "assistant", "content": text}]] * count}
     logs |= {"advantages": [float("nan")] * count, "rewards": {"r": [float("nan")] * count}, "extra": {}}
-    append_completions(args, 1, logs, [Judged(tokens=9, is_cut=True, gold=None)] * count, [])
-    (row,) = read_lines(Path(args.output_dir, COMPLETIONS_FILE))
-    assert (len(row["groups"]), row["left_out"]) == (MOST_GROUPS, 3)
+    append_completions(args, 1, logs, [CompletionInfo(tokens=9, is_cut=True, gold=None)] * count, [])
+    (row,) = read_rows(Path(args.output_dir, COMPLETIONS_FILE))
+    assert (len(row["groups"]), row["left_out"]) == (MAX_GROUPS, 3)
     answer = row["groups"][0]["answers"][0]
     assert answer["text"].endswith("#### 12")
-    assert f"[{100_007 - MOST_CHARACTERS} characters left out]" in answer["text"]
+    assert f"[{100_007 - MAX_CHARACTERS} characters left out]" in answer["text"]
     assert (answer["found"], answer["rewards"], answer["advantage"]) == ("12", {"r": None}, None)
-    assert len(json.dumps(row)) < MOST_GROUPS * (4 + 1) * (MOST_CHARACTERS + 300)
+    assert len(json.dumps(row)) < MAX_GROUPS * (4 + 1) * (MAX_CHARACTERS + 300)
 
 
 def test_messages_become_text():
@@ -137,22 +137,22 @@ def test_messages_become_text():
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"text": "Hi"}]},
     ]
-    assert readable(user) == "[system] Be brief.\n[user] [image] Hi"
-    assert readable([{"role": "assistant", "content": None, "tool_calls": ["f()"]}]) == "['f()']"
-    assert clipped("x" * 10, 10) == "x" * 10
+    assert to_text(user) == "[system] Be brief.\n[user] [image] Hi"
+    assert to_text([{"role": "assistant", "content": None, "tool_calls": ["f()"]}]) == "['f()']"
+    assert shorten("x" * 10, 10) == "x" * 10
 
 
 def test_lines_after_a_kill(tmp_path):
     path = tmp_path / "a" / "lines.jsonl"
-    keep_lines(path, 0)
-    append_line(path, {"step": 1})
-    append_line(path, {"step": 2})
+    keep_rows_until(path, 0)
+    append_row(path, {"step": 1})
+    append_row(path, {"step": 2})
     with path.open("a") as file:
         file.write('{"step": 3, "x')
-    assert [row["step"] for row in read_lines(path)] == [1, 2]
-    keep_lines(path, 1)
-    append_line(path, {"step": 2, "again": True})
-    assert list(read_lines(path)) == [{"step": 1}, {"step": 2, "again": True}]
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    keep_rows_until(path, 1)
+    append_row(path, {"step": 2, "again": True})
+    assert list(read_rows(path)) == [{"step": 1}, {"step": 2, "again": True}]
 
 
 def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, tmp_path):
@@ -169,7 +169,7 @@ def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, 
     run = json.loads(text)
     assert "hub_token" not in run["settings"]
     assert run["settings"]["output_dir"] == "run"
-    assert run["command"] == f"python train.py --hub_token '{HIDDEN}' --beta=0.2 '--run_name=x-{HIDDEN}'"
+    assert run["command"] == f"python train.py --hub_token '{REDACTED}' --beta=0.2 '--run_name=x-{REDACTED}'"
     assert run["settings"]["learning_rate"] == 2e-4
     assert {"learning_rate", "num_generations"} <= set(run["changed"])
     assert not {"temperature", "loss_type", "debug"} & set(run["changed"])
@@ -180,8 +180,8 @@ def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, 
 @pytest.mark.parametrize(
     ("value", "name", "expected"),
     [
-        ("https://user:secret@host/x", "vllm_server_base_url", f"https://{HIDDEN}@host/x"),
-        ({"token": "abc", "revision": "main"}, "model_init_kwargs", {"token": HIDDEN, "revision": "main"}),
+        ("https://user:secret@host/x", "vllm_server_base_url", f"https://{REDACTED}@host/x"),
+        ({"token": "abc", "revision": "main"}, "model_init_kwargs", {"token": REDACTED, "revision": "main"}),
         (512, "chunk_tokens", 512),
         ("/somewhere/else/model", "model", ".../model"),
         ("/home/someone/runs/a", "output_dir", "~/runs/a"),
@@ -191,7 +191,7 @@ def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, 
 def test_what_a_setting_shows(value, name, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert shown(value, name) == expected
+    assert redact(value, name) == expected
 
 
 def test_the_command_names_its_launcher(monkeypatch):

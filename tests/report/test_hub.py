@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import close_session
 from peft import IA3Config, get_peft_model
 
-from grpo_ext import GRPOExtConfig, cli, experiment
+from grpo_ext import GRPOExtConfig, cli
 from grpo_ext.data import Problems
+from grpo_ext.recipe import train_and_report
 from grpo_ext.report.hub import check_write_access
 from rewards import math_answer_reward
 from tests.report.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
@@ -70,7 +71,7 @@ def test_a_run_is_published_and_its_card_loads_it_elsewhere(hub, build, tiny_mod
     trainer = pushing(build, tiny_model, hub_strategy="all_checkpoints", sync_ref_model=True, ref_model_sync_steps=1)
     trainer.train_dataset.info.dataset_name = "someone/sums"
     heldout = Dataset.from_list(problems())
-    experiment.run(
+    train_and_report(
         trainer, Problems(train=trainer.train_dataset, heldout=heldout, note=""), math_answer_reward, recipe="math"
     )
     assert "pass@1" in capsys.readouterr().out.splitlines()[-1]

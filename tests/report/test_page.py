@@ -16,10 +16,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from grpo_ext import cli
-from grpo_ext.report.bokeh_plots import IN_THE_DARK, shown
-from grpo_ext.report.downsample import chosen
-from grpo_ext.report.page import MOST_BYTES, visible, write_comparison, write_page
+from grpo_ext.report.bokeh_plots import DARK_COLOURS, format_number
+from grpo_ext.report.page import MAX_PAGE_BYTES, escape_invisible, write_comparison, write_page
 from grpo_ext.report.plot_data import PALETTE
+from grpo_ext.report.run_files import choose_rows
 from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(
@@ -289,7 +289,7 @@ def test_curves_in_the_dark(browser, hostile):
     scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     WebDriverWait(browser, PATIENCE).until(
-        lambda b: IN_THE_DARK[PALETTE["blue"]].upper() in colours(b, figure_of(b, "Mean raw"))
+        lambda b: DARK_COLOURS[PALETTE["blue"]].upper() in colours(b, figure_of(b, "Mean raw"))
     )
     assert PALETTE["blue"] not in colours(browser, figure_of(browser, "Mean raw reward"))
 
@@ -309,7 +309,7 @@ def test_a_run_of_a_thousand_steps_fits(browser, tmp_path):
     texts = ["".join(rng.choice("0123456789+= <'é") for _ in range(250)) for _ in range(8)]
     folder = run_folder(tmp_path / "long", 1000, texts, groups=16, evaluations=range(0, 1001, 10))
     page = write_page(folder)
-    assert 1_000_000 < page.stat().st_size < MOST_BYTES
+    assert 1_000_000 < page.stat().st_size < MAX_PAGE_BYTES
     said, _ = look(browser, page)
     assert said == []
     steps = browser.execute_script("return data.rollouts.map(r => r.step)")
@@ -323,15 +323,15 @@ def test_a_run_of_a_thousand_steps_fits(browser, tmp_path):
 def test_a_page_of_the_worst_texts_still_fits(tmp_path):
     """Each `<` takes six bytes in the page."""
     page = write_page(run_folder(tmp_path / "worst", 40, ["<" * 2000] * 16, groups=16))
-    assert page.stat().st_size < MOST_BYTES
+    assert page.stat().st_size < MAX_PAGE_BYTES
 
 
 def test_which_lines_are_kept():
-    assert chosen([10] * 5, 100) == ([0, 1, 2, 3, 4], 1)
-    assert chosen([1] * 32, 16) == ([0, 4, 8, 12, 16, 20, *range(22, 32)], 4)
-    assert chosen([9] * 12, 30)[0] == [9, 10, 11]
-    assert chosen([100, 100], 5)[0] == [1]
-    assert chosen([], 5) == ([], 1)
+    assert choose_rows([10] * 5, 100) == ([0, 1, 2, 3, 4], 1)
+    assert choose_rows([1] * 32, 16) == ([0, 4, 8, 12, 16, 20, *range(22, 32)], 4)
+    assert choose_rows([9] * 12, 30)[0] == [9, 10, 11]
+    assert choose_rows([100, 100], 5)[0] == [1]
+    assert choose_rows([], 5) == ([], 1)
 
 
 def test_a_run_that_goes_on_or_died(browser, tmp_path):
@@ -398,7 +398,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_visible():
-    assert visible({"\u202ea": ["x\n\ty", 1, None, True]}) == {"⟨U+202E⟩a": ["x\n\ty", 1, None, True]}
+    assert escape_invisible({"\u202ea": ["x\n\ty", 1, None, True]}) == {"⟨U+202E⟩a": ["x\n\ty", 1, None, True]}
 
 
 @pytest.mark.parametrize(
@@ -415,4 +415,4 @@ def test_what_is_visible():
     ],
 )
 def test_numbers_are_shown_in_a_few_digits(number, text):
-    assert shown(number) == text
+    assert format_number(number) == text

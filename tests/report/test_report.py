@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from grpo_ext.console.phase_timer import PhaseTimer
-from grpo_ext.evaluation.complete import by_kind, complete, evaluate, judge
+from grpo_ext.evaluation.complete import accuracy_by_kind, complete, evaluate, grade
 from grpo_ext.evaluation.estimates import Difference, Estimate, pass_at_k
-from grpo_ext.report import run_reader
-from grpo_ext.report.metrics_file import append_metrics, read_metrics
-from grpo_ext.report.plot_data import MOST_POINTS, panels_of
+from grpo_ext.report.metrics_file import append_metrics
+from grpo_ext.report.plot_data import MAX_POINTS, build_panels
 from grpo_ext.report.png_plots import draw_curves
-from grpo_ext.report.run_reader import Run
-from grpo_ext.report.summary import verdict
+from grpo_ext.report.run_reader import RunRecord, read_metrics, verdict
+from grpo_ext.report.summary import accuracy_lines
 from rewards import math_answer_reward
 from tests.tools.models import random_lora
 from tests.tools.paths import TINY_DATA
@@ -92,7 +91,7 @@ def test_95_of_100_intervals_hold_the_truth(rise, fall, n):
 def test_accuracy_by_difficulty():
     """Columns with one value, or with as many as there are problems, say nothing; values are in their order."""
     rows = [{"level": f"Level {i % 2 * 8 + 2}", "subject": "algebra", "type": i, "difficulty": None} for i in range(20)]
-    kinds = by_kind(rows, [i % 4 == 1 for i in range(20)])
+    kinds = accuracy_by_kind(rows, [i % 4 == 1 for i in range(20)])
     assert list(kinds) == ["level"]
     assert [(name, share.value, share.n) for name, share in kinds["level"].items()] == [
         ("Level 2", 0.0, 10),
@@ -139,7 +138,7 @@ def test_pass_at_k_for_every_k_up_to_the_samples(tiny_model, tokenizer):
 
 def test_what_cannot_be_judged_is_wrong():
     rows = [{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": "?!"}]
-    assert judge(math_answer_reward, rows, ["#### 1", "#### 1"]) == [True, False]
+    assert grade(math_answer_reward, rows, ["#### 1", "#### 1"]) == [True, False]
 
 
 def test_metrics_survive_a_cut_line_and_numbers_that_json_lacks(build, small_model):
@@ -180,7 +179,7 @@ def test_panels_are_what_people_look_at_in_its_order():
     """Nothing that was not logged takes room, and a reward for shape is not added to one for being right."""
     heldout = {"heldout/pass@1": 0.1, "heldout/pass@1/low": 0.0, "heldout/pass@1/high": 0.2}
     rows = [{"step": 0, **heldout}, a_step(1), a_step(2, **{"nonfinite/skipped": 1.0})]
-    panels = {panel.title: panel for panel in panels_of(rows)}
+    panels = {panel.title: panel for panel in build_panels(rows)}
     assert list(panels) == [
         "Held-out problems solved",
         "Rewards for being right",
@@ -207,30 +206,30 @@ def test_panels_are_what_people_look_at_in_its_order():
         ("all right", [0.25, 0.25]),
     ]
     length, cut = panels["Length of completions"].lines
-    assert (length.low, length.high, cut.y, cut.is_right) == ((1.0, 1.0), (12.0, 12.0), [0.5, 0.5], True)
+    assert (length.low, length.high, cut.y, cut.on_right_axis) == ((1.0, 1.0), (12.0, 12.0), [0.5, 0.5], True)
     assert panels["KL from the reference"].unit == "nats an answer"
-    assert [line.y for line in panels["Gradient norm"].lines if line.is_right] == [[1.0]]
+    assert [line.y for line in panels["Gradient norm"].lines if line.on_right_axis] == [[1.0]]
     assert panels["Peak memory so far"].lines[0].y == [2.0, 2.0]
-    assert [panel.title for panel in panels_of([{"step": 1, "loss": None, "reward": 1.0}])] == ["Mean raw reward"]
-    assert panels_of([{"step": 3, "train_runtime": 1.0}]) == []
+    assert [panel.title for panel in build_panels([{"step": 1, "loss": None, "reward": 1.0}])] == ["Mean raw reward"]
+    assert build_panels([{"step": 3, "train_runtime": 1.0}]) == []
 
 
 def test_lines_are_smoothed_and_long_runs_thinned():
     """The running mean is that of a tenth of the run around a step; of 2,500 steps each point is the mean of three."""
     rows = [a_step(i, reward=float(i % 7)) for i in range(1, 41)]
-    line = next(panel for panel in panels_of(rows) if panel.title == "Mean raw reward").lines[0]
+    line = next(panel for panel in build_panels(rows) if panel.title == "Mean raw reward").lines[0]
     expected = [np.mean(line.y[max(0, i - 2) : i + 3]) for i in range(40)]
     assert line.mean == pytest.approx(expected)
     rows = [a_step(i, reward=float(i)) for i in range(1, 2501)]
-    line = next(panel for panel in panels_of(rows) if panel.title == "Mean raw reward").lines[0]
-    assert len(line.x) <= MOST_POINTS
+    line = next(panel for panel in build_panels(rows) if panel.title == "Mean raw reward").lines[0]
+    assert len(line.x) <= MAX_POINTS
     assert line.x[:2] == line.y[:2] == [2.0, 5.0]
 
 
 def test_a_phase_that_a_step_did_not_have_took_no_time():
     """A step that reuses a rollout has no sampling; it must not vanish from the picture."""
     rows = [a_step(1), {name: value for name, value in a_step(2).items() if name != "time/generate"}]
-    layers = next(panel for panel in panels_of(rows) if panel.title == "Time of a step").lines
+    layers = next(panel for panel in build_panels(rows) if panel.title == "Time of a step").lines
     assert [(line.label, line.y) for line in layers] == [("generate", [1.0, 0.0]), ("update", [2.0, 2.0])]
 
 
@@ -244,7 +243,7 @@ def test_verdict_reads_as_promised():
     change = asdict(Difference.of([0.0] * 138 + [1.0] * 118, [1.0] * 238 + [0.0] * 18))
     summary = {"seconds": 100.2, "pass_at_1_before": before, "pass_at_1_after": after, "pass_at_1_difference": change}
     summary |= {f"sampled_pass_at_1_{part}": None for part in ("before", "after", "difference")}
-    assert verdict(summary) == (
+    assert accuracy_lines(summary) == (
         "held-out pass@1: 0.39 [0.33, 0.45] -> 0.93 [0.87, 0.99], +0.47 [+0.39, +0.54], p < 0.001  "
         "(greedy, n=256, 1 min 40 s)"
     )
@@ -264,8 +263,8 @@ def test_the_verdict_in_one_sentence(before, after, sentence):
     """It may claim no more than the test on the same problems does: 4 of 256 more are not enough, p is 0.125."""
     counts = [before] if after is None else [before, after]
     evaluations = [{"step": i, "right": [1] * count + [0] * (256 - count)} for i, count in enumerate(counts)]
-    run = Run(folder=Path("x"), rows=[{"step": 1}], evaluations=evaluations, settings={})
-    assert sentence in run_reader.verdict(run)
+    run = RunRecord(folder=Path("x"), rows=[{"step": 1}], evaluations=evaluations, settings={})
+    assert sentence in verdict(run)
 
 
 def test_nested_phases_are_counted_once(monkeypatch):

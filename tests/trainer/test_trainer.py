@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.report.run_reader import read_metrics
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
 from tests.tools.reward_functions import PROMPTS, share_of_digits

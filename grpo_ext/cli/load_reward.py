@@ -1,4 +1,4 @@
-"""The commands of `grpo-ext`, one a file: `add_arguments(parser)` and `run(options)`."""
+"""Finds the reward that `--reward module:name` asks for."""
 
 import sys
 from importlib import import_module
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def named(path: str) -> Any:
-    """What `module:name` names; modules in the current folder are found, too.
+def load_reward(path: str) -> Any:
+    """The object `name` of the module in "module:name"; modules in the current folder are found as well.
 
     Raises:
-        ImportError, AttributeError: there is no such module, or nothing of that name in it.
+        ImportError, AttributeError: there is no such module, or it has no such name.
     """
     module, _, name = path.partition(":")
     if str(Path.cwd()) not in sys.path:

@@ -1,0 +1,130 @@
+"""The files of a run in its `output_dir`: their names, and JSON lines that can be read while they are being written.
+
+    metrics.jsonl   {"step": 1, "reward": 0.42, ...}
+                    {"step": 2, "rewa                 a killed process may leave half a line behind; readers skip it
+
+A page has room for a part of a long file: `read_downsampled` keeps the newest rows, and older ones at equal distances.
+
+    choose_rows([10] * 100, budget=300)  ->  [0, 8, 16, ..., 88, 90, 91, ..., 99], 8
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+HELDOUT_FILE = "heldout.jsonl"
+SETTINGS_FILE = "run.json"
+SUMMARY_FILE = "summary.json"
+CURVES_FILE = "curves.png"
+PAGE_FILE = "report.html"
+CARD_FILE = "README.md"
+
+NEWEST_ROWS = 10  # never left out by `choose_rows`, if they fit
+
+Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+# JSON lines
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add one line."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the contents of a file; if the process is killed meanwhile, the file stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    new.replace(path)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, in order; none if there is no file."""
+    if path.exists():
+        with path.open() as file:
+            for line in file:
+                row = parse_row(line)
+                if row is not None:
+                    yield row
+
+
+def parse_row(line: str | bytes) -> Row | None:
+    """The row of a line, or None if a kill cut the line short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Start a file for a run that begins after `step`: keep the rows up to that step, or none in a fresh run (0)."""
+    write_rows(path, (row for row in read_rows(path) if row["step"] <= step) if step else ())
+
+
+# Parts of long files
+
+
+def choose_rows(sizes: list[int], budget: int) -> tuple[list[int], int]:
+    """Indices of the rows to keep, and the distance between the older ones of them.
+
+    All rows if they fit. Else the newest ten, and of the older ones the first and every k-th after it, with the
+    smallest power of two k for which they fit. Else the newest rows that fit, at least one.
+
+    Args:
+        sizes: of the rows, oldest first, in the unit of `budget`.
+    """
+    count, every = len(sizes), 1
+    while every < 2 * count:
+        kept = [i for i in range(count) if i % every == 0 or i >= count - NEWEST_ROWS]
+        if sum(sizes[i] for i in kept) <= budget:
+            return kept, every
+        every *= 2
+    first = count - 1
+    while first > 0 and sum(sizes[first - 1 :]) <= budget:
+        first -= 1
+    return list(range(max(first, 0), count)), every
+
+
+def read_downsampled(path: Path, budget: int) -> tuple[list[Row], int]:
+    """Rows that take about `budget` bytes at most, and the distance between the older ones of them.
+
+    Skipped lines are not parsed, and at most one of them is in memory at a time.
+    """
+    if not path.exists():
+        return [], 1
+    with path.open("rb") as file:
+        lines = [(file.tell() - len(line), len(line)) for line in iter(file.readline, b"")]
+        kept, every = choose_rows([size for _, size in lines], budget)
+        rows = []
+        for i in kept:
+            start, size = lines[i]
+            file.seek(start)
+            row = parse_row(file.read(size))
+            if row is not None:
+                rows.append(row)
+    return rows, every
+
+
+# Pictures
+
+
+def draw_or_warn(draw: Callable[[str], Path], output_dir: str) -> None:
+    """Draw a picture of the run in this folder; a failure must not end the run, so it becomes a warning."""
+    try:
+        draw(output_dir)
+    except Exception as error:
+        logger.warning(
+            f"A picture of the run is missing ({error!r}). Once that is mended: grpo-ext report {output_dir}"
+        )
