@@ -13,7 +13,7 @@ from grpo_ext.config import GRPOExtConfig
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.trainer import GRPOExtTrainer
-from tests.conftest import ROOT
+from tests.tools.paths import ROOT
 
 SLOW = {"torch", "trl", "transformers", "bitsandbytes", "matplotlib", "loky", "peft", "accelerate", "datasets"}
 LAZY = {

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from grpo_ext.report.metrics_file import read_metrics
+from grpo_ext.report.run_reader import read_metrics
 
 # Of the log: what depends on the machine and on how busy it is.
 TIMES = (
