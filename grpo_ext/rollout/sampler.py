@@ -20,7 +20,7 @@ TokenRows = list[list[int]]
 Sampled = tuple[TokenRows, list[list[float]] | None, list[bool] | None]
 
 
-class Sampler:
+class CompletionSampler:
     """Samples with shared prompts if `is_shared`, else lets TRL sample.
 
     Args:
