@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from grpo_ext.machine import peak_memory_mb
+from grpo_ext.memory.plan import ADAM_STATES
 from grpo_ext.model.adapters import trainable_parameters
 from grpo_ext.model.chat import text_tokenizer
 
 if TYPE_CHECKING:
     from grpo_ext.trainer import GRPOExtTrainer
-
-ADAM_STATES = 2  # tensors that the optimizer keeps per trainable parameter
 
 
 @dataclass(frozen=True, kw_only=True)

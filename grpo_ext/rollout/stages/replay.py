@@ -24,7 +24,7 @@ from grpo_ext.rollout.types import Completion, Rollout
 
 # Nats. If the probability of a completion has changed by more than a factor of e since it was sampled, its group is too
 # far from the policy to learn from.
-MAX_LOG_RATIO = 1.0
+MAX_DRIFT = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Replay:
     The log-probs that a replayed completion was sampled with are those of its old policy in the ratio; its advantage is
     that of its group at that time. Metrics: `replay/hit_rate`, the share of the wanted places that were filled;
     `replay/age`, optimizer steps; `replay/dropped_old` and `replay/dropped_far`, groups older than the buffer allows or
-    with a completion whose log-ratio to the policy is beyond `MAX_LOG_RATIO`.
+    with a completion whose log-ratio to the policy is beyond `MAX_DRIFT`.
 
     Args:
         max_groups: 1 or more.
@@ -180,7 +180,7 @@ class Replay:
         far = 0
         while len(found) < len(wanted) and len(self.buffer):
             candidates = self.buffer.take(len(wanted) - len(found))
-            is_close = [distance <= MAX_LOG_RATIO for distance in self._distances(candidates)]
+            is_close = [distance <= MAX_DRIFT for distance in self._distances(candidates)]
             far += is_close.count(False)
             found += [group for group, close in zip(candidates, is_close, strict=True) if close]
         self._record("replay/dropped_far", float(far))
