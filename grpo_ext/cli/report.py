@@ -15,10 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write `DIR/report.html` and `DIR/curves.png`, or the comparison of several runs, and print their paths."""
     from grpo_ext.report.page import write_comparison, write_page
-    from grpo_ext.report.png_plots import draw_curves
 
     if len(options.folders) > 1:
         print(f"the comparison is in {write_comparison(options.folders, Path(options.output))}")
         return
+    from grpo_ext.report.png_plots import draw_curves
+
     (folder,) = options.folders
     print(f"the report is in {write_page(folder)}, its curves in {draw_curves(folder)}")
