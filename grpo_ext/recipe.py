@@ -2,7 +2,7 @@
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
 that `--config` names; flags win. `$RECIPES` in the name of a model or data set is the folder of the recipes, and
-`--num_generations auto` is with_group_size before the run (`memory/auto_group_size.py`). A run, in this order,
+`--num_generations auto` is resolved before the run (`memory/auto_group_size.py`). A run, in this order,
 
 1. prints the banner, and runs the checks and a step of the largest shape;
 2. measures held-out accuracy, and keeps the result for sessions that resume the run;

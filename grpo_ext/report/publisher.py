@@ -57,7 +57,7 @@ class Publisher:
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """A context in which transformers' trainer pushes through `RunPushes`."""
+        """A context in which transformers' trainer pushes through `PublishingClient`."""
         self._pushes = self._pushes or PublishingClient(self._args)
         client = transformers.trainer.hf_api
         transformers.trainer.hf_api = lambda: self._pushes
