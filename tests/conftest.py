@@ -25,6 +25,7 @@ from tests.tools.training import SETTINGS
 # What `make quick` leaves out, as paths below tests/. Single cases of a table are marked where they stand.
 SLOW = (
     "checkpoints/test_killed.py",  # dozens of sessions of one run
+    "cli/test_imports.py",  # a fresh interpreter for each command
     "cli/test_wheel.py",  # builds and installs the package
     "distributed/",  # two processes for every case
     "docs/test_documents.py::test_python_of_the_readme_runs",
@@ -34,6 +35,7 @@ SLOW = (
     "recipes/test_recipes.py",
     "report/test_hub.py",  # runs that push
     "report/test_page.py",  # a browser
+    "rewards/test_program.py",  # a process for each program
     "rewards/test_rewards_fuzz.py",  # thousands of texts
     "rewards/test_sandbox.py",  # a process for each attempt and behaviour
 )

@@ -103,6 +103,7 @@ def test_through_its_command_line(capsys, tmp_path):
     assert "8 of 8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("bwrap") is None and os.environ.get("CI") != "true",
     reason="bwrap is missing: apt install bubblewrap",

@@ -625,6 +625,7 @@ def test_table(completion, gold, reward):
     assert math_answer_reward([completion], answer=[gold]) == [reward]
 
 
+@pytest.mark.slow
 def test_the_table_is_bounded_off_the_main_thread():
     """Our time limit is a signal, which works in the main thread only. In other threads every text must be fast without
     it, or a training run hangs on one completion."""
@@ -650,6 +651,7 @@ def test_the_table_is_bounded_off_the_main_thread():
     assert max(seconds)[0] < 1.5, max(seconds)
 
 
+@pytest.mark.slow
 def test_the_parser_cache_is_bounded(monkeypatch):
     """ANTLR caches every parser state, so on random text its memory would grow without bound."""
     monkeypatch.setattr(expression, "MAX_PARSER_STATES", 1000)

@@ -18,6 +18,7 @@ from grpo_ext.rollout.reward_workers import in_workers
 from rewards import math_answer_reward, program_reward
 from rewards.workers.pool import isolated
 from tests.rewards.worker_rewards import Counting, compared, logged, obey, process_id
+from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
 from tests.tools.paths import ROOT
 from tests.tools.training import log_of
@@ -59,15 +60,18 @@ def test_scores_are_those_of_the_reward_in_order(safe):
 
 @pytest.mark.parametrize(
     ("text", "kind"),
-    [
-        ("hang", "timeouts"),
-        ("sleep", "timeouts"),
-        ("raise", "errors"),
-        ("exit", "crashes"),
-        ("crash", "crashes"),
-        ("leave", "errors"),
-        ("two", "errors"),
-    ],
+    slow_but(
+        [
+            ("hang", "timeouts"),
+            ("sleep", "timeouts"),
+            ("raise", "errors"),
+            ("exit", "crashes"),
+            ("crash", "crashes"),
+            ("leave", "errors"),
+            ("two", "errors"),
+        ],
+        [("raise", "errors")],
+    ),
 )
 def test_a_failure_costs_one_completion(safe, text, kind):
     """The others keep their scores, and a call that hangs is stopped at the timeout of one completion."""
@@ -78,6 +82,7 @@ def test_a_failure_costs_one_completion(safe, text, kind):
     assert vars(reward.failures) == {"completions": 6} | failed
 
 
+@pytest.mark.slow
 def test_batched_calls(safe, new_workers):
     """A reward may compare completions and remember them, so it has one worker. A failure costs the call, and the
     message says how to make it cost one completion."""

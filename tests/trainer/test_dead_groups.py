@@ -53,7 +53,7 @@ PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "ch
         ("grpo_sequence", ALL_AT_ONCE),
         slow(("grpo_sequence", ONE_GROUP_A_TIME)),
         slow(("grpo_sequence", PARTS)),
-        ("grpo", PARTS),
+        slow(("grpo", PARTS)),
         slow(("dapo", ALL_AT_ONCE)),
         slow(("cispo", ONE_GROUP_A_TIME)),
     ],
@@ -89,10 +89,10 @@ def test_all_dead(build, small_model):
     ("settings", "reason"),
     [
         ({"beta": 0.1}, "beta=0.1"),
-        ({"entropy_coef": 0.01}, "entropy_coef=0.01"),
-        ({"log_kl": True}, "log_kl"),
-        ({"loss_type": "grpo", "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
-        ({"share_prompt": False}, "prompts are not shared"),
+        slow(({"entropy_coef": 0.01}, "entropy_coef=0.01")),
+        slow(({"log_kl": True}, "log_kl")),
+        slow(({"loss_type": "grpo", "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5")),
+        slow(({"share_prompt": False}, "prompts are not shared")),
     ],
 )
 def test_kept_where_they_carry_a_gradient(build, small_model, caplog, settings, reason):

@@ -12,7 +12,6 @@ from trl import GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from grpo_ext import GRPOExtTrainer
-from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora, small_shape
 from tests.tools.paths import TINY_MODEL
 from tests.tools.training import (
@@ -171,7 +170,8 @@ def test_as_stock_trl(train_caller, case):
     assert (max(log_of(ours, "completions/clipped_ratio")) > 0) is ("cut" in case)
 
 
-@pytest.mark.parametrize("kind", slow_but(KINDS, ["tools"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind):
     """They stand inside a completion: a hole in what counts, none in what is read. The loss of every update and each
     gradient against the document's formula on TRL's rows and full logits, the mask taken from the text."""
