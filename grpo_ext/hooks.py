@@ -1,7 +1,7 @@
 """Hooks of a trainer, replaced on the object for the length of a call.
 
-A hook that TRL calls on `self` finds the attribute of the object before that of its class, so what is replaced here is
-heard by TRL whatever a subclass overrides.
+A hook that TRL calls on `self` finds the attribute of the object before that of its class, so TRL calls the
+replacement even if a subclass overrides the hook.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,9 +1,11 @@
 """The parts that a `GRPOExtTrainer` holds, built from its settings, and the order of its rollout stages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo_ext import refusals
@@ -19,7 +21,7 @@ from grpo_ext.model.load import disable_4bit_repacking
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.report.recorder import Recorder
 from grpo_ext.rollout.chat_turns import TurnTokenizer
-from grpo_ext.rollout.collect import RolloutStage, StageContext
+from grpo_ext.rollout.collect import Record, RolloutStage, StageContext
 from grpo_ext.rollout.dialogue import Dialogue
 from grpo_ext.rollout.dialogue_player import DialoguePlayer
 from grpo_ext.rollout.old_logprobs import OldLogprobs
@@ -28,6 +30,7 @@ from grpo_ext.rollout.stages.extend_groups import ExtendGroups
 from grpo_ext.rollout.stages.replay import Replay
 from grpo_ext.rollout.stages.resample import Resample
 from grpo_ext.rollout.temperature import TemperatureControl
+from grpo_ext.rollout.types import Completion
 
 if TYPE_CHECKING:
     from grpo_ext.trainer import GRPOExtTrainer
@@ -64,16 +67,41 @@ class Parts:
         return named | {type(stage).__name__: stage for stage in self.stages if isinstance(stage, Stateful)}
 
 
-def build_parts(trainer: "GRPOExtTrainer", tokenizer: PreTrainedTokenizerBase, *, has_reference: bool) -> Parts:
+@dataclass(frozen=True, kw_only=True)
+class TrainerHooks:
+    """What the parts may call on their trainer: bound methods, so that a copy of the trainer calls its own.
+
+    Attributes:
+        record: adds a value to a metric.
+        total_rewards: the reward of each row from those of the reward functions, shape (..., F) -> (...).
+        score: log-probs of completions under the policy as it is now, with their mask, shapes (B, C).
+        dataset: the training data.
+        step: optimizer steps so far.
+        train_metrics: the metrics of training since the last log.
+        micro_batches: those of the rollout that is in use.
+    """
+
+    record: Record
+    total_rewards: Callable[[Tensor], Tensor]
+    score: Callable[[list[Completion]], tuple[Tensor, Tensor]]
+    dataset: Callable[[], Any]
+    step: Callable[[], int]
+    train_metrics: Callable[[], dict[str, list[float]]]
+    micro_batches: Callable[[], list[dict[str, Any]]]
+
+
+def build_parts(
+    trainer: "GRPOExtTrainer", tokenizer: PreTrainedTokenizerBase, hooks: TrainerHooks, *, has_reference: bool
+) -> Parts:
     """The parts of a trainer that TRL has built.
 
     Raises:
         ValueError: settings that this model, or the others, do not allow; the message says what to type.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    scorer = _scorer(trainer)
+    scorer = _prepare_scoring(trainer)
     sampler = _sampler(trainer, scorer, tokenizer)
-    context = _stage_context(trainer, sampler)
+    context = _stage_context(trainer, sampler, hooks)
     refusals.refuse_moving_temperature(args, shares_prompts=scorer.shares_prompts)
     reference_kl = ReferenceKL(
         has_reference=has_reference, estimator=args.kl_estimator, bias_corrected=args.use_bias_correction_kl
@@ -93,18 +121,18 @@ def build_parts(trainer: "GRPOExtTrainer", tokenizer: PreTrainedTokenizerBase, *
             reduce=accelerator.reduce,
         ),
         sampler=sampler,
-        dialogue=_dialogue_player(trainer, sampler, tokenizer),
+        dialogue=_dialogue_player(trainer, sampler, tokenizer, hooks),
         stages=tuple(stage for kind in STAGES if (stage := kind.build(context)) is not None),
         scorer=scorer,
         old_logprobs=OldLogprobs(lambda gap: accelerator.gather(gap).max().item()),
         skipped_rows=SkippedRows(),
         reference_kl=reference_kl,
         recorder=Recorder(args, writes=accelerator.is_main_process),
-        watch=Watch(trainer) if args.guards else None,
+        watch=Watch(trainer, hooks.train_metrics, hooks.micro_batches) if args.guards else None,
     )
 
 
-def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler) -> StageContext:
+def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler, hooks: TrainerHooks) -> StageContext:
     interleaved = {
         "tools": bool(trainer.tools),
         "environment_factory": trainer.environment_factories is not None,
@@ -114,18 +142,18 @@ def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler) -> Sta
     return StageContext(
         args=trainer.args,
         sampler=sampler,
-        record=trainer.record_metric,
-        total_rewards=trainer.total_rewards,
-        score=trainer.score_completions,
-        dataset=lambda: trainer.train_dataset,
-        step=lambda: trainer.state.global_step,
+        record=hooks.record,
+        total_rewards=hooks.total_rewards,
+        score=hooks.score,
+        dataset=hooks.dataset,
+        step=hooks.step,
         interleaved=[name for name, is_used in interleaved.items() if is_used],
         process=trainer.accelerator.process_index,
         processes=trainer.accelerator.num_processes,
     )
 
 
-def _scorer(trainer: "GRPOExtTrainer") -> Scorer:
+def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
     """Prepares the models for shared scoring; if that is impossible, the log says why."""
     model, args = trainer.model, trainer.args
     disable_4bit_repacking(model)  # before anything runs
@@ -143,13 +171,13 @@ def _scorer(trainer: "GRPOExtTrainer") -> Scorer:
         for each in (model, trainer.ref_model):
             if each is not None:
                 install_shared_scoring(base_of(each))
-    adapts_head = has_head_adapter(model)
+    config, adapts_head = base_of(model).config.get_text_config(), has_head_adapter(model)
     if adapts_head:
         refusals.refuse_head_adapter(why_head_untrainable(model, args), shares_prompts=shares_prompts)
     return Scorer(
         shares_prompts=shares_prompts,
         requires_sharing=adapts_head,
-        experts_per_token=getattr(base_of(model).config.get_text_config(), "num_experts_per_tok", None),
+        experts_per_token=config.num_experts_per_tok if trainer.aux_loss_enabled else None,
         autocast=trainer.accelerator.autocast,
     )
 
@@ -176,7 +204,7 @@ def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer, tokenizer: PreTrainedTok
 
 
 def _dialogue_player(
-    trainer: "GRPOExtTrainer", sampler: CompletionSampler, tokenizer: PreTrainedTokenizerBase
+    trainer: "GRPOExtTrainer", sampler: CompletionSampler, tokenizer: PreTrainedTokenizerBase, hooks: TrainerHooks
 ) -> DialoguePlayer | None:
     if not isinstance(trainer.rollout_func, Dialogue):
         return None
@@ -186,7 +214,7 @@ def _dialogue_player(
         turns=TurnTokenizer(tokenizer, trainer.eos_token_ids, **trainer.chat_template_kwargs),
         max_tokens=trainer.max_completion_length,
         eos_token_id=tokenizer.eos_token_id,
-        record=trainer.record_metric,
+        record=hooks.record,
         gather=trainer.accelerator.gather,
         device=trainer.accelerator.device,
     )

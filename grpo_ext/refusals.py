@@ -1,6 +1,6 @@
-"""Refuse combinations of settings that cannot be trained as requested, before anything is loaded.
+"""Settings that cannot be trained as requested, each refused with what was received, what is valid, and what to type.
 
-Each message gives the value received, the valid values, and what to type.
+`refuse_impossible` runs before a model is loaded; the functions below it run once the trainer is built.
 """
 
 import math
@@ -298,9 +298,9 @@ def refuse_temperature_change(config: Any, old: float, new: float, *, shares_pro
         )
 
 
-def refuse_beta_without_reference(beta: float, *, has_reference: bool) -> None:
+def refuse_beta_without_reference(beta: float, *, may_have_reference: bool) -> None:
     """`trainer.beta` was raised in a run that was built without a reference."""
-    if beta != 0.0 and not has_reference:
+    if beta != 0.0 and not may_have_reference:
         raise ValueError(
             f"trainer.beta was changed from 0 to {beta:g}, but this run was built without a reference. Use "
             f"log_kl=True, which keeps one while beta is 0, or build the trainer with beta above 0."

@@ -53,8 +53,9 @@ from grpo_ext.engine.batch import order_by_group, prompt_groups
 from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.engine.scorer import RequestScores, ScoringPass, ScoringRequest
 from grpo_ext.hooks import replaced, results_of
+from grpo_ext.jsonable import as_json
 from grpo_ext.losses.advantages import combine_rewards, population_advantages
-from grpo_ext.losses.dead_groups import rows_without_advantage, why_dead_groups_have_gradient
+from grpo_ext.losses.dead_groups import why_dead_groups_have_gradient
 from grpo_ext.losses.micro_batch import MicroBatch
 from grpo_ext.losses.sequence_grpo import SequenceGRPO, policy_weights
 from grpo_ext.machine import peak_memory_mb
@@ -63,7 +64,7 @@ from grpo_ext.model.lm_head_lora import hide_head_adapter
 from grpo_ext.model.load import frozen_dtype
 from grpo_ext.model.reference import REFERENCE, ReferenceSetup, ReferenceSync, scores_reference, why_unmixable
 from grpo_ext.model.unwrap import base_of
-from grpo_ext.parts import build_parts
+from grpo_ext.parts import TrainerHooks, build_parts
 from grpo_ext.report.card import write_card
 from grpo_ext.report.completions_file import CompletionsFile
 from grpo_ext.report.metrics_file import MetricsFile
@@ -195,17 +196,28 @@ class GRPOExtTrainer(GRPOTrainer):
         # Hooks read these while TRL's constructor runs.
         self._publisher = Publisher(args)
         self._rollout: RolloutInProgress | None = None
+        self._unrecorded: RolloutInProgress | None = None
         self._micro_batch: MicroBatch | None = None
         self._train_sampler: Sampler | None = None
         self._timed_from_step: int | None = None
         self._losses_before = 0.0  # the sum of the losses before this session
-        with reference.as_trl_knows_it(args), hide_head_adapter(model) if adapters else nullcontext():
+        with reference.shown_to_trl(args), hide_head_adapter(model) if adapters else nullcontext():
             super().__init__(**given)
         self.beta = args.beta
         if self.samples_by_generate:
             ends = self.generation_config.eos_token_id
             self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *_as_list(ends)]))
-        self.parts = build_parts(self, self._tokenizer, has_reference=reference.is_needed)
+        hooks = TrainerHooks(
+            record=self._record_metric,
+            total_rewards=self._total_rewards,
+            score=self._score_completions,
+            dataset=self._current_dataset,
+            step=self._current_step,
+            train_metrics=self._train_metrics,
+            micro_batches=self._micro_batches,
+        )
+        self.parts = build_parts(self, self._tokenizer, hooks, has_reference=reference.is_needed)
+        self._may_have_reference = reference.is_needed or (bool(adapters) and args.kl_estimator != "exact")
         # TRL takes an ending by a stop string for a cut one, in the metrics and in the mask; both are put right here.
         self._masks_cut = bool(self.parts.sampler.stop_strings) and self.mask_truncated_completions
         self.mask_truncated_completions = self.mask_truncated_completions and not self._masks_cut
@@ -215,10 +227,10 @@ class GRPOExtTrainer(GRPOTrainer):
         if args.dead_groups == "skip" and (reason := self._why_dead_groups_are_kept()) is not None:
             logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
         facts = [fingerprint(self) if self.accelerator.is_main_process else None]
-        self.checkpoints = Checkpoints(
+        self._checkpoints = Checkpoints(
             args=args,
             fingerprint=broadcast_object_list(facts)[0],  # other processes may hold a part of the model only
-            states=self.parts.states | {"trainer": self},
+            states=self.parts.states | {"trainer": TrainerProgress(self)},
             process=self.accelerator.process_index,
             wait=self.accelerator.wait_for_everyone,
             device=self.accelerator.device,
@@ -267,24 +279,6 @@ class GRPOExtTrainer(GRPOTrainer):
         """TRL's tags of a model card."""
         return self._tag_names
 
-    @property
-    def train_metrics(self) -> dict[str, list[float]]:
-        """The metrics of training since the last log, one value per rollout or micro-batch."""
-        return self._metrics["train"]
-
-    @property
-    def micro_batches(self) -> list[dict[str, Any]]:
-        """The micro-batches of the rollout that is in use."""
-        return self._buffered_inputs or []
-
-    def record_metric(self, name: str, value: float) -> None:
-        """Add a value to a metric, which is averaged over a logging step."""
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def total_rewards(self, rewards_BF: Tensor) -> Tensor:
-        """The weighted sum of the rewards of each row, shape (..., F) -> (...)."""
-        return combine_rewards(rewards_BF, self.reward_weights.to(rewards_BF.device))
-
     def preflight(self) -> None:
         """Check the run and rehearse its largest step, once; `train` does so if nobody did.
 
@@ -301,7 +295,7 @@ class GRPOExtTrainer(GRPOTrainer):
         Raises:
             ValueError: no checkpoint that is asked for is whole, or it belongs to another run.
         """
-        return self.checkpoints.find(wanted, self.train_dataset)
+        return self._checkpoints.find(wanted, self.train_dataset)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.preflight()
@@ -333,8 +327,9 @@ class GRPOExtTrainer(GRPOTrainer):
         if self._train_sampler is not None:
             for _ in range(int(self.state.epoch)):  # each pass over the data draws an order when it begins
                 next(iter(self._train_sampler))
-        self.checkpoints.load(Path(checkpoint))
-        self._set_temperature(self.parts.temperature.temperature)
+        self._checkpoints.load(Path(checkpoint))
+        if self.parts.temperature.temperature != self.temperature:
+            self._set_temperature(self.parts.temperature.temperature)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         self._total_loss_scalar += self._losses_before  # transformers begins at 0 in each session
@@ -360,41 +355,44 @@ class GRPOExtTrainer(GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         parts = self._buffered_inputs
+        if self._unrecorded is not None:
+            rollout, self._unrecorded = self._unrecorded, None
+            is_cut = self._is_cut(rollout.completion_ids, rollout.is_cut)
+            self.parts.recorder(rollout, is_cut, step=self.state.global_step + 1, logs=self._logs)
         if parts is None or parts is before or not self.shares_prompts:
             return inputs
-        rollout = {
+        tensors = {
             name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()
         }
-        order = order_by_group(rollout["prompt_group"].tolist())
-        rollout = {name: value[order] if value.ndim else value for name, value in rollout.items()}
-        self._buffered_inputs = split_tensor_dict(rollout, self.args.steps_per_generation)
+        order = order_by_group(prompt_groups(tensors["prompt_ids"], tensors["prompt_mask"]))
+        tensors = {name: value[order] if value.ndim else value for name, value in tensors.items()}
+        self._buffered_inputs = split_tensor_dict(tensors, self.args.steps_per_generation)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # Rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        is_training = self.model.training
-        self._rollout = current = RolloutInProgress(examples=inputs)
+        outer, is_training = self._rollout, self.model.training
+        self._rollout = current = RolloutInProgress(examples=inputs, is_training=is_training)
         try:
             with self.parts.phases("reference"):  # what takes time here besides sampling and rewards
-                refusals.refuse_beta_without_reference(self.beta, has_reference=self.parts.reference_kl.has_reference)
+                refusals.refuse_beta_without_reference(self.beta, may_have_reference=self._may_have_reference)
                 if is_training:
                     self._move_temperature()
                 if is_training and self.parts.stages:
                     current.rollout = collect(inputs, self._draw, self.parts.stages)
-                    self.record_metric("reward_drawn", torch.cat(current.rollout.sampled_PM).nanmean().item())
+                    self._record_metric("reward_drawn", torch.cat(current.rollout.sampled_PM).nanmean().item())
                     inputs = [completion.example for completion in current.rollout.completions]
                 with self._hooks_heard(current), self._beta(self.beta or float(self.parts.reference_kl.has_reference)):
                     output = super()._generate_and_score_completions(inputs)
             self._add_tensors(output, current)
             self._normalise(output, current)
-            if is_training and self.parts.watch is not None:
-                self.parts.watch.after_rollout(self.train_metrics)
-            if is_training:
-                step, is_cut = self.state.global_step + 1, self._endings(current.completion_ids, current.is_cut)
-                self.parts.recorder(current, is_cut, step=step, logs=self._logs)
         finally:
-            self._rollout = None
+            self._rollout = outer
+        if is_training:
+            if self.parts.watch is not None:
+                self.parts.watch.after_rollout(self._metrics["train"])
+            self._unrecorded = current
         return output
 
     @contextmanager
@@ -414,7 +412,6 @@ class GRPOExtTrainer(GRPOTrainer):
             return generated
 
         def calculate_or_serve(examples: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
-            current.scored_examples, current.completion_ids = examples, completion_ids
             if current.rollout is None:
                 current.rewards_BF = calculate_rewards(examples, prompts, completions, completion_ids)
             else:
@@ -422,14 +419,15 @@ class GRPOExtTrainer(GRPOTrainer):
                 for row in current.rollout.completions:
                     for column, value in row.extra.items():
                         self._pending_extra_logs[column].append(value)
-            current.extra_columns = list(self._pending_extra_logs)
+            current.scored(examples, completion_ids, list(self._pending_extra_logs))
             return current.rewards_BF
 
         with replaced(self, _generate=generate_or_serve, _calculate_rewards=calculate_or_serve):
             yield
 
-    def _draw(self, examples: list[dict[str, Any]], group_size: int | None = None) -> Rollout:
-        """Completions for these rows of this process, with the rewards of all processes."""
+    def _draw(self, examples: list[dict[str, Any]]) -> Rollout:
+        """Completions for these rows of this process, with the rewards of all processes. If the rows are not whole
+        groups, each counts as a group of its own."""
         assert self._rollout is not None
         prompts = [example["prompt"] for example in examples]
         generated = self._generate(prompts)
@@ -438,13 +436,14 @@ class GRPOExtTrainer(GRPOTrainer):
         rewards_BF = self._calculate_rewards(examples, prompts, completions, completion_ids)
         extra = dict(self._pending_extra_logs)
         self._pending_extra_logs.clear()
+        is_whole = len(rewards_BF) % self.num_generations == 0
         return Rollout.of(
             examples,
             generated,
             rows,
             extra,
             rewards_BF=rewards_BF,
-            all_rewards_PM=self.total_rewards(rewards_BF).view(-1, group_size or self.num_generations),
+            all_rewards_PM=self._total_rewards(rewards_BF).view(-1, self.num_generations if is_whole else 1),
             first_row=self.accelerator.process_index * len(examples),
         )
 
@@ -453,9 +452,10 @@ class GRPOExtTrainer(GRPOTrainer):
             self._rollout.is_cut = None
         with self.parts.phases("generate"):
             generated = super()._generate(prompts)
-        if self.parts.sampler.stop_strings and self._rollout is not None and self._rollout.is_cut is not None:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, value in ending_metrics(generated[1], self._rollout.is_cut, self.accelerator).items():
+        if self.parts.sampler.stop_strings and self._rollout is not None:
+            is_cut = self._is_cut(generated[1], self._rollout.is_cut)
+            metrics = self._metrics["train" if self._rollout.is_training else "eval"]
+            for name, value in ending_metrics(generated[1], is_cut, self.accelerator).items():
                 metrics[f"completions/{name}"][-1] = value
         return generated
 
@@ -485,24 +485,32 @@ class GRPOExtTrainer(GRPOTrainer):
                 "Dialogue needs the log-probs of shared sampling, and an override of _generate_single_turn or "
                 "model.generate sampled in its place. Return log-probs, or remove the override."
             )
-        return SampledCompletions(tokens=tokens, logps=logps, is_cut=self._endings(tokens, self._rollout.is_cut))
+        return SampledCompletions(tokens=tokens, logps=logps, is_cut=self._is_cut(tokens, self._rollout.is_cut))
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         with self.parts.phases("reward"):
-            return super()._calculate_rewards(*args, **kwargs)
+            rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._rollout is None and self.model.training:  # a subclass has its own rollout
+            self._unrecorded = RolloutInProgress(examples=inputs, is_training=True)
+            self._unrecorded.scored(inputs, completion_ids_list, list(self._pending_extra_logs))
+        return rewards_BF
 
     def _rows_of(self, generated: tuple[Any, ...], current: RolloutInProgress) -> SampledRows:
         """What is known about the rows that `_generate` returned."""
         _, completion_ids, own_tokens_mask, _, logps, *_ = generated
+        is_cut = current.is_cut
+        if self.tools or is_cut is None or len(is_cut) != len(completion_ids):
+            is_cut = None  # tools, and overrides, may sample several times, other rows each time
         return SampledRows(
+            completion_ids=completion_ids,
             temperatures=[self.parts.temperature.temperature] * len(completion_ids),
             # Nobody sampled the tokens between turns: TRL's pass computes the old log-probs of such rows.
             logps=logps if own_tokens_mask is None else None,
-            is_cut=None if self.tools else current.is_cut,  # tools sample several times, other rows each time
+            is_cut=is_cut,
             is_replayed=[False] * len(completion_ids),
         )
 
-    def _endings(self, completion_ids: list[list[int]], is_cut: list[bool] | None) -> list[bool]:
+    def _is_cut(self, completion_ids: list[list[int]], is_cut: list[bool] | None) -> list[bool]:
         """Whether each row was cut off; if the sampler does not report it, judged by the last token, as TRL does."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         return [ids[-1] not in ends for ids in completion_ids] if is_cut is None else is_cut
@@ -510,15 +518,13 @@ class GRPOExtTrainer(GRPOTrainer):
     def _add_tensors(self, output: dict[str, Any], current: RolloutInProgress) -> None:
         """Add to TRL's tensors what the update of this trainer reads."""
         device = self.accelerator.device
-        if self.model.training and self.shares_prompts:
-            output["prompt_group"] = prompt_groups(output["prompt_ids"], output["prompt_mask"])
         if self._masks_cut:
-            is_cut = self._endings(current.completion_ids, current.is_cut)
+            is_cut = self._is_cut(current.completion_ids, current.is_cut)
             output["completion_mask"] = output["completion_mask"] * ~torch.tensor(is_cut, device=device).unsqueeze(1)
             output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
         if current.ref_hidden_BCH is not None:
             output["ref_hidden_states"] = current.ref_hidden_BCH
-        if self.model.training and self.args.replay_fraction > 0:
+        if current.is_training and self.args.replay_fraction > 0:
             assert current.rows is not None
             output["temperature"] = torch.tensor(current.rows.temperatures, dtype=torch.float64)
             output["is_replayed"] = torch.tensor(current.rows.is_replayed, device=device)
@@ -526,11 +532,11 @@ class GRPOExtTrainer(GRPOTrainer):
     def _normalise(self, output: dict[str, Any], current: RolloutInProgress) -> None:
         """Count the groups, and put advantages by population in place of TRL's, from the rewards that TRL was given."""
         assert current.rewards_BF is not None
-        rewards_B, rollout = self.total_rewards(current.rewards_BF), current.rollout
-        G = self.num_generations if self.model.training else self.num_generations_eval
+        rewards_B, rollout = self._total_rewards(current.rewards_BF), current.rollout
+        G = self.num_generations if current.is_training else self.num_generations_eval
         attainable = self.reward_weights.clamp(min=0).sum().item()
         record_group_kinds(
-            self.record_metric, [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM, attainable
+            self._record_metric, [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM, attainable
         )
         if not (self.args.scale_rewards == "population" and self.scale_rewards == "none"):
             return
@@ -546,8 +552,8 @@ class GRPOExtTrainer(GRPOTrainer):
         for _ in range(min(len(logged), len(advantages_B))):
             logged.pop()
         logged.extend(advantages_B.tolist())
-        self.record_metric("advantages/mean", advantages_B.mean().item())
-        self.record_metric("advantages/mean_abs", advantages_B.abs().mean().item())
+        self._record_metric("advantages/mean", advantages_B.mean().item())
+        self._record_metric("advantages/mean_abs", advantages_B.abs().mean().item())
 
     def _move_temperature(self) -> None:
         """Set the temperature of the next rollout: the schedule's, or what a callback has set."""
@@ -559,7 +565,7 @@ class GRPOExtTrainer(GRPOTrainer):
             control.temperature = wanted
         elif control.moves:
             wanted = control.next(self.state.global_step, self.state.max_steps)
-            self.record_metric("temperature", wanted)
+            self._record_metric("temperature", wanted)
         else:
             return
         self._set_temperature(wanted)
@@ -588,19 +594,24 @@ class GRPOExtTrainer(GRPOTrainer):
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         parent, scoring_pass = super()._get_per_token_logps_and_entropies, self._scoring_pass(model)
+        completion_ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
+        micro_batch = self._micro_batch if self._micro_batch and self._micro_batch.has_rows(completion_ids) else None
+        sampled = self._rollout.rows if self._rollout is not None else None
+        if sampled is not None and not sampled.are_rows_of(completion_ids, mask):
+            sampled = None  # an override scores other rows
         request = ScoringRequest(
             scoring_pass=scoring_pass,
             input_ids_BT=input_ids,
             attention_mask_BT=attention_mask,
             completion_tokens=logits_to_keep,
-            temperatures=self._temperatures(len(input_ids)),
+            temperatures=self._temperatures(len(input_ids), sampled, micro_batch),
             max_rows=batch_size,
             chunk_tokens=self.args.chunk_tokens,
             one_row_at_a_time=self.args.gradient_checkpointing,
             with_entropies=compute_entropy,
             with_aux_loss=compute_aux_loss,
             with_hidden=scoring_pass is ScoringPass.REFERENCE and self.parts.reference_kl.is_exact,
-            **({} if self._micro_batch is None else self._micro_batch.scoring_options()),
+            **({} if micro_batch is None else micro_batch.scoring_options()),
         )
 
         def score(rows: slice = slice(None)) -> RequestScores:
@@ -608,12 +619,14 @@ class GRPOExtTrainer(GRPOTrainer):
             options = logits_to_keep, batch_size, compute_entropy, compute_aux_loss
             return self.parts.scorer(model, request[rows], lambda: parent(model, ids, mask, *options, **multimodal))
 
-        if scoring_pass is ScoringPass.OLD:
-            scores = self._score_old(request, score)
-        elif scoring_pass is ScoringPass.REFERENCE:
-            scores = self._score_reference(score)
+        if scoring_pass is ScoringPass.OLD and sampled is not None and not compute_entropy:
+            scores = self._score_old(sampled, mask, score)
         else:
-            scores = self._score_update(score)
+            scores = score()
+        if scoring_pass is ScoringPass.REFERENCE and self._rollout is not None:
+            self._rollout.ref_hidden_BCH = scores.hidden_BCH
+        if scoring_pass is ScoringPass.UPDATE and micro_batch is not None:
+            scores = self._after_update_pass(micro_batch, scores)
         return scores.logps_BC, scores.entropies_BC, scores.aux_loss
 
     def _scoring_pass(self, model: nn.Module) -> ScoringPass:
@@ -623,38 +636,23 @@ class GRPOExtTrainer(GRPOTrainer):
             return ScoringPass.REFERENCE
         return ScoringPass.UPDATE if torch.is_grad_enabled() else ScoringPass.OLD
 
-    def _temperatures(self, rows: int) -> list[float]:
+    def _temperatures(self, rows: int, sampled: SampledRows | None, micro_batch: MicroBatch | None) -> list[float]:
         """The temperature that each row was sampled at."""
-        if self._micro_batch is not None and "temperature" in self._micro_batch.inputs:
-            return self._micro_batch.inputs["temperature"].tolist()
-        if self._rollout is not None and self._rollout.rows is not None:
-            return self._rollout.rows.temperatures
-        return [self.parts.temperature.temperature] * rows
+        if micro_batch is not None and "temperature" in micro_batch.inputs:
+            return micro_batch.inputs["temperature"].tolist()
+        return [self.parts.temperature.temperature] * rows if sampled is None else sampled.temperatures
 
-    def _score_old(self, request: ScoringRequest, score: Callable[..., RequestScores]) -> RequestScores:
-        rows = None if self._rollout is None else self._rollout.rows
-        if rows is None or rows.logps is None or not self.parts.sampler.is_shared:
+    def _score_old(self, sampled: SampledRows, mask_BC: Tensor, score: Callable[..., RequestScores]) -> RequestScores:
+        if sampled.logps is None or not self.parts.sampler.is_shared:
             return score()
         scores, gap = self.parts.old_logprobs(
-            rows,
-            request.attention_mask_BT[:, -request.completion_tokens :],
-            score,
-            step=self.state.global_step,
-            tolerance=self.epsilon_low / 10,
+            sampled, mask_BC, score, step=self.state.global_step, tolerance=self.epsilon_low / 10
         )
-        self.record_metric("sampling/logp_gap", gap)
+        self._record_metric("sampling/logp_gap", gap)
         return scores
 
-    def _score_reference(self, score: Callable[..., RequestScores]) -> RequestScores:
-        scores = score()
-        if self._rollout is not None:
-            self._rollout.ref_hidden_BCH = scores.hidden_BCH
-        return scores
-
-    def _score_update(self, score: Callable[..., RequestScores]) -> RequestScores:
-        scores, micro_batch = score(), self._micro_batch
-        if micro_batch is None:
-            return scores
+    def _after_update_pass(self, micro_batch: MicroBatch, scores: RequestScores) -> RequestScores:
+        """Let the parts see what an update scored, and fill in the rows that were skipped."""
         micro_batch.exact_kls_BC = scores.kls_BC
         if torch.is_grad_enabled() and scores.entropies_BC is not None:
             if micro_batch.skip_idle:
@@ -670,12 +668,17 @@ class GRPOExtTrainer(GRPOTrainer):
         add_old_logps(micro_batch.inputs, scores.logps_BC)
         return scores
 
-    def score_completions(self, completions: list[Completion]) -> tuple[Tensor, Tensor]:
+    def _score_completions(self, completions: list[Completion]) -> tuple[Tensor, Tensor]:
         """Log-probs of these completions under the policy as it is now, and their mask, shapes (B, C)."""
         assert self._rollout is not None
         ids_BT, mask_BT, C = pad_completions(completions, self._tokenizer.pad_token_id, self.accelerator.device)
-        temperatures = [row.temperature for row in completions]
-        self._rollout.rows = SampledRows(temperatures=temperatures, logps=None, is_cut=None, is_replayed=[])
+        self._rollout.rows = SampledRows(
+            completion_ids=[row.completion_ids for row in completions],
+            temperatures=[row.temperature for row in completions],
+            logps=None,  # this pass computes them
+            is_cut=None,
+            is_replayed=[True] * len(completions),
+        )
         rows = self.args.per_device_train_batch_size
         logps_BC, _, _ = self._get_per_token_logps_and_entropies(self.model, ids_BT, mask_BT, C, batch_size=rows)
         self._rollout.rows = None
@@ -700,11 +703,14 @@ class GRPOExtTrainer(GRPOTrainer):
         if outer is not None and outer.inputs is inputs:
             yield outer
             return
+        # TRL reads once, in its constructor, whether there is an entropy bonus; a callback may have changed it since.
         self._entropy_bonus_enabled = self.entropy_coef != 0.0 or self.use_adaptive_entropy
-        micro_batch = MicroBatch(inputs=dict(inputs))  # a copy, since scoring may add to it
-        if self.model.training and self._why_dead_groups_are_kept() is None:
-            micro_batch.idle_rows = rows_without_advantage(inputs["advantages"])
-            micro_batch.skip_idle = self.args.dead_groups == "skip"
+        has_no_gradient = self.model.training and self._why_dead_groups_are_kept() is None
+        micro_batch = MicroBatch(
+            inputs=dict(inputs) if "is_replayed" in inputs else inputs,  # old log-probs are added to replayed rows
+            separates_idle=has_no_gradient,
+            skip_idle=has_no_gradient and self.args.dead_groups == "skip",
+        )
         self._micro_batch = micro_batch
         try:
             yield micro_batch
@@ -741,13 +747,13 @@ class GRPOExtTrainer(GRPOTrainer):
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
             delta=self.args.delta,
-            beta=self.beta,
+            beta=self.beta if micro_batch.has_reference else 0.0,  # it acts on the rollouts that come
             entropy_coef=self.entropy_coef,
         )
         loss, metrics = objective(
             logps_BC,
             old_logps_BC=inputs.get("old_per_token_logps"),
-            kl_BC=kl.per_token(micro_batch, logps_BC) if kl.has_reference else None,
+            kl_BC=kl.per_token(micro_batch, logps_BC) if micro_batch.has_reference else None,
             entropies_BC=entropies_BC,
             mask_BC=mask_BC,
             advantages_B=inputs["advantages"],
@@ -755,10 +761,10 @@ class GRPOExtTrainer(GRPOTrainer):
         )
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
-            self.record_metric("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
+            self._record_metric("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
         totals = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in metrics.values()]))
         for name, (total, count) in zip(metrics, totals.tolist(), strict=True):
-            self.record_metric(name, total / max(count, 1.0))
+            self._record_metric(name, total / max(count, 1.0))
         return loss / self._accumulation()
 
     def _off_policy_mask(self, inputs: dict[str, Any], logps_BC: Tensor, mask_BC: Tensor) -> Tensor | None:
@@ -777,13 +783,16 @@ class GRPOExtTrainer(GRPOTrainer):
     def _trl_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """TRL's loss; if its own KL is not the one that is asked for, ours is added or logged."""
         kl, mask_BC = self.parts.reference_kl, micro_batch.mask_BC
-        if not kl.has_reference or (kl.estimator == "k3" and self.beta != 0.0):
+        if not micro_batch.has_reference:
+            with self._beta(0.0):  # it acts on the rollouts that come
+                return super()._compute_loss(model, micro_batch.inputs)
+        if kl.estimator == "k3" and self.beta != 0.0:
             return super()._compute_loss(model, micro_batch.inputs)
         with self._beta(0.0), results_of(self, "_get_per_token_logps_and_entropies") as scored:
             loss = super()._compute_loss(model, micro_batch.inputs)
         kl_BC = kl.per_token(micro_batch, scored[0][0])
         totals = self.accelerator.reduce(torch.stack([(kl_BC.detach() * mask_BC).sum(), mask_BC.sum().float()]))
-        self.record_metric("kl", (totals[0] / totals[1].clamp(min=1.0)).item())
+        self._record_metric("kl", (totals[0] / totals[1].clamp(min=1.0)).item())
         if self.beta == 0.0:
             return loss
         return loss + self.beta * kl.mean_over_rows(kl_BC, mask_BC) / self._accumulation()
@@ -805,7 +814,8 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers divides by the steps of this session
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+            total = self._losses_before + self._total_loss_scalar
+            logs["train_loss"] = total / max(self.state.global_step, 0.001)
         if self.model.training and self._timed_from_step is not None and "loss" in logs:
             steps = max(1, self.state.global_step - self._timed_from_step)
             self._timed_from_step = None
@@ -830,31 +840,9 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with self.checkpoints.writing(folder):
+        with self._checkpoints.writing(folder):
             super()._save_checkpoint(model, trial)
-        self.checkpoints.rotate(folder, self.state.best_model_checkpoint)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What TRL and transformers carry from step to step and do not save themselves: the rollout that is in use and
-        the place in it, the table of completions, and the sum of the losses."""
-        state: dict[str, Any] = {"step": self._step, "losses": self._losses_before + self._total_loss_scalar}
-        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
-            state["rollout"] = self._buffered_inputs
-            state["logs"] = {name: list(self._logs[name]) for name in LOGGED}
-            for kind in LOGGED_BY_NAME:
-                state["logs"][kind] = {name: list(values) for name, values in self._logs[kind].items()}
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
-        self._step, self._losses_before = state["step"], state["losses"]
-        self._buffered_inputs = state.get("rollout")
-        if self._buffered_inputs is not None:
-            for name in LOGGED:
-                self._logs[name].extend(state["logs"][name])
-            for kind in LOGGED_BY_NAME:
-                for name, values in state["logs"][kind].items():
-                    self._logs[kind][name].extend(values)
+        self._checkpoints.rotate(folder, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -892,16 +880,21 @@ class GRPOExtTrainer(GRPOTrainer):
 
     # The worst-case step
 
-    def scratch_copy(self) -> "GRPOExtTrainer":
-        """A trainer on the same model and data whose rollouts and losses leave no trace in this one, apart from
-        gradients, random numbers, and the states of the parts. Trackers hear nothing of it."""
-        copied = copy.copy(self)
+    @contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """A context after which the attributes of this trainer are as they were, and in which nothing is sent to
+        trackers. Gradients, random numbers and the states of the parts are not restored."""
+        attributes, trackers = dict(self.__dict__), self.args.report_to
+        self.args.report_to = []
         for name in CHANGED_IN_PLACE:
-            setattr(copied, name, copy.deepcopy(getattr(self, name)))
-        copied.args = copy.copy(self.args)
-        copied.args.report_to = []
-        copied.parts = replace(self.parts, phases=PhaseTimer())
-        return copied
+            setattr(self, name, copy.deepcopy(attributes[name]))
+        self.parts = replace(self.parts, phases=PhaseTimer())
+        try:
+            yield
+        finally:
+            self.args.report_to = trackers
+            self.__dict__.clear()
+            self.__dict__.update(attributes)
 
     def roll_out_with(self, examples: list[dict[str, Any]], rewards_BF: Tensor) -> dict[str, Any]:
         """A rollout for these rows of the dataset that is given its rewards."""
@@ -912,6 +905,58 @@ class GRPOExtTrainer(GRPOTrainer):
         """Token ids of one completion."""
         (completion_ids,), _ = self._generate_single_turn([prompt_ids], None, {}, self.num_generations)
         return completion_ids
+
+    # What the parts call
+
+    def _record_metric(self, name: str, value: float) -> None:
+        """Add a value to a metric, which is averaged over a logging step."""
+        is_training = self.model.training if self._rollout is None else self._rollout.is_training
+        self._metrics["train" if is_training else "eval"][name].append(value)
+
+    def _total_rewards(self, rewards_BF: Tensor) -> Tensor:
+        """The weighted sum of the rewards of each row, shape (..., F) -> (...)."""
+        return combine_rewards(rewards_BF, self.reward_weights.to(rewards_BF.device))
+
+    def _current_dataset(self) -> Any:
+        return self.train_dataset
+
+    def _current_step(self) -> int:
+        return self.state.global_step
+
+    def _train_metrics(self) -> dict[str, list[float]]:
+        return self._metrics["train"]
+
+    def _micro_batches(self) -> list[dict[str, Any]]:
+        return self._buffered_inputs or []
+
+
+class TrainerProgress:
+    """What TRL and transformers carry from step to step and do not save themselves: the rollout that is in use and the
+    place in it, the table of completions, and the sum of the losses."""
+
+    def __init__(self, trainer: GRPOExtTrainer):
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self._trainer
+        losses = trainer._losses_before + trainer._total_loss_scalar
+        state: dict[str, Any] = {"step": trainer._step, "losses": losses}
+        if trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) and trainer._buffered_inputs:
+            logs: dict[str, Any] = {name: list(trainer._logs[name]) for name in LOGGED}
+            for kind in LOGGED_BY_NAME:
+                logs[kind] = {name: list(values) for name, values in trainer._logs[kind].items()}
+            state |= {"rollout": trainer._buffered_inputs, "logs": as_json(logs)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        trainer = self._trainer
+        trainer._step, trainer._losses_before = state["step"], state["losses"]
+        trainer._buffered_inputs = state.get("rollout")
+        for name in LOGGED if "logs" in state else ():
+            trainer._logs[name].extend(state["logs"][name])
+        for kind in LOGGED_BY_NAME if "logs" in state else ():
+            for name, values in state["logs"][kind].items():
+                trainer._logs[kind][name].extend(values)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -33,8 +33,8 @@ class Checkpoints:
 
     Args:
         args: of the trainer.
-        fingerprint: what makes the run the run that it is.
-        states: what is carried from step to step, by name; a state that a checkpoint lacks is left as it is.
+        fingerprint: facts that identify the run.
+        states: what is carried from step to step, by name.
         process: index of this process.
         wait: returns when every process has called it.
         device: of the tensors in `states`.
@@ -76,7 +76,7 @@ class Checkpoints:
                 f"{folder} holds no optimizer: it was made with save_only_model=True. Start without resume, and make "
                 f"checkpoints with save_only_model=False."
             )
-        if not has_states(folder, 0):
+        if not has_states(folder, self._process):
             raise ValueError(
                 f"{folder} was made by an earlier version of grpo-ext, which keeps the state of a run in another form. "
                 f"Resume it with that version, or start without resume."
@@ -131,7 +131,6 @@ class Checkpoints:
         """Restore every part, and a reference that follows the policy."""
         states = load_states(folder, self._process, self._device)
         for name, part in self._states.items():
-            if name in states:
-                part.load_state_dict(states[name])
+            part.load_state_dict(states[name])
         if self._reference is not None and (folder / REFERENCE_FILE).exists():
             load_model(self._reference, str(folder / REFERENCE_FILE))

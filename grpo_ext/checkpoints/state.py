@@ -29,9 +29,9 @@ class Stateful(Protocol):
 
 
 def save_states(folder: Path, process: int, states: Mapping[str, dict[str, Any]]) -> None:
-    """Write the states of this process; what JSON has no form for becomes text."""
+    """Write the states of this process."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_without_tensors(states, "", tensors), default=str)
+    text = json.dumps(_without_tensors(states, "", tensors))
     if tensors:
         save_file(tensors, folder / TENSORS_FILE.format(process))
     (folder / STATE_FILE.format(process)).write_text(text)

@@ -10,6 +10,7 @@ Rewards that fail are watched where they run, in `rewards/workers/pool.py`.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ ZERO_KL, ZERO_KL_AUTOCAST = 1e-3, 1e-2
 class Watch(TrainerCallback):
     """Watches one trainer, which calls `after_rollout` and `after_loss`; everything else comes by the callbacks."""
 
-    def __init__(self, trainer: GRPOTrainer):
-        self._trainer = trainer
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        train_metrics: Callable[[], dict[str, list[float]]],
+        micro_batches: Callable[[], list[dict[str, Any]]],
+    ):
+        self._trainer, self._train_metrics, self._micro_batches = trainer, train_metrics, micro_batches
         self._marks: Tensor | None = None  # of the trainable parameters before the first update
         self._had_gradient = False
         self._rate = 0.0  # of the update that is due
@@ -102,7 +108,7 @@ class Watch(TrainerCallback):
         Raises:
             RuntimeError: the reference is not the starting policy, or nothing moved.
         """
-        metrics = self._trainer.train_metrics
+        metrics = self._train_metrics()
         if self._skipped:
             metrics["nonfinite/skipped"].append(float(self._skipped))
         kls = metrics.get("kl", [])[-args.gradient_accumulation_steps :]
@@ -172,7 +178,7 @@ class Watch(TrainerCallback):
         trainer = self._trainer
         folder = Path(trainer.args.output_dir, "nonfinite", f"step-{step}")
         folder.mkdir(parents=True, exist_ok=True)
-        parts = trainer.micro_batches
+        parts = self._micro_batches()
         tensors = {
             f"{i}.{name}": value.detach().contiguous().cpu()
             for i, part in enumerate(parts)

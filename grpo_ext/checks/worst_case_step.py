@@ -1,8 +1,8 @@
 """One step of the largest shape before the first one: what would run out of memory at step 300 does so now.
 
 The longest prompt and `max_completion_length` new tokens in every row: a rollout with its reference pass, then the loss
-and gradients of a full micro-batch, next to the states of the optimizer. Rewards are not called. Nothing of it stays:
-no gradient, no metric, no random number.
+and gradients of a full micro-batch, next to the states of the optimizer. Rewards are not called. It leaves no
+gradients, metrics or random state behind.
 """
 
 import copy
@@ -60,13 +60,13 @@ def run_worst_case_step(trainer: "GRPOExtTrainer", longest: dict[str, Any], firs
     args = trainer.args
     rows = args.generation_batch_size // args.world_size
     try:
-        with _without_a_trace(trainer) as scratch:
+        with _without_a_trace(trainer):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            _update(scratch, _rollout(scratch, [longest] * rows))
+            _update(trainer, _rollout(trainer, [longest] * rows))
             seconds, peak = time.monotonic() - started, peak_memory_mb(trainer.accelerator.device)
-            completion = scratch.sample_completion(first)
+            completion = trainer.sample_completion(first)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RuntimeError(
             f"One step of the largest shape does not fit into memory: {rows} rows in the sampler and "
@@ -110,16 +110,16 @@ def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _without_a_trace(trainer: "GRPOExtTrainer") -> Iterator["GRPOExtTrainer"]:
-    """A scratch copy of the trainer; afterwards the states of its parts, the gradients and torch's random state are as
-    they were before."""
+def _without_a_trace(trainer: "GRPOExtTrainer") -> Iterator[None]:
+    """Afterwards the trainer, the states of its parts, the gradients and torch's random state are as they were."""
     states = {name: copy.deepcopy(part.state_dict()) for name, part in trainer.parts.states.items()}
     device = trainer.accelerator.device
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
     was_training = trainer.model.training
     try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            yield trainer.scratch_copy()
+        random_state = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
+        with random_state, trainer.leaving_no_trace():
+            yield
     finally:
         trainer.model.train(was_training)
         trainer.model.zero_grad(set_to_none=True)

@@ -139,10 +139,10 @@ def strip_padding(ids_BT: Tensor, mask_BT: Tensor) -> list[tuple[int, ...]]:
     return [tuple(token for token, kept in zip(ids, mask, strict=True) if kept) for ids, mask in rows]
 
 
-def prompt_groups(prompt_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """A number per row, equal for rows with the same prompt, shape (B,)."""
+def prompt_groups(prompt_ids_BS: Tensor, mask_BS: Tensor) -> list[int]:
+    """A number per row, equal for rows with the same prompt."""
     prompts = strip_padding(prompt_ids_BS, mask_BS)
-    return torch.tensor([prompts.index(prompt) for prompt in prompts], device=prompt_ids_BS.device)
+    return [prompts.index(prompt) for prompt in prompts]
 
 
 def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_tokens: int) -> list[Siblings] | None:

@@ -60,10 +60,9 @@ class GroupSampler:
         completions: the result of the last call; None before it.
     """
 
-    completions: SampledCompletions | None
-
     def __init__(self, temperature: float):
         self.temperature = temperature
+        self.completions: SampledCompletions | None = None
         self.max_new_tokens_per_row: Sequence[int] | None = None
         self._keeps_prompts = self._keeps_rows = False
         self._kept_prompts: PrefilledPrompts | None = None

@@ -138,7 +138,7 @@ class Scorer:
             if self.requires_sharing:
                 raise ValueError("An adapter on the LM head needs a prompt of at least one token in every row.")
             return None
-        # Experts are balanced over prompts, too: rows without a single token to score are left to TRL there.
+        # The load-balancing loss also counts prompt tokens, so TRL scores a micro-batch without completion tokens.
         if request.with_aux_loss:
             return groups if any(group.lengths[0] for group in groups) else None
         return [group for group in groups if group.lengths[0]]

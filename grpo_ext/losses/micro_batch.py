@@ -6,22 +6,25 @@ Legend: B rows, C completion tokens.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from grpo_ext.losses.dead_groups import rows_without_advantage
 
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """TRL's tensors, and what the loss tells scoring and hears from it.
+    """TRL's tensors, the options that the loss passes to scoring, and the exact KL that scoring returns.
 
     Attributes:
         inputs: TRL's tensors; scoring may add to them.
-        idle_rows: rows that carry no gradient.
+        separates_idle: whether rows without an advantage carry no gradient, and run apart from the others.
         skip_idle: whether they are left out.
         exact_kls_BC: the exact KL to the reference, once the rows are scored and if it was asked for.
     """
 
     inputs: dict[str, Any]
-    idle_rows: frozenset[int] = frozenset()
+    separates_idle: bool = False
     skip_idle: bool = False
     exact_kls_BC: Tensor | None = None
 
@@ -29,9 +32,19 @@ class MicroBatch:
         """What scoring needs to know about an update."""
         return {
             "ref_hidden_BCH": self.inputs.get("ref_hidden_states"),
-            "idle_rows": self.idle_rows,
+            "idle_rows": rows_without_advantage(self.inputs["advantages"]) if self.separates_idle else frozenset(),
             "skip_idle": self.skip_idle,
         }
+
+    def has_rows(self, completion_ids_BC: Tensor) -> bool:
+        """Whether these completions are its rows."""
+        own_BC = self.inputs["completion_ids"]
+        return own_BC.shape == completion_ids_BC.shape and bool(torch.equal(own_BC, completion_ids_BC))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference has scored it."""
+        return "ref_per_token_logps" in self.inputs
 
     @property
     def mask_BC(self) -> Tensor:

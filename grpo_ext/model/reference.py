@@ -126,7 +126,7 @@ def _config_with_rank(policy: LoraConfig, parts: int) -> LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSetup:
-    """What a run wants of its reference, known before the model is loaded.
+    """The reference that a run needs, known before the model is loaded.
 
     Attributes:
         is_needed: whether there is a KL to it, in the loss or in the log.
@@ -146,7 +146,7 @@ class ReferenceSetup:
         return cls(is_needed=is_needed, adapter_follows=args.sync_ref_model and is_needed and bool(adapters))
 
     @contextmanager
-    def as_trl_knows_it(self, args: Any) -> Iterator[None]:
+    def shown_to_trl(self, args: Any) -> Iterator[None]:
         """A context for TRL's constructor, which sets up a reference only if `beta` is not 0, and refuses an adapter
         with `sync_ref_model`."""
         beta, syncs = args.beta, args.sync_ref_model

@@ -26,11 +26,10 @@ from grpo_ext.rollout.types import Completion, Rollout
 class Draw(Protocol):
     """Samples completions for these rows of the dataset and computes their rewards.
 
-    Rows with the same prompt are neighbours. `group_size` is the number of rows per prompt; None for the
-    `num_generations` of the run. Every process calls it equally often, with the same number of rows.
+    Rows with the same prompt are neighbours. Every process calls it equally often, with the same number of rows.
     """
 
-    def __call__(self, examples: list[dict[str, Any]], group_size: int | None = None) -> Rollout: ...
+    def __call__(self, examples: list[dict[str, Any]]) -> Rollout: ...
 
 
 class RolloutStage(Protocol):

@@ -22,8 +22,8 @@ class DialoguePlayer:
     Attributes:
         sampler: shared.
         turns: how the text of an environment becomes tokens.
-        max_tokens: per episode, after the first words of the environment.
-        eos_token_id: stands for an environment that could not begin.
+        max_tokens: per episode, after the first observation.
+        eos_token_id: prompt and completion of an episode whose environment failed to start.
         record: takes the metrics.
         gather: concatenates the rows of all processes.
         device: of the metrics.

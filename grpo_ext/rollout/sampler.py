@@ -21,7 +21,7 @@ Sampled = tuple[TokenRows, list[list[float]] | None, list[bool] | None]
 
 
 class CompletionSampler:
-    """Samples with shared prompts if `is_shared`, else lets TRL sample.
+    """Samples completions with shared prompts. The trainer uses it only if `is_shared`.
 
     Args:
         is_shared: whether the model and the settings allow shared sampling.
@@ -66,7 +66,8 @@ class CompletionSampler:
     def sample(self, lm: PreTrainedModel, generate: Callable[[], tuple[TokenRows, Any]]) -> Sampled:
         """Completions, their log-probs (nats), and whether each was cut off.
 
-        The last two are None if something else than this sampler answered, an override of `model.generate` for example.
+        If something other than this sampler produced the completions, for example an override of `model.generate`, the
+        log-probs are what it returned, and the third value is None.
 
         Args:
             lm: the causal language model that `generate` calls.
@@ -75,7 +76,7 @@ class CompletionSampler:
         self._engine.completions = None
         with shared_sampling(lm, self._engine, self.stop_strings, self._tokenizer):
             completion_ids, logps = generate()
-        sampled = self._engine.completions
+        sampled, self._engine.completions = self._engine.completions, None
         if sampled is None or not _begin_with(sampled.tokens, completion_ids):
             return completion_ids, logps, None
         lengths = [min(len(ids), len(tokens)) for ids, tokens in zip(completion_ids, sampled.tokens, strict=True)]

@@ -41,16 +41,25 @@ class SampledRows:
     """What is known about the rows of this process when they are scored.
 
     Attributes:
+        completion_ids: token ids of each completion.
         temperatures: the temperature that each row was sampled at.
         logps: log-probs at sampling, row by row; None if they are not those of the policy's own tokens.
         is_cut: whether each row ended because no more tokens were allowed; None if the sampler does not report it.
         is_replayed: whether an earlier policy sampled the row.
     """
 
+    completion_ids: list[list[int]]
     temperatures: list[float]
     logps: list[list[float]] | None
     is_cut: list[bool] | None
     is_replayed: list[bool]
+
+    def are_rows_of(self, completion_ids_BC: Tensor, mask_BC: Tensor) -> bool:
+        """Whether these padded completions are the rows, some of them masked as a whole."""
+        if len(completion_ids_BC) != len(self.completion_ids):
+            return False
+        padded = zip(completion_ids_BC.tolist(), mask_BC.sum(dim=1).tolist(), self.completion_ids, strict=True)
+        return all(tokens == 0 or ids[:tokens] == own for ids, tokens, own in padded)
 
 
 @dataclass(kw_only=True)
@@ -151,6 +160,7 @@ class Rollout:
         """What the scoring passes need to know about the rows."""
         rows, G = self.completions, self.group_size
         return SampledRows(
+            completion_ids=[row.completion_ids for row in rows],
             temperatures=[row.temperature for row in rows],
             logps=_all_or_none(row.logps for row in rows),
             is_cut=_all_or_none(row.is_cut for row in rows),
@@ -164,6 +174,7 @@ class RolloutInProgress:
 
     Attributes:
         examples: rows of the dataset.
+        is_training: whether it is for an update, and not for an evaluation.
         rollout: what stages put together; None if TRL's method samples.
         rows: what the scoring passes need to know about the rows; None before they are sampled.
         is_cut: whether each row was cut off, as far as the sampler reports it.
@@ -174,6 +185,7 @@ class RolloutInProgress:
     """
 
     examples: list[dict[str, Any]]
+    is_training: bool
     rollout: Rollout | None = None
     rows: SampledRows | None = None
     is_cut: list[bool] | None = None
@@ -182,6 +194,10 @@ class RolloutInProgress:
     scored_examples: list[dict[str, Any]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     extra_columns: list[str] = field(default_factory=list)
+
+    def scored(self, examples: list[dict[str, Any]], completion_ids: list[list[int]], extra: list[str]) -> None:
+        """Note the rows that reward functions saw, and the columns that they logged."""
+        self.scored_examples, self.completion_ids, self.extra_columns = examples, completion_ids, extra
 
 
 def _all_or_none(values: Iterable[Any]) -> list[Any] | None:

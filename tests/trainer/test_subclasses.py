@@ -125,7 +125,8 @@ class Sets(TrainerCallback):
 
 def train_and_set(build, model, *, attributes, **settings):
     callback = Sets(**attributes)
-    trainer = build(model, peft_config=random_lora(), arguments={"callbacks": [callback]}, **settings)
+    settings = {"peft_config": random_lora()} | settings
+    trainer = build(model, arguments={"callbacks": [callback]}, **settings)
     callback.trainer = trainer
     trainer.train()
     return trainer
@@ -165,7 +166,11 @@ def test_a_temperature_acts_once_a_callback_sets_it(build, small_model):
             {"temperature_schedule": "linear", "temperature_end": 1.0},
             "temperature_schedule='linear' sets it before each rollout",
         ),
-        ({"beta": 0.1}, {"beta": 0.0}, "beta was changed from 0 to 0.1, but this run was built without a reference"),
+        (
+            {"beta": 0.1},
+            {"beta": 0.0, "peft_config": None},
+            "beta was changed from 0 to 0.1, but this run was built without a reference",
+        ),
     ],
 )
 def test_what_cannot_act_is_refused(build, small_model, attributes, settings, message):
@@ -192,3 +197,84 @@ def test_dead_groups_are_kept_once_they_have_a_gradient(build, small_model):
     )
     assert log_of(trainer, "grad_norm")[0] == 0.0
     assert log_of(trainer, "grad_norm")[1] > 0.0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_beta_above_0_acts_from_the_next_rollout_on(build, small_model, loss_type, num_iterations):
+    """An adapter has a reference, even if the run began without a KL; a rollout that the reference has not scored is
+    used up without one."""
+    settings = {"loss_type": loss_type, "num_iterations": num_iterations, "max_steps": 3}
+    trainer = train_and_set(build, small_model, attributes={"beta": 0.1}, beta=0.0, **settings)
+    assert len(log_of(trainer, "kl")) == 3 - num_iterations
+    assert log_of(trainer, "kl")[-1] != 0.0
+
+
+class ScoresGoldAnswers(GRPOExtTrainer):
+    """Asks in its rewards how likely other tokens are, with entropies."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        ids = torch.tensor([[5, 6, 7, 8, 9]] * len(prompts))
+        with torch.no_grad():
+            logps, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, torch.ones_like(ids), 3, compute_entropy=True
+            )
+        assert logps.shape == entropies.shape == (len(prompts), 3)
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"replay_fraction": 0.5}], ids=str)
+def test_other_rows_are_scored_as_they_are(build, small_model, settings):
+    """They were taken for the rows of the rollout, whose log-probs are known."""
+    trainer = build(small_model, trainer=ScoresGoldAnswers, peft_config=random_lora(), **settings)
+    trainer.train()
+    assert all(gap < 1e-4 for gap in log_of(trainer, "sampling/logp_gap"))
+
+
+class NotesInputs(GRPOExtTrainer):
+    """Remembers in a micro-batch that it was used."""
+
+    def _compute_loss(self, model, inputs):
+        self.seen = [*getattr(self, "seen", []), "used" in inputs]
+        inputs["used"] = torch.tensor(True)
+        return super()._compute_loss(model, inputs)
+
+
+def test_what_a_loss_writes_into_a_micro_batch_stays(build, small_model):
+    trainer = build(small_model, trainer=NotesInputs, peft_config=random_lora(), num_iterations=2)
+    trainer.train()
+    assert trainer.seen == [False, True]
+
+
+class InTwoCalls(GRPOExtTrainer):
+    """Samples the rows of a rollout in two halves, to save memory."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        half = len(prompt_ids) // 2
+        parts = [
+            super(InTwoCalls, self)._generate_single_turn(ids, *args) for ids in (prompt_ids[:half], prompt_ids[half:])
+        ]
+        return [row for ids, _ in parts for row in ids], [row for _, logps in parts for row in logps]
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_a_rollout_may_be_sampled_in_parts(build, small_model, num_iterations):
+    trainer = build(small_model, trainer=InTwoCalls, peft_config=random_lora(), num_iterations=num_iterations)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    "hook", ["_generate", "_calculate_rewards", "_generate_and_score_completions", "compute_loss", "_compute_loss"]
+)
+def test_hooks_that_are_wrapped_on_the_object_leave_no_trace_of_the_worst_case_step(build, small_model, hook):
+    """As profilers do: metrics and completions of that step appeared among those of the run."""
+    trainer = build(small_model, peft_config=random_lora(init_lora_weights=True), guards=True, kl_estimator="exact")
+    method = getattr(trainer, hook)
+    setattr(trainer, hook, lambda *args, **kwargs: method(*args, **kwargs))
+    before = {name: list(values) for name, values in trainer._metrics["eval"].items()}
+    trainer.preflight()
+    assert trainer._metrics["eval"] == before
+    assert len(trainer._logs["completion"]) == 0
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -83,7 +83,7 @@ class ExtendGroups:
             extra = min(G, self.limit - sampled)
             mine = dead_by_process[self.process]
             mine = mine + [first_group] * (slots - len(mine))
-            more = draw([examples[(i - first_group) * G] for i in mine for _ in range(extra)], extra)
+            more = draw([examples[(i - first_group) * G] for i in mine for _ in range(extra)])
             for group, start in _first_rows(dead_by_process, slots, extra):
                 rewards_PMF[group, sampled : sampled + extra] = more.rewards_BF[start : start + extra]
                 if group // groups == self.process:

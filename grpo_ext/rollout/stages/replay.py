@@ -18,6 +18,7 @@ from torch import Tensor
 from trl.trainer.utils import pad
 
 from grpo_ext import refusals
+from grpo_ext.jsonable import as_json
 from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.rollout.collect import Draw, Record, StageContext
 from grpo_ext.rollout.types import Completion, Rollout
@@ -74,8 +75,8 @@ class GroupReplayBuffer:
         return taken[::-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Every group as JSON values, apart from what reward functions logged."""
-        return {"groups": [asdict(group) for group in self._groups]}
+        """Every group as JSON values; what reward functions logged becomes text if JSON has no form for it."""
+        return {"groups": as_json([asdict(group) for group in self._groups])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the groups of `state_dict()`."""
