@@ -1,5 +1,5 @@
 # make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
-# make quick   the same set-up, then the tests that take no more than two minutes together
+# make quick   the same set-up, then the quick tests
 # make test    the same set-up and the system's packages, then every test
 # make check   ruff, its formatter, the type checker and the order of imports
 # make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick

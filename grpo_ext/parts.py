@@ -1,11 +1,10 @@
 """The parts that a `GRPOExtTrainer` holds, built from its settings, and the order of its rollout stages."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from accelerate.logging import get_logger
-from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from grpo_ext import refusals
 from grpo_ext.checkpoints.state import Stateful
@@ -18,16 +17,15 @@ from grpo_ext.losses.reference_kl import ReferenceKL
 from grpo_ext.model.lm_head_lora import has_head_adapter, why_head_untrainable
 from grpo_ext.model.load import disable_4bit_repacking
 from grpo_ext.model.unwrap import base_of
-from grpo_ext.report.publisher import Publisher
 from grpo_ext.report.recorder import Recorder
 from grpo_ext.rollout.chat_turns import TurnTokenizer
-from grpo_ext.rollout.collect import RolloutStage
+from grpo_ext.rollout.collect import RolloutStage, StageContext
 from grpo_ext.rollout.dialogue import Dialogue
 from grpo_ext.rollout.dialogue_player import DialoguePlayer
 from grpo_ext.rollout.old_logprobs import OldLogprobs
-from grpo_ext.rollout.sampler import Sampler
+from grpo_ext.rollout.sampler import CompletionSampler
 from grpo_ext.rollout.stages.extend_groups import ExtendGroups
-from grpo_ext.rollout.stages.replay import GroupReplayBuffer, Replay
+from grpo_ext.rollout.stages.replay import Replay
 from grpo_ext.rollout.stages.resample import Resample
 from grpo_ext.rollout.temperature import TemperatureControl
 
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+STAGES = (ExtendGroups, Resample, Replay)  # in this order: each draws through those before it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -43,7 +43,7 @@ class Parts:
 
     phases: PhaseTimer
     temperature: TemperatureControl
-    sampler: Sampler
+    sampler: CompletionSampler
     dialogue: DialoguePlayer | None
     stages: tuple[RolloutStage, ...]
     scorer: Scorer
@@ -52,7 +52,6 @@ class Parts:
     reference_kl: ReferenceKL
     recorder: Recorder
     watch: Watch | None
-    publisher: Publisher
 
     @property
     def states(self) -> dict[str, Stateful]:
@@ -65,7 +64,7 @@ class Parts:
         return named | {type(stage).__name__: stage for stage in self.stages if isinstance(stage, Stateful)}
 
 
-def build_parts(trainer: "GRPOExtTrainer", publisher: Publisher, *, has_reference: bool) -> Parts:
+def build_parts(trainer: "GRPOExtTrainer", tokenizer: PreTrainedTokenizerBase, *, has_reference: bool) -> Parts:
     """The parts of a trainer that TRL has built.
 
     Raises:
@@ -73,7 +72,8 @@ def build_parts(trainer: "GRPOExtTrainer", publisher: Publisher, *, has_referenc
     """
     args, accelerator = trainer.args, trainer.accelerator
     scorer = _scorer(trainer)
-    sampler = _sampler(trainer, scorer)
+    sampler = _sampler(trainer, scorer, tokenizer)
+    context = _stage_context(trainer, sampler)
     refusals.refuse_moving_temperature(args, shares_prompts=scorer.shares_prompts)
     reference_kl = ReferenceKL(
         has_reference=has_reference, estimator=args.kl_estimator, bias_corrected=args.use_bias_correction_kl
@@ -93,51 +93,35 @@ def build_parts(trainer: "GRPOExtTrainer", publisher: Publisher, *, has_referenc
             reduce=accelerator.reduce,
         ),
         sampler=sampler,
-        dialogue=_dialogue_player(trainer, sampler),
-        stages=tuple(_stages(trainer, sampler)),
+        dialogue=_dialogue_player(trainer, sampler, tokenizer),
+        stages=tuple(stage for kind in STAGES if (stage := kind.build(context)) is not None),
         scorer=scorer,
         old_logprobs=OldLogprobs(lambda gap: accelerator.gather(gap).max().item()),
         skipped_rows=SkippedRows(),
         reference_kl=reference_kl,
         recorder=Recorder(args, writes=accelerator.is_main_process),
         watch=Watch(trainer) if args.guards else None,
-        publisher=publisher,
     )
 
 
-def _stages(trainer: "GRPOExtTrainer", sampler: Sampler) -> list[RolloutStage]:
-    """The stages of this run in their order: each draws through those before it."""
-    args, accelerator = trainer.args, trainer.accelerator
-    here = {"record": trainer.record, "process": accelerator.process_index, "processes": accelerator.num_processes}
-    stages: list[RolloutStage] = []
-    if args.num_generations_max is not None:
-        _refuse_interleaved(trainer, f"num_generations_max={args.num_generations_max}")
-        refusals.refuse_extension(args, samples_shared=sampler.is_shared)
-        extend = partial(ExtendGroups, limit=args.num_generations_max, group_size=args.num_generations, **here)
-        stages.append(extend(total=trainer.total_rewards, keep_prompt_caches=sampler.keep_prompt_caches))
-    if args.dead_groups == "resample":
-        _refuse_interleaved(trainer, "dead_groups='resample'")
-        refusals.refuse_streamed_resampling(is_streamed=isinstance(trainer.train_dataset, IterableDataset))
-        resample = partial(Resample, max_rounds=args.max_resample_rounds, group_size=args.num_generations, **here)
-        whole, dataset = args.num_generations_max is not None, lambda: trainer.train_dataset
-        stages.append(resample(whole_groups=whole, dataset=dataset, step=lambda: trainer.step, seed=args.seed))
-    if args.replay_fraction > 0:
-        _refuse_interleaved(trainer, f"replay_fraction={args.replay_fraction}")
-        refusals.refuse_replay_without_logps(args, samples_shared=sampler.is_shared)
-        max_groups, groups = refusals.replayed_groups(args), args.generation_batch_size // args.num_generations
-        buffer = GroupReplayBuffer(capacity=groups * args.replay_max_age, max_age=args.replay_max_age)
-        replay = partial(Replay, max_groups=max_groups, buffer=buffer, **here)
-        stages.append(replay(score=trainer.score_completions, step=lambda: trainer.step))
-    return stages
-
-
-def _refuse_interleaved(trainer: "GRPOExtTrainer", option: str) -> None:
-    refusals.refuse_rollout_stages(
-        option,
-        tools=bool(trainer.tools),
-        environment_factory=trainer.environment_factories is not None,
-        rollout_func=trainer.rollout_func is not None,
-        images=trainer.is_multimodal,
+def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler) -> StageContext:
+    interleaved = {
+        "tools": bool(trainer.tools),
+        "environment_factory": trainer.environment_factories is not None,
+        "rollout_func": trainer.rollout_func is not None,
+        "images": trainer.is_multimodal,
+    }
+    return StageContext(
+        args=trainer.args,
+        sampler=sampler,
+        record=trainer.record_metric,
+        total_rewards=trainer.total_rewards,
+        score=trainer.score_completions,
+        dataset=lambda: trainer.train_dataset,
+        step=lambda: trainer.state.global_step,
+        interleaved=[name for name, is_used in interleaved.items() if is_used],
+        process=trainer.accelerator.process_index,
+        processes=trainer.accelerator.num_processes,
     )
 
 
@@ -170,7 +154,7 @@ def _scorer(trainer: "GRPOExtTrainer") -> Scorer:
     )
 
 
-def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer) -> Sampler:
+def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> CompletionSampler:
     """Shared sampling, if the model and the settings allow it; else the log says why."""
     stop_strings: list[str] = []
     is_shared = False
@@ -183,24 +167,26 @@ def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer) -> Sampler:
         if scorer.shares_prompts and reason is not None:
             logger.warning(f"Prompts are not shared in sampling, transformers' own loop is taken: {reason}.")
         refusals.refuse_stop_strings(stop_strings, samples_shared=is_shared, tools=bool(trainer.tools))
-    return Sampler(
+    return CompletionSampler(
         is_shared=is_shared,
         temperature=trainer.temperature,
         stop_strings=stop_strings,
-        tokenizer=trainer.tokenizer,
+        tokenizer=tokenizer,
     )
 
 
-def _dialogue_player(trainer: "GRPOExtTrainer", sampler: Sampler) -> DialoguePlayer | None:
+def _dialogue_player(
+    trainer: "GRPOExtTrainer", sampler: CompletionSampler, tokenizer: PreTrainedTokenizerBase
+) -> DialoguePlayer | None:
     if not isinstance(trainer.rollout_func, Dialogue):
         return None
     refusals.refuse_dialogue(samples_shared=sampler.is_shared, tools=bool(trainer.tools))
     return DialoguePlayer(
         sampler=sampler,
-        turns=TurnTokenizer(trainer.tokenizer, trainer.eos_token_ids, **trainer.chat_template_kwargs),
+        turns=TurnTokenizer(tokenizer, trainer.eos_token_ids, **trainer.chat_template_kwargs),
         max_tokens=trainer.max_completion_length,
-        eos_token_id=trainer.tokenizer.eos_token_id,
-        record=trainer.record,
+        eos_token_id=tokenizer.eos_token_id,
+        record=trainer.record_metric,
         gather=trainer.accelerator.gather,
         device=trainer.accelerator.device,
     )

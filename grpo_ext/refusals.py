@@ -4,6 +4,7 @@ Each message gives the value received, the valid values, and what to type.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_ext.losses.kl import KL_ESTIMATORS
@@ -215,19 +216,10 @@ def _require(name: str, received: str, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={received!r} is unknown. Valid: {', '.join(map(repr, valid))}.")
 
 
-def refuse_rollout_stages(
-    option: str, *, tools: bool, environment_factory: bool, rollout_func: bool, images: bool
-) -> None:
-    """Rollouts that are put together before TRL works on them (`rollout/collect.py`) exclude what TRL interleaves."""
-    excluded = {
-        "tools": tools,
-        "environment_factory": environment_factory,
-        "rollout_func": rollout_func,
-        "images": images,
-    }
-    for name, is_used in excluded.items():
-        if is_used:
-            raise ValueError(f"{option} does not work with {name}. Leave one of them out.")
+def refuse_interleaved(option: str, interleaved: Sequence[str]) -> None:
+    """Stages of a rollout (`rollout/collect.py`) together with what TRL interleaves with sampling."""
+    for name in interleaved:
+        raise ValueError(f"{option} does not work with {name}. Leave one of them out.")
 
 
 def refuse_extension(config: Any, *, samples_shared: bool) -> None:

@@ -205,7 +205,7 @@ class GRPOExtTrainer(GRPOTrainer):
         if self.samples_by_generate:
             ends = self.generation_config.eos_token_id
             self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *_as_list(ends)]))
-        self.parts = build_parts(self, self._publisher, has_reference=reference.is_needed)
+        self.parts = build_parts(self, self._tokenizer, has_reference=reference.is_needed)
         # TRL takes an ending by a stop string for a cut one, in the metrics and in the mask; both are put right here.
         self._masks_cut = bool(self.parts.sampler.stop_strings) and self.mask_truncated_completions
         self.mask_truncated_completions = self.mask_truncated_completions and not self._masks_cut
@@ -263,19 +263,9 @@ class GRPOExtTrainer(GRPOTrainer):
         return not (self.use_vllm or self.use_transformers_continuous_batching or own_rollout)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, also if the processing class is a processor."""
-        return self._tokenizer
-
-    @property
-    def tag_names(self) -> list[str]:
+    def card_tags(self) -> list[str]:
         """TRL's tags of a model card."""
         return self._tag_names
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps so far."""
-        return self.state.global_step
 
     @property
     def train_metrics(self) -> dict[str, list[float]]:
@@ -287,7 +277,7 @@ class GRPOExtTrainer(GRPOTrainer):
         """The micro-batches of the rollout that is in use."""
         return self._buffered_inputs or []
 
-    def record(self, name: str, value: float) -> None:
+    def record_metric(self, name: str, value: float) -> None:
         """Add a value to a metric, which is averaged over a logging step."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
@@ -392,7 +382,7 @@ class GRPOExtTrainer(GRPOTrainer):
                     self._move_temperature()
                 if is_training and self.parts.stages:
                     current.rollout = collect(inputs, self._draw, self.parts.stages)
-                    self.record("reward_drawn", torch.cat(current.rollout.sampled_PM).nanmean().item())
+                    self.record_metric("reward_drawn", torch.cat(current.rollout.sampled_PM).nanmean().item())
                     inputs = [completion.example for completion in current.rollout.completions]
                 with self._hooks_heard(current), self._beta(self.beta or float(self.parts.reference_kl.has_reference)):
                     output = super()._generate_and_score_completions(inputs)
@@ -539,7 +529,9 @@ class GRPOExtTrainer(GRPOTrainer):
         rewards_B, rollout = self.total_rewards(current.rewards_BF), current.rollout
         G = self.num_generations if self.model.training else self.num_generations_eval
         attainable = self.reward_weights.clamp(min=0).sum().item()
-        record_group_kinds(self.record, [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM, attainable)
+        record_group_kinds(
+            self.record_metric, [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM, attainable
+        )
         if not (self.args.scale_rewards == "population" and self.scale_rewards == "none"):
             return
         all_rewards_PM = None if rollout is None else rollout.all_rewards_PM
@@ -554,8 +546,8 @@ class GRPOExtTrainer(GRPOTrainer):
         for _ in range(min(len(logged), len(advantages_B))):
             logged.pop()
         logged.extend(advantages_B.tolist())
-        self.record("advantages/mean", advantages_B.mean().item())
-        self.record("advantages/mean_abs", advantages_B.abs().mean().item())
+        self.record_metric("advantages/mean", advantages_B.mean().item())
+        self.record_metric("advantages/mean_abs", advantages_B.abs().mean().item())
 
     def _move_temperature(self) -> None:
         """Set the temperature of the next rollout: the schedule's, or what a callback has set."""
@@ -567,7 +559,7 @@ class GRPOExtTrainer(GRPOTrainer):
             control.temperature = wanted
         elif control.moves:
             wanted = control.next(self.state.global_step, self.state.max_steps)
-            self.record("temperature", wanted)
+            self.record_metric("temperature", wanted)
         else:
             return
         self._set_temperature(wanted)
@@ -650,7 +642,7 @@ class GRPOExtTrainer(GRPOTrainer):
             step=self.state.global_step,
             tolerance=self.epsilon_low / 10,
         )
-        self.record("sampling/logp_gap", gap)
+        self.record_metric("sampling/logp_gap", gap)
         return scores
 
     def _score_reference(self, score: Callable[..., RequestScores]) -> RequestScores:
@@ -763,10 +755,10 @@ class GRPOExtTrainer(GRPOTrainer):
         )
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
-            self.record("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
+            self.record_metric("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
         totals = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in metrics.values()]))
         for name, (total, count) in zip(metrics, totals.tolist(), strict=True):
-            self.record(name, total / max(count, 1.0))
+            self.record_metric(name, total / max(count, 1.0))
         return loss / self._accumulation()
 
     def _off_policy_mask(self, inputs: dict[str, Any], logps_BC: Tensor, mask_BC: Tensor) -> Tensor | None:
@@ -791,7 +783,7 @@ class GRPOExtTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, micro_batch.inputs)
         kl_BC = kl.per_token(micro_batch, scored[0][0])
         totals = self.accelerator.reduce(torch.stack([(kl_BC.detach() * mask_BC).sum(), mask_BC.sum().float()]))
-        self.record("kl", (totals[0] / totals[1].clamp(min=1.0)).item())
+        self.record_metric("kl", (totals[0] / totals[1].clamp(min=1.0)).item())
         if self.beta == 0.0:
             return loss
         return loss + self.beta * kl.mean_over_rows(kl_BC, mask_BC) / self._accumulation()
@@ -911,12 +903,12 @@ class GRPOExtTrainer(GRPOTrainer):
         copied.parts = replace(self.parts, phases=PhaseTimer())
         return copied
 
-    def roll_out(self, examples: list[dict[str, Any]], rewards_BF: Tensor) -> dict[str, Any]:
+    def roll_out_with(self, examples: list[dict[str, Any]], rewards_BF: Tensor) -> dict[str, Any]:
         """A rollout for these rows of the dataset that is given its rewards."""
         with replaced(self, _calculate_rewards=lambda *_: rewards_BF):
             return self._generate_and_score_completions(examples)
 
-    def sample(self, prompt_ids: list[int]) -> list[int]:
+    def sample_completion(self, prompt_ids: list[int]) -> list[int]:
         """Token ids of one completion."""
         (completion_ids,), _ = self._generate_single_turn([prompt_ids], None, {}, self.num_generations)
         return completion_ids

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from grpo_ext.checkpoints import files
 from grpo_ext.checkpoints.fingerprint import first_difference
-from grpo_ext.checkpoints.state import Stateful, load_states, save_states
+from grpo_ext.checkpoints.state import Stateful, has_states, load_states, save_states
 
 RUN_FILE, REFERENCE_FILE = "run.json", "reference.safetensors"
 OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # in one piece, in shards of FSDP, of DeepSpeed
@@ -75,6 +75,11 @@ class Checkpoints:
             raise ValueError(
                 f"{folder} holds no optimizer: it was made with save_only_model=True. Start without resume, and make "
                 f"checkpoints with save_only_model=False."
+            )
+        if not has_states(folder, 0):
+            raise ValueError(
+                f"{folder} was made by an earlier version of grpo-ext, which keeps the state of a run in another form. "
+                f"Resume it with that version, or start without resume."
             )
         epoch = json.loads((folder / TRAINER_STATE_NAME).read_text())["epoch"]
         if isinstance(train_dataset, IterableDataset) and epoch >= 1:

@@ -37,6 +37,12 @@ def save_states(folder: Path, process: int, states: Mapping[str, dict[str, Any]]
     (folder / STATE_FILE.format(process)).write_text(text)
 
 
+def has_states(folder: Path, process: int) -> bool:
+    """Whether the file of this process was written by `save_states`, and not in an earlier format."""
+    states = json.loads((folder / STATE_FILE.format(process)).read_text())
+    return all(isinstance(state, dict) for state in states.values())
+
+
 def load_states(folder: Path, process: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Read what `save_states` wrote; tensors that were not in host memory return to `device`."""
     path = folder / TENSORS_FILE.format(process)

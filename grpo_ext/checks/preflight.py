@@ -23,7 +23,7 @@ from grpo_ext.checks import prompts as check_prompts
 from grpo_ext.checks import rewards as check_rewards
 from grpo_ext.checks.worst_case_step import WorstCase, run_worst_case_step, why_not_run
 from grpo_ext.model.adapters import trainable_parameters
-from grpo_ext.model.chat import tokenize_prompt
+from grpo_ext.model.chat import text_tokenizer, tokenize_prompt
 
 logger = get_logger(__name__)
 
@@ -140,6 +140,7 @@ def before_training(trainer: GRPOTrainer) -> None:
             "PeftModel.from_pretrained, or give peft_config."
         )
     data, template = trainer.train_dataset, trainer.chat_template_kwargs
+    tokenizer = text_tokenizer(trainer.processing_class)
     scores = {}
     if isinstance(data, Dataset) and trainer.rollout_func is None and trainer.environment_factories is None:
         scores = check_rewards.call_once(trainer.reward_funcs, [data[i] for i in range(min(ROWS_TRIED, len(data)))])
@@ -147,11 +148,11 @@ def before_training(trainer: GRPOTrainer) -> None:
     if reason is not None:
         logger.warning(f"No step is rehearsed before the run: {reason}.")
         return
-    row, _ = check_prompts.find_longest(data, trainer.tokenizer, template)
+    row, _ = check_prompts.find_longest(data, tokenizer, template)
     ends = set(trainer.eos_token_ids)
-    for warning in check_prompts.warnings_of_template(trainer.tokenizer, data[0]["prompt"], template, ends):
+    for warning in check_prompts.warnings_of_template(tokenizer, data[0]["prompt"], template, ends):
         logger.warning(warning)
-    worst = run_worst_case_step(trainer, data[row], tokenize_prompt(trainer.tokenizer, data[0]["prompt"], **template))
+    worst = run_worst_case_step(trainer, data[row], tokenize_prompt(tokenizer, data[0]["prompt"], **template))
     if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
         _show(worst, scores)
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from grpo_ext.machine import peak_memory_mb
+from grpo_ext.memory.plan import ADAM_STATES
 from grpo_ext.model.adapters import trainable_parameters
+from grpo_ext.model.chat import text_tokenizer
 
 if TYPE_CHECKING:
     from grpo_ext.trainer import GRPOExtTrainer
-
-ADAM_STATES = 2  # tensors that the optimizer keeps per trainable parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def run_worst_case_step(trainer: "GRPOExtTrainer", longest: dict[str, Any], firs
             started = time.monotonic()
             _update(scratch, _rollout(scratch, [longest] * rows))
             seconds, peak = time.monotonic() - started, peak_memory_mb(trainer.accelerator.device)
-            completion = scratch.sample(first)
+            completion = scratch.sample_completion(first)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RuntimeError(
             f"One step of the largest shape does not fit into memory: {rows} rows in the sampler and "
@@ -75,7 +75,7 @@ def run_worst_case_step(trainer: "GRPOExtTrainer", longest: dict[str, Any], firs
             f"max_completion_length, max_prompt_tokens (now {args.max_prompt_tokens}), or per_device_train_batch_size "
             f"with more gradient_accumulation_steps. `grpo-ext plan` says what fits."
         ) from error
-    decode = trainer.tokenizer.decode
+    decode = text_tokenizer(trainer.processing_class).decode
     return WorstCase(seconds=seconds, peak_mb=peak, prompt=decode(first), completion=decode(completion))
 
 
@@ -88,7 +88,7 @@ def _rollout(trainer: "GRPOExtTrainer", examples: list[dict[str, Any]]) -> dict[
     rewards_BF = torch.zeros(rows, len(trainer.reward_funcs), device=trainer.accelerator.device)
     rewards_BF[::2] = 1.0
     try:
-        return trainer.roll_out([dict(row) for row in examples], rewards_BF)
+        return trainer.roll_out_with([dict(row) for row in examples], rewards_BF)
     finally:
         trainer.generation_config.min_new_tokens = None
 

@@ -22,7 +22,7 @@ from grpo_ext.evaluation.estimates import Estimate, pass_at_k
 from grpo_ext.model.chat import tokenize_prompt
 
 Problem = dict[str, Any]
-Completion = str | list[dict[str, str]]
+GeneratedText = str | list[dict[str, str]]
 Reward = Callable[..., list[float | None]]
 
 # Columns of the problems that accuracy is split by if they have between 2 and MAX_KINDS different values.
@@ -50,7 +50,7 @@ class Evaluation:
     sampled: Estimate | None
     pass_at_k: Estimate | None
     k: int
-    completions: list[Completion]
+    completions: list[GeneratedText]
     right: list[bool]
     shares: list[float] = field(default_factory=list)
     pass_at: dict[int, Estimate] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def complete(
     seed: int = 0,
     description: str | None = None,
     template_kwargs: dict[str, Any] | None = None,
-) -> list[Completion]:
+) -> list[GeneratedText]:
     """One completion per prompt, in order; several processes share the work.
 
     Args:
@@ -140,7 +140,7 @@ def complete(
     ]
 
 
-def grade(reward: Reward, problems: Sequence[Problem], completions: Sequence[Completion]) -> list[bool]:
+def grade(reward: Reward, problems: Sequence[Problem], completions: Sequence[GeneratedText]) -> list[bool]:
     """Whether each completion earns 1.0 or more; one that the reward cannot score (None) counts as wrong."""
     columns = {name: [problem[name] for problem in problems] for name in problems[0] if name != "prompt"}
     prompts = [problem["prompt"] for problem in problems]
@@ -184,7 +184,7 @@ def evaluate(
 
 
 def build_evaluation(
-    problems: Sequence[Problem], completions: list[Completion], right: list[bool], sampled_right: list[bool]
+    problems: Sequence[Problem], completions: list[GeneratedText], right: list[bool], sampled_right: list[bool]
 ) -> Evaluation:
     """An evaluation from per-problem results.
 

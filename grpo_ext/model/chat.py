@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 def tokenize_prompt(
@@ -19,3 +19,8 @@ def tokenize_prompt(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template
     )
     return rendered["input_ids"]
+
+
+def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processing class, which is one itself or a processor that holds one."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

@@ -91,7 +91,7 @@ def write_card(
         datasets=data,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*trainer.tag_names, CARD_TAG, *(["peft"] if is_adapter else []), *added],
+        tags=[*trainer.card_tags, CARD_TAG, *(["peft"] if is_adapter else []), *added],
         eval_results=_eval_results(summary, data) if summary else None,
     )
     body = CARD_TEMPLATE.format(

@@ -87,10 +87,10 @@ def explain_failure(error: Exception) -> str:
             "the token may not write there. Use one that can write, from https://huggingface.co/settings/tokens, or "
             "name a repository of your own"
         )
-    return _first_line(error) + ("" if isinstance(error, ValueError) else ". Try again later")
+    return _error_summary(error) + ("" if isinstance(error, ValueError) else ". Try again later")
 
 
-def _first_line(error: Exception) -> str:
+def _error_summary(error: Exception) -> str:
     """`HfHubHTTPError: Server error '500 Internal Server Error' for url ...`"""
     line = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {line.partition(' (Request ID')[0].rstrip('. ')}"

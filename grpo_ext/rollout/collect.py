@@ -8,15 +8,19 @@ samples as often as it needs to; TRL's own method then works on the rollout as i
 Legend: P prompts, G completions per prompt, M completions sampled for a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from grpo_ext.config import GRPOExtConfig
 from grpo_ext.losses.advantages import group_kind_shares
-from grpo_ext.rollout.types import Rollout
+from grpo_ext.rollout.sampler import CompletionSampler
+from grpo_ext.rollout.types import Completion, Rollout
 
 
 class Draw(Protocol):
@@ -30,7 +34,11 @@ class Draw(Protocol):
 
 
 class RolloutStage(Protocol):
-    """Draws a rollout with `draw`, which includes the stages before it, and returns it, changed or not."""
+    """Draws a rollout with `draw`, which includes the stages before it, and returns it, changed or not.
+
+    It wraps the drawing instead of following it: extending groups needs the prompt caches of the first draw, and what
+    is resampled must be extended, too.
+    """
 
     def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout: ...
 
@@ -39,6 +47,34 @@ class Record(Protocol):
     """Adds a value to the metric of this name; metrics are averaged over a logging step."""
 
     def __call__(self, name: str, value: float) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """What a run gives to its stages.
+
+    Attributes:
+        args: its settings.
+        sampler: its sampler.
+        record: takes metrics of training.
+        total_rewards: the reward of each row from those of the reward functions, shape (..., F) -> (...).
+        score: log-probs of completions under the policy as it is now, with their mask, shapes (B, C).
+        dataset: the training data, at the time of the call.
+        step: optimizer steps so far.
+        interleaved: what of this run TRL interleaves with sampling, by name; no stage works with it.
+        process, processes: index of this process, and their number.
+    """
+
+    args: GRPOExtConfig
+    sampler: CompletionSampler
+    record: Record
+    total_rewards: Callable[[Tensor], Tensor]
+    score: Callable[[list[Completion]], tuple[Tensor, Tensor]]
+    dataset: Callable[[], Dataset | IterableDataset]
+    step: Callable[[], int]
+    interleaved: Sequence[str] = ()
+    process: int = 0
+    processes: int = 1
 
 
 def collect(examples: list[dict[str, Any]], draw: Draw, stages: Sequence[RolloutStage]) -> Rollout:

@@ -11,7 +11,7 @@ from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.collect import Record
 from grpo_ext.rollout.dialogue import Dialogue
-from grpo_ext.rollout.sampler import Sampler
+from grpo_ext.rollout.sampler import CompletionSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class DialoguePlayer:
         device: of the metrics.
     """
 
-    sampler: Sampler
+    sampler: CompletionSampler
     turns: TurnTokenizer
     max_tokens: int
     eos_token_id: int

@@ -20,7 +20,7 @@ TokenRows = list[list[int]]
 Sampled = tuple[TokenRows, list[list[float]] | None, list[bool] | None]
 
 
-class Sampler:
+class CompletionSampler:
     """Samples with shared prompts if `is_shared`, else lets TRL sample.
 
     Args:
@@ -79,7 +79,7 @@ class Sampler:
         if sampled is None or not _begin_with(sampled.tokens, completion_ids):
             return completion_ids, logps, None
         lengths = [min(len(ids), len(tokens)) for ids, tokens in zip(completion_ids, sampled.tokens, strict=True)]
-        return _truncate(sampled.tokens, lengths), _truncate(sampled.logps, lengths), sampled.is_cut
+        return _first_tokens(sampled.tokens, lengths), _first_tokens(sampled.logps, lengths), sampled.is_cut
 
 
 def _begin_with(tokens: TokenRows, completion_ids: TokenRows) -> bool:
@@ -89,7 +89,7 @@ def _begin_with(tokens: TokenRows, completion_ids: TokenRows) -> bool:
     )
 
 
-def _truncate(rows: list[list[Any]], lengths: list[int]) -> list[list[Any]]:
+def _first_tokens(rows: list[list[Any]], lengths: list[int]) -> list[list[Any]]:
     """Each row up to its length."""
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 

@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
+from grpo_ext import GRPOExtConfig, parts
+from tests.tools.models import random_lora
 from tests.tools.paths import ROOT
+from tests.tools.training import log_of
 
 DOCUMENTS = (
     "README.md",
@@ -51,3 +54,22 @@ def embedded():
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_stage_of_the_contributors_guide_works(build, small_model, monkeypatch):
+    """As printed, with one line in the list of stages and one field in the config."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    monkeypatch.setattr(parts, "STAGES", (*parts.STAGES, names["SampleAgain"]))
+    monkeypatch.setattr(GRPOExtConfig, "sample_again", True, raising=False)
+    sampled = []
+
+    def dead_at_first(completions, **columns):
+        sampled.append(len(completions))
+        return [0.0 if len(sampled) == 1 else float(i % 2) for i in range(len(completions))]
+
+    trainer = build(small_model, reward=dead_at_first, peft_config=random_lora(), max_steps=2)
+    trainer.train()
+    assert sampled == [8, 8, 8]  # twice in the first step, once in the second
+    assert log_of(trainer, "frac_dead_groups") == [0.0, 0.0]

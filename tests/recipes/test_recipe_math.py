@@ -208,7 +208,7 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_default_run_learns(tmp_path, seed):
     """By GRPO alone, with the document's objective and beta > 0; then a fresh process loads the adapter with plain
     PEFT on the base and finds the same accuracy."""

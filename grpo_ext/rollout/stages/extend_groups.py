@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_ext import refusals
 from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.losses.subset import max_variance_subset
-from grpo_ext.rollout.collect import Draw, Record
+from grpo_ext.rollout.collect import Draw, Record, StageContext
 from grpo_ext.rollout.types import Rollout
 
 
@@ -38,6 +39,28 @@ class ExtendGroups:
     record: Record
     process: int = 0
     processes: int = 1
+
+    @classmethod
+    def build(cls, context: StageContext) -> "ExtendGroups | None":
+        """The stage of a run; None if its settings do not ask for it.
+
+        Raises:
+            ValueError: the run cannot have it.
+        """
+        args = context.args
+        if args.num_generations_max is None:
+            return None
+        refusals.refuse_interleaved(f"num_generations_max={args.num_generations_max}", context.interleaved)
+        refusals.refuse_extension(args, samples_shared=context.sampler.is_shared)
+        return cls(
+            limit=args.num_generations_max,
+            group_size=args.num_generations,
+            total=context.total_rewards,
+            keep_prompt_caches=context.sampler.keep_prompt_caches,
+            record=context.record,
+            process=context.process,
+            processes=context.processes,
+        )
 
     def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout:
         with self.keep_prompt_caches():

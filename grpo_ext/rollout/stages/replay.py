@@ -17,13 +17,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from trl.trainer.utils import pad
 
+from grpo_ext import refusals
 from grpo_ext.losses.advantages import mixed_groups
-from grpo_ext.rollout.collect import Draw, Record
+from grpo_ext.rollout.collect import Draw, Record, StageContext
 from grpo_ext.rollout.types import Completion, Rollout
 
 # Nats. If the probability of a completion has changed by more than a factor of e since it was sampled, its group is too
 # far from the policy to learn from.
-MAX_LOG_RATIO = 1.0
+MAX_DRIFT = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Replay:
     The log-probs that a replayed completion was sampled with are those of its old policy in the ratio; its advantage is
     that of its group at that time. Metrics: `replay/hit_rate`, the share of the wanted places that were filled;
     `replay/age`, optimizer steps; `replay/dropped_old` and `replay/dropped_far`, groups older than the buffer allows or
-    with a completion whose log-ratio to the policy is beyond `MAX_LOG_RATIO`.
+    with a completion whose log-ratio to the policy is beyond `MAX_DRIFT`.
 
     Args:
         max_groups: 1 or more.
@@ -116,6 +117,29 @@ class Replay:
         self.max_groups, self.buffer = max_groups, buffer
         self._score, self._step, self._record = score, step, record
         self._process, self._processes = process, processes
+
+    @classmethod
+    def build(cls, context: StageContext) -> "Replay | None":
+        """The stage of a run; None if its settings do not ask for it.
+
+        Raises:
+            ValueError: the run cannot have it.
+        """
+        args = context.args
+        if args.replay_fraction == 0:
+            return None
+        refusals.refuse_interleaved(f"replay_fraction={args.replay_fraction}", context.interleaved)
+        refusals.refuse_replay_without_logps(args, samples_shared=context.sampler.is_shared)
+        groups = args.generation_batch_size // args.num_generations
+        return cls(
+            max_groups=refusals.replayed_groups(args),
+            buffer=GroupReplayBuffer(capacity=groups * args.replay_max_age, max_age=args.replay_max_age),
+            score=context.score,
+            step=context.step,
+            record=context.record,
+            process=context.process,
+            processes=context.processes,
+        )
 
     def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout:
         rollout = draw(examples)
@@ -156,7 +180,7 @@ class Replay:
         far = 0
         while len(found) < len(wanted) and len(self.buffer):
             candidates = self.buffer.take(len(wanted) - len(found))
-            is_close = [distance <= MAX_LOG_RATIO for distance in self._distances(candidates)]
+            is_close = [distance <= MAX_DRIFT for distance in self._distances(candidates)]
             far += is_close.count(False)
             found += [group for group, close in zip(candidates, is_close, strict=True) if close]
         self._record("replay/dropped_far", float(far))

@@ -7,9 +7,11 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.data import IterableDataset
 
+from grpo_ext import refusals
 from grpo_ext.losses.advantages import mixed_groups
-from grpo_ext.rollout.collect import Draw, Record
+from grpo_ext.rollout.collect import Draw, Record, StageContext
 from grpo_ext.rollout.types import Rollout
 
 
@@ -40,6 +42,30 @@ class Resample:
     process: int = 0
     processes: int = 1
     _rollout_of_step: tuple[int, int] = field(default=(-1, 0), init=False)  # the step and its rollouts so far
+
+    @classmethod
+    def build(cls, context: StageContext) -> "Resample | None":
+        """The stage of a run; None if its settings do not ask for it.
+
+        Raises:
+            ValueError: the run cannot have it.
+        """
+        args = context.args
+        if args.dead_groups != "resample":
+            return None
+        refusals.refuse_interleaved("dead_groups='resample'", context.interleaved)
+        refusals.refuse_streamed_resampling(is_streamed=isinstance(context.dataset(), IterableDataset))
+        return cls(
+            max_rounds=args.max_resample_rounds,
+            group_size=args.num_generations,
+            whole_groups=args.num_generations_max is not None,
+            dataset=context.dataset,
+            step=context.step,
+            seed=args.seed,
+            record=context.record,
+            process=context.process,
+            processes=context.processes,
+        )
 
     def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout:
         rollout = draw(examples)

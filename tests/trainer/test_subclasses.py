@@ -1,0 +1,194 @@
+"""What users build on the trainer: subclasses that override TRL's hooks, samplers of their own, and callbacks that
+change attributes of the trainer while it trains."""
+
+import copy
+import inspect
+from importlib import import_module
+from pkgutil import walk_packages
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+import grpo_ext
+from grpo_ext import GRPOExtTrainer
+from tests.tools.models import random_lora
+from tests.tools.training import adapter_of, log_of
+
+
+def ones(completions, **columns):
+    return [1.0] * len(completions)
+
+
+class Bonus(GRPOExtTrainer):
+    """A bonus that grows with the row: 0, 1/8, 2/8, ..., so no group is dead."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return rewards + torch.arange(len(rewards), dtype=rewards.dtype).unsqueeze(1) / len(rewards)
+
+
+def test_there_is_one_subclass_of_the_trainer():
+    """A second one would hide again what a step does."""
+    for module in walk_packages(grpo_ext.__path__, "grpo_ext."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+
+    def subclasses(kind):
+        return {sub for direct in kind.__subclasses__() for sub in {direct} | subclasses(direct)}
+
+    assert {kind for kind in subclasses(GRPOTrainer) if kind.__module__.startswith("grpo_ext")} == {GRPOExtTrainer}
+
+
+def test_the_constructor_is_that_of_trl():
+    """Same parameters, order and defaults, each with a type: completion and `help()` show them."""
+    ours, stock = (inspect.signature(kind.__init__).parameters for kind in (GRPOExtTrainer, GRPOTrainer))
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in stock.values()]
+    assert all(p.annotation is not p.empty for p in list(ours.values())[1:])
+
+
+@pytest.mark.parametrize("scale", ["population", "group", "batch", "none"])
+def test_a_bonus_of_a_subclass_reaches_advantages_counts_and_metrics(build, small_model, scale):
+    trainer = build(
+        small_model, trainer=Bonus, reward=ones, peft_config=random_lora(), scale_rewards=scale, max_steps=1
+    )
+    trainer.train()
+    assert log_of(trainer, "reward") == [1 + 3.5 / 8]
+    assert log_of(trainer, "frac_dead_groups") == [0.0]
+    assert log_of(trainer, "frac_groups/mixed") == [1.0]
+    logged = list(trainer._logs["advantages"])
+    assert logged[:4] == pytest.approx(logged[4:])
+    # The bonus of a group is 0, 1, 2, 3 eighths and a constant.
+    deviation = {"population": 1.25**0.5 / 8, "group": (5 / 3) ** 0.5 / 8, "batch": 6**0.5 / 8, "none": 1.0}[scale]
+    assert logged[:4] == pytest.approx([(i - 1.5) / 8 / deviation for i in range(4)], rel=2e-3)
+
+
+def test_a_bonus_is_added_once_if_stages_collect_the_rollout(build, small_model):
+    """The stages see the bonus, so nothing is dead, and TRL is not given it twice."""
+    trainer = build(
+        small_model, trainer=Bonus, reward=ones, peft_config=random_lora(), dead_groups="resample", max_steps=1
+    )
+    trainer.train()
+    assert log_of(trainer, "reward") == [1 + 3.5 / 8]
+    assert log_of(trainer, "resampled_groups") == [0.0]
+
+
+class OwnSampler(GRPOExtTrainer):
+    """Answers every prompt with its own first tokens, in as many lengths as a group has completions."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        return [ids[: 1 + i % 4] for i, ids in enumerate(prompt_ids)], None
+
+
+def own_generate(trainer):
+    """A replaced `model.generate`, which knows nothing of our sampler; the prompt and its last token, twice."""
+
+    def generate(input_ids, **kwargs):
+        return torch.cat([input_ids, input_ids[:, -1:], input_ids[:, -1:]], dim=1)
+
+    trainer.model.get_base_model().generate = generate
+    trainer.model.generate = generate
+
+
+@pytest.mark.parametrize("own", ["subclass", "generate"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_iterations": 2}, {"generation_kwargs": {"stop_strings": "7"}}, {"dead_groups": "resample"}],
+    ids=lambda settings: ", ".join(settings) or "default",
+)
+def test_a_sampler_of_the_user_works_without_log_probs(build, small_model, own, settings):
+    """It trained on nothing, or crashed, where the sampler's log-probs and endings were expected."""
+    kind = OwnSampler if own == "subclass" else GRPOExtTrainer
+    trainer = build(small_model, trainer=kind, peft_config=random_lora(), **settings)
+    if own == "generate":
+        own_generate(trainer)
+    before = adapter_of(trainer)
+    trainer.train()
+    assert any(not torch.equal(value, before[name]) for name, value in adapter_of(trainer).items())
+    lengths = log_of(trainer, "completions/mean_length")
+    assert lengths == ([2.5] * len(lengths) if own == "subclass" else [2.0] * len(lengths))
+    assert log_of(trainer, "sampling/logp_gap") == []
+
+
+class Sets(TrainerCallback):
+    """Sets attributes of the trainer after the first step."""
+
+    def __init__(self, **attributes):
+        self.attributes, self.trainer = attributes, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            for name, value in self.attributes.items():
+                setattr(self.trainer, name, value)
+
+
+def train_and_set(build, model, *, attributes, **settings):
+    callback = Sets(**attributes)
+    trainer = build(model, peft_config=random_lora(), arguments={"callbacks": [callback]}, **settings)
+    callback.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
+def test_beta_and_entropy_coef_act_once_a_callback_sets_them(build, small_model, loss_type):
+    """The second step is that of a run which has the new values from the beginning, as far as its gradient goes: both
+    start from the same adapter, as the rate of the first step is 0."""
+    old, new = {"beta": 0.1, "entropy_coef": 0.0}, {"beta": 0.7, "entropy_coef": 0.3}
+    settings = {"loss_type": loss_type, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
+
+    def second_norm(attributes, weights):
+        run = train_and_set(build, copy.deepcopy(small_model), attributes=attributes, **weights, **settings)
+        return log_of(run, "grad_norm")[1]
+
+    changed = second_norm(new, old)
+    assert changed == pytest.approx(second_norm({}, new), rel=1e-5)
+    assert changed != pytest.approx(second_norm({}, old), rel=1e-2)
+
+
+def test_a_temperature_acts_once_a_callback_sets_it(build, small_model):
+    """In sampling and in scoring: near 0, the policy's entropy is that of greedy decoding."""
+    trainer = train_and_set(build, small_model, attributes={"temperature": 0.01}, max_steps=3)
+    entropy = log_of(trainer, "entropy")
+    assert entropy[0] > 1.0
+    assert max(entropy[1:]) < 0.5
+    assert trainer.generation_config.temperature == 0.01
+
+
+@pytest.mark.parametrize(
+    ("attributes", "settings", "message"),
+    [
+        ({"temperature": 0.5}, {"share_prompt": False}, "temperature was changed from 0.8 to 0.5, but prompts are not"),
+        (
+            {"temperature": 0.5},
+            {"temperature_schedule": "linear", "temperature_end": 1.0},
+            "temperature_schedule='linear' sets it before each rollout",
+        ),
+        ({"beta": 0.1}, {"beta": 0.0}, "beta was changed from 0 to 0.1, but this run was built without a reference"),
+    ],
+)
+def test_what_cannot_act_is_refused(build, small_model, attributes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train_and_set(build, small_model, attributes=attributes, **settings)
+
+
+def test_scale_rewards_acts_once_a_callback_sets_it(build, small_model):
+    """TRL's own normalisation from the second step on; ours logs `advantages/mean_abs`, TRL does not."""
+    trainer = train_and_set(build, small_model, attributes={"scale_rewards": "group"})
+    assert len(log_of(trainer, "advantages/mean_abs")) == 1
+
+
+def test_dead_groups_are_kept_once_they_have_a_gradient(build, small_model):
+    """`entropy_coef` is raised in a run that skips dead groups: they count in its entropy bonus from then on."""
+    trainer = train_and_set(
+        build,
+        small_model,
+        attributes={"entropy_coef": 0.1},
+        reward=ones,
+        dead_groups="skip",
+        beta=0.0,
+        entropy_coef=0.0,
+    )
+    assert log_of(trainer, "grad_norm")[0] == 0.0
+    assert log_of(trainer, "grad_norm")[1] > 0.0
