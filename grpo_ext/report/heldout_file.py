@@ -3,8 +3,8 @@
     heldout.jsonl  {"step": 5, "right": [1, 0, ...], "shares": [...], "kinds": {...}, "answers": [{"text": ...}, ...]}
     metrics.jsonl  {"step": 5, "heldout/pass@1": 0.98, "heldout/pass@1/low": 0.95, "heldout/pass@1/high": 0.99}
 
-A row of `heldout.jsonl` says of each problem whether it was solved, and holds the greedy answers to the first four
-problems, which are the same in every row.
+A row of `heldout.jsonl` has whether each problem was solved, and the greedy answers to the first four problems, which
+are the same in every row.
 """
 
 from collections.abc import Sequence

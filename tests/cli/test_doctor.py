@@ -19,7 +19,7 @@ GIB = 2**30
 
 @pytest.fixture
 def closed_port():
-    """Of this machine, where nobody answers."""
+    """A port of this machine that nobody listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
@@ -27,7 +27,7 @@ def closed_port():
 
 @pytest.fixture
 def free(monkeypatch):
-    """`free(0.5)`: so many GB are left on every disk."""
+    """`free(0.5)` leaves 0.5 GB on every disk."""
 
     def leave(gigabytes):
         usage = namedtuple("usage", "total used free")(100 * GIB, 0, int(gigabytes * GIB))
@@ -131,21 +131,21 @@ def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
 
 
 @pytest.mark.parametrize(
-    ("status", "token", "colour", "said"),
+    ("status", "token", "colour", "text"),
     [
         (200, "hf_right", "green", "logged in as somebody"),
         (401, "hf_wrong", "yellow", "it answers, and refuses the saved token (401)"),
         (401, None, "yellow", "it answers; not logged in, so no gated models and no push"),
     ],
 )
-def test_a_hub_that_answers(monkeypatch, status, token, colour, said, hub_of):
-    """The token is sent, and only where there is one."""
+def test_a_hub_that_answers(monkeypatch, status, token, colour, text, hub_of):
+    """The token is sent, if there is one."""
     url, asked = hub_of(status)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(doctor, "get_token", lambda: token)
     finding = doctor.hub()
-    assert (finding.colour, finding.text) == (colour, said)
+    assert (finding.colour, finding.text) == (colour, text)
     assert asked == [token and f"Bearer {token}"]
 
 
@@ -182,10 +182,10 @@ def test_through_its_command_line(capsys, free, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     free(50)
     cli.main(["doctor"])
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for name in ("Python", "packages", "device", "precision", "4-bit bases", "sandbox", "disk", "Hub"):
-        assert name in said
-    assert len(said.splitlines()) <= 24
+        assert name in text
+    assert len(text.splitlines()) <= 24
     free(0.5)
     with pytest.raises(SystemExit, match="A red line stops every run"):
         cli.main(["doctor"])

@@ -44,7 +44,7 @@ def loaded_by(code: str) -> set[str]:
     """
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.splitlines()  # nothing else was said
+    (line,) = done.stderr.splitlines()  # there are no other messages
     return set(json.loads(line.replace("'", '"')))
 
 

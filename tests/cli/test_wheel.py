@@ -1,4 +1,4 @@
-"""The wheel, installed where no checkout is: packages, the files beside their code, and the commands."""
+"""The wheel, installed without a checkout: packages with their data files, and the commands."""
 
 import json
 import os

@@ -82,8 +82,8 @@ def test_figures_are_those_of_the_evaluation_of_a_run(capsys, tmp_path, tiny_mod
     assert found["sampled_pass_at_1"] == asdict(expected.sampled)
     assert found["pass_at_k"] == asdict(expected.pass_at_k)
     assert found["k"] == 3
-    said = f"pass@1 {expected.greedy}  sampled pass@1 {expected.sampled}  pass@3 {expected.pass_at_k} "
-    assert said in capsys.readouterr().out
+    line = f"pass@1 {expected.greedy}  sampled pass@1 {expected.sampled}  pass@3 {expected.pass_at_k} "
+    assert line in capsys.readouterr().out
 
 
 def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monkeypatch, tokenizer):
@@ -109,7 +109,7 @@ def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monk
 @pytest.mark.slow
 def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model, tokenizer):
     """Else a model trained without thinking is measured with it: by a recipe, and by the command afterwards. Here the
-    template asks as the model was taught only where it is given `ending`."""
+    template makes the prompt that the model was taught only if it gets `ending`."""
     chat, questions, out = (str(tmp_path / name) for name in ("chat", "questions", "out"))
     shutil.copytree(TINY_MODEL, chat)
     chatting = AutoTokenizer.from_pretrained(TINY_MODEL)

@@ -89,7 +89,7 @@ def test_what_a_run_says_and_leaves(tmp_path):
     code, output = launch([sys.executable, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
-    for said in (
+    for text in (
         "recipes/tiny_math/model, 0.87M parameters in float32",
         "163,840 parameters",
         "the same backbone with the adapter off, no second model; beta = 0.1",
@@ -101,7 +101,7 @@ def test_what_a_run_says_and_leaves(tmp_path):
         "pass@1=",
         "Held-out problems, greedy answers",
     ):
-        assert said in output
+        assert text in output
     assert "Traceback" not in output
     assert "FutureWarning" not in output
     left = {path.name for path in tmp_path.iterdir()}
@@ -213,7 +213,7 @@ def test_the_default_run_learns(tmp_path, seed):
     """By GRPO alone, with the document's objective and beta > 0; then a fresh process loads the adapter with plain
     PEFT on the base and finds the same accuracy."""
     flags = ["--seed", str(seed), "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
-    code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # others run beside
+    code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # other tests run at the same time
     assert code == 0, output
     summary = json.loads((tmp_path / "summary.json").read_text())
     before, after = summary["sampled_pass_at_1_before"], summary["sampled_pass_at_1_after"]

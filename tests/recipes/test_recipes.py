@@ -1,4 +1,4 @@
-"""The recipes beside `recipes/math.py` as a user starts them, with two steps each, and the data that they bring."""
+"""All recipes but `recipes/math.py` as a user starts them, with two steps each, and the data that they bring."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubble
 
 
 def started(tmp_path, folder, command):
-    """Run two steps; what was said, and the summary."""
+    """Run two steps; returns the output and the summary."""
     code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
@@ -76,7 +76,7 @@ def test_guess_a_number(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])
 def test_every_recipe_drops_its_folder_from_the_path(recipe):
     """As the recipe for mathematics does, which test_recipe_math.py starts in every way: without it, `import math`
-    finds math.py beside the script."""
+    finds math.py in the folder of the script."""
 
     def guard(path):
         lines = path.read_text().splitlines()
@@ -126,7 +126,7 @@ def test_every_gold_program_is_right():
 
 
 def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
-    """The name of the function stands in the tests only; a problem whose tests no one can read is left out."""
+    """Only the tests name the function; a problem whose tests the reward cannot read is left out."""
     rows = [
         {"prompt": f"Write a function to add {i}.", "code": "...", "test_list": [f"assert plus(1) == {i + 1}"]}
         for i in range(50)

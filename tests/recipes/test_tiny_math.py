@@ -64,7 +64,7 @@ def test_building_is_seeded(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_base_model_can_but_usually_does_not(tokenizer):
     """Sampled at temperature 0.8: right in 25 to 55% of single answers, in at least 90% of groups of eight, and
-    nearly always where it takes the longer way."""
+    nearly always if it works the sum out."""
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     problems = [{"prompt": build.PROMPT.format(question=r["question"]), "answer": r["answer"]} for r in rows("test")]
     settings = {"max_new_tokens": 48, "temperature": 0.8, "batch_size": 512}

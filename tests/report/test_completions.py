@@ -18,7 +18,7 @@ GOLD = {"answer": ["3", "71", "4", "15"]}
 
 
 class Watched:
-    """A reward that keeps what it saw, and logs a column beside, the first time only."""
+    """A reward that keeps its arguments, and logs a column in its first call only."""
 
     def __init__(self):
         self.calls = []
@@ -38,7 +38,7 @@ def recorded(trainer):
 
 
 def test_the_record_is_what_the_rewards_saw_and_the_update_used(build, small_model, tokenizer):
-    """A row beside the wrong reward, gold answer or advantage would make the page lie about every answer."""
+    """A completion with the wrong reward, gold answer or advantage would make the page lie about every answer."""
     reward = Watched()
     trainer = build(small_model, peft_config=random_lora(), reward=reward, columns=GOLD, temperature=1.5)
     trainer.train()
@@ -50,8 +50,8 @@ def test_the_record_is_what_the_rewards_saw_and_the_update_used(build, small_mod
         assert [answer["rewards"] for answer in answers] == [{"watched": pytest.approx(s, abs=1e-4)} for s in scores]
         assert [answer["tokens"] for answer in answers] == list(map(len, ids))
         assert [answer["cut"] for answer in answers] == [one[-1] != tokenizer.eos_token_id for one in ids]
-        beside = [{"first sign": text[:1]} if row["step"] == 1 else {} for text in completions]
-        assert [answer["extra"] for answer in answers] == beside  # TRL keeps the old column
+        logged = [{"first sign": text[:1]} if row["step"] == 1 else {} for text in completions]
+        assert [answer["extra"] for answer in answers] == logged  # TRL keeps the old column
         assert [group["prompt"] for group in row["groups"]] == prompts[::4]
         assert [group["gold"] for group in row["groups"]] == gold[::4]
         of_group = torch.tensor(scores, dtype=torch.float64).view(-1, 4)
@@ -91,7 +91,7 @@ def test_every_way_of_making_a_rollout_is_recorded_once(build, small_model, opti
             expected = float(len(answer["text"]) % 2) if group["prompt"] != "2+2=" else 0.0
             assert answer["rewards"] == {"is_even": expected}
             assert answer["tokens"] == 12 or not answer["cut"]
-    if options == {"share_prompt": False}:  # where TRL's own sampling ends them
+    if options == {"share_prompt": False}:  # then TRL's own sampling ends them
         cut = [answer["cut"] for group in rows[0]["groups"] for answer in group["answers"]]
         assert sum(cut) / len(cut) == log_of(trainer, "completions/clipped_ratio")[0] not in (0.0, 1.0)
 
@@ -115,7 +115,7 @@ def test_a_run_that_is_resumed_keeps_the_record_up_to_its_checkpoint(build, smal
 
 
 def test_a_record_is_bounded(build, small_model):
-    """Long answers must not fill a disk, and the end of an answer, where its result stands, must stay."""
+    """Long answers must not fill a disk, and the end of an answer, which holds its result, must stay."""
     args = build(small_model, peft_config=random_lora()).args
     Path(args.output_dir).mkdir(exist_ok=True)
     count = 4 * (MAX_GROUPS + 3)

@@ -132,8 +132,8 @@ def test_when_it_is_pushed(hub, build, small_model, tmp_path, strategy, at_saves
     trainer.save_model()
     assert len(hub.commits[REPO]["main"]) == 2 + at_saves
     assert "summary.json" not in hub.files(REPO)
-    beside = {name for name in hub.files(REPO) if "/" in name}
-    assert beside == ({f"last-checkpoint/{name}" for name in WEIGHTS} if strategy == "checkpoint" else set())
+    in_folders = {name for name in hub.files(REPO) if "/" in name}
+    assert in_folders == ({f"last-checkpoint/{name}" for name in WEIGHTS} if strategy == "checkpoint" else set())
 
 
 def test_training_goes_on_while_a_save_is_pushed(hub, build, small_model, tmp_path):
@@ -165,10 +165,10 @@ def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
     hub.fail("/objects/batch", 403)
     hub.fail("/commit/", 401, 403, 429, 500, "drop")
     trainer.train()
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     command = f"grpo-ext push {trainer.args.output_dir} {REPO} --private"
     assert len(hub.commits[REPO]["main"]) == 1
-    assert said.count(f"push it again: {command}\n") == 7
+    assert message.count(f"push it again: {command}\n") == 7
     for reason in (
         "there is no token",
         "the token may not write there",
@@ -176,7 +176,7 @@ def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
         "'500 Internal",
         "disconnected",
     ):
-        assert reason in said
+        assert reason in message
     assert trainer.state.global_step == 7
     cli.main(command.split()[1:])
     assert hub.visibility[REPO] == "private"
@@ -231,7 +231,7 @@ def test_the_command_where_it_cannot_push(hub, build, small_model, tmp_path):
 
 @pytest.mark.parametrize("request_", ["/repos/create", "/auth-check/write"])
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (401, "Log in by `hf auth login`"),
         (403, "Use one that can write"),
@@ -240,12 +240,12 @@ def test_the_command_where_it_cannot_push(hub, build, small_model, tmp_path):
         ("drop", "RemoteProtocolError: .* Try again later"),
     ],
 )
-def test_access_is_checked_before_training(hub, tmp_path, request_, fault, said):
+def test_access_is_checked_before_training(hub, tmp_path, request_, fault, message):
     """A push that fails after hours is found out before them, with what was received and what to type."""
     args = GRPOExtConfig(str(tmp_path / "tiny-math"), push_to_hub=True)
     hub.fail(request_, fault)
     with pytest.raises(
-        ValueError, match=rf"^'tiny-math' on the Hub .*{said}.* grpo-ext push {args.output_dir} tiny-math"
+        ValueError, match=rf"^'tiny-math' on the Hub .*{message}.* grpo-ext push {args.output_dir} tiny-math"
     ):
         check_write_access(args)
     assert check_write_access(args) == REPO

@@ -56,7 +56,7 @@ def browser(tmp_path_factory):
 
 
 def look(browser, path, width=1200, dark=False):
-    """Open a page; warnings and errors in the console, and what it asked the network for beside itself."""
+    """Open a page; returns warnings and errors in the console, and its requests other than that for itself."""
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -69,8 +69,8 @@ def look(browser, path, width=1200, dark=False):
     WebDriverWait(browser, PATIENCE).until(lambda browser: browser.execute_script(drawn))
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    said = [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
-    return said, [request for request in requests if request != url]
+    console_entries = [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
+    return console_entries, [request for request in requests if request != url]
 
 
 def answer(text, reward, **changes):
@@ -86,7 +86,7 @@ def answer(text, reward, **changes):
 
 
 def run_folder(folder, steps, texts, *, groups=2, evaluations=(0,), **settings):
-    """What a run of so many steps leaves; `texts` are the answers of every group, one after the other."""
+    """The files of a run of `steps` steps; `texts` are the answers of every group."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(settings.get("seed", 0))
     metrics, rollouts, heldout = [], [], []
@@ -130,8 +130,8 @@ def hostile(tmp_path_factory):
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (380, False), (380, True)])
 def test_it_opens_without_errors_or_requests_and_fits_the_screen(browser, hostile, width, dark):
     """A page that needs a network, that says errors or that scrolls sideways on a phone is not looked at twice."""
-    said, requests = look(browser, write_page(hostile), width, dark)
-    assert said == []
+    console_entries, requests = look(browser, write_page(hostile), width, dark)
+    assert console_entries == []
     assert requests == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     sideways = (
@@ -148,8 +148,8 @@ def test_it_opens_without_errors_or_requests_and_fits_the_screen(browser, hostil
 
 def test_hostile_completions_are_text(browser, hostile):
     """What a model writes must neither run, nor end the page's own script, nor turn the text around it."""
-    said, _ = look(browser, write_page(hostile))
-    assert said == []
+    console_entries, _ = look(browser, write_page(hostile))
+    assert console_entries == []
     assert browser.title == "<b>run"
     shown = [element.text for element in browser.find_elements(By.CSS_SELECTOR, "#answers pre")]
     assert shown[:4] == HOSTILE[:4]
@@ -164,9 +164,9 @@ def test_no_script_but_its_own_can_run(browser, hostile):
     page = write_page(hostile)
     broken = page.with_name("broken.html")
     broken.write_text(page.read_text().replace("<main>", "<main><script>document.title = 'owned'</script>"))
-    said, _ = look(browser, broken)
+    console_entries, _ = look(browser, broken)
     assert browser.title == "<b>run"
-    assert any("Content Security Policy" in entry["message"] for entry in said)
+    assert any("Content Security Policy" in entry["message"] for entry in console_entries)
     browser.execute_async_script("""
         const done = arguments[0], image = document.createElement("img");
         document.addEventListener("securitypolicyviolation", (event) => done(event.blockedURI));
@@ -179,7 +179,7 @@ def test_no_script_but_its_own_can_run(browser, hostile):
 
 
 def test_groups_by_keyboard(browser, hostile):
-    """Step and prompt are chosen with the keys alone, and the answers beside each other are those of the record."""
+    """Step and prompt can be chosen by keyboard, and the answers shown are the recorded ones."""
     look(browser, write_page(hostile))
     step, prompt = browser.find_element(By.ID, "step"), browser.find_element(By.ID, "prompt")
 
@@ -216,7 +216,7 @@ INSIDE = """
 
 
 def tooltip(browser):
-    """What stands beside the pointer."""
+    """The texts of the tooltips on screen."""
     script = """
         const tips = inside(document).filter((e) => e.matches(".bk-Tooltip") && e.getClientRects().length);
         const texts = (tip) => inside(tip.shadowRoot).filter((e) => !e.children.length && !e.matches("style"));
@@ -281,7 +281,7 @@ def test_values_under_the_pointer(browser, hostile, width):
 
 
 def test_curves_in_the_dark(browser, hostile):
-    """The same lines in colours that can be seen there; the page is drawn anew where the setting changes."""
+    """The same lines in colours that can be seen on a dark background; a change of the setting redraws the page."""
     page = write_page(hostile)
     look(browser, page)
     light = colours(browser, figure_of(browser, "Mean raw reward"))
@@ -310,8 +310,8 @@ def test_a_run_of_a_thousand_steps_fits(browser, tmp_path):
     folder = run_folder(tmp_path / "long", 1000, texts, groups=16, evaluations=range(0, 1001, 10))
     page = write_page(folder)
     assert 1_000_000 < page.stat().st_size < MAX_PAGE_BYTES
-    said, _ = look(browser, page)
-    assert said == []
+    console_entries, _ = look(browser, page)
+    assert console_entries == []
     steps = browser.execute_script("return data.rollouts.map(r => r.step)")
     assert steps[0] == 1
     assert steps[-10:] == list(range(991, 1001))
@@ -341,30 +341,30 @@ def test_a_run_that_goes_on_or_died(browser, tmp_path):
     for name in ("metrics", "completions", "heldout"):
         with (folder / f"{name}.jsonl").open("a") as file:
             file.write('{"step": 4, "grou')
-    said, _ = look(browser, write_page(folder))
-    assert said == []
+    console_entries, _ = look(browser, write_page(folder))
+    assert console_entries == []
     assert "Before training: 0% of 64 held-out problems" in browser.find_element(By.ID, "verdict").text
     assert browser.find_element(By.ID, "step-name").text == "step 3"
 
     (folder / "heldout.jsonl").unlink()
     (folder / "completions.jsonl").unlink()
     (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "loss": null}\n')
-    said, _ = look(browser, write_page(folder))
-    assert said == []
+    console_entries, _ = look(browser, write_page(folder))
+    assert console_entries == []
     assert "Nothing was held out" in browser.find_element(By.ID, "verdict").text
     assert [caption.text for caption in browser.find_elements(By.TAG_NAME, "figcaption")] == ["Mean raw reward"]
 
 
 def test_several_runs_over_each_other(browser, tmp_path):
-    """A line a run in each picture, and a table of what is not the same."""
+    """One line per run in each panel, and a table of what differs."""
     folders = [
         run_folder(tmp_path / name, 4, ["a", "b"], evaluations=(0, 4), seed=seed, learning_rate=rate)
         for name, seed, rate in (("one", 0, 1e-3), ("two", 1, 1e-3), ("<i>three", 2, 1e-4))
     ]
     page = write_comparison(folders, tmp_path / "comparison.html")
     for width in (1200, 380):
-        said, requests = look(browser, page, width)
-        assert (said, requests) == ([], [])
+        console_entries, requests = look(browser, page, width)
+        assert (console_entries, requests) == ([], [])
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     figure = browser.find_element(By.TAG_NAME, "figure")
     assert "Held-out problems solved (greedy)" in figure.text

@@ -89,7 +89,7 @@ def test_95_of_100_intervals_hold_the_truth(rise, fall, n):
 
 
 def test_accuracy_by_difficulty():
-    """Columns with one value, or with as many as there are problems, say nothing; values are in their order."""
+    """Columns with one value, or with a value per problem, are skipped; values are in natural order."""
     rows = [{"level": f"Level {i % 2 * 8 + 2}", "subject": "algebra", "type": i, "difficulty": None} for i in range(20)]
     kinds = accuracy_by_kind(rows, [i % 4 == 1 for i in range(20)])
     assert list(kinds) == ["level"]
