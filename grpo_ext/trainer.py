@@ -595,10 +595,13 @@ class GRPOExtTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         parent, scoring_pass = super()._get_per_token_logps_and_entropies, self._scoring_pass(model)
         completion_ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
-        micro_batch = self._micro_batch if self._micro_batch and self._micro_batch.has_rows(completion_ids) else None
+        # What is known about rows holds for these rows only: an override may score others.
+        micro_batch = self._micro_batch if scoring_pass is ScoringPass.UPDATE else None
+        if micro_batch is not None and not micro_batch.has_rows(completion_ids):
+            micro_batch = None
         sampled = self._rollout.rows if self._rollout is not None else None
         if sampled is not None and not sampled.are_rows_of(completion_ids, mask):
-            sampled = None  # an override scores other rows
+            sampled = None
         request = ScoringRequest(
             scoring_pass=scoring_pass,
             input_ids_BT=input_ids,
@@ -625,16 +628,15 @@ class GRPOExtTrainer(GRPOTrainer):
             scores = score()
         if scoring_pass is ScoringPass.REFERENCE and self._rollout is not None:
             self._rollout.ref_hidden_BCH = scores.hidden_BCH
-        if scoring_pass is ScoringPass.UPDATE and micro_batch is not None:
+        if micro_batch is not None:
             scores = self._after_update_pass(micro_batch, scores)
         return scores.logps_BC, scores.entropies_BC, scores.aux_loss
 
     def _scoring_pass(self, model: nn.Module) -> ScoringPass:
-        if self._micro_batch is not None:
-            return ScoringPass.UPDATE
         if scores_reference(model, self.ref_model):
             return ScoringPass.REFERENCE
-        return ScoringPass.UPDATE if torch.is_grad_enabled() else ScoringPass.OLD
+        is_update = self._micro_batch is not None or torch.is_grad_enabled()
+        return ScoringPass.UPDATE if is_update else ScoringPass.OLD
 
     def _temperatures(self, rows: int, sampled: SampledRows | None, micro_batch: MicroBatch | None) -> list[float]:
         """The temperature that each row was sampled at."""
