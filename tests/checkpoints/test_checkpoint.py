@@ -145,7 +145,7 @@ def test_the_folder_of_a_run_is_not_a_checkpoint(saved):
         files.find_checkpoint(str(folder), folder)
 
 
-@pytest.mark.parametrize("text", ["True", "true", "last", True])
+@pytest.mark.parametrize("text", slow_but(["True", "true", "last", True], ["last"]))
 def test_values_from_a_command_line(saved, text):
     """On a command line `True` is text; transformers would take it for a folder."""
     trainer = saved(max_steps=2)
@@ -163,7 +163,8 @@ def verbose_reward(completions, log_extra, **columns):
 
 
 @pytest.mark.parametrize(
-    ("max_bytes", "settings"), [(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})]
+    ("max_bytes", "settings"),
+    slow_but([(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})], [(40_000, {})]),
 )
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, max_bytes, settings):
     """In the second save, no file can exceed `max_bytes`: the card, the adapter, the optimizer or, after all files of
@@ -316,7 +317,9 @@ class MakesFolder:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
+@pytest.mark.parametrize(
+    "name", slow_but(["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"], ["optimizer.pt"])
+)
 def test_a_malicious_pickle_does_not_run(saved, again, tmp_path, name):
     """Its hash in the manifest is right: whoever can write the file can write the manifest."""
     folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")

@@ -121,7 +121,7 @@ def completions_in(folder):
     return {path.name: pandas.read_parquet(path).to_json() for path in (folder / "completions").glob("*.parquet")}
 
 
-@pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay", "temperature from entropy"]))
+@pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay"]))
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, name):
     """Same adapter, tokens and advantages of every micro-step, and lines of the log. Step 5 is in a later epoch, and
     inside a rollout if rollouts serve several steps; an epoch ends after step 4."""
@@ -165,6 +165,7 @@ def test_a_finished_run_is_left_unchanged(train, tmp_path):
         assert torch.equal(value, adapter_of(whole)[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended(train, tmp_path):
     """With a constant learning rate, which does not depend on the length of the run."""
     whole, _ = train("whole", max_steps=7, lr_scheduler_type="constant")
@@ -174,6 +175,7 @@ def test_a_run_can_be_extended(train, tmp_path):
         assert torch.equal(value, adapter_of(whole)[name]), name
 
 
+@pytest.mark.slow
 def test_held_out_accuracy_during_training(train, tmp_path, tokenizer):
     """Measuring it changes nothing: the adapter equals that of a run without it. A resumed run logs the same lines."""
     problems = [{"prompt": prompt} for prompt in PROMPTS]
@@ -198,6 +200,7 @@ def test_held_out_accuracy_during_training(train, tmp_path, tokenizer):
     assert comparable(tmp_path / "again" / "metrics.jsonl") == lines
 
 
+@pytest.mark.slow
 def test_streamed_data(tmp_path, tokenizer):
     """Exact in the first epoch. Later, the place in the stream is unknown, and resuming is refused."""
 

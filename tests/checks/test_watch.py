@@ -9,7 +9,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from grpo_ext.checkpoints.best import BestAdapter, read_best
-from tests.tools.lanes import slow
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import share_of_digits
 from tests.tools.training import adapter_of, log_of
@@ -122,8 +121,9 @@ def test_answers_that_are_all_cut_off(build, small_model, tokenizer, caplog):
     assert "Step 5: 100% of completions were cut at 3 tokens, in the fifth rollout on end, and the mean reward" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("worth", "advice"), [(1.0, "solves these problems already: take harder"), slow((0.0, "take easier problems"))]
+    ("worth", "advice"), [(1.0, "solves these problems already: take harder"), (0.0, "take easier problems")]
 )
 def test_groups_that_are_all_dead(build, small_model, caplog, worth, advice):
     def always(completions, **columns):

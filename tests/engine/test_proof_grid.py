@@ -131,7 +131,7 @@ def test_the_gradient_of_a_loss(case, loss_type):
                 assert error < 1e-6, (name, error.item(), beta, entropy_coef, chunk_tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], [torch.float32]))
 def test_a_base_of_four_bits(dtype, tmp_path):
     """NF4 on the embedded model: dequantised weights must not depend on the number of rows of a forward. Log-probs and
     gradients (relative) agree to 5e-5 nats and 1e-4 in float32, and to 0.1 nats and 0.05 in bfloat16 (8 bits)."""

@@ -80,6 +80,7 @@ def test_a_number_is_left_unchanged(capsys):
         recipe.parse(["--num_generations", "many"])
 
 
+@pytest.mark.slow
 def test_auto_in_a_config_file_and_flags_that_override_it(tmp_path, available):
     """The file is parsed before TRL parses it: its other settings must count too."""
     available(64)
@@ -105,6 +106,7 @@ def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_planned_prompt_length(available, capsys):
     """The embedded model has 256 positions; `max_prompt_tokens` is a better bound if it is set."""
     available(64)

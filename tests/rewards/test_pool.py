@@ -142,6 +142,7 @@ def test_invalid_settings_are_refused(settings, message):
         isolated(obey, **settings)
 
 
+@pytest.mark.slow
 def test_off_the_main_thread(safe, new_workers):
     """Also after that thread has ended: workers must not end with the thread that started them."""
     reward, got = safe(), []

@@ -10,6 +10,7 @@ import torch
 from grpo_ext.checkpoints.state import load_states, save_states
 from grpo_ext.rollout.stages.replay import GroupReplayBuffer, StoredGroup
 from grpo_ext.rollout.types import Completion
+from tests.tools.lanes import slow
 from tests.tools.models import random_lora
 from tests.tools.reward_functions import PROMPTS
 from tests.tools.training import adapter_of, log_of, texts_of
@@ -148,9 +149,9 @@ def by_hand(inputs, logps_BC):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        slow({}),
         {"chunk_tokens": 40},
-        {"temperature": 0.6, "temperature_schedule": "linear", "temperature_end": 1.4},
+        slow({"temperature": 0.6, "temperature_schedule": "linear", "temperature_end": 1.4}),
     ],
     ids=["whole", "chunks", "temperature"],
 )
@@ -168,7 +169,11 @@ def test_the_loss_of_replayed_rows_by_hand(build, small_model, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"epsilon": 1e-8}, {"temperature": 0.3, "temperature_schedule": "linear", "temperature_end": 1.6}],
+    [
+        {},
+        slow({"epsilon": 1e-8}),
+        slow({"temperature": 0.3, "temperature_schedule": "linear", "temperature_end": 1.6}),
+    ],
     ids=["believed", "not_believed", "temperature"],
 )
 def test_several_steps_on_a_rollout(build, small_model, settings):

@@ -9,6 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
+from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
 from tests.tools.training import adapter_of, log_of
 
@@ -23,7 +24,9 @@ def train(build, model, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}])
+@pytest.mark.parametrize(
+    "settings", slow_but([{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}], [{}])
+)
 def test_k2_trains_as_trls_corrected_k3_on_policy(build, small_model, settings):
     """Word by word the two have one gradient there, so stock TRL is the oracle of ours."""
     common = {"loss_type": "grpo", "scale_rewards": "group", "beta": 0.3, "max_steps": 4, **settings}
@@ -36,7 +39,7 @@ def test_k2_trains_as_trls_corrected_k3_on_policy(build, small_model, settings):
     assert len(log_of(ours, "kl")) == 4
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 40])
+@pytest.mark.parametrize("chunk_tokens", slow_but([None, 40], [40]))
 @pytest.mark.parametrize("loss_type", ["grpo", "grpo_sequence"])
 def test_exact_kl_trains_on_the_whole_distribution(build, small_model, loss_type, chunk_tokens):
     """Equal rewards leave the KL alone in the loss: one step of SGD is its gradient, taken here through full logits."""
@@ -90,7 +93,7 @@ def test_reference_states_follow_their_rows(build, small_model):
         torch.testing.assert_close(adapter_of(cut)[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo_sequence"])
+@pytest.mark.parametrize("loss_type", slow_but(["dapo", "grpo_sequence"], ["grpo_sequence"]))
 def test_kl_is_logged_without_a_weight(build, small_model, loss_type):
     """At beta=0: one reference pass a rollout, the numbers of a tiny beta, and an adapter equal to the bit."""
     common = {"loss_type": loss_type, "max_steps": 3, "entropy_coef": 0.01}
