@@ -4,16 +4,11 @@
     Difference.of([0.0, 0.0, 1.0], [1.0, 1.0, 1.0])  ->  +0.67 [-0.25, +1.00], p = 0.5
 
 Before and after are measured on the same problems, so the test is paired: a change can be significant although the two
-intervals overlap.
+intervals overlap. Packages of statistics are imported once they are needed, long after the start of a run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from scipy.special import comb
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
-from statsmodels.stats.weightstats import DescrStatsW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +30,8 @@ class Estimate:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
         """The mean of per-problem values in [0, 1]."""
+        from statsmodels.stats.proportion import proportion_confint
+
         total, n = sum(values), len(values)
         low, high = proportion_confint(total, n, alpha=0.05, method="wilson")
         return cls(value=total / n, low=float(low), high=float(high), n=n)
@@ -68,6 +65,9 @@ class Difference:
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> "Difference":
         """The change of per-problem values in [0, 1], problem by problem."""
+        from statsmodels.stats.contingency_tables import mcnemar
+        from statsmodels.stats.weightstats import DescrStatsW
+
         changes = [b - a for a, b in zip(before, after, strict=True)]
         n = len(changes)
         low, high = DescrStatsW([*changes, 0.0, 1.0, -1.0], weights=[1.0] * (n + 1) + [0.5, 0.5]).zconfint_mean()
@@ -95,4 +95,6 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv:2107.03374), equation 1.
     """
+    from scipy.special import comb
+
     return 1.0 - float(comb(samples - correct, k) / comb(samples, k))

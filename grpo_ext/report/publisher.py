@@ -17,7 +17,6 @@ from transformers.trainer_utils import HubStrategy
 
 from grpo_ext.report.hub import PublishingClient, check_write_access
 from grpo_ext.report.metrics_file import metrics_path
-from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.run_files import draw_or_warn
 
 logger = get_logger(__name__)
@@ -52,6 +51,8 @@ class Publisher:
 
     def draw_curves(self) -> None:
         """Draw `curves.png`, if something has been logged; an error is a warning."""
+        from grpo_ext.report.png_plots import draw_curves  # a run that pushes nothing does not need matplotlib
+
         if metrics_path(self._args).exists():
             draw_or_warn(draw_curves, self._args.output_dir)
 

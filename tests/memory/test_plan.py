@@ -60,7 +60,6 @@ def step(prompt: int, completion: int, generations: int, **changes: Any) -> Step
 WHOLE = {"gradient_checkpointing": False}
 # Chunks of several rows and of parts of a prompt, whole micro-batches, and one row at a time.
 CASES = {
-    "llama, fp32, whole": ("llama", FP32, step(256, 16, 8, **WHOLE)),
     "llama, fp32, chunks of 2 rows": ("llama", FP32, step(384, 16, 4, chunk_tokens=2 * 400)),
     "llama, bf16, whole": ("llama", BF16, step(256, 16, 8, **WHOLE)),
     "llama, NF4, chunks of 4 rows": ("llama", NF4, step(256, 16, 8, chunk_tokens=4 * 272)),

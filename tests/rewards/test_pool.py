@@ -279,8 +279,14 @@ if __name__ == "__main__":
 
 def workers_of(process):
     """The process ids of the workers of a process."""
-    children = psutil.Process(process).children()
-    return {child.pid for child in children if any("pebble_pool_worker" in part for part in child.cmdline())}
+    return {child.pid for child in psutil.Process(process).children() if is_worker(child)}
+
+
+def is_worker(process):
+    try:
+        return any("pebble_pool_worker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:  # or a zombie: it has ended meanwhile
+        return False
 
 
 def is_alive(process):
