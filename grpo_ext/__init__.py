@@ -7,15 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_ext.config import GRPOExtConfig
+    from grpo_ext.config import TRL_DEFAULTS, GRPOExtConfig
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
     from grpo_ext.trainer import GRPOExtTrainer
 
-__all__ = ["Dialogue", "GRPOExtConfig", "GRPOExtTrainer", "TextEnv", "dialogue_reward", "evaluate"]
+__all__ = ["TRL_DEFAULTS", "Dialogue", "GRPOExtConfig", "GRPOExtTrainer", "TextEnv", "dialogue_reward", "evaluate"]
 __version__ = "0.1.0"
 
 _MODULES = {
+    "TRL_DEFAULTS": "grpo_ext.config",
     "Dialogue": "grpo_ext.rollout.dialogue",
     "GRPOExtConfig": "grpo_ext.config",
     "GRPOExtTrainer": "grpo_ext.trainer",

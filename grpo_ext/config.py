@@ -1,6 +1,8 @@
 """`GRPOExtConfig`: TRL's `GRPOConfig` with defaults for sequence-level GRPO, and the fields that this project adds."""
 
+import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -16,7 +18,23 @@ from grpo_ext.refusals import (
     explain_batch,
     refuse_impossible,
     refuse_words,
+    token_option,
 )
+
+logger = logging.getLogger(__name__)
+
+# The fields of TRL whose default is another one here, with the default of this project, and with TRL's.
+DEFAULTS: dict[str, Any] = {
+    "loss_type": "grpo_sequence",
+    "scale_rewards": "population",
+    "beta": 0.1,
+    "learning_rate": 1e-5,
+    "temperature": 0.8,
+    "entropy_coef": 0.01,
+    "max_grad_norm": 0.5,
+    "disable_dropout": True,
+}
+TRL_DEFAULTS: dict[str, Any] = {name: GRPOConfig.__dataclass_fields__[name].default for name in DEFAULTS}
 
 
 @dataclass
@@ -25,10 +43,14 @@ class GRPOExtConfig(GRPOConfig):
 
     Changed defaults, chosen for sequence-level GRPO (DeepSeekMath, arXiv:2402.03300; num_generations=8 and epsilon=0.2
     are TRL's defaults already):
-        loss_type: `"grpo_sequence"` (default) is sequence-level GRPO, with one probability ratio per completion, see
-            `grpo_ext/losses/sequence_grpo.py`. `"grpo"` and every other loss of TRL is computed by TRL itself.
-        scale_rewards: `"population"` (default) divides by the population standard deviation of the group. `"group"`,
-            `"batch"` and `"none"` are TRL's.
+        loss_type: `"grpo_sequence"` is sequence-level GRPO, with one probability ratio per completion, see
+            `grpo_ext/losses/sequence_grpo.py`. `"grpo"` and every other loss of TRL is computed by TRL itself. None
+            (default) for "grpo_sequence", or for TRL's default if an option is set that acts on single tokens
+            (`use_adaptive_entropy`, `top_entropy_quantile`, `importance_sampling_level`,
+            `vllm_importance_sampling_mode`).
+        scale_rewards: `"population"` divides by the population standard deviation of the group. `"group"`, `"batch"`
+            and `"none"` are TRL's. None (default) for "population", or for "group" if `multi_objective_aggregation` is
+            "normalize_then_sum".
         temperature: sampling temperature, above 0; 0.8 by default.
         beta: weight of the KL to the starting model, 0 or more; 0.1 by default. 0 turns the reference off. With LoRA,
             the reference needs no second model.
@@ -105,25 +127,36 @@ class GRPOExtConfig(GRPOConfig):
     """
 
     loss_type: str = field(
-        default="grpo_sequence",
-        metadata={"help": f"'grpo_sequence' (the document's objective) or a loss of TRL: {', '.join(TRL_LOSS_TYPES)}."},
+        default=None,  # type: ignore[assignment]  # resolved in __post_init__
+        metadata={
+            "help": "'grpo_sequence' (sequence-level GRPO; default unless another option needs a loss of TRL) or a "
+            f"loss of TRL: {', '.join(TRL_LOSS_TYPES)}."
+        },
     )
     scale_rewards: str = field(
-        default="population",
-        metadata={"help": f"'population' (std with the count below) or one of TRL's: {', '.join(TRL_SCALE_REWARDS)}."},
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "'population' (standard deviation of the population; default unless another option needs a value "
+            f"of TRL) or one of TRL's: {', '.join(TRL_SCALE_REWARDS)}."
+        },
     )
-    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature, above 0."})
+    temperature: float = field(default=DEFAULTS["temperature"], metadata={"help": "Sampling temperature, above 0."})
     beta: float = field(
-        default=0.1,
+        default=DEFAULTS["beta"],
         metadata={"help": "Weight of the KL towards the starting model; 0 switches the reference off."},
     )
     learning_rate: float = field(
-        default=1e-5, metadata={"help": "Peak learning rate. LoRA: 1e-5 to 1e-4 for 0.5B-7B models."}
+        default=DEFAULTS["learning_rate"],
+        metadata={"help": "Peak learning rate. LoRA: 1e-5 to 1e-4 for 0.5B-7B models."},
     )
-    entropy_coef: float = field(default=0.01, metadata={"help": "Weight of the entropy bonus; 0 switches it off."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradients are scaled down to this norm."})
+    entropy_coef: float = field(
+        default=DEFAULTS["entropy_coef"], metadata={"help": "Weight of the entropy bonus; 0 switches it off."}
+    )
+    max_grad_norm: float = field(
+        default=DEFAULTS["max_grad_norm"], metadata={"help": "Gradients are scaled down to this norm."}
+    )
     disable_dropout: bool = field(
-        default=True,
+        default=DEFAULTS["disable_dropout"],
         metadata={"help": "Set every dropout, LoRA's too, to 0: sampling and update then see the same model."},
     )
     share_prompt: bool = field(
@@ -194,12 +227,44 @@ class GRPOExtConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refuse_words(self)
+        self._resolve_objective()
         self._fit_device()
         try:
             super().__post_init__()
         except ValueError as error:
             raise ValueError(explain_batch(self) or str(error)) from error
         refuse_impossible(self)
+
+    def _resolve_objective(self) -> None:
+        """Choose the loss and the normalisation that the user left open, so that no default excludes another option."""
+        if self.loss_type is None:
+            option = token_option(self)
+            self.loss_type = DEFAULTS["loss_type"] if option is None else TRL_DEFAULTS["loss_type"]
+            if option is not None:
+                name, value, _ = option
+                logger.warning(
+                    f"{name}={value!r} acts on single tokens: loss_type is TRL's default, {self.loss_type!r}."
+                )
+        if self.scale_rewards is None:
+            sums = self.multi_objective_aggregation == "sum_then_normalize"
+            self.scale_rewards = DEFAULTS["scale_rewards"] if sums else TRL_DEFAULTS["scale_rewards"]
+            if not sums:
+                logger.warning(
+                    f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward by "
+                    f"itself: scale_rewards is TRL's default, {self.scale_rewards!r}."
+                )
+
+    def describe_changed_defaults(self) -> str | None:
+        """The settings of this config that are defaults of this project and not TRL's, as text; None if there are
+        none."""
+        changed = [
+            f"{name}={value!r} (TRL: {TRL_DEFAULTS[name]!r})"
+            for name, value in DEFAULTS.items()
+            if getattr(self, name) == value
+        ]
+        if self.use_cpu and not self.bf16:
+            changed.append("bf16=False (TRL: True)")
+        return ", ".join(changed) or None
 
     def _fit_device(self) -> None:
         """Choose a precision that the device supports, unless the user chose one. TRL's default is bf16 everywhere."""

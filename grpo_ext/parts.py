@@ -168,9 +168,9 @@ def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
     if shares_prompts:
         if args.gradient_checkpointing:
             logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
-        for each in (model, trainer.ref_model):
-            if each is not None:
-                install_shared_scoring(base_of(each))
+        install_shared_scoring(base_of(model))
+        if trainer.ref_model is not None:  # accelerate has prepared it, DeepSpeed by an engine around it
+            install_shared_scoring(base_of(trainer.accelerator.unwrap_model(trainer.ref_model)))
     config, adapts_head = base_of(model).config.get_text_config(), has_head_adapter(model)
     if adapts_head:
         refusals.refuse_head_adapter(why_head_untrainable(model, args), shares_prompts=shares_prompts)

@@ -104,27 +104,25 @@ def explain_batch(config: Any) -> str | None:
     )
 
 
+def token_option(config: Any) -> tuple[str, Any, str] | None:
+    """The first option that acts on single tokens: its name, its value, and what a loss of whole completions allows."""
+    neutral = {"importance_sampling_level": "token", "top_entropy_quantile": 1.0, "use_adaptive_entropy": False}
+    for name, valid in neutral.items():
+        if getattr(config, name) != valid:
+            return name, getattr(config, name), repr(valid)
+    mode = config.vllm_importance_sampling_mode
+    if config.use_vllm and config.vllm_importance_sampling_correction and not mode.startswith("sequence"):
+        return "vllm_importance_sampling_mode", mode, "'sequence_mask' or 'sequence_truncate'"
+    return None
+
+
 def _refuse_token_options(config: Any) -> None:
-    """TRL's options for single tokens have no meaning for the ratio of a whole completion."""
-    token_options = {
-        "importance_sampling_level": (config.importance_sampling_level, "token"),
-        "top_entropy_quantile": (config.top_entropy_quantile, 1.0),
-        "use_adaptive_entropy": (config.use_adaptive_entropy, False),
-    }
-    for name, (received, valid) in token_options.items():
-        if received != valid:
-            raise ValueError(
-                f"{name}={received!r} acts on TRL's token losses; loss_type='grpo_sequence' takes the ratio of the "
-                f"whole answer. Use {name}={valid!r}, or one of TRL's losses, such as loss_type='grpo'."
-            )
-    if (
-        config.use_vllm
-        and config.vllm_importance_sampling_correction
-        and not config.vllm_importance_sampling_mode.startswith("sequence")
-    ):
+    option = token_option(config)
+    if option is not None:
+        name, received, valid = option
         raise ValueError(
-            f"vllm_importance_sampling_mode={config.vllm_importance_sampling_mode!r} corrects single tokens; "
-            f"loss_type='grpo_sequence' needs 'sequence_mask' or 'sequence_truncate'."
+            f"{name}={received!r} acts on single tokens, and loss_type='grpo_sequence' takes one ratio per completion. "
+            f"Use {name}={valid}, or one of TRL's losses, such as loss_type='grpo'."
         )
 
 

@@ -18,7 +18,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import GRPOTrainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from grpo_ext import refusals
+from grpo_ext.checkpoints.files import is_foreign
 from grpo_ext.checkpoints.fingerprint import fingerprint
 from grpo_ext.checkpoints.resume import Checkpoints
 from grpo_ext.checks.preflight import before_training, before_weights
@@ -65,7 +66,7 @@ from grpo_ext.model.load import frozen_dtype
 from grpo_ext.model.reference import REFERENCE, ReferenceSetup, ReferenceSync, scores_reference, why_unmixable
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.parts import TrainerHooks, build_parts
-from grpo_ext.report.card import write_card
+from grpo_ext.report.card import write_card_or_warn
 from grpo_ext.report.completions_file import CompletionsFile
 from grpo_ext.report.metrics_file import MetricsFile
 from grpo_ext.report.publisher import Publisher
@@ -200,10 +201,14 @@ class GRPOExtTrainer(GRPOTrainer):
         self._micro_batch: MicroBatch | None = None
         self._train_sampler: Sampler | None = None
         self._timed_from_step: int | None = None
-        self._losses_before = 0.0  # the sum of the losses before this session
+        self._resumed_losses = Losses()
         with reference.shown_to_trl(args), hide_head_adapter(model) if adapters else nullcontext():
             super().__init__(**given)
         self.beta = args.beta
+        if (changed := args.describe_changed_defaults()) is not None:
+            logger.warning(
+                f"Defaults of grpo-ext: {changed}. GRPOExtConfig(..., **TRL_DEFAULTS) keeps TRL's objective."
+            )
         if self.samples_by_generate:
             ends = self.generation_config.eos_token_id
             self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *_as_list(ends)]))
@@ -226,6 +231,7 @@ class GRPOExtTrainer(GRPOTrainer):
             self.add_callback(ReferenceSync(self.model))
         if args.dead_groups == "skip" and (reason := self._why_dead_groups_are_kept()) is not None:
             logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
+        follower = self.ref_model if args.sync_ref_model else None
         facts = [fingerprint(self) if self.accelerator.is_main_process else None]
         self._checkpoints = Checkpoints(
             args=args,
@@ -234,7 +240,7 @@ class GRPOExtTrainer(GRPOTrainer):
             process=self.accelerator.process_index,
             wait=self.accelerator.wait_for_everyone,
             device=self.accelerator.device,
-            reference=self.ref_model if args.sync_ref_model else None,
+            reference=None if follower is None else self.accelerator.unwrap_model(follower),
         )
         if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # it cannot mix dtypes (TRL #6089)
             restore_adapter_in_float32(self.model, adapter_values)
@@ -302,7 +308,8 @@ class GRPOExtTrainer(GRPOTrainer):
         if self.args.dry_run:
             return TrainOutput(0, 0.0, {})
         folder = self.find_checkpoint(resume_from_checkpoint)
-        self._losses_before = 0.0
+        self._checkpoints.refuse_foreign(folder)
+        self._resumed_losses = Losses()
         evaluates_first = self.args.eval_on_start
         self.args.eval_on_start = evaluates_first and folder is None  # the run did so when it began
         try:
@@ -322,7 +329,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or is_foreign(Path(checkpoint)):
             return
         if self._train_sampler is not None:
             for _ in range(int(self.state.epoch)):  # each pass over the data draws an order when it begins
@@ -332,8 +339,11 @@ class GRPOExtTrainer(GRPOTrainer):
             self._set_temperature(self.parts.temperature.temperature)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        self._total_loss_scalar += self._losses_before  # transformers begins at 0 in each session
-        self._losses_before = 0.0
+        losses, self._resumed_losses = self._resumed_losses, Losses()  # transformers begins at 0 in each session
+        self._total_loss_scalar += losses.logged
+        self._tr_loss += losses.unlogged
+        if losses.last_logged_step is not None:
+            self._globalstep_last_logged = losses.last_logged_step
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -816,7 +826,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers divides by the steps of this session
-            total = self._losses_before + self._total_loss_scalar
+            total = self._resumed_losses.logged + self._resumed_losses.unlogged + self._total_loss_scalar
             logs["train_loss"] = total / max(self.state.global_step, 0.001)
         if self.model.training and self._timed_from_step is not None and "loss" in logs:
             steps = max(1, self.state.global_step - self._timed_from_step)
@@ -832,12 +842,6 @@ class GRPOExtTrainer(GRPOTrainer):
         super(GRPOTrainer, self).log(metrics)
         self.control.should_log = is_due
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        control = self.control
-        may_save = control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
-        control.should_log = control.should_log or control.should_save or may_save  # a step that is saved is logged
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
     # Checkpoints and what is published
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -849,7 +853,7 @@ class GRPOExtTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_card(self, output_dir or self.args.output_dir)
+            write_card_or_warn(self, output_dir or self.args.output_dir)
         if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
             shutil.rmtree(Path(self.args.output_dir, REFERENCE), ignore_errors=True)
 
@@ -857,7 +861,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         if self.is_world_process_zero():
-            write_card(self, self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            write_card_or_warn(self, self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self._publisher.warn_about_strategy()
@@ -932,17 +936,37 @@ class GRPOExtTrainer(GRPOTrainer):
         return self._buffered_inputs or []
 
 
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The losses of a run up to a step.
+
+    Attributes:
+        logged: their sum up to the last log.
+        unlogged: their sum since then, in this process.
+        last_logged_step: the optimizer step of the last log; None if there is none to continue.
+    """
+
+    logged: float = 0.0
+    unlogged: float = 0.0
+    last_logged_step: int | None = None
+
+
 class TrainerProgress:
     """What TRL and transformers carry from step to step and do not save themselves: the rollout that is in use and the
-    place in it, the table of completions, and the sum of the losses."""
+    place in it, the table of completions, and the losses and metrics since the last log."""
 
     def __init__(self, trainer: GRPOExtTrainer):
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self._trainer
-        losses = trainer._losses_before + trainer._total_loss_scalar
-        state: dict[str, Any] = {"step": trainer._step, "losses": losses}
+        losses = Losses(
+            logged=trainer._total_loss_scalar,
+            unlogged=trainer._tr_loss.item(),
+            last_logged_step=trainer._globalstep_last_logged,
+        )
+        metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+        state: dict[str, Any] = {"step": trainer._step, "losses": asdict(losses), "metrics": as_json(metrics)}
         if trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) and trainer._buffered_inputs:
             logs: dict[str, Any] = {name: list(trainer._logs[name]) for name in LOGGED}
             for kind in LOGGED_BY_NAME:
@@ -952,7 +976,9 @@ class TrainerProgress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         trainer = self._trainer
-        trainer._step, trainer._losses_before = state["step"], state["losses"]
+        trainer._step, trainer._resumed_losses = state["step"], Losses(**state["losses"])
+        for name, values in state["metrics"].items():
+            trainer._metrics["train"][name].extend(values)
         trainer._buffered_inputs = state.get("rollout")
         for name in LOGGED if "logs" in state else ():
             trainer._logs[name].extend(state["logs"][name])

@@ -5,7 +5,8 @@
         complete.json                   {"optimizer.pt": {"bytes": 9347, "sha256": "5d41..."}, ...}
 
 `complete.json`, the manifest, is renamed into place once everything else is on the disk. A folder without it was not
-finished; a folder that does not match it was damaged later.
+finished; a folder that does not match it was damaged later. `run.json` is the first file of a checkpoint: a folder of
+transformers' Trainer that lacks it was written by another trainer, such as stock TRL, and is never deleted.
 """
 
 import hashlib
@@ -15,9 +16,10 @@ import os
 import shutil
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-MANIFEST, REMOVED_PREFIX = "complete.json", "removed-"
+RUN_FILE, MANIFEST, REMOVED_PREFIX = "run.json", "complete.json", "removed-"
 # Values of `resume_from_checkpoint`, in lower case; a command line passes text.
 LAST, NONE = ("last", "true"), ("", "none", "false")
 
@@ -67,18 +69,35 @@ def _find_last(output_dir: Path) -> Path | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders of checkpoints, whole or not, in the order of their steps."""
-    found = {
-        int(step): folder
+    found = [
+        folder
         for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.is_dir() and (step := folder.name.rpartition("-")[2]).isdecimal()
-    }
-    return [found[step] for step in sorted(found)]
+        if folder.is_dir() and folder.name.rpartition("-")[2].isdecimal()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step of a checkpoint, from the name of its folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether another trainer, such as stock TRL, wrote this checkpoint."""
+    return (folder / TRAINER_STATE_NAME).exists() and not any((folder / name).exists() for name in (RUN_FILE, MANIFEST))
 
 
 def why_unusable(folder: Path) -> str | None:
-    """Why this folder cannot be resumed from, naming the file; None if every file is as it was written."""
+    """Why this folder cannot be resumed from, naming the file; None if every file is as it was written. Of a checkpoint
+    of another trainer only `trainer_state.json`, its last file, is read."""
     if not folder.is_dir():
         return "there is no such folder"
+    if is_foreign(folder):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_bytes())
+        except ValueError:
+            return f"{TRAINER_STATE_NAME} cannot be read"
+        return None
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}

@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from grpo_ext.checkpoints import files
+from grpo_ext.checkpoints.files import RUN_FILE
 from grpo_ext.checkpoints.fingerprint import first_difference
 from grpo_ext.checkpoints.state import Stateful, has_states, load_states, save_states
 
-RUN_FILE, REFERENCE_FILE = "run.json", "reference.safetensors"
+REFERENCE_FILE = "reference.safetensors"
+logger = get_logger(__name__)
 OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # in one piece, in shards of FSDP, of DeepSpeed
 
 
@@ -68,6 +72,12 @@ class Checkpoints:
         folder = files.find_checkpoint(wanted, self._args.output_dir)
         if folder is None:
             return None
+        if files.is_foreign(folder):
+            logger.warning(
+                f"{folder} was written by another trainer: it is resumed as TRL does, with the optimizer and the "
+                f"random state, and without the rest of a rollout that was in use."
+            )
+            return folder
         difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)
         if difference is not None:
             raise ValueError(difference)
@@ -89,6 +99,26 @@ class Checkpoints:
             )
         return folder
 
+    def refuse_foreign(self, resumed: Path | None) -> None:
+        """Refuse to train into a folder that holds checkpoints of another trainer, which this run would overwrite.
+
+        Args:
+            resumed: the checkpoint that the run begins with; earlier ones are left as they are.
+
+        Raises:
+            ValueError: there are such checkpoints, and this run saves its own.
+        """
+        output_dir = Path(self._args.output_dir)
+        begin = json.loads((resumed / TRAINER_STATE_NAME).read_text())["global_step"] if resumed else 0
+        later = [f for f in files.list_checkpoints(output_dir) if files.is_foreign(f) and files.step_of(f) > begin]
+        if later and self._args.save_strategy != SaveStrategy.NO:
+            names = ", ".join(folder.name for folder in later)
+            raise ValueError(
+                f"output_dir='{output_dir}' holds {names} of another trainer, and this run would overwrite them or "
+                f"save its own among them. Use another output_dir, or resume_from_checkpoint=True to continue from "
+                f"{later[-1].name}."
+            )
+
     @contextmanager
     def writing(self, folder: Path) -> Iterator[None]:
         """Inside, transformers writes its part of `folder`; afterwards the checkpoint is whole, or it is gone.
@@ -97,18 +127,22 @@ class Checkpoints:
             OSError: the checkpoint could not be written; earlier ones are as they were.
         """
         writes, limit = self._args.should_save, self._args.save_total_limit
+        if files.is_foreign(folder):
+            raise FileExistsError(f"{folder} was written by another trainer, and is not overwritten.")
         if writes:
             files.remove(folder)  # what a killed process may have left
         self._wait()
         self._args.save_total_limit = None  # transformers would delete before the new one is whole
         try:
+            if writes:
+                folder.mkdir(parents=True)
+                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n")
             yield
             save_states(folder, self._process, {name: part.state_dict() for name, part in self._states.items()})
             if self._reference is not None and writes:
                 save_model(self._reference, str(folder / REFERENCE_FILE))
             self._wait()
             if writes:
-                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n")
                 files.seal(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if writes:
@@ -128,7 +162,9 @@ class Checkpoints:
             files.rotate(folder.parent, self._args.save_total_limit, kept)
 
     def load(self, folder: Path) -> None:
-        """Restore every part, and a reference that follows the policy."""
+        """Restore every part, and a reference that follows the policy; nothing from a checkpoint of another trainer."""
+        if files.is_foreign(folder):
+            return
         states = load_states(folder, self._process, self._device)
         for name, part in self._states.items():
             part.load_state_dict(states[name])

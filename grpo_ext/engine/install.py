@@ -44,8 +44,7 @@ def install_shared_scoring(lm: PreTrainedModel) -> None:
 
     Call it after TRL's `add_fused_lm_head`, on the model inside PEFT's wrapper.
     """
-    fused_forward = lm.forward
-    head = TiledHead.from_fused_forward(lm, fused_forward)
+    fused_forward, head = lm.forward, TiledHead.of(lm)
 
     @functools.wraps(type(lm).forward)
     def forward(self: PreTrainedModel, *args: Any, scoring_batch: ScoringBatch | None = None, **kwargs: Any) -> Any:

@@ -15,8 +15,7 @@ float32, or in float64 for float64 hidden states.
 Legend: T tokens, V vocabulary, H hidden size, R rank (summed over the active adapters).
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -33,6 +32,22 @@ from grpo_ext.model.unwrap import head_of
 VOCAB_TILE = 32768  # as in TRL
 KL_TOKEN_TILE = 512  # tokens per tile of the exact KL, which holds two tiles in float32
 LORA_TILE = (1024, 32768)  # tokens x vocabulary; TRL's has four times the tokens, but no float32 copies
+
+
+def logit_multiplier(config: PreTrainedConfig) -> float:
+    """The factor by which a model with this text config multiplies its logits before their softcap.
+
+    Families name it `logit_scale` (Cohere), `output_multiplier` (Muse Glimmer), `lm_head_multiplier` (Falcon-H1), or
+    `logits_scaling`, by which Granite and MiniCPM3 divide and HyperCLOVA X multiplies.
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return scale
+    scale = getattr(config, "logits_scaling", None)
+    if scale is None:
+        return 1.0
+    return scale if config.model_type == "hyperclovax" else 1 / scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +64,10 @@ class TiledHead:
     scale: float
 
     @classmethod
-    def from_fused_forward(cls, lm: PreTrainedModel, fused_forward: Callable[..., Any]) -> "TiledHead":
-        """The head with the softcap and scale that TRL's `add_fused_lm_head` read from the model's config."""
-        found = inspect.getclosurevars(fused_forward).nonlocals
-        return cls(lm=lm, softcap=found["final_logit_softcapping"], scale=found["logit_scale"])
+    def of(cls, lm: PreTrainedModel) -> "TiledHead":
+        """The head of a model, with the softcap and scale of its config (TRL 1.16, `add_fused_lm_head`)."""
+        config = lm.config.get_text_config()
+        return cls(lm=lm, softcap=getattr(config, "final_logit_softcapping", None), scale=logit_multiplier(config))
 
     def score(
         self, hidden_TH: Tensor, targets_T: Tensor, temperature: float, *, with_entropies: bool

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig
 from trl import GRPOTrainer
@@ -19,6 +21,8 @@ from grpo_ext.evaluation.estimates import Estimate
 from grpo_ext.machine import package_versions
 from grpo_ext.report.run_files import CARD_FILE, CURVES_FILE, SUMMARY_FILE
 from grpo_ext.run_description import describe_run
+
+logger = get_logger(__name__)
 
 CARD_TAG = "grpo-ext"  # marks our cards; PEFT writes cards too
 THIS_FOLDER = '"."'  # in the code of the card: the folder of the card
@@ -106,6 +110,14 @@ def write_card(
     ModelCard(f"---\n{metadata}\n---\n\n{body}").save(folder / CARD_FILE)
 
 
+def write_card_or_warn(trainer: GRPOTrainer, folder: str | Path, **options: Any) -> None:
+    """`write_card`; a card that cannot be written must not end a run, so the error becomes a warning."""
+    try:
+        write_card(trainer, folder, **options)
+    except Exception as error:  # data and models of users may raise anything when they are described
+        logger.warning(f"The model card of {folder} could not be written: {error!r}")
+
+
 def read_card(folder: str | Path) -> ModelCard | None:
     """Our card of a folder; None if there is no card, or one by PEFT or by a person."""
     path = Path(folder, CARD_FILE)
@@ -141,13 +153,21 @@ def _introduction(trainer: GRPOTrainer, base: str | None, data: str | None) -> s
 
 def _usage_code(trainer: GRPOTrainer, base: str | None) -> str:
     """Six lines of code that load the trained model and answer one prompt."""
-    first = next(iter(trainer.train_dataset))["prompt"]
     return (ADAPTER_CODE if _is_adapter(trainer) else MODEL_CODE).format(
         base=base or LOCAL_BASE_PLACEHOLDER,
         here=THIS_FOLDER,
-        prompt='"Your question"' if isinstance(first, str) else '[{"role": "user", "content": "Your question"}]',
+        prompt='[{"role": "user", "content": "Your question"}]' if _has_chat_prompts(trainer) else '"Your question"',
         tokens=trainer.args.max_completion_length,
     )
+
+
+def _has_chat_prompts(trainer: GRPOTrainer) -> bool:
+    """Whether prompts are messages; for data that cannot be indexed, whether the tokenizer has a chat template."""
+    data = trainer.train_dataset
+    first = data[0] if isinstance(data, Dataset) else {}
+    if "prompt" in first:
+        return not isinstance(first["prompt"], str)
+    return trainer.processing_class.chat_template is not None
 
 
 def _accuracy_section(trainer: GRPOTrainer, summary: dict[str, Any] | None) -> str:

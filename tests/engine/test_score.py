@@ -1,11 +1,17 @@
 """Shared scoring against TRL's plain path, in float64, on tiny random models of every supported architecture."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from grpo_ext.engine.batch import Siblings, find_siblings, join_equal_lengths, split_into_chunks
+from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.model.unwrap import base_of
-from tests.tools.architectures import ATTENTIONS, IN_FLOAT32, TEMPERATURE, random_model
+from tests.tools.architectures import ARCHITECTURES, ATTENTIONS, IN_FLOAT32, TEMPERATURE, TINY, random_model
 from tests.tools.lanes import slow_but
 from tests.tools.scoring import gradients, padded_batch, score_by_trl, scoring_batch_of
 
@@ -36,6 +42,35 @@ def test_equals_trl(architecture, attention):
             assert wanted[name].norm() > 0, name
             error = (grad - wanted[name]).norm() / wanted[name].norm()
             assert error < bound, (name, chunk_tokens, error.item())
+
+
+FACTORS = [
+    {},
+    {"logit_scale": None},
+    {"logit_scale": 0.0},
+    {"logit_scale": 0.0625, "final_logit_softcapping": 30.0},
+    {"output_multiplier": 3.0},
+    {"lm_head_multiplier": 0.5},
+    {"logits_scaling": 8.0},
+    {"logits_scaling": 8.0, "model_type": "hyperclovax"},
+    {"logit_scale": None, "lm_head_multiplier": 0.5, "logits_scaling": 8.0},
+]
+
+
+@pytest.mark.parametrize("factors", [*FACTORS, *ARCHITECTURES], ids=str)
+def test_logits_are_scaled_as_trl_scales_them(factors):
+    """By the softcap and the factor of the model's config, of each family. TRL keeps what it read in its forward."""
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1))
+    if isinstance(factors, str):
+        name, changes = ARCHITECTURES[factors]
+        lm.config = getattr(transformers, f"{name}Config")(**TINY | changes)
+    else:
+        lm.config.__dict__.update(factors)
+    add_fused_lm_head(lm)
+    read_by_trl = inspect.getclosurevars(lm.forward).nonlocals
+    head = TiledHead.of(lm)
+    assert head.softcap == read_by_trl["final_logit_softcapping"]
+    assert head.scale == read_by_trl["logit_scale"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

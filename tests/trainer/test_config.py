@@ -1,4 +1,4 @@
-"""The configuration: the document's defaults, the device's precision, and refusals that name the way out."""
+"""The configuration: the defaults of sequence-level GRPO, the device's precision, and refusals that name the way out."""
 
 import re
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from grpo_ext import GRPOExtConfig
+from grpo_ext import TRL_DEFAULTS, GRPOExtConfig
 
 
 def config(tmp_path, **changes):
     return GRPOExtConfig(output_dir=str(tmp_path), **changes)
 
 
-def test_document_defaults(tmp_path):
+def test_defaults_of_sequence_level_grpo(tmp_path):
     args = config(tmp_path)
     assert (args.num_generations, args.temperature, args.beta, args.epsilon) == (8, 0.8, 0.1, 0.2)
     assert (args.learning_rate, args.entropy_coef, args.max_grad_norm) == (1e-5, 0.01, 0.5)
@@ -65,6 +65,7 @@ def test_only_the_named_fields_differ_from_trl():
     }
 
 
+SEQUENCE, POPULATION = {"loss_type": "grpo_sequence"}, {"scale_rewards": "population"}
 IMPOSSIBLE = [
     ({"loss_type": "ppo"}, "loss_type='ppo'", "'grpo_sequence', 'grpo'"),
     ({"scale_rewards": "std"}, "scale_rewards='std'", "'population', 'group'"),
@@ -93,10 +94,14 @@ IMPOSSIBLE = [
         "Use one",
     ),
     ({"dead_groups": "drop"}, "dead_groups='drop'", "'keep', 'skip'"),
-    ({"multi_objective_aggregation": "normalize_then_sum"}, "'normalize_then_sum'", "scale_rewards='group'"),
-    ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'", "'token'"),
-    ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2", "top_entropy_quantile=1.0"),
-    ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True", "loss_type='grpo'"),
+    (
+        {"multi_objective_aggregation": "normalize_then_sum", **POPULATION},
+        "'normalize_then_sum'",
+        "scale_rewards='group'",
+    ),
+    ({"importance_sampling_level": "sequence", **SEQUENCE}, "importance_sampling_level='sequence'", "'token'"),
+    ({"top_entropy_quantile": 0.2, **SEQUENCE}, "top_entropy_quantile=0.2", "top_entropy_quantile=1.0"),
+    ({"use_adaptive_entropy": True, **SEQUENCE}, "use_adaptive_entropy=True", "loss_type='grpo'"),
     ({"chunk_tokens": 0}, "chunk_tokens=0", "at least 1"),
     ({"chunk_tokens": 64, "share_prompt": False}, "chunk_tokens=64", "share_prompt=True"),
     ({"num_generations_max": 8}, "num_generations_max=8", "num_generations=8, for example 16"),
@@ -128,7 +133,7 @@ IMPOSSIBLE = [
         "Nearest: steps_per_generation=4.",
     ),
     ({"reward_workers": -1}, "reward_workers=-1", "0 (the training process itself)"),
-    ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}, "'token_mask'", "'sequence_mask'"),
+    ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask", **SEQUENCE}, "'token_mask'", "'sequence_mask'"),
 ]
 
 
@@ -136,6 +141,81 @@ IMPOSSIBLE = [
 def test_impossible_combinations_are_refused_by_name(tmp_path, changes, received, valid):
     with pytest.raises(ValueError, match=re.escape(received) + ".*" + re.escape(valid)):
         config(tmp_path, **changes)
+
+
+# Values of TRL's options that are not its defaults, and that need no other option.
+NOT_DEFAULT = {
+    "learning_rate": 1e-4,
+    "gradient_checkpointing": False,
+    "router_aux_loss_coef": 0.01,
+    "cast_lm_head_to_fp32": True,
+    "shuffle_dataset": False,
+    "pad_to_multiple_of": 8,
+    "generation_batch_size": 16,
+    "steps_per_generation": 2,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "cache_implementation": "static",
+    "use_vllm": True,
+    "beta": 0.0,
+    "num_iterations": 2,
+    "epsilon": 0.1,
+    "delta": 1.5,
+    "epsilon_high": 0.3,
+    "importance_sampling_level": "sequence",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "scale_rewards": "none",
+    "mask_truncated_completions": True,
+    "sync_ref_model": True,
+    "top_entropy_quantile": 0.2,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": True,
+    "max_tool_calling_iterations": 3,
+    "vllm_importance_sampling_correction": False,
+    "vllm_importance_sampling_mode": "token_mask",
+    "off_policy_mask_threshold": 0.5,
+    "use_bias_correction_kl": False,
+    "log_completions": True,
+    "use_transformers_continuous_batching": True,
+    "torch_compile": True,
+    "neftune_noise_alpha": 5.0,
+    "use_liger_kernel": True,
+}
+YIELDING = [
+    ({"use_adaptive_entropy": True}, "loss_type"),
+    ({"top_entropy_quantile": 0.2}, "loss_type"),
+    ({"importance_sampling_level": "sequence"}, "loss_type"),
+    ({"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}, "loss_type"),
+    ({"multi_objective_aggregation": "normalize_then_sum"}, "scale_rewards"),
+]
+
+
+@pytest.mark.parametrize(("option", "default"), YIELDING)
+def test_a_default_yields_to_an_option_of_trl(tmp_path, caplog, option, default):
+    """Each option was refused, for a default that the user had not set."""
+    args = config(tmp_path, **option)
+    assert getattr(args, default) == GRPOConfig.__dataclass_fields__[default].default
+    assert f"{default} is TRL's default" in caplog.text
+    (name,) = set(option) - {"use_vllm"}
+    assert f"{name}={option[name]!r}" in caplog.text
+
+
+@pytest.mark.parametrize("name", NOT_DEFAULT)
+def test_every_single_option_of_trl_is_taken(tmp_path, name):
+    """Alone, with our defaults for everything else."""
+    assert getattr(config(tmp_path, **{name: NOT_DEFAULT[name]}), name) == NOT_DEFAULT[name]
+
+
+def test_what_differs_from_trl_is_listed(tmp_path):
+    """In one line, which gives the values of both; with TRL's own values there is nothing to list."""
+    listed = config(tmp_path).describe_changed_defaults()
+    for name, default in TRL_DEFAULTS.items():
+        assert re.search(rf"\b{name}=\S+ \(TRL: {re.escape(repr(default))}\)", listed), name
+    assert config(tmp_path, **TRL_DEFAULTS | {"bf16": True}).describe_changed_defaults() is None
+    assert "beta" not in config(tmp_path, beta=0.2).describe_changed_defaults()
 
 
 @pytest.mark.parametrize("option", [{"importance_sampling_level": "sequence"}, {"top_entropy_quantile": 0.2}])

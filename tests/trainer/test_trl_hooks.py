@@ -30,9 +30,6 @@ TRL_METHODS = {
         "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
         "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
     ),
-    "_maybe_log_save_evaluate": (
-        "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate"
-    ),
     "_get_output_dir": "self trial",
     "_save": "self output_dir state_dict",
     "_save_checkpoint": "self model trial",
@@ -51,7 +48,7 @@ def test_the_methods_of_trl_are_those_we_know(name):
     parameters = list(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)
     assert parameters == TRL_METHODS[name].split(), (
         f"TRL {version('trl')} changed GRPOTrainer.{name}; grpo-ext was checked with 1.16.0. Read the new method, "
-        f"adapt grpo_ext/mechanisms or grpo_ext/trainer.py, then this table."
+        f"adapt grpo_ext/trainer.py, then this table."
     )
 
 
