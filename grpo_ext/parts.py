@@ -168,9 +168,15 @@ def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
     if shares_prompts:
         if args.gradient_checkpointing:
             logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
-        install_shared_scoring(base_of(model))
+        if args.torch_compile:
+            logger.warning(
+                "torch_compile=True has no effect on shared prompts, whose shapes are others in each call. Use "
+                "share_prompt=False to compile TRL's plain path."
+            )
+        install_shared_scoring(base_of(model), is_compiled=args.torch_compile)
         if trainer.ref_model is not None:  # accelerate has prepared it, DeepSpeed by an engine around it
-            install_shared_scoring(base_of(trainer.accelerator.unwrap_model(trainer.ref_model)))
+            reference = base_of(trainer.accelerator.unwrap_model(trainer.ref_model))
+            install_shared_scoring(reference, is_compiled=args.torch_compile)
     config, adapts_head = base_of(model).config.get_text_config(), has_head_adapter(model)
     if adapts_head:
         refusals.refuse_head_adapter(why_head_untrainable(model, args), shares_prompts=shares_prompts)

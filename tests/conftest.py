@@ -90,8 +90,8 @@ def tiny_model():
 
 @pytest.fixture
 def build(tokenizer, tmp_path) -> Callable[..., Any]:
-    """`build(model, beta=0.0)`: a trainer on PROMPTS, ours unless `trainer=GRPOTrainer` asks for stock TRL; `arguments`
-    are more of the trainer's own."""
+    """`build(model, beta=0.0)`: a trainer on PROMPTS, or on `data`; ours unless `trainer=GRPOTrainer` asks for stock
+    TRL. `arguments` are more of the trainer's own."""
 
     def make(
         model: Any,
@@ -101,6 +101,7 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
         peft_config: Any = None,
         prompts: list[Any] = PROMPTS,
         columns: dict[str, list[Any]] | None = None,
+        data: Any = None,
         quantization_config: Any = None,
         arguments: dict[str, Any] | None = None,
         **changes: Any,
@@ -121,7 +122,7 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
             model,
             reward_funcs=reward,
             args=config(**settings | changes),
-            train_dataset=Dataset.from_dict({"prompt": prompts, **(columns or {})}),
+            train_dataset=data or Dataset.from_dict({"prompt": prompts, **(columns or {})}),
             processing_class=tokenizer,
             peft_config=peft_config,
             quantization_config=quantization_config,

@@ -25,7 +25,7 @@ from transformers.generation import GenerationMode
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
-from grpo_ext.engine.batch import ScoringBatch
+from grpo_ext.engine.batch import Scores, ScoringBatch
 from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.prefill import why_unforkable
@@ -39,22 +39,30 @@ INEXACT_ARCHITECTURES = ("bamba",)
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def install_shared_scoring(lm: PreTrainedModel) -> None:
+def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) -> None:
     """Make `lm(scoring_batch=ScoringBatch(...))` return `Scores`; every other call still runs TRL's fused forward.
 
     Call it after TRL's `add_fused_lm_head`, on the model inside PEFT's wrapper.
+
+    Args:
+        is_compiled: whether `torch.compile` will wrap the model. Scoring then runs uncompiled inside: its shapes are
+            others in each call, and each would be compiled anew.
     """
     fused_forward, head = lm.forward, TiledHead.of(lm)
 
-    @functools.wraps(type(lm).forward)
-    def forward(self: PreTrainedModel, *args: Any, scoring_batch: ScoringBatch | None = None, **kwargs: Any) -> Any:
-        if scoring_batch is None:
-            return fused_forward(*args, **kwargs)
+    def score_batch(self: PreTrainedModel, scoring_batch: ScoringBatch) -> Scores:
         # Checkpointed layers drop the cache with only a log line, and the completion loses its prompt.
         with disable_gradient_checkpointing(self):
             if torch.is_grad_enabled() and not scoring_batch.fits_one_chunk():
                 return score_in_chunks(self, scoring_batch, head, _recompute_context(self))
             return score(self, scoring_batch, head)
+
+    if is_compiled:
+        score_batch = torch.compiler.disable(score_batch)
+
+    @functools.wraps(type(lm).forward)
+    def forward(self: PreTrainedModel, *args: Any, scoring_batch: ScoringBatch | None = None, **kwargs: Any) -> Any:
+        return fused_forward(*args, **kwargs) if scoring_batch is None else score_batch(self, scoring_batch)
 
     lm.forward = types.MethodType(forward, lm)
 

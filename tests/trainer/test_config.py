@@ -1,4 +1,4 @@
-"""The configuration: the defaults of sequence-level GRPO, the device's precision, and refusals that name the way out."""
+"""The configuration: defaults of sequence-level GRPO, the device's precision, and refusals that name the way out."""
 
 import re
 

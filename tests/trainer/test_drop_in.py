@@ -147,10 +147,7 @@ def streamed_data(make: Make) -> Any:
         opened.append(None)
         yield from ({"prompt": prompt} for prompt in PROMPTS * 3)
 
-    trainer = make(**SAVED)
-    trainer.train_dataset = IterableDataset.from_generator(rows)
-    trainer.args.accelerator_config.dispatch_batches = False
-    trainer.accelerator.dataloader_config.dispatch_batches = False
+    trainer = make(**SAVED, data=IterableDataset.from_generator(rows))
     trainer.train()
     return [len(opened), log_rows(trainer)]
 

@@ -115,6 +115,20 @@ def test_a_prompt_is_read_once(build, small_model):
     assert counts[False] > 1.6 * counts[True]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_torch_compile_leaves_shared_scoring_as_it_is(build, small_model, caplog, gradient_checkpointing):
+    """Traced, it ended in a RecursionError with gradient checkpointing, and without in new graphs for each step."""
+    settings = {"beta": 0.1, "gradient_checkpointing": gradient_checkpointing, "max_steps": 3}
+    plain = train(build, small_model, **settings)
+    torch.compiler.reset()
+    compiled = train(build, small_model, torch_compile=True, torch_compile_backend="eager", **settings)
+    assert compiled[1:] == plain[1:]
+    assert all(torch.equal(value, plain[0][name]) for name, value in compiled[0].items())
+    assert "torch_compile=True has no effect on shared prompts" in caplog.text
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
 def test_siblings_stay_together_and_keep_their_rows(build, small_model):
     """Micro-batches of one group: each holds one prompt, and every row keeps its own reference log-probs."""
     trainer = build(

@@ -1,11 +1,13 @@
 """Completions in which the model calls tools, on shared prompts: against stock TRL, and the sequence loss by hand."""
 
+import copy
 import itertools
 import random
 import re
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer
@@ -201,3 +203,29 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
         for grad, want in zip(grads, wanted, strict=True):
             assert want.norm() > 0
             assert (grad - want).norm() < 1e-4 * want.norm()
+
+
+def test_environments_that_own_their_prompts_are_trained_and_saved(build, caller, tmp_path, monkeypatch):
+    """Data without a column `prompt` ended the run in its first checkpoint, where the model card read that column."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    class Asks(shelves()):
+        def reset(self, **columns):
+            super().reset()
+            return f"Which page of shelf {columns['shelf']}?"
+
+    data = Dataset.from_dict({"shelf": [0, 1, 2, 3]})
+    trainer = build(
+        copy.deepcopy(caller),
+        peft_config=random_lora(init_lora_weights=True),
+        reward=calls_and_digits,
+        arguments={"environment_factory": Asks},
+        data=data,
+        guards=True,
+        max_completion_length=60,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    card = (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
+    assert '[{"role": "user", "content": "Your question"}]' in card
