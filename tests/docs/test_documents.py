@@ -36,10 +36,11 @@ def test_paths_and_commands_of_the_documents_exist(document):
 
 
 def test_python_of_the_readme_runs(tmp_path):
-    """The drop-in example, as printed, with the embedded model in place of the reader's own."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """As printed, one after the other, with the embedded model in place of the reader's own."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = (
-        block.replace('"Qwen/Qwen2.5-0.5B"', repr(str(ROOT / "recipes/tiny_math/model")))
+        "\n".join(blocks)
+        .replace('"Qwen/Qwen2.5-0.5B"', repr(str(ROOT / "recipes/tiny_math/model")))
         .replace('load_dataset("openai/gsm8k", "main", split="train")', "embedded()")
         .replace('"gsm8k-lora"', f"{str(tmp_path)!r}, max_steps=1, max_completion_length=8")
     )
