@@ -254,17 +254,14 @@ class GRPOExtConfig(GRPOConfig):
                     f"itself: scale_rewards is TRL's default, {self.scale_rewards!r}."
                 )
 
-    def describe_changed_defaults(self) -> str | None:
-        """The settings of this config that are defaults of this project and not TRL's, as text; None if there are
-        none."""
+    def changed_defaults(self) -> list[str]:
+        """The settings of this config that have a default of this project and not TRL's, each as text with both."""
         changed = [
             f"{name}={value!r} (TRL: {TRL_DEFAULTS[name]!r})"
             for name, value in DEFAULTS.items()
             if getattr(self, name) == value
         ]
-        if self.use_cpu and not self.bf16:
-            changed.append("bf16=False (TRL: True)")
-        return ", ".join(changed) or None
+        return changed + (["bf16=False (TRL: True)"] if self.use_cpu and not self.bf16 else [])
 
     def _fit_device(self) -> None:
         """Choose a precision that the device supports, unless the user chose one. TRL's default is bf16 everywhere."""

@@ -170,7 +170,7 @@ def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
             logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
         if args.torch_compile:
             logger.warning(
-                "torch_compile=True has no effect on shared prompts, whose shapes are others in each call. Use "
+                "torch_compile=True has no effect on shared prompts, whose shapes change from call to call. Use "
                 "share_prompt=False to compile TRL's plain path."
             )
         install_shared_scoring(base_of(model), is_compiled=args.torch_compile)

@@ -168,8 +168,12 @@ class GRPOExtTrainer(GRPOTrainer):
                 f"GRPOExtTrainer needs args of type GRPOExtConfig, got {type(args).__name__}. "
                 f"GRPOExtConfig takes the same fields: replace the class name."
             )
-        if isinstance(model, str) and peft_config is not None:
-            args.model_init_kwargs = {"dtype": frozen_dtype(args), **(args.model_init_kwargs or {})}
+        changed = args.changed_defaults()
+        if isinstance(model, str) and peft_config is not None and "dtype" not in (args.model_init_kwargs or {}):
+            dtype = frozen_dtype(args)
+            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": dtype}
+            if dtype != torch.float32:
+                changed.append(f"frozen base in {dtype} (TRL: torch.float32)")
         if environment_factory is None:
             reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
         given = {
@@ -205,9 +209,9 @@ class GRPOExtTrainer(GRPOTrainer):
         with reference.shown_to_trl(args), hide_head_adapter(model) if adapters else nullcontext():
             super().__init__(**given)
         self.beta = args.beta
-        if (changed := args.describe_changed_defaults()) is not None:
+        if changed:
             logger.warning(
-                f"Defaults of grpo-ext: {changed}. GRPOExtConfig(..., **TRL_DEFAULTS) keeps TRL's objective."
+                f"Defaults of grpo-ext: {', '.join(changed)}. GRPOExtConfig(..., **TRL_DEFAULTS) keeps TRL's objective."
             )
         if self.samples_by_generate:
             ends = self.generation_config.eos_token_id

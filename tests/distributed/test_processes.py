@@ -28,15 +28,17 @@ def test_two_processes_train_as_one(two, case, tmp_path):
         assert torch.equal(value, second["adapter"][name]), f"{name} differs between the processes"
     alone = train(case, 1, tmp_path)
     settings = CASES[case][1]
+    is_bf16 = settings.get("bf16", False)
     assert first["shares"] is second["shares"] is alone["shares"] is settings.get("share_prompt", True)
     assert len(alone["grad_norm"]) == settings.get("max_steps", STEPS)
     for name, value in alone["adapter"].items():
         torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
         moved = (value - alone["start"][name]).abs().max()
         assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 5e-6 says little about"
-        torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)
+        rounding = 0.05 * moved if is_bf16 else 5e-6
+        torch.testing.assert_close(first["adapter"][name], value, atol=float(rounding), rtol=0, msg=name)
     assert max(alone["grad_norm"]) > 0
-    assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02 if is_bf16 else 1e-4)
     for name in ("reward", "reward_std"):
         assert first[name] == pytest.approx(alone[name], abs=1e-6)
     assert max(alone["reward_std"]) > 0

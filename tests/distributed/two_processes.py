@@ -18,7 +18,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from safetensors.torch import save_model
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import grpo_ext
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
@@ -45,6 +46,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "straddling": (HALF_GROUPS, OURS),
     "straddling_chunks": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "ddp_find_unused_parameters": False}),
     "straddling_plain": (HALF_GROUPS, OURS | {"share_prompt": False}),
+    # without an adapter, and with a reference model that accelerate wraps for mixed precision
+    "whole_model": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "learning_rate": 5.0}),
+    "whole_model_bf16": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "learning_rate": 5.0, "bf16": True}),
     # all optimizer steps on one rollout: old log-probs and clipped ratios
     "mixed_dapo": (ONE_AND_A_HALF, {"loss_type": "dapo", "chunk_tokens": 40, "num_iterations": 3}),
     "mixed_dr_grpo": (ONE_AND_A_HALF, {"loss_type": "dr_grpo", "chunk_tokens": 40}),
@@ -173,8 +177,14 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         places = itertools.cycle(row % SIBLINGS for row in range(first, first + here))
         kind, rollout_func = GivenTurns, Dialogue(lambda: Numbered(next(places)))
         reward, effect = dialogue_reward, "dialogue/turns"
+    model, is_whole = small_llama(tokenizer), case.startswith("whole_model")
+    if is_whole:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder / "base")  # `save_pretrained` of the model saves in one process only
+        save_model(model, str(folder / "base" / "model.safetensors"), metadata={"format": "pt"})
+        model = LlamaForCausalLM.from_pretrained(folder / "base")  # TRL loads the reference from its path
     trainer = kind(
-        small_llama(tokenizer),
+        model,
         reward_funcs=reward,
         args=GRPOExtConfig(
             **SETTINGS
@@ -195,7 +205,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         ),
         train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
         processing_class=tokenizer,
-        peft_config=random_lora(),
+        peft_config=None if is_whole else random_lora(),
         rollout_func=rollout_func,
     )
     assert trainer.accelerator.num_processes == processes
