@@ -68,7 +68,7 @@ class Checkpoints:
         folder = files.find_checkpoint(wanted, self._args.output_dir)
         if folder is None:
             return None
-        difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)
+        difference = first_difference(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), self._fingerprint)
         if difference is not None:
             raise ValueError(difference)
         if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
@@ -81,7 +81,7 @@ class Checkpoints:
                 f"{folder} was made by an earlier version of grpo-ext, which keeps the state of a run in another form. "
                 f"Resume it with that version, or start without resume."
             )
-        epoch = json.loads((folder / TRAINER_STATE_NAME).read_text())["epoch"]
+        epoch = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
         if isinstance(train_dataset, IterableDataset) and epoch >= 1:
             raise ValueError(
                 f"{folder} was made in pass {int(epoch) + 1} over a streamed data set, whose place cannot be found "
@@ -108,7 +108,7 @@ class Checkpoints:
                 save_model(self._reference, str(folder / REFERENCE_FILE))
             self._wait()
             if writes:
-                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n")
+                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n", encoding="utf-8")
                 files.seal(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if writes:
