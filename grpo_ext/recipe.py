@@ -12,13 +12,15 @@ that `--config` names; flags win. `$RECIPES` in the name of a model or data set 
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from rich.console import Console
+import yaml
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +31,7 @@ from grpo_ext.checkpoints.best import BestAdapter, read_best
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.banner import show_banner
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import escaping_unencodable, show
 from grpo_ext.data import DEFAULT_FORMAT, Problems, PromptFormat, load_problems
 from grpo_ext.evaluation.callback import HeldOutAccuracy, load_initial_evaluation, save_initial_evaluation
 from grpo_ext.evaluation.complete import Evaluation, Problem, evaluate
@@ -88,10 +91,25 @@ def parse_arguments(
     settings = parse_flags(parser, argv)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither for the embedded run")
-    script_args, args, model_args = parser.parse_args_and_config(with_group_size(argv, settings, folder=folder))
+    with _config_in_ascii(with_group_size(argv, settings, folder=folder)) as flags:
+        script_args, args, model_args = parser.parse_args_and_config(flags)
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
     return script_args, args, model_args
+
+
+@contextmanager
+def _config_in_ascii(argv: list[str]) -> Iterator[list[str]]:
+    """The flags with a copy of the file of `--config`, which TRL reads in the encoding of the locale."""
+    flags = list(argv)
+    with TemporaryDirectory() as folder:
+        if "--config" in flags:
+            at = flags.index("--config") + 1
+            settings = yaml.safe_load(Path(flags[at]).read_text(encoding="utf-8"))
+            copy = Path(folder, "config.yaml")
+            copy.write_text(yaml.safe_dump(settings), encoding="ascii")
+            flags[at] = str(copy)
+        yield flags
 
 
 def build_problems(
@@ -142,6 +160,7 @@ def build_trainer(
 # The run
 
 
+@escaping_unencodable()
 def train_and_report(
     trainer: GRPOExtTrainer,
     problems: Problems,
@@ -182,7 +201,7 @@ def train_and_report(
     show_banner(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
     trainer.preflight()
     if args.dry_run:
-        print("dry run: the checks are through, nothing was trained")
+        show("dry run: the checks are through, nothing was trained")
         return {}
     resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
     before = None
@@ -211,13 +230,11 @@ def train_and_report(
     trainer.save_model()  # with a card that shows both; pushes it if asked to
     if trainer.accelerator.is_main_process:
         _show_samples(heldout, before, after)
-        print(f"adapter, report.html, curves.png, metrics.jsonl and summary.json are in {args.output_dir}")
+        show(f"adapter, report.html, curves.png, metrics.jsonl and summary.json are in {args.output_dir}")
         best = read_best(args.output_dir)
         if best and best["pass@1"] > after.greedy.value:
-            print(
-                f"the best adapter, of step {best['step']} with held-out pass@1 {best['pass@1']:.2f}, is in its best/"
-            )
-        print(accuracy_lines(summary))
+            show(f"the best adapter, of step {best['step']} with held-out pass@1 {best['pass@1']:.2f}, is in its best/")
+        show(accuracy_lines(summary))
     return summary
 
 
@@ -241,7 +258,7 @@ def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation)
             for e in (before, after)
         ]
         table.add_row(Text(text_of(problem["prompt"])[-300:].strip()), *answers)
-    Console().print(table)
+    show(table)
 
 
 def _short_name(name_or_path: str) -> str:

@@ -34,7 +34,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    ProgressCallback,
     TrainerCallback,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -49,7 +48,8 @@ from grpo_ext.checkpoints.resume import Checkpoints
 from grpo_ext.checks.preflight import before_training, before_weights
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.phase_timer import PhaseTimer
-from grpo_ext.console.progress import RewardProgress
+from grpo_ext.console.progress import show_one_progress
+from grpo_ext.console.terminal import escaping_unencodable, forgiving_stdout
 from grpo_ext.engine.batch import order_by_group, prompt_groups
 from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.engine.scorer import RequestScores, ScoringPass, ScoringRequest
@@ -257,9 +257,7 @@ class GRPOExtTrainer(GRPOTrainer):
             self.add_callback(self.parts.watch)
         self.add_callback(MetricsFile())
         self.add_callback(CloseWorkers(self.reward_funcs))
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(RewardProgress())
+        show_one_progress(self, callbacks)
 
     # What the parts and the code around a run may know
 
@@ -307,6 +305,7 @@ class GRPOExtTrainer(GRPOTrainer):
         """
         return self._checkpoints.find(wanted, self.train_dataset)
 
+    @escaping_unencodable()
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.preflight()
         if self.args.dry_run:
@@ -837,7 +836,8 @@ class GRPOExtTrainer(GRPOTrainer):
             self._timed_from_step = None
             logs |= {f"time/{phase}": seconds / steps for phase, seconds in self.parts.phases.pop().items()}
             logs["peak_memory_mb"] = round(peak_memory_mb(self.accelerator.device))
-        super().log(logs, start_time)
+        with forgiving_stdout() if self.log_completions else nullcontext():  # TRL prints completions
+            super().log(logs, start_time)
 
     def log_alone(self, metrics: dict[str, float]) -> None:
         """Log these values now, without closing the running means that TRL's `log` would flush with them, and without

@@ -57,10 +57,12 @@ class BestAdapter(TrainerCallback):
             for name in EXCLUDED:
                 path = self._folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            (self._folder / RECORD).write_text(json.dumps({"step": state.global_step, "pass@1": accuracy}) + "\n")
+            (self._folder / RECORD).write_text(
+                json.dumps({"step": state.global_step, "pass@1": accuracy}) + "\n", encoding="utf-8"
+            )
 
 
 def read_best(output_dir: str | Path) -> dict[str, Any] | None:
     """Step and accuracy of the best adapter of a run; None if there is none."""
     path = Path(output_dir, FOLDER, RECORD)
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

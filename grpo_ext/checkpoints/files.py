@@ -125,7 +125,7 @@ def seal(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
     }
     new = folder / f"{MANIFEST}.new"
-    new.write_text(json.dumps(listed, indent=1) + "\n")
+    new.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     for path in (*paths, new, *(path for path in folder.rglob("*") if path.is_dir())):
         _sync(path)
     new.replace(folder / MANIFEST)

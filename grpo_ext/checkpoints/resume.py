@@ -78,7 +78,7 @@ class Checkpoints:
                 f"random state, and without the rest of a rollout that was in use."
             )
             return folder
-        difference = first_difference(json.loads((folder / RUN_FILE).read_text()), self._fingerprint)
+        difference = first_difference(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), self._fingerprint)
         if difference is not None:
             raise ValueError(difference)
         if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
@@ -91,7 +91,7 @@ class Checkpoints:
                 f"{folder} was made by an earlier version of grpo-ext, which keeps the state of a run in another form. "
                 f"Resume it with that version, or start without resume."
             )
-        epoch = json.loads((folder / TRAINER_STATE_NAME).read_text())["epoch"]
+        epoch = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
         if isinstance(train_dataset, IterableDataset) and epoch >= 1:
             raise ValueError(
                 f"{folder} was made in pass {int(epoch) + 1} over a streamed data set, whose place cannot be found "
@@ -109,7 +109,7 @@ class Checkpoints:
             ValueError: there are such checkpoints, and this run saves its own.
         """
         output_dir = Path(self._args.output_dir)
-        begin = json.loads((resumed / TRAINER_STATE_NAME).read_text())["global_step"] if resumed else 0
+        begin = json.loads((resumed / TRAINER_STATE_NAME).read_bytes())["global_step"] if resumed else 0
         later = [f for f in files.list_checkpoints(output_dir) if files.is_foreign(f) and files.step_of(f) > begin]
         if later and self._args.save_strategy != SaveStrategy.NO:
             names = ", ".join(folder.name for folder in later)
@@ -136,7 +136,7 @@ class Checkpoints:
         try:
             if writes:
                 folder.mkdir(parents=True)
-                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n")
+                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n", encoding="utf-8")
             yield
             save_states(folder, self._process, {name: part.state_dict() for name, part in self._states.items()})
             if self._reference is not None and writes:

@@ -34,12 +34,12 @@ def save_states(folder: Path, process: int, states: Mapping[str, dict[str, Any]]
     text = json.dumps(_without_tensors(states, "", tensors))
     if tensors:
         save_file(tensors, folder / TENSORS_FILE.format(process))
-    (folder / STATE_FILE.format(process)).write_text(text)
+    (folder / STATE_FILE.format(process)).write_text(text, encoding="utf-8")
 
 
 def has_states(folder: Path, process: int) -> bool:
     """Whether the file of this process was written by `save_states`, and not in an earlier format."""
-    states = json.loads((folder / STATE_FILE.format(process)).read_text())
+    states = json.loads((folder / STATE_FILE.format(process)).read_text(encoding="utf-8"))
     return all(isinstance(state, dict) for state in states.values())
 
 
@@ -47,7 +47,7 @@ def load_states(folder: Path, process: int, device: torch.device) -> dict[str, d
     """Read what `save_states` wrote; tensors that were not in host memory return to `device`."""
     path = folder / TENSORS_FILE.format(process)
     tensors = load_file(path) if path.exists() else {}
-    return _with_tensors(json.loads((folder / STATE_FILE.format(process)).read_text()), tensors, device)
+    return _with_tensors(json.loads((folder / STATE_FILE.format(process)).read_text(encoding="utf-8")), tensors, device)
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

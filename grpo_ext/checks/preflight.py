@@ -10,7 +10,6 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from grpo_ext.checks import prompts as check_prompts
 from grpo_ext.checks import rewards as check_rewards
 from grpo_ext.checks.worst_case_step import WorstCase, run_worst_case_step, why_not_run
+from grpo_ext.console.terminal import show
 from grpo_ext.model.adapters import trainable_parameters
 from grpo_ext.model.chat import text_tokenizer, tokenize_prompt
 
@@ -165,4 +165,4 @@ def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
     table.add_row("rewards", ", ".join(f"{name}: {values}" for name, values in scores.items()) + " for no answer")
     table.add_row("first prompt", Text(worst.prompt[-SHOWN_CHARACTERS:]))
     table.add_row("an answer", Text(worst.completion[:SHOWN_CHARACTERS]))
-    Console().print(Panel(table, title="Before the first step", title_align="left", expand=False))
+    show(Panel(table, title="Before the first step", title_align="left", expand=False))

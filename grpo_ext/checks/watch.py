@@ -187,7 +187,9 @@ class Watch(TrainerCallback):
         }
         save_file(tensors, folder / f"rollout-{trainer.accelerator.process_index}.safetensors")
         if trainer.accelerator.is_main_process:
-            (folder / "settings.json").write_text(json.dumps({"step": step, "micro_batches": len(parts)}) + "\n")
+            (folder / "settings.json").write_text(
+                json.dumps({"step": step, "micro_batches": len(parts)}) + "\n", encoding="utf-8"
+            )
         return folder
 
 

@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"grpo-ext {chosen.command}", description=COMMANDS[chosen.command])
     command.add_arguments(parser)
     options = parser.parse_args(rest)
+    from grpo_ext.console.terminal import escaping_unencodable
+
     try:
-        command.run(options)
+        with escaping_unencodable():
+            command.run(options)
     except (ValueError, ImportError, AttributeError, FileNotFoundError) as error:
         raise SystemExit(f"grpo-ext: {error}") from None

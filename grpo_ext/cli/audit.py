@@ -4,12 +4,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 
 if TYPE_CHECKING:
     from rewards.audit import Check, Timing
@@ -58,9 +58,8 @@ def _show(checks: "list[Check]", seconds: "Timing", title: str) -> None:
         mean = f"{sum(judged) / len(judged):.2f}" if judged else "not judged"
         others = Text(f"{len(check.failed)} of {len(check.scores)}", "red") if check.failed else Text("none", "green")
         table.add_row(Text(check.name), check.expected, mean, others)
-    console = Console()
-    console.print(table)
+    show(table)
     for check in checks:
         for completion, score in check.failed[:1]:
-            console.print(Text(f"{check.name}: {completion[-SHOWN_CHARACTERS:]!r} earned {score}"))
-    console.print(f"{seconds.mean * 1000:.2f} ms an answer in the mean, {seconds.slowest * 1000:.0f} ms at most")
+            show(f"{check.name}: {completion[-SHOWN_CHARACTERS:]!r} earned {score}")
+    show(f"{seconds.mean * 1000:.2f} ms an answer in the mean, {seconds.slowest * 1000:.0f} ms at most")

@@ -19,11 +19,11 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.utils import build_hf_headers, get_session
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 from grpo_ext.machine import GIB, device_name
 
 SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         if finding.remedy:
             text.append(f"\n-> {finding.remedy}", "bold")
         table.add_row(Text(MARKS[finding.colour], finding.colour), finding.name, text)
-    Console().print(table)
+    show(table)
     if any(finding.colour == "red" for finding in findings):
         sys.exit("A red line stops every run: type what stands beside it, then run grpo-ext doctor again.")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--temperature {options.temperature} must be above 0 to draw samples, for example 0.8.")
     config = Path(options.model, "adapter_config.json")
     if config.exists():
-        base = json.loads(config.read_text())["base_model_name_or_path"] or "BASE"
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE"
         raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
     quiet_libraries()
     from grpo_ext.config import GRPOExtConfig
@@ -96,10 +97,10 @@ def run(options: argparse.Namespace) -> None:
     result |= {"k": found.k, "seconds": round(time.monotonic() - started, 1)}
     text = json.dumps(result, indent=2)
     if options.json is None:
-        print(text)
+        show(text)
         return
-    Path(options.json).write_text(text + "\n")
-    print(_line(measured, found.k), f" ({len(problems)} problems; all of it in {options.json})")
+    Path(options.json).write_text(text + "\n", encoding="utf-8")
+    show(f"{_line(measured, found.k)}  ({len(problems)} problems; all of it in {options.json})")
 
 
 def _load(model_args: "PolicyConfig", args: "GRPOExtConfig", adapter: str | None) -> "PreTrainedModel":

@@ -3,6 +3,7 @@
 import argparse
 
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 
 DTYPES = ("bfloat16", "float32")  # those of `model.merge`
 
@@ -21,5 +22,5 @@ def run(options: argparse.Namespace) -> None:
     from grpo_ext.model.merge import merge_adapter
 
     found = merge_adapter(options.adapter, options.out, base=options.base, dtype=options.dtype)
-    print(f"merged with base and adapter, in {options.dtype}: {found}")
-    print(f"the model, its tokenizer and its generation config are in {options.out}")
+    show(f"merged with base and adapter, in {options.dtype}: {found}")
+    show(f"the model, its tokenizer and its generation config are in {options.out}")

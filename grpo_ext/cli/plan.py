@@ -5,11 +5,11 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 from grpo_ext.machine import GIB
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     device_type = "cuda" if options.gpu else "cpu"
     made = plan_memory(policy, step, device_type=device_type, memory=options.gpu or options.cpu)
     if options.json:
-        print(json.dumps(_as_json(made)))
+        show(json.dumps(_as_json(made)))
     else:
         _show(
             made, f"{options.model} on a {'GPU' if options.gpu else 'CPU'} of {made.memory / GIB:.3g} GB", device_type
@@ -160,25 +160,24 @@ def _show(made: "Plan", title: str, device_type: str) -> None:
         _gb(made.budget),
         Text(f"{made.memory / GIB:.3g} GB less {RESERVED_FRACTION:.0%} that is left free", "dim"),
     )
-    console = Console()
-    console.print(table)
+    show(table)
     others = [name for name in footprint.phases if name != footprint.peak_phase]
     each = ", ".join(f"{name} {_gb(footprint.total_in(name))}" for name in others)
-    console.print(f"Other phases, in GB with all that stays: {each}.")
+    show(f"Other phases, in GB with all that stays: {each}.")
     if made.fits:
-        console.print("The largest that fit, each with the others as they are:")
+        show("The largest that fit, each with the others as they are:")
     for name, value in made.largest.items() if made.fits else ():
         asked = getattr(made.step, name)
         found = {0: "no bound needed", None: "none"}.get(value, f"{value}")
-        console.print(f"  {OPTION_NAMES[name]:<20} {found}" + (f"  (asked: {asked})" if asked else ""))
+        show(f"  {OPTION_NAMES[name]:<20} {found}" + (f"  (asked: {asked})" if asked else ""))
     if not made.fits:
-        console.print("It does not fit. What to change, in this order, and what all is then:")
+        show("It does not fit. What to change, in this order, and what all is then:")
         for change, total in made.changes:
-            console.print(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'not yet'}")
+            show(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'not yet'}")
         if not made.changes or made.changes[-1][1] > made.budget:
-            console.print("  Take a smaller model, or shorter prompts.")
+            show("  Take a smaller model, or shorter prompts.")
     if device_type == "cuda":
-        console.print("This is counted, not measured: no plan for a GPU was compared with a card yet.")
+        show("This is counted, not measured: no plan for a GPU was compared with a card yet.")
 
 
 def _gb(amount: float) -> str:

@@ -3,6 +3,7 @@
 import argparse
 
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,4 +37,4 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"Not pushed: {explain_failure(error)}. All of it is in {options.folder}; push it again: {again}"
             ) from error
-    print(f"pushed to {done.commit_url}")
+    show(f"pushed to {done.commit_url}")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from grpo_ext.console.terminal import show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -17,9 +19,9 @@ def run(options: argparse.Namespace) -> None:
     from grpo_ext.report.page import write_comparison, write_page
 
     if len(options.folders) > 1:
-        print(f"the comparison is in {write_comparison(options.folders, Path(options.output))}")
+        show(f"the comparison is in {write_comparison(options.folders, Path(options.output))}")
         return
     from grpo_ext.report.png_plots import draw_curves
 
     (folder,) = options.folders
-    print(f"the report is in {write_page(folder)}, its curves in {draw_curves(folder)}")
+    show(f"the report is in {write_page(folder)}, its curves in {draw_curves(folder)}")

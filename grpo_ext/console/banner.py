@@ -1,10 +1,10 @@
 """The banner of a run: what it will do, in plain words, before its first step."""
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from trl import GRPOTrainer
 
+from grpo_ext.console.terminal import show
 from grpo_ext.run_description import describe_run
 
 
@@ -17,4 +17,4 @@ def show_banner(trainer: GRPOTrainer, *, model_name: str, data: str) -> None:
     table.add_column()
     for label, text in describe_run(trainer, model_name=model_name, data=data).items():
         table.add_row(label, text)
-    Console().print(Panel(table, title="GRPO", title_align="left", expand=False))
+    show(Panel(table, title="GRPO", title_align="left", expand=False))

@@ -45,8 +45,8 @@ def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) ->
     Call it after TRL's `add_fused_lm_head`, on the model inside PEFT's wrapper.
 
     Args:
-        is_compiled: whether `torch.compile` will wrap the model. Scoring is left uncompiled: its shapes change from call to
-            call, and each of them would be compiled again.
+        is_compiled: whether `torch.compile` will wrap the model. Scoring is left uncompiled: its shapes change from
+            call to call, and each of them would be compiled again.
     """
     fused_forward, head = lm.forward, TiledHead.of(lm)
 

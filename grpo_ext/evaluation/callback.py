@@ -53,14 +53,14 @@ class HeldOutAccuracy(TrainerCallback):
 def save_initial_evaluation(output_dir: str | Path, evaluation: Evaluation) -> None:
     """Keep the evaluation of the starting policy for sessions that resume the run."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    Path(output_dir, INITIAL_FILE).write_text(json.dumps(asdict(evaluation)) + "\n")
+    Path(output_dir, INITIAL_FILE).write_text(json.dumps(asdict(evaluation)) + "\n", encoding="utf-8")
 
 
 def load_initial_evaluation(output_dir: str | Path, *, problems: int, samples: int) -> Evaluation | None:
     """What `save_initial_evaluation` kept; None if there is no such file, or one of another number of problems or
     samples."""
     try:
-        kept = json.loads(Path(output_dir, INITIAL_FILE).read_text())
+        kept = json.loads(Path(output_dir, INITIAL_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # killed before it was written
         return None
     figures: dict[str, Any] = {

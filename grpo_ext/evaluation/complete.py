@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 
+from grpo_ext.console.terminal import bar
 from grpo_ext.evaluation.estimates import Estimate, pass_at_k
 from grpo_ext.model.chat import tokenize_prompt
 
@@ -125,7 +125,7 @@ def complete(
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
         texts = [""] * len(ids)
         silent = description is None or not state.is_main_process
-        for start in tqdm(range(0, len(ids), batch_size), desc=description, disable=silent, leave=False):
+        for start in bar(range(0, len(ids), batch_size), description, disable=silent):
             rows = order[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
             inputs = inputs.to(model.device)

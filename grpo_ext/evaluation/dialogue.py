@@ -10,9 +10,9 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_ext.console.terminal import bar
 from grpo_ext.engine.decode import GroupSampler, SampledCompletions
 from grpo_ext.engine.install import shared_sampling
 from grpo_ext.evaluation.complete import Evaluation, Problem, build_evaluation, evaluation_mode, plain_generation_config
@@ -60,7 +60,7 @@ def evaluate_dialogue(
             evaluation_mode(model, seed + state.process_index),
             _sampling(model, tokenizer, config, list(stop_strings)) as draw,
         ):
-            for start in tqdm(range(0, len(mine), batch_size), desc=description, disable=silent, leave=False):
+            for start in bar(range(0, len(mine), batch_size), description, disable=silent):
                 batch = mine[start : start + batch_size]
                 eos: int = tokenizer.eos_token_id
                 episodes = dialogue.play(batch, turns, draw, max_tokens=max_new_tokens, eos_token_id=eos)

@@ -20,6 +20,7 @@ import torch
 import yaml
 from trl import TrlParser
 
+from grpo_ext.console.terminal import show
 from grpo_ext.machine import GIB
 from grpo_ext.memory.plan import Plan, Planner
 from grpo_ext.memory.step_shapes import StepShape
@@ -37,7 +38,7 @@ def parse_flags(parser: TrlParser, argv: list[str]) -> Namespace:
     flags = list(argv)
     if "--config" in flags:
         at = flags.index("--config")
-        defaults = yaml.safe_load(Path(flags[at + 1]).read_text())
+        defaults = yaml.safe_load(Path(flags[at + 1]).read_text(encoding="utf-8"))
         parser.set_defaults_with_config(**{name: value for name, value in defaults.items() if name != "env"})
         del flags[at : at + 2]
     return parser.parse_args(flags)
@@ -62,7 +63,7 @@ def with_group_size(argv: list[str], settings: Namespace, *, folder: str) -> lis
     settings.model_name_or_path = settings.model_name_or_path.replace("$RECIPES", folder)
     group_size, reason = choose_group_size(settings)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(reason)
+        show(reason)
     return [*argv, "--num_generations", str(group_size)]
 
 

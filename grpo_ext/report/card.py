@@ -84,7 +84,7 @@ def write_card(
     """
     folder = Path(folder)
     path = folder / SUMMARY_FILE
-    summary = json.loads(path.read_text()) if path.exists() else None
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     is_adapter = _is_adapter(trainer)
     base, data = base_hub_name(trainer.model), dataset_name or _dataset_hub_name(trainer)
     title = model_name or Path(trainer.args.hub_model_id or Path(trainer.args.output_dir).absolute()).name

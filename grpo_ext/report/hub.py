@@ -17,9 +17,9 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
+from grpo_ext.console.terminal import show
 from grpo_ext.report.card import load_from_repository, read_card
 from grpo_ext.report.run_files import CARD_FILE, CURVES_FILE, SUMMARY_FILE
 
@@ -127,7 +127,10 @@ def stage_files(folder: str | Path, *, with_report: bool = True) -> TemporaryDir
     for name, key in BASE_MODEL_KEYS.items():
         path = Path(staged.name, name)
         if path.exists():
-            path.write_text(json.dumps(json.loads(path.read_text()) | {key: base}, indent=2) + "\n")
+            path.write_text(
+                json.dumps(json.loads(path.read_text(encoding="utf-8")) | {key: base}, indent=2) + "\n",
+                encoding="utf-8",
+            )
     if card and with_report:
         card.save(Path(staged.name, CARD_FILE))
     return staged
@@ -137,7 +140,7 @@ def commit_files(staged: str, api: HfApi, repository: str, *, path_in_repo: str 
     """Push the staged files in one commit; `options` are those of `HfApi.create_commit`."""
     card = Path(staged, CARD_FILE)
     if card.exists():
-        card.write_text(load_from_repository(card.read_text(), repository))
+        card.write_text(load_from_repository(card.read_text(encoding="utf-8"), repository), encoding="utf-8")
     additions = [
         CommitOperationAdd((PurePosixPath(path_in_repo) / file.name).as_posix(), file)
         for file in Path(staged).iterdir()
@@ -191,4 +194,4 @@ class PublishingClient:
         except Exception as error:
             folder = self._args.output_dir
             command = push_command(folder, repository, private=self._args.hub_private_repo, revision=revision)
-            tqdm.write(f"Not pushed: {explain_failure(error)}. All of it is in {folder}; push it again: {command}")
+            show(f"Not pushed: {explain_failure(error)}. All of it is in {folder}; push it again: {command}")

@@ -122,8 +122,8 @@ def render_page(template: str, context: dict[str, Any], data: dict[str, Any]) ->
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     colours = "".join(f"--{name}: {value};" for name, value in PALETTE.items())
-    style = f":root {{{colours}}}\n{(TEMPLATES / 'page.css').read_text()}"
-    scripts = [bokeh_js(), (TEMPLATES / "page.js").read_text()]
+    style = f":root {{{colours}}}\n{(TEMPLATES / 'page.css').read_text(encoding='utf-8')}"
+    scripts = [bokeh_js(), (TEMPLATES / "page.js").read_text(encoding="utf-8")]
     hashes = " ".join(f"'{_csp_hash(script)}'" for script in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     text = json.dumps(escape_invisible(data | {"inTheDark": DARK_COLOURS}), ensure_ascii=False, separators=(",", ":"))

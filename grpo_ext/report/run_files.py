@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def append_row(path: Path, row: Row) -> None:
     """Add one line."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -43,7 +43,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the contents of a file; if the process is killed meanwhile, the file stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
-    with new.open("w") as file:
+    with new.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
     new.replace(path)
@@ -52,7 +52,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, in order; none if there is no file."""
     if path.exists():
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             for line in file:
                 row = parse_row(line)
                 if row is not None:

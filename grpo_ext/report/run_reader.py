@@ -51,7 +51,7 @@ class RunRecord:
             folder=folder,
             rows=rows,
             evaluations=[by_step[step] for step in sorted(by_step)],
-            settings=json.loads(settings.read_text()) if settings.exists() else {},
+            settings=json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {},
         )
 
     @property

@@ -63,7 +63,7 @@ class SettingsFile(TrainerCallback):
         }
         path = Path(args.output_dir, SETTINGS_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=2) + "\n")
+        path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def redact(value: Any, name: str = "") -> Any:

@@ -70,7 +70,7 @@ def build_summary(
 
 def write_summary(output_dir: str | Path, summary: dict[str, Any]) -> None:
     """Write `summary.json` into the output folder of the run."""
-    (Path(output_dir) / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    (Path(output_dir) / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def accuracy_lines(summary: dict[str, Any]) -> str:

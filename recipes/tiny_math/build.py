@@ -160,7 +160,7 @@ def write_problems(path: Path, split: str, count: int, seed: int) -> None:
     while len(problems) < count:
         pair = draw(rng, split)
         problems.setdefault(tuple(sorted(pair)), pair)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for a, b in problems.values():
             file.write(json.dumps({"question": f"{a}+{b}=?", "answer": str(a + b)}) + "\n")
 

@@ -28,6 +28,7 @@ from grpo_ext.model.load import load_tokenizer, model_init_kwargs
 from grpo_ext.evaluation.complete import complete, grade
 from grpo_ext.report.run_reader import read_metrics
 from grpo_ext.console.quiet import quiet_libraries
+from grpo_ext.console.terminal import show
 from recipes.math import parse
 from recipes.tiny_math.study_report import Points, draw, table
 from rewards import math_answer_reward
@@ -134,11 +135,11 @@ def main(argv: list[str] | None = None) -> None:
         for arm, seed in left:
             bar.set_description(f"{arm}, seed {seed}")
             curve = train(arm, seed, options, bar, folder)
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(point) + "\n" for point in curve))
     picture = draw(points(), Path(options.output, "study.png"))
-    print(table(points()))
-    print(f"\nevery point is in {path}, the curves are in {picture}")
+    show(table(points()))
+    show(f"\nevery point is in {path}, the curves are in {picture}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from rewards.completion import Completion, text_of
 # A test is a function call, or a pair of standard input and expected standard output.
 Test = Case | tuple[str, str]
 
-RUN_CALLS = (Path(__file__).parent / "guest" / "run_calls.py").read_text()
+RUN_CALLS = (Path(__file__).parent / "guest" / "run_calls.py").read_text(encoding="utf-8")
 
 # Language and text of a fenced block. A block without an end goes on to the end of the completion.
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)

@@ -47,7 +47,7 @@ from rewards.code.sandbox_policy import bubblewrap_command, host_python, seccomp
 START_TIMEOUT_SECONDS = 30
 # systemd takes the ids of users that exist only while a service runs from this range.
 TRANSIENT_USERS = range(61184, 65520)
-LAUNCHER = (Path(__file__).parent / "guest" / "launch.py").read_text()
+LAUNCHER = (Path(__file__).parent / "guest" / "launch.py").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,10 @@ class Children:
     def run(self, spec: dict[str, Any], label: str) -> dict[str, Any]:
         """One of `{"result": ...}`, `{"does_not_fit": reason}` and `{"failed": last lines}`."""
         command = [sys.executable, str(self.script), "--child", json.dumps(spec)]
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        ):
             with subprocess.Popen(command, stdout=out, stderr=err, env=self._environment()) as process:
                 try:
                     too_much = self._watch(process, label)

@@ -53,13 +53,13 @@ class KernelPeak:
         return self._status("VmRSS")
 
     def reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def highest(self) -> int:
         return self._status("VmHWM")
 
     def _status(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 

@@ -127,7 +127,7 @@ def scale_table(runs: list[Run]) -> Table:
 
 def machine(threads: int) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
         "cpu": next(names, platform.processor() or platform.machine()),

@@ -104,4 +104,4 @@ def test_commands_elsewhere(elsewhere, build, tiny_model, tmp_path):
     report = Path(trainer.args.output_dir, "report.html")
     assert not report.exists()
     assert str(report) in elsewhere("grpo-ext", "report", trainer.args.output_dir).replace("\n", "")
-    assert "<html" in report.read_text()
+    assert "<html" in report.read_text(encoding="utf-8")

@@ -119,7 +119,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (TINY_DATA / f"{split}.jsonl").read_text().splitlines()[:12]]
         rows = [row | {"question": f"Question: {row['question']}"} for row in rows]
-        Path(questions, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(questions, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prompts = [f"{row['question']}\nAnswer:" for row in rows]
     expected = complete(tiny_model, tokenizer, prompts, max_new_tokens=40)
     unasked = complete(tiny_model, tokenizer, [row["question"] for row in rows], max_new_tokens=40)

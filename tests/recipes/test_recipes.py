@@ -150,7 +150,9 @@ def test_wording_of_a_chat_model(tmp_path, tokenizer):
     tokenizer.chat_template = "{{ messages }}"
     try:
         path = Path(tmp_path / "d.jsonl")
-        path.write_text("".join(json.dumps({"question": f"{i}?", "answer": "1"}) + "\n" for i in range(10)))
+        path.write_text(
+            "".join(json.dumps({"question": f"{i}?", "answer": "1"}) + "\n" for i in range(10)), encoding="utf-8"
+        )
         prompt_format = PromptFormat(system="Be brief.", question=lambda text, row: f"{text} ({row['answer']})")
         prompt = load_problems(str(path), tokenizer, prompt_format=prompt_format).heldout[0]["prompt"]
     finally:

@@ -102,7 +102,7 @@ def test_a_run_that_is_resumed_keeps_the_record_up_to_its_checkpoint(build, smal
     trainer = build(small_model, **settings)
     trainer.train()
     path = Path(trainer.args.output_dir, COMPLETIONS_FILE)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "grou')  # killed here
     first = recorded(trainer)
     resumed = build(trainer.model.unload(), **settings)
@@ -163,7 +163,7 @@ def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, 
     settings = {"hub_token": token, "run_name": f"run-{token}", "learning_rate": 2e-4}
     trainer = build(small_model, peft_config=random_lora(), max_steps=1, **settings)
     trainer.train()
-    text = Path(trainer.args.output_dir, SETTINGS_FILE).read_text()
+    text = Path(trainer.args.output_dir, SETTINGS_FILE).read_text(encoding="utf-8")
     assert token not in text
     assert str(tmp_path) not in text
     run = json.loads(text)

@@ -146,7 +146,7 @@ def test_metrics_survive_a_cut_line_and_numbers_that_json_lacks(build, small_mod
     path = trainer.args.output_dir + "/metrics.jsonl"
     trainer.train()
     append_metrics(trainer.args, 3, {"loss": float("nan"), "reward": 1.0})
-    with Path(path).open("a") as file:
+    with Path(path).open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "los')  # killed here
     rows = read_metrics(Path(path))
     assert rows[-1] == {"step": 3, "loss": None, "reward": 1.0}

@@ -436,7 +436,7 @@ os.setuid(61000)
 for program in {programs}: print(run_program(program).stdout)"""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "rewards", Path(folder, "rewards"), ignore=shutil.ignore_patterns("__pycache__"))
-        Path(folder, "rewards", "__init__.py").write_text("")  # the system's Python has no packages
+        Path(folder, "rewards", "__init__.py").write_text("", encoding="utf-8")  # the system's Python has no packages
         done = subprocess.run(["/usr/bin/python3", "-c", script], cwd=folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     shown = done.stdout.splitlines()

@@ -18,9 +18,9 @@ def peak_above(action: Callable[[], None]) -> int:
     """Peak bytes of this process while it runs `action`, minus the bytes before."""
     before = psutil.Process().memory_info().rss
     if CLEAR.exists():
-        CLEAR.write_text("5")  # reset the kernel's high-water mark
+        CLEAR.write_text("5", encoding="utf-8")  # reset the kernel's high-water mark
         action()
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
     samples, done = [before], threading.Event()
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 def main() -> None:
     """Load the program from standard input, make its calls, and print their values."""
     job = marshal.loads(sys.stdin.buffer.read())
-    results = os.fdopen(os.dup(1), "w")
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of the program itself is no result
     program = sys.modules["solution"] = type(sys)("solution")
     exec(compile(job["source"], "solution.py", "exec", dont_inherit=True), vars(program))
