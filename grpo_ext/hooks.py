@@ -1,17 +1,17 @@
-"""Hooks of a trainer, replaced on the object for the length of a call.
+"""Hooks and other attributes of a trainer, replaced on the object for the length of a call.
 
 A hook that TRL calls on `self` finds the attribute of the object before that of its class, so TRL calls the
 replacement even if a subclass overrides the hook.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def replaced(trainer: object, **hooks: Callable[..., Any]) -> Iterator[None]:
-    """A context in which these hooks of the trainer are called in place of its own."""
+def replaced(trainer: object, **hooks: Any) -> Iterator[None]:
+    """A context in which these hooks or attributes of the trainer take the places of its own."""
     own = {name: vars(trainer)[name] for name in hooks if name in vars(trainer)}
     vars(trainer).update(hooks)
     try:

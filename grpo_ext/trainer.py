@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
+    TrainerState,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import GRPOTrainer
@@ -45,7 +46,7 @@ from grpo_ext import refusals
 from grpo_ext.checkpoints.files import is_foreign
 from grpo_ext.checkpoints.fingerprint import fingerprint
 from grpo_ext.checkpoints.resume import Checkpoints
-from grpo_ext.checks.preflight import before_training, before_weights
+from grpo_ext.checks.preflight import before_training, before_weights, try_rewards
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.phase_timer import PhaseTimer
 from grpo_ext.console.progress import show_one_progress
@@ -73,7 +74,8 @@ from grpo_ext.report.publisher import Publisher
 from grpo_ext.report.run_settings import SettingsFile
 from grpo_ext.rollout.collect import collect, record_group_kinds
 from grpo_ext.rollout.dialogue import Dialogue
-from grpo_ext.rollout.reward_workers import CloseWorkers, in_workers
+from grpo_ext.rollout.reward_watch import RewardWatch
+from grpo_ext.rollout.reward_workers import close_with, close_workers, in_workers, start_workers
 from grpo_ext.rollout.sampler import ending_metrics
 from grpo_ext.rollout.stages.replay import add_old_logps, pad_completions
 from grpo_ext.rollout.types import Completion, Rollout, RolloutInProgress, SampledRows
@@ -113,8 +115,9 @@ class GRPOExtTrainer(GRPOTrainer):
     - `rollout_func=Dialogue(...)`: dialogues with text environments (`rollout/dialogue.py`).
     - Stop strings in `generation_kwargs` work (TRL raises), and completions that end with one do not count as cut off.
     - Old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
-    - Rewards run in worker processes (`rollout/reward_workers.py`), except with an `environment_factory`, whose
-      environments live in the process of the training.
+    - Rewards that declare `scores_independently = True`, as ours that parse answers do, run in worker processes; others
+      do if asked to (`rollout/reward_workers.py`). A reward that raises is named, and a call that takes long is
+      reported (`rollout/reward_watch.py`).
     - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run (`checks/`).
     - Checkpoints that are whole, and exact resume (`checkpoints/`).
     - Its own card; what is pushed to the Hub is chosen, and a failed push does not end a run (`report/`).
@@ -175,7 +178,7 @@ class GRPOExtTrainer(GRPOTrainer):
             if dtype != torch.float32:
                 changed.append(f"frozen base in {dtype} (TRL: torch.float32)")
         if environment_factory is None:
-            reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout)
+            reward_funcs = in_workers(reward_funcs, args.reward_workers, args.reward_timeout, args.seed)
         given = {
             "model": model,
             "reward_funcs": reward_funcs,
@@ -250,13 +253,14 @@ class GRPOExtTrainer(GRPOTrainer):
             restore_adapter_in_float32(self.model, adapter_values)
         if args.scale_rewards == "population":
             self.scale_rewards = "none"  # a value of TRL's, so that its rollout runs; ours replaces the result
-        self._is_checked = not args.guards
+        self._is_checked = self._has_tried_rewards = not args.guards
+        self._reward_watch = RewardWatch(args.reward_timeout)
+        close_with(self, self.reward_funcs)
         self.add_callback(CompletionsFile())
         self.add_callback(SettingsFile())
         if self.parts.watch is not None:
             self.add_callback(self.parts.watch)
         self.add_callback(MetricsFile())
-        self.add_callback(CloseWorkers(self.reward_funcs))
         show_one_progress(self, callbacks)
 
     # What the parts and the code around a run may know
@@ -288,14 +292,37 @@ class GRPOExtTrainer(GRPOTrainer):
         return self._tag_names
 
     def preflight(self) -> None:
-        """Check the run and rehearse its largest step, once; `train` does so if nobody did.
+        """Check the run, try its rewards and rehearse its largest step, once. `train` does so if nobody did; it tries
+        the rewards after `on_train_begin` of the callbacks.
 
         Raises:
-            ValueError, RuntimeError: as `before_training` in `checks/preflight.py`.
+            ValueError, RuntimeError: as `try_rewards` and `before_training` in `checks/preflight.py`.
         """
-        if not self._is_checked:
-            before_training(self)
-            self._is_checked = True
+        if self._is_checked:
+            return
+        start_workers(self.reward_funcs)
+        try:
+            before_training(self, self._try_rewards(replace(self.state, max_steps=self._planned_steps())))
+        except BaseException:
+            close_workers(self.reward_funcs)
+            raise
+        self._is_checked = True
+
+    def _try_rewards(self, state: TrainerState) -> dict[str, list[float | None]]:
+        if self._has_tried_rewards:
+            return {}
+        self._has_tried_rewards = True
+        return try_rewards(self, state)
+
+    def _planned_steps(self) -> int:
+        """`state.max_steps` of a run that has not begun; 0 if its data has no length."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if not hasattr(self.train_dataset, "__len__"):
+            return 0
+        with self.leaving_no_trace():
+            *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return steps
 
     def find_checkpoint(self, wanted: Any) -> Path | None:
         """The checkpoint that `train(resume_from_checkpoint=wanted)` resumes from; None if it begins at step 0.
@@ -307,9 +334,19 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @escaping_unencodable()
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self.preflight()
+        try:
+            return self._train_with_workers(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            close_workers(self.reward_funcs)
+
+    def _train_with_workers(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.dry_run:
+            self.preflight()
             return TrainOutput(0, 0.0, {})
+        start_workers(self.reward_funcs)
+        if not self._is_checked:
+            before_training(self, {})
+            self._is_checked = True
         folder = self.find_checkpoint(resume_from_checkpoint)
         self._checkpoints.refuse_foreign(folder)
         self._resumed_losses = Losses()
@@ -350,6 +387,7 @@ class GRPOExtTrainer(GRPOTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        self._try_rewards(self.state)
         super()._run_epoch(**kwargs)
 
     # A step
@@ -501,7 +539,8 @@ class GRPOExtTrainer(GRPOTrainer):
         return SampledCompletions(tokens=tokens, logps=logps, is_cut=self._is_cut(tokens, self._rollout.is_cut))
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        with self.parts.phases("reward"):
+        watched = self._reward_watch.watched(self.reward_funcs, self.reward_func_names)
+        with self.parts.phases("reward"), replaced(self, reward_funcs=watched):
             rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._rollout is None and self.model.training:  # a subclass has its own rollout
             self._unrecorded = RolloutInProgress(examples=inputs, is_training=True)

@@ -6,20 +6,28 @@ Every reward has TRL's signature, `f(completions, **columns) -> list[float | Non
 if it cannot be scored, for example because its gold answer cannot be parsed. GRPO excludes such a completion from its
 group. A reward never raises because of what a model wrote; bad data raise ValueError.
 
+`isolated(reward)` runs any reward in worker processes, where a hang or a crash of it does not end the run.
+
 `rewards.logic` is imported separately, since it needs reasoning-gym:
-`from rewards.logic import logic_problems, logic_reward`.
+`from rewards.logic import logic_problems, logic_reward`. The names below are imported on first use, so that a worker
+process loads only what its reward needs.
 """
 
-from rewards.code.program import ProgramReward, program_reward
-from rewards.math.answer_reward import MathAnswerReward, check_gold, math_answer_reward
-from rewards.text_shape import (
-    CoherenceReward,
-    FormatReward,
-    LengthReward,
-    coherence_reward,
-    format_reward,
-    length_reward,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewards.code.program import ProgramReward, program_reward
+    from rewards.math.answer_reward import MathAnswerReward, check_gold, math_answer_reward
+    from rewards.text_shape import (
+        CoherenceReward,
+        FormatReward,
+        LengthReward,
+        coherence_reward,
+        format_reward,
+        length_reward,
+    )
+    from rewards.workers.pool import isolated
 
 __all__ = [
     "CoherenceReward",
@@ -30,7 +38,36 @@ __all__ = [
     "check_gold",
     "coherence_reward",
     "format_reward",
+    "isolated",
     "length_reward",
     "math_answer_reward",
     "program_reward",
 ]
+
+_MODULES = {
+    "CoherenceReward": "rewards.text_shape",
+    "FormatReward": "rewards.text_shape",
+    "LengthReward": "rewards.text_shape",
+    "MathAnswerReward": "rewards.math.answer_reward",
+    "ProgramReward": "rewards.code.program",
+    "check_gold": "rewards.math.answer_reward",
+    "coherence_reward": "rewards.text_shape",
+    "format_reward": "rewards.text_shape",
+    "isolated": "rewards.workers.pool",
+    "length_reward": "rewards.text_shape",
+    "math_answer_reward": "rewards.math.answer_reward",
+    "program_reward": "rewards.code.program",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

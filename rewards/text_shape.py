@@ -36,7 +36,9 @@ class FormatReward:
 
     tags: tuple[str, ...] = ("think", "answer")
     partial: bool = False
-    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`
+    # See `rewards.workers.pool`.
+    scores_independently: ClassVar[bool] = True
+    runs_in_process: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) < len(self.tags) or not all(map(str.isidentifier, self.tags)):
@@ -81,7 +83,9 @@ class LengthReward:
 
     target: int = 50
     unit: str = "words"
-    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`
+    # See `rewards.workers.pool`.
+    scores_independently: ClassVar[bool] = True
+    runs_in_process: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.target <= 0:
@@ -115,7 +119,9 @@ class CoherenceReward:
 
     connectives: tuple[str, ...] = ("因为", "所以", "然而", "但是")
     each: float = 0.2
-    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`
+    # See `rewards.workers.pool`.
+    scores_independently: ClassVar[bool] = True
+    runs_in_process: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.connectives or not all(self.connectives):

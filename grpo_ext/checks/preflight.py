@@ -1,10 +1,11 @@
 """What is checked before the first step, so that a run fails in its first minute or not at all.
 
 `before_weights` needs the settings, the data, the tokenizer and the rewards; `before_training` the trainer, and
-rehearses a step. What cannot work is an error that says what was received, what is valid and what to type; what is only
-unwise is a warning.
+rehearses a step; `try_rewards` calls the rewards that can be tried. What cannot work is an error that says what was
+received, what is valid and what to type; what is only unwise is a warning.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -14,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -27,7 +28,7 @@ from grpo_ext.model.chat import text_tokenizer, tokenize_prompt
 
 logger = get_logger(__name__)
 
-ROWS_TRIED = 2
+KEPT_COLUMNS = ("prompt", "image", "images")  # by TRL, with remove_unused_columns=True
 SHOWN_CHARACTERS = 600
 SLOW_LORA = 5e-6  # a learning rate of full fine-tuning
 FEW_GENERATIONS = 4
@@ -53,7 +54,7 @@ def before_weights(given: dict[str, Any]) -> Any:
         check_prompts.check_count(len(data), args.generation_batch_size, args.num_generations)
         if given.get("rollout_func") is None and given.get("environment_factory") is None:
             rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            check_rewards.check_signatures(rewards, data.column_names)
+            check_rewards.check_signatures(rewards, _passed_on(args, data.column_names))
             check_rewards.check_golds(rewards, data)
             data, left_out = _check_prompts(model, args, data, given.get("processing_class"))
             warnings += left_out
@@ -126,12 +127,45 @@ def _check_prompts(
     return data, warnings
 
 
-def before_training(trainer: GRPOTrainer) -> None:
-    """Check the trainer as it was built, call each reward once, rehearse a step and print what it takes. Where none can
-    be rehearsed, the log says why.
+def _passed_on(args: GRPOConfig, columns: Sequence[str]) -> list[str]:
+    """The columns that TRL keeps."""
+    return [name for name in columns if not args.remove_unused_columns or name in KEPT_COLUMNS]
+
+
+def try_rewards(trainer: GRPOTrainer, state: TrainerState) -> dict[str, list[float | None]]:
+    """Call each reward that can be tried, as TRL does, with a whole group of completions of the first prompt.
+
+    Args:
+        state: that of the run.
+
+    Returns:
+        Scores by the name of the reward; empty if only a rollout has what the rewards need.
 
     Raises:
-        ValueError: nothing trains, or a reward fails on two rows of the data.
+        ValueError: a reward fails.
+    """
+    data = trainer.train_dataset
+    if not isinstance(data, Dataset) or trainer.rollout_func is not None or trainer.environment_factories is not None:
+        return {}
+    row = data[0]
+    return check_rewards.call_once(
+        trainer.reward_funcs,
+        {name: row[name] for name in _passed_on(trainer.args, list(row))},
+        completions=trainer.num_generations,
+        completion_ids=text_tokenizer(trainer.processing_class)(check_rewards.EXAMPLE_COMPLETION)["input_ids"],
+        state=state,
+    )
+
+
+def before_training(trainer: GRPOTrainer, scores: dict[str, list[float | None]]) -> None:
+    """Check the trainer as it was built, rehearse a step and print what it takes. If none can be rehearsed, the log
+    says why.
+
+    Args:
+        scores: what `try_rewards` returned, to be printed; empty if it was not called yet.
+
+    Raises:
+        ValueError: nothing trains.
         RuntimeError: the largest step does not fit into memory.
     """
     if not trainable_parameters(trainer.model):
@@ -141,9 +175,6 @@ def before_training(trainer: GRPOTrainer) -> None:
         )
     data, template = trainer.train_dataset, trainer.chat_template_kwargs
     tokenizer = text_tokenizer(trainer.processing_class)
-    scores = {}
-    if isinstance(data, Dataset) and trainer.rollout_func is None and trainer.environment_factories is None:
-        scores = check_rewards.call_once(trainer.reward_funcs, [data[i] for i in range(min(ROWS_TRIED, len(data)))])
     reason = why_not_run(trainer)
     if reason is not None:
         logger.warning(f"No step is rehearsed before the run: {reason}.")
@@ -162,7 +193,9 @@ def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("largest step", f"{worst.seconds:.1f} s, {worst.peak_mb / 1000:.2f} GB at its peak")
-    table.add_row("rewards", ", ".join(f"{name}: {values}" for name, values in scores.items()) + " for no answer")
+    if scores:
+        shown = ", ".join(f"{name}: {values[0]}" for name, values in scores.items())
+        table.add_row("rewards", f"{shown} for no answer")
     table.add_row("first prompt", Text(worst.prompt[-SHOWN_CHARACTERS:]))
     table.add_row("an answer", Text(worst.completion[:SHOWN_CHARACTERS]))
     show(Panel(table, title="Before the first step", title_align="left", expand=False))

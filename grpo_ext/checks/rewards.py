@@ -1,20 +1,29 @@
-"""Check the rewards before a run: the columns and arguments that they need, and one call of each on rows of the data.
+"""Check the rewards before a run: the columns and arguments that they need, and a call of those that can be tried.
 
 Without these checks, a reward that needs a missing column would fail only after the first rollout.
+
+Columns and arguments are checked without a call. Called are only the rewards that declare `scores_independently = True`
+(ours do): the score of a completion depends on its row alone, and a call has no side effects. Any other reward may
+count its calls, keep what it is given or ask a service that costs money, so the first one that calls it is TRL.
 """
 
 import asyncio
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from rewards import MathAnswerReward, check_gold
-from rewards.workers.pool import IsolatedReward
+from rewards.workers.pool import IsolatedReward, declares
 
 # What TRL passes to a reward by name, in addition to the columns of the data.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
@@ -30,7 +39,9 @@ def check_signatures(reward_funcs: Sequence[Any], columns: Sequence[str]) -> Non
     """
     known = {*TRL_ARGUMENTS, *columns} - {"prompt", "completion"}
     for reward in filter(_is_function, reward_funcs):
-        name, parameters = get_callable_name(reward), inspect.signature(reward).parameters
+        name, parameters = get_callable_name(reward), _parameters(reward)
+        if parameters is None:
+            continue
         kinds = [parameter.kind for parameter in parameters.values()]
         for parameter in parameters.values():
             is_needed = parameter.default is parameter.empty and parameter.kind not in (
@@ -61,40 +72,53 @@ def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
         check_gold(data["answer"])
 
 
-def call_once(reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Call each reward on these rows of the data with a dummy completion.
+def call_once(
+    reward_funcs: Sequence[Any],
+    row: dict[str, Any],
+    *,
+    completions: int,
+    completion_ids: list[int],
+    state: TrainerState,
+) -> dict[str, list[float | None]]:
+    """Call each reward that can be tried as TRL does: with a whole group of completions of one prompt.
 
     Args:
-        reward_funcs: as TRL takes them; reward models are skipped.
-        rows: at least one, each with a `prompt`.
+        reward_funcs: as TRL takes them.
+        row: of the data, as TRL passes it on, with a `prompt`.
+        completions: their number, 1 or more; all are `EXAMPLE_COMPLETION`.
+        completion_ids: the token ids of `EXAMPLE_COMPLETION`.
+        state: that of the run; each reward gets a copy of it.
 
     Returns:
         Scores by the name of the reward.
 
     Raises:
-        ValueError: a reward raises, or does not return a number or None per row.
+        ValueError: a reward raises, or does not return a number or None per completion.
     """
-    prompts = [row["prompt"] for row in rows]
-    completions: list[Any] = [
-        EXAMPLE_COMPLETION if isinstance(prompt, str) else [{"role": "assistant", "content": EXAMPLE_COMPLETION}]
-        for prompt in prompts
-    ]
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name not in WITHHELD_COLUMNS}
-    columns |= {"prompts": prompts, "completions": completions, "completion_ids": [[0] for _ in rows]}
-    columns |= {"trainer_state": TrainerState(), "log_extra": _ignore, "log_metric": _ignore}
+    prompt = row["prompt"]
+    completion: Any = EXAMPLE_COMPLETION
+    if not isinstance(prompt, str):
+        completion = [{"role": "assistant", "content": EXAMPLE_COMPLETION}]
+    columns = {name: value for name, value in row.items() if name not in WITHHELD_COLUMNS}
+    columns |= {"prompts": prompt, "completions": completion, "completion_ids": completion_ids}
     scores = {}
-    for reward in filter(_is_function, reward_funcs):
+    for reward in filter(_can_be_tried, reward_funcs):
         name = get_callable_name(reward)
+        arguments: dict[str, Any] = {
+            column: [copy.deepcopy(value) for _ in range(completions)] for column, value in columns.items()
+        }
+        arguments |= {"trainer_state": copy.deepcopy(state), "log_extra": _ignore, "log_metric": _ignore}
         try:
-            returned = _call(reward, columns)
+            with _keeping_random_state():
+                returned = list(_call(reward, arguments))
         except Exception as error:  # a reward may raise anything
-            where = f"the first {len(rows)} rows of the data" if len(rows) > 1 else "the first row of the data"
             raise ValueError(
-                f"Reward {name!r} raised {error!r} on {where}, answered by {EXAMPLE_COMPLETION!r}."
+                f"Reward {name!r} raised {error!r} on the first row of the data, with {completions} completions "
+                f"{EXAMPLE_COMPLETION!r}."
             ) from error
-        if not isinstance(returned, list | tuple) or len(returned) != len(rows):
+        if len(returned) != completions:
             raise ValueError(
-                f"Reward {name!r} returned {returned!r} for {len(rows)} completions; a list of {len(rows)}."
+                f"Reward {name!r} returned {returned!r} for {completions} completions; valid: one score for each."
             )
         for score in returned:
             if score is not None and not _is_number(score):
@@ -103,14 +127,40 @@ def call_once(reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> di
     return scores
 
 
-def _call(reward: Callable[..., Any], columns: dict[str, Any]) -> Any:
+def _can_be_tried(reward: Any) -> bool:
+    return _is_function(reward) and declares(reward, "scores_independently")
+
+
+def _call(reward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     if is_async_callable(reward):
-        return asyncio.run(reward(**columns))
-    return reward.try_out(**columns) if isinstance(reward, IsolatedReward) else reward(**columns)
+        return asyncio.run(reward(**arguments))
+    return reward.try_out(**arguments) if isinstance(reward, IsolatedReward) else reward(**arguments)
+
+
+@contextmanager
+def _keeping_random_state() -> Iterator[None]:
+    """A context after which Python, numpy and torch draw the numbers that they would have drawn before it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _is_function(reward: Any) -> bool:
     return callable(reward) and not isinstance(reward, nn.Module)
+
+
+def _parameters(reward: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters that TRL's call meets: those of a decorator, not of the function in it; None if unknown."""
+    if isinstance(reward, IsolatedReward):
+        reward = reward.__wrapped__
+    try:
+        return inspect.signature(reward, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # written in C
+        return None
 
 
 def _is_number(score: Any) -> bool:
@@ -118,7 +168,7 @@ def _is_number(score: Any) -> bool:
         float(score)
     except (TypeError, ValueError):
         return False
-    return not isinstance(score, str)
+    return not isinstance(score, str | bytes)
 
 
 def _ignore(*args: object) -> None:

@@ -1,75 +1,67 @@
-"""Move rewards into worker processes, so that a completion that hangs or crashes a reward cannot end the run.
+"""Which rewards run in worker processes. A plain function does not: it is called as TRL calls it.
 
-reward_funcs = in_workers(reward_funcs, workers=None, timeout_s=10)     # as the trainer does
+reward_funcs = in_workers(reward_funcs, workers=None, timeout_s=10, seed=42)     # as the trainer does
 """
 
+import weakref
 from typing import Any
 
-import cloudpickle
-from accelerate.logging import get_logger
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import is_async_callable
 
-from rewards.workers.pool import IsolatedReward, callable_name, isolated
-
-logger = get_logger(__name__)
-
-# Larger rewards, for example one that holds a model, stay in the training process: a worker would need a second copy.
-MAX_REWARD_MB = 16
+from rewards.workers.pool import IsolatedReward, declares, isolated
+from rewards.workers.processes import WorkerPool, close_pools, start_pools
 
 
-def in_workers(reward_funcs: Any, workers: int | None, timeout_s: float) -> Any:
-    """TRL's `reward_funcs`, wrapped to run in worker processes.
+def in_workers(reward_funcs: Any, workers: int | None, timeout_s: float, seed: int = 0) -> Any:
+    """TRL's `reward_funcs`, with some of them wrapped to run in worker processes.
 
-    - A function with the attribute `scores_independently = True` (our math rewards have it) is called with one
-      completion at a time in several workers: a failure costs one completion.
-    - Any other function gets whole calls, as from TRL, in a single worker, so that it may compare completions and
-      remember earlier ones. A failure costs all completions of the call, and usually stops the run with a message.
-    - Reward models, asynchronous functions, and functions with `runs_in_process = True` (programs run in their own
-      sandbox, text shape is scored at once) are returned unchanged. So are functions that cannot be sent to a worker,
-      with a warning that gives the reason.
+    - A function with the attribute `scores_independently = True` (our math and logic rewards have it) is called with
+      one completion at a time, in workers that all such rewards share: a failure costs one completion.
+    - Any other function is returned unchanged. With `workers` of 1 or more, it gets whole calls in a worker of its own,
+      which keeps its state.
+    - Reward models, asynchronous functions, what `isolated` returned, and functions with `runs_in_process = True`
+      (programs run in their own sandbox, text shape is scored at once) are always returned unchanged.
 
     Args:
-        workers: processes per reward with `scores_independently`; None for one per core of this training process, 0 to
-            leave every reward in the training process.
+        workers: `reward_workers` of the config: the number of processes for rewards with `scores_independently`. None
+            for one per core of this training process, at most 4. 0 leaves every reward in the training process.
         timeout_s: seconds per completion.
+        seed: that of the run, from which random numbers in the workers are derived.
     """
     if isinstance(reward_funcs, list):
-        return [in_workers(reward, workers, timeout_s) for reward in reward_funcs]
+        wrapped = [in_workers(reward, workers, timeout_s, seed) for reward in reward_funcs]
+        is_changed = any(new is not old for new, old in zip(wrapped, reward_funcs, strict=True))
+        return wrapped if is_changed else reward_funcs
+    if isinstance(reward_funcs, IsolatedReward):
+        if reward_funcs.seed is None:
+            reward_funcs.seed = seed
+        return reward_funcs
     if workers == 0 or not callable(reward_funcs) or isinstance(reward_funcs, nn.Module):
         return reward_funcs
-    if getattr(reward_funcs, "runs_in_process", False) or is_async_callable(reward_funcs):
+    if declares(reward_funcs, "runs_in_process") or is_async_callable(reward_funcs):
         return reward_funcs
-    if getattr(reward_funcs, "scores_independently", False):
-        return isolated(reward_funcs, timeout_s=timeout_s, workers=workers)
-    if reason := _why_in_process(reward_funcs):
-        logger.warning(f"A reward runs in the training process, where a hang or a crash of it ends the run: {reason}.")
+    if declares(reward_funcs, "scores_independently"):
+        return isolated(reward_funcs, timeout_s=timeout_s, workers=workers, batched=False, seed=seed)
+    if workers is None:
         return reward_funcs
-    return isolated(reward_funcs, timeout_s=timeout_s, batched=True)
+    return isolated(reward_funcs, timeout_s=timeout_s, batched=True, seed=seed)
 
 
-def _why_in_process(reward: Any) -> str | None:
-    """Why this reward cannot be sent to a worker; None if it can."""
-    name = callable_name(reward)
-    try:
-        megabytes = len(cloudpickle.dumps(reward)) / 2**20
-    except Exception as error:  # an object may raise anything when it is pickled
-        return f"{name!r} holds what cannot be sent to a worker ({error!r})"
-    if megabytes > MAX_REWARD_MB:
-        return f"{name!r} carries {megabytes:.0f} MB, and at most {MAX_REWARD_MB} are sent to a worker"
-    return None
+def start_workers(reward_funcs: list[Any]) -> None:
+    """Start the workers of these rewards side by side, without waiting for them."""
+    start_pools(_pools_of(reward_funcs))
 
 
-class CloseWorkers(TrainerCallback):
-    """Stops the workers of these rewards when training ends; a later call of a reward starts new ones."""
+def close_workers(reward_funcs: list[Any]) -> None:
+    """End the workers of these rewards; a later call of a reward starts new ones."""
+    close_pools(_pools_of(reward_funcs))
 
-    def __init__(self, reward_funcs: list[Any]):
-        self._rewards = [reward for reward in reward_funcs if isinstance(reward, IsolatedReward)]
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Stop the workers."""
-        for reward in self._rewards:
-            reward.close()
+def close_with(owner: object, reward_funcs: list[Any]) -> None:
+    """End the workers of these rewards once nothing refers to `owner` any more."""
+    weakref.finalize(owner, close_pools, _pools_of(reward_funcs)).atexit = False
+
+
+def _pools_of(reward_funcs: list[Any]) -> list[WorkerPool]:
+    return [reward.pool for reward in reward_funcs if isinstance(reward, IsolatedReward)]

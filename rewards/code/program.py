@@ -49,7 +49,9 @@ class ProgramReward:
     limits: Limits = field(default_factory=Limits)
     workers: int | None = None
     allow_unsandboxed: bool = False
-    runs_in_process: ClassVar[bool] = True  # see `rewards.workers.pool`: programs are separate processes
+    # See `rewards.workers.pool`. Programs are separate processes already.
+    scores_independently: ClassVar[bool] = True
+    runs_in_process: ClassVar[bool] = True
     __name__ = "program_reward"  # TRL logs the reward under this name
 
     def __call__(self, completions: list[Completion], **columns: Any) -> list[float | None]:

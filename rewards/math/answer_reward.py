@@ -127,10 +127,20 @@ def _extract_gold(gold: object) -> str:
     return extract_final_answer(text) or text.strip()
 
 
-@lru_cache(maxsize=4096)  # the completions of a group share their gold answer
 def _parse_gold(gold: str) -> ParsedAnswer | None:
+    try:
+        return _parse_readable_gold(gold)
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=4096)  # the completions of a group share their gold answer
+def _parse_readable_gold(gold: str) -> ParsedAnswer:
+    """Raises for an unreadable one, so that it is not cached: a busy machine may only have run out of time."""
     answer = parse_answer(gold)
-    return answer if is_parseable(answer) else None
+    if answer is None or not is_parseable(answer):
+        raise ValueError(gold)
+    return answer
 
 
 def _is_copied_from_prompt(answer: str, gold: str, prompt: str) -> bool:

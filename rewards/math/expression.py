@@ -95,13 +95,20 @@ def relations_match(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
     return _compare_within_deadline(compare)
 
 
-@lru_cache(maxsize=4096)  # the completions of a group share their gold answer
 def parse_expression(text: str) -> Expression | None:
     """The expression, matrix or set that a text states, unevaluated; None if it cannot be parsed or is too large.
 
     Args:
         text: normalized, and short with shallow brackets: `rewards.math.answer` checks that.
     """
+    try:
+        return _parse_within_deadline(text)
+    except DeadlineExceeded:  # not kept in the cache: a busy machine may be in time at the next attempt
+        return None
+
+
+@lru_cache(maxsize=4096)  # the completions of a group share their gold answer
+def _parse_within_deadline(text: str) -> Expression | None:
     if not _is_safe_to_parse(text):
         return None
     # Decimals become exact fractions. 2(3) becomes a product: Math-Verify takes it for a mixed number, 2+3.
@@ -119,7 +126,7 @@ def parse_expression(text: str) -> Expression | None:
         (expression,) = run_with_deadline(TIME_LIMIT_SECONDS, parse_boxed)
         usable = isinstance(expression, Expression) and not expression.has(sympy.nan, sympy.zoo)
         return expression if usable and _magnitude_bits(expression) <= MAX_BITS else None
-    except (Exception, DeadlineExceeded):  # model-written text can make sympy raise anything
+    except Exception:  # model-written text can make sympy raise anything
         return None
 
 

@@ -28,21 +28,33 @@ def run_with_deadline(seconds: float, function: Callable[[], Result]) -> Result:
         function: called without arguments.
 
     Raises:
-        DeadlineExceeded: the call took longer. It is raised again every 0.1 s in case the call swallows it.
+        DeadlineExceeded: the call took longer. It is raised again every 0.1 s in case the call swallows it, and in
+            place of whatever the call then returns or raises.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return function()
 
+    is_over = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_over
+        is_over = True
         raise DeadlineExceeded
 
     handler = signal.signal(signal.SIGALRM, stop)
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         try:
-            return function()
+            result = function()
+        except Exception as error:
+            if is_over:
+                raise DeadlineExceeded from error
+            raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        if is_over:
+            raise DeadlineExceeded
+        return result
     finally:  # runs even if the signal arrives in the line above
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)

@@ -1,43 +1,52 @@
-"""Runs a reward in worker processes, so that a hang, a crash or an exception costs one completion, not the run.
+"""Runs a reward in worker processes, so that a hang or a crash costs one completion or one call, not the run.
 
     safe = isolated(math_answer_reward, timeout_s=10.0)
     safe(completions=["#### 4", "#### 5"], answer=["4", "4"])  ->  [1.0, 0.0]
 
-By default each completion is scored independently: a free worker calls the reward with lists of length one, and the
-scores come back in order. A reward that compares completions, or that remembers earlier ones, needs `batched=True`: a
-single worker gets whole calls and keeps its state between them. A failure then costs the whole call.
+A reward that declares `scores_independently = True` gets one completion at a time, in several workers: a failure costs
+one completion. Any other reward gets whole calls, in one worker of its own that keeps the state of the reward between
+them: it may compare completions and remember earlier ones. A failure then costs the whole call.
 
-TRL's `log_extra` and `log_metric` work. `trainer_state` is passed on in batched calls, and to a reward with a parameter
-of that name. Anything else that a reward changes outside itself stays in its worker.
+What is different from a call in the training process:
 
-`GRPOExtTrainer` wraps rewards by itself; `grpo_ext/rollout/reward_workers.py` says which attributes tell it how.
-
-Workers live until `close()`, or until this process ends in any way. They do not import the main module again: a script
-that loads a model costs nothing, and the reward may be a function of that script.
+- The worker gets a copy of the reward, with everything that it refers to, at the first call. What the training process
+  changes later is not seen there, and what the reward changes outside itself stays there. A worker that has to be
+  replaced starts with the copy of the first call again, and so does a run that is resumed.
+- `trainer_state` has the fields of transformers' `TrainerState`, without `log_history`.
+- `random` is seeded anew for each task, and so are numpy and torch if the reward has imported them before: by the seed
+  of the run, the step and the row. So a run that is repeated or resumed draws the same numbers.
+- The working directory is that of the training process. What a reward prints appears in its terminal, and log records
+  go to its loggers. TRL's `log_extra` and `log_metric` work.
 """
 
+import dataclasses
 import functools
 import inspect
+import itertools
+import logging
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import cloudpickle
-from loky.backend import get_context
-from pebble import ProcessExpired, ProcessPool
 
-from rewards.workers.worker import WorkerResult, init_worker, ping, run_reward
+from rewards.workers.processes import SetupError, WorkerPool, shared_pool
+from rewards.workers.worker import Failure, RunState, Task, WorkerResult
 
-RewardFunc = Callable[..., list[float | None]]
+logger = logging.getLogger(__name__)
+
+RewardFunc = Callable[..., Any]
 
 # A run stops if more than MIN_FAILURES and more than MAX_FAILURE_RATE of the last FAILURE_WINDOW completions failed.
 MIN_FAILURES, MAX_FAILURE_RATE, FAILURE_WINDOW = 5, 0.05, 1000
 SHOWN_CHARACTERS = 300  # of a completion, in an error message
+MAX_DEFAULT_WORKERS = 4  # each has the modules of the rewards in memory
+
+_keys = itertools.count()
 
 
 @dataclass
@@ -63,20 +72,28 @@ def isolated(
     timeout_s: float = 10.0,
     workers: int | None = None,
     on_error: Literal["none", "raise"] = "none",
-    batched: bool = False,
+    batched: bool | None = None,
+    seed: int | None = None,
 ) -> "IsolatedReward":
     """Wrap a reward so that it runs in worker processes. The result works with any TRL trainer.
 
     Args:
-        reward: a reward function with TRL's signature, `f(completions, **columns) -> list[float | None]`.
-        timeout_s: seconds per completion, above 0, from when a worker starts on it, to within 0.1 s. A batched call
+        reward: a reward function with TRL's signature, `f(completions, **columns)`, that returns one number or None per
+            completion. It is sent to its workers by cloudpickle at the first call.
+        timeout_s: seconds per completion, above 0, from when a worker calls the reward, to within 0.2 s. A whole call
             gets this time for each of its completions. Recommended: ten times what the slowest completion takes.
-        workers: number of processes, 1 or more. None (recommended) means one per core of this training process.
+        workers: number of processes that score completions one by one, 1 or more; rewards with the same number share
+            them. None (recommended) means one per core of this training process, at most 4, for a reward with
+            `scores_independently = True`, and else one worker that gets whole calls.
         on_error: "none" scores a failed completion None, which excludes it from its group; "raise" raises an error.
-        batched: False scores each completion independently; True sends whole calls to one worker.
+        batched: True sends whole calls to one worker, False one completion at a time to several. None (recommended)
+            means True, unless the reward declares `scores_independently = True` or `workers` is given.
+        seed: of the random numbers that the reward draws. None (recommended) means that of the run with
+            GRPOExtTrainer, and 0 with another trainer.
 
     Raises:
-        ValueError: `timeout_s` or `workers` not above 0, several workers with `batched`, or an unknown `on_error`.
+        ValueError: `timeout_s` or `workers` not above 0, `workers` with `batched=True`, an unknown `on_error`, or an
+            asynchronous reward.
     """
     if timeout_s <= 0 or (workers is not None and workers < 1):
         raise ValueError(f"timeout_s={timeout_s} and workers={workers} must be above 0, for example 10.0 and 2.")
@@ -84,7 +101,14 @@ def isolated(
         raise ValueError(f"workers={workers} with batched=True: whole calls go to one worker. Leave workers out.")
     if on_error not in ("none", "raise"):
         raise ValueError(f"on_error={on_error!r} is unknown. Valid: 'none', 'raise'.")
-    return IsolatedReward(reward, timeout_s, 1 if batched else workers or _process_cores(), on_error, batched)
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        raise ValueError(
+            f"Reward {callable_name(reward)!r} is asynchronous: TRL awaits it in the training process. Leave isolated "
+            f"out, or isolate a function that waits for it: asyncio.run(...)."
+        )
+    if batched is None:
+        batched = workers is None and not declares(reward, "scores_independently")
+    return IsolatedReward(reward, timeout_s, None if batched else workers or default_workers(), on_error, seed)
 
 
 class IsolatedReward:
@@ -92,23 +116,30 @@ class IsolatedReward:
 
     Attributes:
         failures: counts since the start. Each call logs its own as `rewards/NAME/timeouts|crashes|errors`.
+        seed: of the random numbers that the reward draws; None for 0.
+        pool: the workers.
     """
 
-    runs_in_process = True
-
-    def __init__(self, reward: RewardFunc, timeout_s: float, workers: int, on_error: str, batched: bool):
+    def __init__(
+        self, reward: RewardFunc, timeout_s: float, workers: int | None, on_error: str, seed: int | None = None
+    ):
         self.__name__ = callable_name(reward)  # TRL logs the reward under this name
         self.__wrapped__ = reward  # gives this object the signature of the reward in `inspect`
         self.failures = FailureCounts()
+        self.seed = seed
+        self.pool: WorkerPool = WorkerPool(1) if workers is None else shared_pool(workers)
         self._reward, self._timeout_s, self._on_error = reward, timeout_s, on_error
-        self._workers, self._batched = workers, batched
-        self._takes_trainer_state = batched or "trainer_state" in inspect.signature(reward).parameters
+        self._batched = workers is None
         self._recent_failures: deque[bool] = deque(maxlen=FAILURE_WINDOW)
         self._lock = threading.Lock()
-        self._pool: ProcessPool | None = None
-        self._stop: Callable[[], object] = lambda: None
+        self._sent: _Sent | None = None
 
-    def __call__(self, *, completions: list[Any], **columns: Any) -> list[float | None]:
+    @property
+    def scores_independently(self) -> bool:
+        """Whether the reward declares that the score of a completion depends on its row alone."""
+        return declares(self._reward, "scores_independently")
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
         """Score each completion; None if the reward returned None or failed on it.
 
         Args:
@@ -116,26 +147,46 @@ class IsolatedReward:
             columns: the other arguments from TRL. Lists as long as `completions` are split with them.
 
         Raises:
+            ValueError: the reward, or an argument, cannot be sent to a worker.
             RuntimeError: a failure with `on_error="raise"`; failures on more than five, and more than 5%, of the last
-                1,000 completions; or no worker could be started.
+                1,000 completions; or the reward cannot be set up in a worker.
         """
         log_extra, log_metric = columns.pop("log_extra", None), columns.pop("log_metric", None)
-        state = columns.pop("trainer_state", None)
-        constant = {"trainer_state": state} if self._takes_trainer_state and state is not None else {}
-        size = len(completions) if self._batched else 1
-        tasks = [slice(start, start + size) for start in range(0, len(completions), size)]
-        pool, before = self._ensure_pool(), FailureCounts(**vars(self.failures))
-        futures = [
-            pool.schedule(
-                run_reward,
-                args=(_slice_columns({"completions": completions} | columns, task) | constant, log_extra is not None),
-                timeout=self._timeout_s * size,
+        state = columns.get("trainer_state")
+        if state is not None:
+            columns["trainer_state"] = _plain_state(state)
+        columns = {"completions": completions} | columns
+        size = max(1, len(completions)) if self._batched else 1
+        slices = [slice(start, start + size) for start in range(0, len(completions), size)]
+        sent, folder = self._send(), str(Path.cwd())
+        source = f"{self.seed or 0}/{self.__name__}/{getattr(state, 'global_step', 0)}/{os.environ.get('RANK', '0')}"
+        tasks = [
+            Task(
+                key=sent.key,
+                arguments=self._pickled(_slice_columns(columns, rows)),
+                logs=log_extra is not None,
+                seed=f"{source}/{rows.start}",
+                folder=folder,
             )
-            for task in tasks
+            for rows in slices
         ]
-        results = [self._collect(future, completions[task]) for future, task in zip(futures, tasks, strict=True)]
-        for column in dict.fromkeys(column for result in results for column in result.extra):
-            log_extra(column, [v for result in results for v in result.extra.get(column, [None] * len(result.scores))])
+        before = FailureCounts(**vars(self.failures))
+        try:
+            answers = self.pool.run(tasks, sent.reward, self._timeout_s * size)
+        except SetupError as error:
+            raise RuntimeError(
+                f"Reward {self.__name__!r} cannot be set up in a worker: {error}. Call it in the training process: "
+                f"neither isolated(...) nor reward_workers."
+            ) from error
+        if self._batched and self.pool.replaced > sent.replaced:
+            sent.replaced = self.pool.replaced
+            logger.warning(
+                f"The worker of reward {self.__name__!r} has ended, and a new one takes its place: what the reward has "
+                f"remembered since its first call is lost."
+            )
+        results = [self._collect(answer, completions[rows]) for answer, rows in zip(answers, slices, strict=True)]
+        if log_extra is not None:
+            self._log_extra(log_extra, results)
         if log_metric is not None:
             for name, value in (pair for result in results for pair in result.metrics):
                 log_metric(name, value)
@@ -153,64 +204,90 @@ class IsolatedReward:
         finally:
             self._on_error, self.failures, self._recent_failures = saved
 
+    def start(self) -> None:
+        """Start the workers, without waiting for them; the first call would do so."""
+        self.pool.start()
+
     def close(self) -> None:
-        """End the workers; the next call starts new ones."""
-        with self._lock:
-            self._pool = None
-            self._stop()
+        """End the workers. The next call starts new ones, with the reward as it is then."""
+        self.pool.close()
 
-    def _ensure_pool(self) -> ProcessPool:
+    def _send(self) -> "_Sent":
+        """The reward as it was at the first call since the workers were started."""
         with self._lock:
-            if self._pool is None:
-                setup = cloudpickle.dumps(self._reward), os.getpid()
-                pool = ProcessPool(self._workers, initializer=init_worker, initargs=setup, context=get_context("loky"))
-                started: Future[None] = Future()
-                ended = threading.Event()
-                # Linux sends a worker its parent-death signal when the thread that started it ends. This one stays.
-                threading.Thread(target=_start_workers, args=(pool, started, ended), daemon=True).start()
+            if self._sent is None or self._sent.epoch != self.pool.epoch:
                 try:
-                    started.result()
-                except Exception as error:
-                    raise RuntimeError(f"Reward {self.__name__!r} cannot be set up in a worker: {error!r}") from error
-                self._pool = pool
-                self._stop = weakref.finalize(self, _stop_workers, pool, ended)  # also runs when this process ends
-            return self._pool
+                    pickled = cloudpickle.dumps(self._reward)
+                except Exception as error:  # an object may raise anything when it is pickled
+                    raise ValueError(
+                        f"Reward {self.__name__!r} cannot be sent to a worker: {error!r}. It refers to something that "
+                        f"lives in the training process, for example the trainer, an open file or a lock. Call it "
+                        f"there, as TRL does: neither isolated(...) nor reward_workers. Or let it refer to less."
+                    ) from error
+                self._sent = _Sent(next(_keys), pickled, self.pool.epoch, self.pool.replaced)
+            return self._sent
 
-    def _collect(self, future: Future[WorkerResult], completions: list[Any]) -> WorkerResult:
+    def _pickled(self, arguments: dict[str, Any]) -> bytes:
+        try:
+            return cloudpickle.dumps(arguments)
+        except Exception as error:
+            bad = next((name for name, values in arguments.items() if not _can_be_pickled(values)), "?")
+            raise ValueError(
+                f"Argument {bad!r} of reward {self.__name__!r} cannot be sent to a worker: {error!r}. Remove the "
+                f"column, or call the reward in the training process: neither isolated(...) nor reward_workers."
+            ) from error
+
+    def _log_extra(self, log_extra: Callable[[str, list[Any]], None], results: list[WorkerResult]) -> None:
+        if self._batched:
+            for column, values in (pair for result in results for pair in result.extra):
+                log_extra(column, values)
+            return
+        rows = [dict(result.extra) for result in results]
+        for column in dict.fromkeys(column for row in rows for column in row):
+            log_extra(column, [value for row in rows for value in row.get(column, [None])])
+
+    def _collect(self, answer: WorkerResult | Failure, completions: list[Any]) -> WorkerResult:
         count = len(completions)
         self.failures.completions += count
-        try:
-            result = future.result()
-        except TimeoutError:
-            self.failures.timeouts += count
-            return self._record_failure(completions, f"took longer than {self._timeout_s * count:g} s")
-        except ProcessExpired as error:
-            self.failures.crashes += count
-            return self._record_failure(completions, f"ended its process with exit code {error.exitcode}")
-        except Exception as error:
-            self.failures.errors += count
-            return self._record_failure(completions, f"raised {error!r}")
-        self._recent_failures.extend([False] * count)
-        return result
+        if isinstance(answer, WorkerResult):
+            self._recent_failures.extend([False] * count)
+            return answer
+        setattr(self.failures, answer.kind, getattr(self.failures, answer.kind) + count)
+        error = self._record_failure(completions, answer.how)
+        if error is not None:
+            if answer.trace:
+                error.add_note(f"In the worker:\n{answer.trace}")
+            raise error
+        return WorkerResult([None] * count)
 
-    def _record_failure(self, completions: list[Any], how: str) -> WorkerResult:
-        """Scores of None for these completions; raises if `on_error` says so or too many have failed lately."""
+    def _record_failure(self, completions: list[Any], how: str) -> RuntimeError | None:
+        """The error to raise, if `on_error` says so or too many completions have failed lately."""
         self._recent_failures.extend([True] * len(completions))
         failed, recent = sum(self._recent_failures), len(self._recent_failures)
         shown = repr(str(completions[0])[:SHOWN_CHARACTERS])
         what, advice = f"Reward {self.__name__!r} {how} on the completion {shown}", ""
         if len(completions) > 1:
             what = f"Reward {self.__name__!r} {how} on {len(completions)} completions, the first being {shown}"
-            advice = " If it judges each answer by itself, say so by scores_independently = True: "
+            advice = " If its score of a completion depends on the row alone, say so by scores_independently = True: "
             advice += "then only one of them is lost."
         if self._on_error == "raise":
-            raise RuntimeError(f"{what}. Mend the reward, or pass on_error='none' to leave such answers out.{advice}")
+            return RuntimeError(f"{what}. Fix the reward, or pass on_error='none' to leave such answers out.{advice}")
         if failed > max(MIN_FAILURES, MAX_FAILURE_RATE * recent):
-            raise RuntimeError(
+            return RuntimeError(
                 f"{what}, and so or similarly on {failed} of the last {recent} answers. A run would learn from noise: "
-                f"mend the reward, or raise timeout_s={self._timeout_s:g} if it is only slow.{advice}"
+                f"fix the reward, or raise timeout_s={self._timeout_s:g} if it is only slow.{advice}"
             )
-        return WorkerResult([None] * len(completions))
+        return None
+
+
+@dataclass
+class _Sent:
+    """The reward as its workers have it: its key there, its pickle, and the state of the pool at that time."""
+
+    key: int
+    reward: bytes
+    epoch: int
+    replaced: int
 
 
 def callable_name(reward: Callable[..., Any]) -> str:
@@ -220,19 +297,45 @@ def callable_name(reward: Callable[..., Any]) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def _start_workers(pool: ProcessPool, started: "Future[None]", ended: threading.Event) -> None:
+def declares(reward: Callable[..., Any], name: str) -> bool:
+    """Whether a reward, or the function inside a `functools.partial`, has this attribute, and it is true.
+
+    - `scores_independently`: the score of a completion depends on its row alone, and a call has no side effects: rows
+      may be scored one by one, in any order, and the reward may be tried before a run.
+    - `runs_in_process`: it bounds its own time, so it is never sent to a worker.
+    """
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return bool(getattr(reward, name, False))
+
+
+def default_workers() -> int:
+    """One worker per core of this training process, at most four; cores are shared if several processes train."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_DEFAULT_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _plain_state(state: Any) -> RunState:
+    """The fields of a `TrainerState` that are plain values: unpickling the state would import transformers."""
+    names = [field.name for field in dataclasses.fields(state)] if dataclasses.is_dataclass(state) else vars(state)
+    fields = {name: getattr(state, name) for name in names if name != "log_history"}
+    return RunState(**{name: value for name, value in fields.items() if _is_plain(value)})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _can_be_pickled(value: Any) -> bool:
     try:
-        started.set_result(pool.schedule(ping).result())
-    except Exception as error:
-        started.set_exception(error)
-    else:
-        ended.wait()
-
-
-def _stop_workers(pool: ProcessPool, ended: threading.Event) -> None:
-    pool.stop()
-    pool.join()
-    ended.set()
+        cloudpickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _slice_columns(columns: dict[str, Any], rows: slice) -> dict[str, Any]:
@@ -242,9 +345,3 @@ def _slice_columns(columns: dict[str, Any], rows: slice) -> dict[str, Any]:
         name: values[rows] if isinstance(values, list) and len(values) == count else values
         for name, values in columns.items()
     }
-
-
-def _process_cores() -> int:
-    """The cores of this training process: an equal share if several run on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

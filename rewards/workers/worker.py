@@ -1,51 +1,147 @@
-"""The code that runs in a worker process of `rewards.workers.pool`: one reward, on one completion or a whole call."""
+"""The process that runs rewards for `rewards.workers.pool`: it receives a task, calls the reward, and sends the result.
+
+A task is answered by `Started`, once the reward and its arguments are unpickled, and then by a `WorkerResult` or a
+`Failure`. In between, the log records of the reward are sent to the training process, whose handlers print them.
+"""
 
 import ctypes
+import logging
+import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any, Literal
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when its parent ends
 PARENT_POLL_SECONDS = 1.0
+END = b""  # in place of a task: the worker ends
 
-_reward: Callable[..., list[float | None]]
+
+class RunState(SimpleNamespace):
+    """What a worker gets as `trainer_state`: the fields of transformers' `TrainerState`, without `log_history`."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer_state.{name} is not sent to a worker. Call this reward in the training process, where TRL's own "
+            f"trainer_state is passed: neither isolated(...) nor reward_workers."
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a reward.
+
+    Attributes:
+        key: of the reward.
+        reward: the reward, pickled by cloudpickle; None if this worker has it already.
+        arguments: keyword arguments of the reward, pickled by cloudpickle.
+        logs: whether to pass `log_extra` and `log_metric` as well.
+        seed: of `random`, and of numpy and torch if this worker has imported them.
+        folder: the working directory of the training process.
+        log_levels: sent with the reward: those of the loggers of the training process, by name; "" is the root logger.
+    """
+
+    key: int
+    arguments: bytes
+    logs: bool
+    seed: str
+    folder: str
+    reward: bytes | None = None
+    log_levels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The reward is being called: what comes before, such as its imports, does not count as its time."""
 
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What a worker sends back for the completions of one task.
+    """What a reward returned for the completions of one task.
 
     Attributes:
         scores: one per completion; None if the reward returned None.
-        extra: columns that the reward passed to `log_extra`, each as long as `scores`.
+        extra: (column, values) pairs that the reward passed to `log_extra`.
         metrics: (name, value) pairs that the reward passed to `log_metric`.
     """
 
     scores: list[float | None]
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: list[tuple[str, list[Any]]] = field(default_factory=list)
     metrics: list[tuple[str, float]] = field(default_factory=list)
 
 
-def init_worker(reward: bytes, parent: int) -> None:
-    """Unpickle the reward, leave Ctrl-C to the parent, and make sure that this process never outlives it.
+@dataclass(frozen=True)
+class Failure:
+    """Why a task has no result.
+
+    Attributes:
+        kind: "setup" if the reward or its arguments could not be unpickled; the reward was not called then.
+        how: what the reward did, as a predicate, such as "raised KeyError('answer')".
+        trace: the traceback in the worker; "" if there is none.
+    """
+
+    kind: Literal["timeouts", "crashes", "errors", "setup"]
+    how: str
+    trace: str = ""
+
+
+Answer = Started | WorkerResult | Failure | logging.LogRecord
+
+
+def serve(connection: Connection, parent: int, start_method: str | None) -> None:
+    """Work on the tasks that arrive, until `END`.
 
     Args:
-        reward: the reward function, pickled by cloudpickle.
-        parent: process id of the parent.
+        connection: to the training process.
+        parent: process id of the training process; this process never outlives it.
+        start_method: of `multiprocessing` there, for rewards that start processes.
     """
-    global _reward
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _prepare_process(parent, start_method)
+    lock, rewards = threading.Lock(), {}
+
+    def send(answer: Answer) -> None:
+        message = pickle.dumps(answer)
+        with lock:
+            connection.send_bytes(message)
+
+    logging.getLogger().addHandler(_SendRecords(send))
+    while (message := connection.recv_bytes()) != END:
+        task: Task = pickle.loads(message)
+        _follow(task)
+        try:
+            if task.reward is not None:
+                rewards[task.key] = pickle.loads(task.reward)
+            arguments = pickle.loads(task.arguments)
+        except BaseException as error:  # unpickling imports modules of the user, which may raise anything
+            send(Failure("setup", repr(error), traceback.format_exc()))
+            continue
+        _seed(task.seed)
+        send(Started())
+        answer = _call(rewards[task.key], arguments, logs=task.logs)
+        sys.stdout.flush()  # a worker that is ended would lose it
+        sys.stderr.flush()
+        send(answer)
+
+
+def _prepare_process(parent: int, start_method: str | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a call into C at once; a Python handler would wait for it
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group of its own, which ends together with the processes that a reward has started
     if sys.platform == "linux":  # works even if a call that never returns holds the GIL
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    _reward = pickle.loads(reward)
+    multiprocessing.set_start_method(start_method, force=True)  # loky's own cannot start other kinds of processes
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -54,34 +150,54 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def ping() -> None:
-    """Do nothing. The result of this first task shows that a worker has started and unpickled the reward."""
+class _SendRecords(QueueHandler):
+    """Sends log records to the training process, as text."""
+
+    def __init__(self, send: Callable[[logging.LogRecord], None]):
+        super().__init__(None)  # type: ignore[arg-type]  # only `enqueue` would use a queue
+        self._send = send
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._send(record)
 
 
-def run_reward(columns: dict[str, Any], logs: bool) -> WorkerResult:
-    """Call the reward of this worker.
+def _follow(task: Task) -> None:
+    """Take over the working directory and the log levels of the training process."""
+    os.chdir(task.folder)
+    for name, level in task.log_levels.items():
+        logging.getLogger(name or None).setLevel(level)
 
-    Args:
-        columns: keyword arguments of the reward: `completions` and the columns of the data set.
-        logs: whether to pass `log_extra` and `log_metric` as well.
 
-    Raises:
-        ValueError: the reward did not return one score per completion.
-        RuntimeError: the reward raised a `BaseException` that is no `Exception`.
-    """
-    extra: dict[str, list[Any]] = {}
+def _seed(seed: str) -> None:
+    numbers = random.Random(seed)
+    random.seed(numbers.getrandbits(64))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(numbers.getrandbits(32))
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(numbers.getrandbits(63))
+
+
+def _call(reward: Callable[..., Any], arguments: dict[str, Any], *, logs: bool) -> WorkerResult | Failure:
+    extra: list[tuple[str, list[Any]]] = []
     metrics: list[tuple[str, float]] = []
-    loggers = {
-        "log_extra": lambda column, values: extra.update({column: list(values)}),
+    loggers: dict[str, Callable[[str, Any], None]] = {
+        "log_extra": lambda column, values: extra.append((column, list(values))),
         "log_metric": lambda name, value: metrics.append((name, float(value))),
     }
     try:
-        scores = _reward(**columns, **(loggers if logs else {}))
-    except Exception:
-        raise
-    except BaseException as error:  # SystemExit, for example, would be raised again in the parent and end it
-        raise RuntimeError(repr(error)) from None
-    expected = len(columns["completions"])
-    if len(scores) != expected:
-        raise ValueError(f"{len(scores)} scores for {expected} completion{'s' if expected > 1 else ''}")
-    return WorkerResult([None if score is None else float(score) for score in scores], extra, metrics)
+        scores = list(reward(**arguments, **(loggers if logs else {})))
+        expected = len(arguments["completions"])
+        if len(scores) != expected:
+            raise ValueError(f"{len(scores)} scores for {expected} completion{'s' if expected > 1 else ''}")
+        result = WorkerResult([_as_number(score) for score in scores], extra, metrics)
+        pickle.dumps(result)
+    except BaseException as error:  # SystemExit, too: it ends the task, not the worker
+        return Failure("errors", f"raised {error!r}", traceback.format_exc())
+    return result
+
+
+def _as_number(score: Any) -> float | None:
+    """The score as TRL would read it: it takes everything that is a number to `float`, but no text."""
+    if isinstance(score, str | bytes):
+        raise TypeError(f"{score!r} is not a score; valid: a number, or None")
+    return None if score is None else float(score)

@@ -1,0 +1,131 @@
+"""A watch on rewards that are called in the training process, where nothing can end a call that hangs.
+
+An exception of a reward propagates as it is, with a note that names the reward. A call that takes long is reported
+while it runs:
+
+    Reward 'judge' has been running for 10 s on 8 completions, the first being 'So 12 + 7 = ...'. ...
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.logging import get_logger
+from torch import nn
+from trl.trainer.utils import is_async_callable
+
+from rewards.workers.pool import SHOWN_CHARACTERS, IsolatedReward, declares
+
+logger = get_logger(__name__)
+
+HOW_TO_ISOLATE = (
+    "If it may hang, run it in a worker process, which is ended after reward_timeout: reward_funcs=isolated(REWARD), "
+    "with `from rewards import isolated`, or reward_workers=1 for all rewards."
+)
+
+
+class RewardWatch:
+    """Watches the rewards of a run.
+
+    Args:
+        timeout_s: seconds after which a call is reported, above 0; then again each time that it has taken twice as
+            long. Later calls of this reward are reported only if they take twice as long as what was reported before.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._reported: dict[str, float] = {}  # seconds, by the name of the reward
+
+    def watched(self, reward_funcs: Sequence[Any], names: Sequence[str]) -> list[Any]:
+        """The same rewards, watched; reward models and isolated rewards are returned unchanged."""
+        return [self._watched(reward, name) for reward, name in zip(reward_funcs, names, strict=True)]
+
+    def _watched(self, reward: Any, name: str) -> Any:
+        if not callable(reward) or isinstance(reward, nn.Module | IsolatedReward):
+            return reward
+        bounds_its_time = declares(reward, "runs_in_process")
+
+        def call(**arguments: Any) -> Any:
+            with _naming(reward, name, arguments), self._timing(name, arguments, is_off=bounds_its_time):
+                returned = reward(**arguments)
+                return list(returned) if isinstance(returned, Iterator) else returned  # which computes its items
+
+        async def call_async(**arguments: Any) -> Any:
+            with _naming(reward, name, arguments), self._timing(name, arguments, is_off=bounds_its_time):
+                return await reward(**arguments)
+
+        return call_async if is_async_callable(reward) else call
+
+    @contextmanager
+    def _timing(self, name: str, arguments: dict[str, Any], *, is_off: bool) -> Iterator[None]:
+        if is_off:
+            yield
+            return
+        is_over = threading.Event()
+        thread = threading.Thread(target=self._report, args=(name, arguments["completions"], is_over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def _report(self, name: str, completions: list[Any], is_over: threading.Event) -> None:
+        waited = 0.0
+        while True:
+            due = max(self._timeout_s, 2 * self._reported.get(name, 0.0))
+            if is_over.wait(due - waited):
+                return
+            waited = self._reported[name] = due
+            logger.warning(
+                f"Reward {name!r} has been running for {due:g} s on {_shown(completions)}. {HOW_TO_ISOLATE}",
+                main_process_only=False,
+            )
+
+
+@contextmanager
+def _naming(reward: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Iterator[None]:
+    """A context in which an exception gets a note with the name of the reward, and the row if that can be known."""
+    try:
+        yield
+    except Exception as error:
+        completions = arguments["completions"]
+        row = _failing_row(reward, arguments) if declares(reward, "scores_independently") else None
+        where = _shown(completions) if row is None else f"row {row}, the completion {_text(completions[row])}"
+        error.add_note(f"Reward {name!r} raised this on {where}.")
+        raise
+
+
+def _failing_row(reward: Callable[..., Any], arguments: dict[str, Any]) -> int | None:
+    """The first row that the reward raises on by itself; such a reward may be called again."""
+    if inspect.iscoroutinefunction(reward):
+        return None
+    count = len(arguments["completions"])
+    quiet = arguments | {"log_extra": _ignore, "log_metric": _ignore}
+    for row in range(count):
+        try:
+            list(
+                reward(
+                    **{
+                        column: values[row : row + 1] if isinstance(values, list) and len(values) == count else values
+                        for column, values in quiet.items()
+                    }
+                )
+            )
+        except Exception:
+            return row
+    return None
+
+
+def _shown(completions: list[Any]) -> str:
+    return f"{len(completions)} completions, the first being {_text(completions[0])}"
+
+
+def _text(completion: Any) -> str:
+    return repr(str(completion)[:SHOWN_CHARACTERS])
+
+
+def _ignore(*args: object) -> None:
+    """Takes the place of TRL's logging callbacks."""

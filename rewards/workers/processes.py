@@ -1,0 +1,278 @@
+"""Worker processes, and pools of them: they run tasks of `rewards.workers.worker` side by side, each in bounded time.
+
+A worker that ends while it is idle costs nothing: the next task starts another one. A worker that ends or exceeds the
+time limit inside a call costs this task.
+
+Workers live until `close()`, or until this process ends in any way. They do not import the main module again: a script
+that loads a model costs nothing, and the reward may be a function of that script.
+"""
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+
+from loky.backend import get_context
+
+from rewards.workers.worker import END, Answer, Failure, Started, Task, WorkerResult, serve
+
+WORKER_NAME = "reward_worker"  # in the command line of the process
+TICK_SECONDS = 0.2  # how often a process that keeps its connection open is asked whether it is alive
+END_SECONDS = 5.0  # how long an idle worker may take to end by itself, for example to write out its files
+MAX_LOST_STARTS = 3  # workers in a row that end before they call the reward
+
+
+class Worker:
+    """One process that runs tasks.
+
+    Attributes:
+        connection: to the process.
+        keys: of the rewards that it has received.
+    """
+
+    def __init__(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        method = multiprocessing.get_start_method(allow_none=True)
+        context = get_context("loky")
+        self._process = context.Process(target=serve, args=(theirs, os.getpid(), method), name=WORKER_NAME)
+        self._process.start()
+        theirs.close()
+        self.keys: set[int] = set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.is_alive()
+
+    def send(self, task: Task) -> bool:
+        """Send a task; False if the process has ended."""
+        try:
+            self.connection.send_bytes(pickle.dumps(task))
+        except OSError:
+            return False
+        self.keys.add(task.key)
+        return True
+
+    def receive(self) -> Answer | None:
+        """The next answer, which must have arrived; None if the process has ended."""
+        try:
+            answer: Answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        return answer
+
+    def ask_to_end(self) -> None:
+        """Let an idle process end by itself."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self.connection.send_bytes(END)
+
+    def end(self, seconds: float = 0.0) -> int | None:
+        """Wait so long for the process to end, then kill it, with the processes that it has started.
+
+        Returns:
+            Its exit code; negative for the number of a signal.
+        """
+        self._process.join(seconds)
+        if self._process.is_alive():
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except (AttributeError, OSError):  # no such group (yet)
+                self._process.kill()
+            self._process.join()
+        self.connection.close()
+        return self._process.exitcode
+
+
+@dataclass
+class _Running:
+    """A task in a worker; its deadline is None until the reward is called."""
+
+    index: int
+    deadline: float | None = None
+
+
+class WorkerPool:
+    """A number of workers, which start when they are first needed.
+
+    Attributes:
+        epoch: how often the pool has been closed; a worker of a later epoch knows nothing of the earlier ones.
+        replaced: how many workers have ended by themselves, or were killed.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self.epoch = 0
+        self.replaced = 0
+        self._workers: list[Worker] = []
+        self._busy: dict[Worker, _Running] = {}
+        self._lock = threading.RLock()
+        self._process_id = os.getpid()
+        _pools.add(self)
+        weakref.finalize(self, _end_workers, self._workers, self._busy, self._process_id).atexit = False
+
+    def start(self) -> None:
+        """Start all workers, without waiting for them."""
+        with self._lock:
+            self._begin()
+            while len(self._workers) < self._size:
+                self._workers.append(Worker())
+
+    def run(self, tasks: Sequence[Task], reward: bytes, timeout_s: float) -> list[WorkerResult | Failure]:
+        """Run tasks of one reward, and return their results in order.
+
+        Args:
+            tasks: without the reward.
+            reward: the reward, pickled by cloudpickle, for workers that do not have it.
+            timeout_s: seconds for each task, from when the reward is called.
+
+        Raises:
+            SetupError: the reward cannot be set up in a worker.
+        """
+        with self._lock:
+            self._begin()
+            try:
+                return self._run(tasks, reward, timeout_s)
+            finally:
+                for worker in list(self._busy):  # after an exception or Ctrl-C
+                    self._remove(worker)
+
+    def close(self) -> None:
+        """End the workers; the next task starts new ones."""
+        with self._lock:
+            _end_workers(self._workers, self._busy, self._process_id)
+            self.epoch += 1
+
+    def _begin(self) -> None:
+        if self._process_id != os.getpid():  # a fork: the workers belong to the process that started them
+            self._workers, self._busy, self._process_id = [], {}, os.getpid()
+            weakref.finalize(self, _end_workers, self._workers, self._busy, self._process_id).atexit = False
+
+    def _run(self, tasks: Sequence[Task], reward: bytes, timeout_s: float) -> list[WorkerResult | Failure]:
+        results: dict[int, WorkerResult | Failure] = {}
+        waiting, lost_starts = deque(range(len(tasks))), 0
+        while len(results) < len(tasks):
+            while waiting and (worker := self._idle_worker()) is not None:
+                task = tasks[waiting[0]]
+                if task.key not in worker.keys:
+                    task = replace(task, reward=reward, log_levels=_log_levels())
+                if worker.send(task):
+                    self._busy[worker] = _Running(waiting.popleft())
+                else:
+                    self._remove(worker)
+            arrived = set(wait([worker.connection for worker in self._busy], TICK_SECONDS))
+            for worker, running in list(self._busy.items()):
+                answer = worker.receive() if worker.connection in arrived else None
+                if isinstance(answer, logging.LogRecord):
+                    logging.getLogger(answer.name).handle(answer)
+                elif isinstance(answer, Started):
+                    running.deadline = time.monotonic() + timeout_s
+                elif isinstance(answer, Failure) and answer.kind == "setup":
+                    raise SetupError(answer)
+                elif answer is not None:
+                    results[running.index] = answer
+                    del self._busy[worker]
+                    lost_starts = 0
+                elif worker.connection in arrived or not worker.is_alive:
+                    code = self._remove(worker)
+                    if running.deadline is not None:
+                        results[running.index] = Failure("crashes", f"ended its process with exit code {code}")
+                        continue
+                    waiting.appendleft(running.index)  # it was not called: another worker can do it
+                    lost_starts += 1
+                    if lost_starts == MAX_LOST_STARTS:
+                        raise SetupError(Failure("setup", f"{lost_starts} workers ended with exit code {code}"))
+                elif running.deadline is not None and time.monotonic() > running.deadline:
+                    self._remove(worker)
+                    results[running.index] = Failure("timeouts", f"took longer than {timeout_s:g} s")
+        return [results[index] for index in range(len(tasks))]
+
+    def _idle_worker(self) -> Worker | None:
+        for worker in list(self._workers):
+            if not worker.is_alive:
+                self._remove(worker)
+        idle = next((worker for worker in self._workers if worker not in self._busy), None)
+        if idle is None and len(self._workers) < self._size:
+            idle = Worker()
+            self._workers.append(idle)
+        return idle
+
+    def _remove(self, worker: Worker) -> int | None:
+        """End a worker at once, and return its exit code."""
+        self._busy.pop(worker, None)
+        if worker in self._workers:
+            self._workers.remove(worker)
+            self.replaced += 1
+        return worker.end()
+
+
+def _log_levels() -> dict[str, int]:
+    loggers = {"": logging.getLogger(), **logging.getLogger().manager.loggerDict}
+    levels = {name: getattr(logger, "level", logging.NOTSET) for name, logger in loggers.items()}
+    return {name: level for name, level in levels.items() if level != logging.NOTSET}
+
+
+class SetupError(RuntimeError):
+    """A reward or its arguments could not be unpickled in a worker, or no worker could be started."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.how)
+        if failure.trace:
+            self.add_note(failure.trace)
+
+
+def shared_pool(size: int) -> WorkerPool:
+    """The pool of this many workers, which all rewards that score completions independently share."""
+    with _lock:
+        pool = _shared_pools.get(size)
+        if pool is None:
+            pool = _shared_pools[size] = WorkerPool(size)
+        return pool
+
+
+def start_pools(pools: Iterable[WorkerPool]) -> None:
+    """Start the workers of these pools side by side, without waiting for them."""
+    for pool in dict.fromkeys(pools):
+        pool.start()
+
+
+def close_pools(pools: Iterable[WorkerPool]) -> None:
+    """End the workers of these pools."""
+    for pool in dict.fromkeys(pools):
+        pool.close()
+
+
+_pools: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()
+_shared_pools: "weakref.WeakValueDictionary[int, WorkerPool]" = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def _end_workers(workers: list[Worker], busy: dict[Worker, _Running], process_id: int) -> None:
+    """End idle workers in their own time, and busy ones at once."""
+    if process_id != os.getpid():
+        return
+    idle = [worker for worker in workers if worker not in busy]
+    for worker in idle:
+        worker.ask_to_end()
+    for worker in list(busy):
+        worker.end()
+    deadline = time.monotonic() + END_SECONDS
+    for worker in idle:
+        worker.end(max(0.0, deadline - time.monotonic()))
+    workers.clear()
+    busy.clear()
+
+
+@atexit.register  # after that of multiprocessing, so called before it: that one waits for every child
+def _end_all() -> None:
+    for pool in list(_pools):
+        _end_workers(pool._workers, pool._busy, pool._process_id)
