@@ -130,6 +130,8 @@ class GRPOExtTrainer(GRPOTrainer):
     `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`, `resampled_groups`,
     `replay/hit_rate|age|dropped_old|dropped_far`, `dialogue/turns|errors`, `sampling/logp_gap`, `temperature`,
     `time/generate|reward|reference|update` (seconds per optimizer step), `peak_memory_mb` (the largest so far).
+    `all_right` and `all_wrong` split the groups without differences at half of a perfect reward, which is taken to be
+    the sum of the reward weights (rewards that go up to 1.0), or the highest total seen in the run if that is higher.
 
     Raises:
         TypeError: `args` is not a `GRPOExtConfig`.
@@ -209,6 +211,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._train_sampler: Sampler | None = None
         self._timed_from_step: int | None = None
         self._resumed_losses = Losses()
+        self._highest_reward = 0.0  # the highest total that a completion has earned
         with reference.shown_to_trl(args), hide_head_adapter(model) if adapters else nullcontext():
             super().__init__(**given)
         self.beta = args.beta
@@ -442,7 +445,7 @@ class GRPOExtTrainer(GRPOTrainer):
             self._rollout = outer
         if is_training:
             if self.parts.watch is not None:
-                self.parts.watch.after_rollout(self._metrics["train"])
+                self.parts.watch.after_rollout(self._metrics["train"], self._share_cut(current))
             self._unrecorded = current
         return output
 
@@ -567,6 +570,12 @@ class GRPOExtTrainer(GRPOTrainer):
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         return [ids[-1] not in ends for ids in completion_ids] if is_cut is None else is_cut
 
+    def _share_cut(self, current: RolloutInProgress) -> float:
+        """The share of completions that were cut off among the rows of all processes."""
+        is_cut = self._is_cut(current.completion_ids, current.is_cut)
+        is_cut_B = self.accelerator.gather(torch.tensor(is_cut, device=self.accelerator.device))
+        return is_cut_B.float().mean().item()
+
     def _add_tensors(self, output: dict[str, Any], current: RolloutInProgress) -> None:
         """Add to TRL's tensors what the update of this trainer reads."""
         device = self.accelerator.device
@@ -586,10 +595,11 @@ class GRPOExtTrainer(GRPOTrainer):
         assert current.rewards_BF is not None
         rewards_B, rollout = self._total_rewards(current.rewards_BF), current.rollout
         G = self.num_generations if current.is_training else self.num_generations_eval
-        attainable = self.reward_weights.clamp(min=0).sum().item()
-        record_group_kinds(
-            self._record_metric, [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM, attainable
-        )
+        sampled_PM = [rewards_B.view(-1, G)] if rollout is None else rollout.sampled_PM
+        highest = max(group_PM.nan_to_num(nan=-torch.inf).max().item() for group_PM in sampled_PM)
+        self._highest_reward = max(self._highest_reward, highest)
+        attainable = max(self.reward_weights.clamp(min=0).sum().item(), self._highest_reward)
+        record_group_kinds(self._record_metric, sampled_PM, attainable)
         if not (self.args.scale_rewards == "population" and self.scale_rewards == "none"):
             return
         all_rewards_PM = None if rollout is None else rollout.all_rewards_PM
@@ -1010,6 +1020,7 @@ class TrainerProgress:
         )
         metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
         state: dict[str, Any] = {"step": trainer._step, "losses": asdict(losses), "metrics": as_json(metrics)}
+        state["highest_reward"] = trainer._highest_reward
         if trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) and trainer._buffered_inputs:
             logs: dict[str, Any] = {name: list(trainer._logs[name]) for name in LOGGED}
             for kind in LOGGED_BY_NAME:
@@ -1022,6 +1033,7 @@ class TrainerProgress:
         trainer._step, trainer._resumed_losses = state["step"], Losses(**state["losses"])
         for name, values in state["metrics"].items():
             trainer._metrics["train"][name].extend(values)
+        trainer._highest_reward = state["highest_reward"]
         trainer._buffered_inputs = state.get("rollout")
         for name in LOGGED if "logs" in state else ():
             trainer._logs[name].extend(state["logs"][name])

@@ -162,11 +162,16 @@ class Checkpoints:
             files.rotate(folder.parent, self._args.save_total_limit, kept)
 
     def load(self, folder: Path) -> None:
-        """Restore every part, and a reference that follows the policy; nothing from a checkpoint of another trainer."""
+        """Restore every part that the checkpoint has a state of, and a reference that follows the policy.
+
+        A part without one begins anew: the watch of a run whose earlier session had `guards=False`, or a part that
+        carried nothing in the version that wrote the checkpoint. Nothing is restored from a checkpoint of another trainer.
+        """
         if files.is_foreign(folder):
             return
         states = load_states(folder, self._process, self._device)
         for name, part in self._states.items():
-            part.load_state_dict(states[name])
+            if name in states:
+                part.load_state_dict(states[name])
         if self._reference is not None and (folder / REFERENCE_FILE).exists():
             load_model(self._reference, str(folder / REFERENCE_FILE))

@@ -1,10 +1,10 @@
-"""What is watched while a run goes on. Each wire names what happened, why it may be, and what to do.
+"""What is watched while a run goes on. Each message names what happened, the likely reason, and what to do.
 
 - The KL at the first step is not 0: the reference is not the starting policy. Stops.
 - No trainable parameter moved in an update that had a gradient. Stops.
-- A loss or gradient that is not finite: the update is skipped and its batch saved; the third one stops.
+- A loss or gradient that is not finite: the update is skipped and its batch saved; the third one in a row stops.
 - The KL is above `kl_stop`: the run saves and ends.
-- Nearly every answer was cut off in five rollouts on end, or every group dead in twenty: warns, once.
+- Nearly every answer was cut off in five rollouts in a row, or every group dead in twenty: warns, once.
 
 Rewards that fail are watched where they run, in `rewards/workers/pool.py`.
 """
@@ -25,15 +25,19 @@ from grpo_ext.model.adapters import local_shard, trainable_parameters
 
 logger = get_logger(__name__)
 
-SKIPPED_AT_MOST = 3
+MAX_SKIPPED_IN_A_ROW = 3
 CUT_SHARE, CUT_ROLLOUTS = 0.9, 5
 DEAD_ROLLOUTS = 20
-# Nats a token that a KL of 0 may come out as: by rounding in float32, and with autocast.
+# Nats per token: what a KL of 0 may be measured as, by rounding in float32 and with autocast.
 ZERO_KL, ZERO_KL_AUTOCAST = 1e-3, 1e-2
+PART = 2**20  # values of a parameter that are looked at together
 
 
 class Watch(TrainerCallback):
-    """Watches one trainer, which calls `after_rollout` and `after_loss`; everything else comes by the callbacks."""
+    """Watches one trainer, which calls `after_rollout` and `after_loss`; everything else comes by the callbacks.
+
+    Its counts are in checkpoints: a run that is resumed stops and warns when the run without a break would.
+    """
 
     def __init__(
         self,
@@ -46,12 +50,29 @@ class Watch(TrainerCallback):
         self._had_gradient = False
         self._rate = 0.0  # of the update that is due
         self._is_bad = torch.zeros((), device=trainer.accelerator.device)  # whether a loss of this step was not finite
-        self._skipped = self._cut = self._dead = 0
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
+        self._skipped = self._skipped_in_a_row = self._cut_in_a_row = self._dead_in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "skipped": self._skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "cut_in_a_row": self._cut_in_a_row,
+            "dead_in_a_row": self._dead_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self._cut_in_a_row, self._dead_in_a_row = state["cut_in_a_row"], state["dead_in_a_row"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember where the parameters begin."""
+        if state.global_step == 0:
+            self._reset_counts()
         self._marks = _marks(self._trainer)
 
     def after_loss(self, loss: Tensor) -> None:
@@ -64,7 +85,7 @@ class Watch(TrainerCallback):
         """Leave out an update that is not finite, on all processes alike.
 
         Raises:
-            RuntimeError: it is the third one, or DeepSpeed has made it already.
+            RuntimeError: it is the third one in a row, or DeepSpeed has made it already.
         """
         trainer, step = self._trainer, state.global_step + 1
         self._rate = max(group["lr"] for group in trainer.optimizer.param_groups)
@@ -76,11 +97,13 @@ class Watch(TrainerCallback):
             is_bad = torch.maximum(is_bad, (~norms.isfinite().all()).float())
         self._is_bad = torch.zeros_like(self._is_bad)
         if not trainer.accelerator.reduce(is_bad).item():
+            self._skipped_in_a_row = 0
             return
         for parameter in parameters:
             parameter.grad = None
         self._had_gradient = False
         self._skipped += 1
+        self._skipped_in_a_row += 1
         folder = self._save_batch(step)
         what = f"Step {step}: the loss or its gradient is not finite"
         if trainer.is_deepspeed_enabled:
@@ -89,15 +112,15 @@ class Watch(TrainerCallback):
                 f"{args.learning_rate:g}), and resume from the last checkpoint."
             )
         what = f"{what}. The update is skipped, its batch is in {folder}"
-        if self._skipped >= SKIPPED_AT_MOST:
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
-                f"{what}; it is the third one. Lower learning_rate (now {args.learning_rate:g}), use bf16 in place of "
-                f"fp16, or look for weights or rewards that are not finite in that batch."
+                f"{what}; it is the third one in a row. Lower learning_rate (now {args.learning_rate:g}), use bf16 in "
+                f"place of fp16, or look for weights or rewards that are not finite in that batch."
             )
-        logger.warning(f"{what}; the run stops at the {SKIPPED_AT_MOST}rd one.")
+        logger.warning(f"{what}; the run stops at the third one in a row.")
 
     def _norms(self, gradients: list[Tensor]) -> Tensor:
-        """Of each gradient that is here; DeepSpeed, which keeps them to itself, knows the norm of all."""
+        """The norm of each gradient on this process; with DeepSpeed, which keeps gradients to itself, that of all."""
         if self._trainer.is_deepspeed_enabled:
             return self._is_bad.new_tensor([float(self._trainer.model_wrapped.get_global_grad_norm() or 0.0)])
         return torch.stack(torch._foreach_norm(gradients)) if gradients else self._is_bad.new_zeros(1)
@@ -119,18 +142,19 @@ class Watch(TrainerCallback):
         limit = self._trainer.args.kl_stop
         if limit is not None and kl > limit:
             logger.warning(
-                f"Step {state.global_step}: the KL to the reference is {kl:.3g} nats a token, above kl_stop={limit:g}. "
-                f"The run saves and ends. Raise beta (now {args.beta:g}) or lower learning_rate to stay closer."
+                f"Step {state.global_step}: the KL to the reference is {kl:.3g} nats per token, above kl_stop="
+                f"{limit:g}. The run saves and ends. Raise beta (now {args.beta:g}) or lower learning_rate to stay "
+                f"closer."
             )
             control.should_save = control.should_training_stop = True
 
     def _check_first_kl(self, kl: float, args: TrainingArguments) -> None:
         if abs(kl) > (ZERO_KL_AUTOCAST if args.bf16 or args.fp16 else ZERO_KL):
             raise RuntimeError(
-                f"KL at step 0 is {kl:.3g} nats a token, should be 0: the reference is not the starting policy (an "
+                f"KL at step 0 is {kl:.3g} nats per token, should be 0: the reference is not the starting policy (an "
                 f"adapter that changes the model before its first update, such as init_lora_weights=False? dropout? "
                 f"merged weights?). Start from an adapter that leaves the model as it is, or use beta=0; guards=False "
-                f"trains on all the same."
+                f"trains in spite of this."
             )
 
     def _check_moved(self, step: int) -> None:
@@ -147,29 +171,36 @@ class Watch(TrainerCallback):
             )
         self._marks = None
 
-    def after_rollout(self, metrics: dict[str, list[float]]) -> None:
-        """Look at the metrics of a rollout, the last of each list."""
+    def after_rollout(self, metrics: dict[str, list[float]], cut: float) -> None:
+        """Look at a rollout.
+
+        Args:
+            metrics: its own are the last of each list.
+            cut: the share of its completions that were cut off. The metric of that name is of whatever was sampled
+                last, which may be a few rows that a stage added.
+        """
         step, args = self._trainer.state.global_step + 1, self._trainer.args
         latest = {name: values[-1] for name, values in metrics.items() if values}
-        cut = latest.get("completions/clipped_ratio", 0.0)
-        self._cut = self._cut + 1 if cut > CUT_SHARE else 0
-        if self._cut == CUT_ROLLOUTS:
+        self._cut_in_a_row = self._cut_in_a_row + 1 if cut > CUT_SHARE else 0
+        if self._cut_in_a_row == CUT_ROLLOUTS:
             logger.warning(
                 f"Step {step}: {cut:.0%} of completions were cut at {args.max_completion_length} tokens, in the fifth "
-                f"rollout on end, and the mean reward is {latest['reward']:.3g}. Raise max_completion_length (finished "
-                f"answers had up to {latest['completions/max_terminated_length']:.0f} tokens), or ask for short ones."
+                f"rollout in a row, and the mean reward is {latest['reward']:.3g}. Raise max_completion_length "
+                f"(finished answers had up to {latest['completions/max_terminated_length']:.0f} tokens), or ask for "
+                f"short ones."
             )
-        self._dead = self._dead + 1 if latest.get("frac_dead_groups", 0.0) == 1.0 else 0
-        if self._dead == DEAD_ROLLOUTS:
+        is_dead = latest.get("frac_dead_groups", 0.0) == 1.0
+        self._dead_in_a_row = self._dead_in_a_row + 1 if is_dead else 0
+        if self._dead_in_a_row == DEAD_ROLLOUTS:
             right = latest["frac_groups/all_right"]
             advice = (
                 "The model solves these problems already: take harder ones."
                 if right > 0.5
-                else "Nothing is right that could be learnt from: take easier problems, a better model, a larger "
-                "num_generations, or num_generations_max; and see what `grpo-ext audit` says of the reward."
+                else "There is nothing right to learn from: take easier problems, a better model, a larger "
+                "num_generations, or num_generations_max; and check the reward with `grpo-ext audit`."
             )
             logger.warning(
-                f"Step {step}: in {DEAD_ROLLOUTS} rollouts on end every group had equal rewards ({right:.0%} of them "
+                f"Step {step}: in {DEAD_ROLLOUTS} rollouts in a row every group had equal rewards ({right:.0%} of them "
                 f"all right in the last), so the rewards taught nothing. {advice}"
             )
 
@@ -194,7 +225,15 @@ class Watch(TrainerCallback):
 
 
 def _marks(trainer: GRPOTrainer) -> Tensor:
-    """Two sums of what is here of each trainable parameter, in float64: equal as long as nothing moves, and hardly ever
-    otherwise."""
-    values = [local_shard(p).detach().double() for p in trainable_parameters(trainer.model).values()]
-    return torch.stack([torch.stack([v.sum(), v.abs().sum()]) for v in values])
+    """Two sums over what this process has of each trainable parameter, in float64: equal as long as nothing moves, and
+    hardly ever otherwise. No parameter is copied as a whole."""
+    return torch.stack([_sums(local_shard(p).detach()) for p in trainable_parameters(trainer.model).values()])
+
+
+def _sums(values: Tensor) -> Tensor:
+    """The sum of the values and that of their magnitudes, in float64."""
+    sums = torch.zeros(2, dtype=torch.float64, device=values.device)
+    for part in values.flatten().split(PART):
+        part = part.double()
+        sums += torch.stack([part.sum(), part.abs().sum()])
+    return sums

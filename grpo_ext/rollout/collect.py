@@ -87,7 +87,7 @@ def record_group_kinds(record: Record, sampled_PM: list[Tensor], attainable_rewa
     """Record the shares of the sampled groups that are mixed, all right, all wrong, and dead.
 
     Args:
-        attainable_reward: the total reward of a perfect completion.
+        attainable_reward: the total reward of a perfect completion, as far as it is known.
     """
     shares = group_kind_shares(torch.cat(sampled_PM), attainable_reward)
     for kind, share in shares.items():

@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerState
 
+from grpo_ext import GRPOExtTrainer
 from grpo_ext.checkpoints.best import BestAdapter, read_best
+from grpo_ext.checks.watch import Watch
+from tests.tools.memory import peak_above
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import share_of_digits
 from tests.tools.training import adapter_of, log_of
@@ -37,7 +42,9 @@ def test_a_healthy_run_trips_nothing(build, tiny_model, caplog):
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.0, "log_kl": True}, {"kl_estimator": "exact"}])
 def test_a_reference_that_is_not_the_starting_policy(build, small_model, settings):
     """A KL towards something else pulls the policy away from where it began, for the whole run (TRL #3194, #4723)."""
-    with pytest.raises(RuntimeError, match=r"KL at step 0 is 0\.0\d+ nats a token, should be 0: the reference is not"):
+    with pytest.raises(
+        RuntimeError, match=r"KL at step 0 is 0\.0\d+ nats per token, should be 0: the reference is not"
+    ):
         guarded(build, small_model, peft_config=random_lora(), **settings).train()
 
 
@@ -66,22 +73,21 @@ def test_a_step_that_should_not_move_anything(build, small_model, settings):
 
 
 class Blows:
-    """Share of digits; in these calls, counted from the one before the run, worth more than a gradient can hold."""
+    """Share of digits; in these steps, worth more than a gradient can hold."""
 
     __name__ = "blows"
 
-    def __init__(self, *calls):
-        self._calls, self._bad = 0, calls
+    def __init__(self, *steps):
+        self._bad = steps
 
-    def __call__(self, completions, **columns):
-        self._calls += 1
-        factor = 1e38 if self._calls in self._bad else 1.0
+    def __call__(self, completions, trainer_state, **columns):
+        factor = 1e38 if trainer_state.global_step + 1 in self._bad else 1.0
         return [factor * (0.1 + score) for score in share_of_digits(completions)]
 
 
 def test_an_update_that_is_not_finite_is_left_out(build, small_model, caplog):
     """One NaN in the gradient is one in every weight: everything after is lost, and logs hide it (TRL #6702)."""
-    trainer = guarded(build, small_model, reward=Blows(3), scale_rewards="none", max_steps=3)
+    trainer = guarded(build, small_model, reward=Blows(2), scale_rewards="none", max_steps=3)
     adapters = []
 
     def training_step(*args, **kwargs):
@@ -107,10 +113,116 @@ def test_an_update_that_is_not_finite_is_left_out(build, small_model, caplog):
     assert saved["0.advantages"].abs().max() > 1e30
 
 
-def test_the_third_one_stops(build, small_model):
-    trainer = guarded(build, small_model, reward=Blows(2, 4, 5), scale_rewards="none", max_steps=9)
-    with pytest.raises(RuntimeError, match=r"Step 4: .* it is the third one\. Lower learning_rate \(now 0\.001\)"):
+THIRD = r"Step {}: .* it is the third one in a row\. Lower learning_rate \(now 0\.001\)"
+
+
+def test_the_third_one_in_a_row_stops(build, small_model):
+    """Three bad batches in a run of ten thousand steps are no reason to end it; three in a row are."""
+    trainer = guarded(build, small_model, reward=Blows(1, 3, 4, 6, 7, 8), scale_rewards="none", max_steps=9)
+    with pytest.raises(RuntimeError, match=THIRD.format(8)):
         trainer.train()
+
+
+class StopAt(TrainerCallback):
+    """Ends a session after this step, with a checkpoint."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_save = state.global_step == self._step
+
+
+@pytest.mark.parametrize("guards_before", [True, False])
+def test_a_session_goes_on_counting(build, tokenizer, guards_before):
+    """A run that is restarted whenever it stops would skip every update for ever. A checkpoint of a session without a
+    watch, or of a version that did not keep its counts, can be resumed all the same."""
+    settings = {"scale_rewards": "none", "max_steps": 9, "save_strategy": "steps", "save_steps": 100}
+    first = guarded(build, small_llama(tokenizer), reward=Blows(*[1] * guards_before), guards=guards_before, **settings)
+    first.add_callback(StopAt(1))
+    first.train()
+    second = guarded(build, small_llama(tokenizer), reward=Blows(2, 3, 4), **settings)
+    with pytest.raises(RuntimeError, match=THIRD.format(3 if guards_before else 4)):
+        second.train(resume_from_checkpoint=True)
+
+
+def test_a_second_training_begins_to_count_anew(build, small_model):
+    trainer = guarded(build, small_model, reward=Blows(1, 2), scale_rewards="none", max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_an_update_that_is_left_out_in_fp16(build, small_model, caplog, max_grad_norm):
+    """The scaler of fp16 raises an assertion in an update if it has seen no gradient, and those that are left out are
+    gone by then. Here with a scaler on the CPU, for a model that stays in float32."""
+    trainer = guarded(build, small_model, reward=Blows(2), scale_rewards="none", max_steps=3)
+    trainer.args.max_grad_norm = max_grad_norm
+    accelerator = trainer.accelerator
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=8.0), True
+    states = accelerator.state
+    states._mixed_precision, before = "fp16", states._mixed_precision
+    try:
+        trainer.train()
+    finally:
+        states._mixed_precision = before
+    assert trainer.state.global_step == 3
+    assert len(warnings_of(caplog)) == 1
+    assert "Step 2: the loss or its gradient is not finite" in warnings_of(caplog)[0]
+
+
+def test_looking_where_the_parameters_are_takes_no_memory():
+    """A copy of all of them in float64, at the beginning of each run, after a check had said that the step just fits:
+    12 GB for a full fine-tune of 1.5B parameters."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 16 MiB each
+    trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    watch = Watch(trainer, train_metrics=dict, micro_batches=list)
+    watch.on_train_begin(None, TrainerState(), None)
+    peak = peak_above(lambda: watch.on_train_begin(None, TrainerState(), None))
+    assert peak < 2 * 2048 * 2048 * 8  # less than two of the twelve in float64
+
+
+class EndsEarlyIfAsked(GRPOExtTrainer):
+    """Whole rollouts are cut off; the few rows of a round of resampling end at once."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        end = self.eos_token_ids[0]
+        return [[5] * 12 if len(prompt_ids) == 8 else [5, end] for _ in prompt_ids], None
+
+
+def only_the_first_group_is_mixed(completions, **columns):
+    return [float(row == 0 and len(completions) == 8) for row in range(len(completions))]
+
+
+def test_all_cut_off_is_a_matter_of_the_whole_rollout(build, small_model, caplog):
+    """With resampling, the metric of that name is of the last round alone, a handful of rows that are not even used."""
+    trainer = guarded(
+        build,
+        small_model,
+        trainer=EndsEarlyIfAsked,
+        reward=only_the_first_group_is_mixed,
+        dead_groups="resample",
+        max_resample_rounds=1,
+        max_steps=6,
+    )
+    trainer.train()
+    said = [line for line in warnings_of(caplog) if "were cut at" in line]
+    assert len(said) == 1
+    assert "Step 5: 100% of completions" in said[0]
+
+
+def test_what_is_right_depends_on_the_highest_reward(build, small_model):
+    """A reward of up to 10: three of ten points for everybody was called all right, and harder problems advised."""
+
+    def points(completions, trainer_state, **columns):
+        return [10.0 if trainer_state.global_step == 0 and row == 0 else 3.0 for row in range(len(completions))]
+
+    trainer = guarded(build, small_model, reward=points, max_steps=2)
+    trainer.train()
+    assert log_of(trainer, "frac_groups/mixed") == [0.5, 0.0]
+    assert log_of(trainer, "frac_groups/all_right") == [0.0, 0.0]
+    assert log_of(trainer, "frac_groups/all_wrong") == [0.5, 1.0]
 
 
 def test_answers_that_are_all_cut_off(build, small_model, tokenizer, caplog):
@@ -118,7 +230,9 @@ def test_answers_that_are_all_cut_off(build, small_model, tokenizer, caplog):
     never = {"suppress_tokens": [tokenizer.eos_token_id]}
     guarded(build, small_model, max_completion_length=3, max_steps=8, generation_kwargs=never).train()
     (said,) = warnings_of(caplog)
-    assert "Step 5: 100% of completions were cut at 3 tokens, in the fifth rollout on end, and the mean reward" in said
+    assert (
+        "Step 5: 100% of completions were cut at 3 tokens, in the fifth rollout in a row, and the mean reward" in said
+    )
 
 
 @pytest.mark.slow
@@ -130,7 +244,7 @@ def test_groups_that_are_all_dead(build, small_model, caplog, worth, advice):
         return [worth] * len(completions)
 
     guarded(build, small_model, reward=always, max_steps=21).train()
-    said = [line for line in warnings_of(caplog) if "rollouts on end every group" in line]
+    said = [line for line in warnings_of(caplog) if "rollouts in a row every group" in line]
     assert len(said) == 1
     assert "Step 20:" in said[0]
     assert advice in said[0]
