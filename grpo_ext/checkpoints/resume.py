@@ -165,7 +165,7 @@ class Checkpoints:
         """Restore every part that the checkpoint has a state of, and a reference that follows the policy.
 
         A part without one begins anew: the watch of a run whose earlier session had `guards=False`, or a part that
-        carried nothing in the version that wrote the checkpoint. Nothing is restored from a checkpoint of another trainer.
+        carried nothing in the version that wrote the checkpoint. A checkpoint of another trainer has none.
         """
         if files.is_foreign(folder):
             return

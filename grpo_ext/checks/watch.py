@@ -136,7 +136,7 @@ class Watch(TrainerCallback):
             metrics["nonfinite/skipped"].append(float(self._skipped))
         kls = metrics.get("kl", [])[-args.gradient_accumulation_steps :]
         kl = sum(kls) / len(kls) if kls else 0.0
-        if state.global_step == 1:
+        if state.global_step == 1 and self._starts_at_reference(args):
             self._check_first_kl(kl, args)
         self._check_moved(state.global_step)
         limit = self._trainer.args.kl_stop
@@ -147,6 +147,11 @@ class Watch(TrainerCallback):
                 f"closer."
             )
             control.should_save = control.should_training_stop = True
+
+    def _starts_at_reference(self, args: TrainingArguments) -> bool:
+        """Whether the policy is the reference before the first update: neither noise nor a virtual prompt is added."""
+        adapters = getattr(self._trainer.model, "peft_config", {}).values()
+        return not args.neftune_noise_alpha and not any(adapter.is_prompt_learning for adapter in adapters)
 
     def _check_first_kl(self, kl: float, args: TrainingArguments) -> None:
         if abs(kl) > (ZERO_KL_AUTOCAST if args.bf16 or args.fp16 else ZERO_KL):

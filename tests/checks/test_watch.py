@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
@@ -46,6 +46,19 @@ def test_a_reference_that_is_not_the_starting_policy(build, small_model, setting
         RuntimeError, match=r"KL at step 0 is 0\.0\d+ nats per token, should be 0: the reference is not"
     ):
         guarded(build, small_model, peft_config=random_lora(), **settings).train()
+
+
+NOISE = {"neftune_noise_alpha": 5.0}
+VIRTUAL_PROMPT = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)}
+
+
+@pytest.mark.parametrize("settings", [NOISE, VIRTUAL_PROMPT])
+def test_a_policy_that_may_differ_from_the_reference(build, small_model, settings):
+    """NEFTune and prompt tuning train in TRL with a KL: they start at a distance from the reference by design."""
+    trainer = guarded(build, small_model, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert abs(log_of(trainer, "kl")[0]) > 1e-3
 
 
 def test_an_adapter_that_does_not_move(build, small_model):

@@ -208,11 +208,10 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_default_run_learns(tmp_path, seed):
-    """By GRPO alone, with the document's objective and beta > 0; then a fresh process loads the adapter with plain
+def test_the_default_run_learns(tmp_path):
+    """By sequence-level GRPO alone, with beta > 0; then a fresh process loads the adapter with plain
     PEFT on the base and finds the same accuracy."""
-    flags = ["--seed", str(seed), "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
+    flags = ["--seed", "1", "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
     code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # other tests run at the same time
     assert code == 0, output
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -240,12 +239,10 @@ for row in rows:
     right += text.endswith("#### " + row["answer"])
 print("accuracy", right / len(rows))
 """
-    if seed == 0:
-        code, output = launch([sys.executable, "-c", fresh])
-        assert code == 0, output
-        assert float(output.split("accuracy ")[1].split()[0]) == pytest.approx(
-            summary["pass_at_1_after"]["value"], abs=0.04
-        )
+    code, output = launch([sys.executable, "-c", fresh])
+    assert code == 0, output
+    found = float(output.split("accuracy ")[1].split()[0])
+    assert found == pytest.approx(summary["pass_at_1_after"]["value"], abs=0.04)
 
 
 @pytest.mark.slow
