@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig
+from peft import PeftModel, PrefixTuningConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
@@ -49,12 +49,12 @@ def test_a_reference_that_is_not_the_starting_policy(build, small_model, setting
 
 
 NOISE = {"neftune_noise_alpha": 5.0}
-VIRTUAL_PROMPT = {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)}
+PREFIX = {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)}
 
 
-@pytest.mark.parametrize("settings", [NOISE, VIRTUAL_PROMPT])
+@pytest.mark.parametrize("settings", [NOISE, PREFIX])
 def test_a_policy_that_may_differ_from_the_reference(build, small_model, settings):
-    """NEFTune and prompt tuning train in TRL with a KL: they start at a distance from the reference by design."""
+    """NEFTune and prefix tuning train in TRL with a KL: they start at a distance from the reference by design."""
     trainer = guarded(build, small_model, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
