@@ -12,6 +12,7 @@ from grpo_ext import GRPOExtTrainer
 TRL_METHODS = {
     "_generate": "self prompts",
     "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_tokenize_prompts": "self prompts",
     "_calculate_rewards": "self inputs prompts completions completion_ids_list",
     "_generate_and_score_completions": "self inputs",
     "_prepare_inputs": "self generation_batch",
@@ -51,7 +52,7 @@ def test_the_methods_of_trl_are_those_we_know(name):
     parameters = list(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)
     assert parameters == TRL_METHODS[name].split(), (
         f"TRL {version('trl')} changed GRPOTrainer.{name}; grpo-ext was checked with 1.16.0. Read the new method, "
-        f"adapt grpo_ext/mechanisms or grpo_ext/trainer.py, then this table."
+        f"adapt grpo_ext/trainer.py, then this table."
     )
 
 
