@@ -955,9 +955,29 @@ class GRPOExtTrainer(GRPOTrainer):
             self.__dict__.clear()
             self.__dict__.update(attributes)
 
-    def roll_out_with(self, examples: list[dict[str, Any]], rewards_BF: Tensor) -> dict[str, Any]:
-        """A rollout for these rows of the dataset that is given its rewards."""
-        with replaced(self, _calculate_rewards=lambda *_: rewards_BF):
+    def roll_out_with(
+        self,
+        examples: list[dict[str, Any]],
+        *,
+        prompt_ids: Callable[[int], list[list[int]]],
+        max_new_tokens: Callable[[int], list[int]],
+        rewards: Callable[[int], Tensor],
+    ) -> dict[str, Any]:
+        """A rollout for these rows of the dataset that is given its prompts, limits of new tokens and rewards, each for
+        the number of rows that a call of the sampler has. No completion is masked for being cut off."""
+        self.mask_truncated_completions = self._masks_cut = False
+        generate = self._generate_single_turn
+
+        def generate_limited(ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+            with self.parts.sampler.limited(max_new_tokens(len(ids))):
+                return generate(ids, *args, **kwargs)
+
+        with replaced(
+            self,
+            _tokenize_prompts=lambda prompts: (prompt_ids(len(prompts)), None, {}),
+            _generate_single_turn=generate_limited,
+            _calculate_rewards=lambda rows, *_: rewards(len(rows)),
+        ):
             return self._generate_and_score_completions(examples)
 
     def sample_completion(self, prompt_ids: list[int]) -> list[int]:

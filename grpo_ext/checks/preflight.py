@@ -32,6 +32,7 @@ KEPT_COLUMNS = ("prompt", "image", "images")  # by TRL, with remove_unused_colum
 SHOWN_CHARACTERS = 600
 SLOW_LORA = 5e-6  # a learning rate of full fine-tuning
 FEW_GENERATIONS = 4
+LONG_COMPLETION = 50  # tokens, above which rounding in 16 bits may move the ratio of a whole completion out of its clip
 
 
 def before_weights(given: dict[str, Any]) -> Any:
@@ -92,6 +93,15 @@ def _check_settings(
             f"learning_rate={args.learning_rate:g} is one of full fine-tuning; an adapter hardly moves with it. Use "
             f"1e-5 to 1e-4."
         )
+    if _is_sequence_ratio_noisy(args):
+        warnings.append(
+            f"loss_type='grpo_sequence' has one ratio per completion, the product of those of its tokens. In this run "
+            f"the old log-probs come from another forward than the new ones, so in 16 bits their rounding errors add "
+            f"up over up to max_completion_length={args.max_completion_length} tokens, and may be larger than "
+            f"epsilon={args.epsilon:g}. Use one update per rollout (num_iterations=1, gradient_accumulation_steps a "
+            f"multiple of steps_per_generation={args.steps_per_generation}, use_vllm=False), a loss with a ratio per "
+            f"token (loss_type='dapo'), or float32 (bf16=False, fp16=False)."
+        )
     dropout = getattr(peft_config, "lora_dropout", 0.0)
     if dropout and not args.disable_dropout:
         warnings.append(
@@ -99,6 +109,14 @@ def _check_settings(
             f"disable_dropout=True, or lora_dropout=0."
         )
     return warnings
+
+
+def _is_sequence_ratio_noisy(args: GRPOConfig) -> bool:
+    serves_several_steps = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
+    is_off_policy = args.use_vllm or serves_several_steps
+    is_16_bit = args.bf16 or args.fp16
+    is_long = args.max_completion_length is None or args.max_completion_length > LONG_COMPLETION
+    return args.loss_type == "grpo_sequence" and is_off_policy and is_16_bit and is_long
 
 
 def _check_prompts(
@@ -179,11 +197,11 @@ def before_training(trainer: GRPOTrainer, scores: dict[str, list[float | None]])
     if reason is not None:
         logger.warning(f"No step is rehearsed before the run: {reason}.")
         return
-    row, _ = check_prompts.find_longest(data, tokenizer, template)
+    row, longest = check_prompts.find_longest(data, tokenizer, template)
     ends = set(trainer.eos_token_ids)
     for warning in check_prompts.warnings_of_template(tokenizer, data[0]["prompt"], template, ends):
         logger.warning(warning)
-    worst = run_worst_case_step(trainer, data[row], tokenize_prompt(tokenizer, data[0]["prompt"], **template))
+    worst = run_worst_case_step(trainer, data[row], longest, tokenize_prompt(tokenizer, data[0]["prompt"], **template))
     if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
         _show(worst, scores)
 

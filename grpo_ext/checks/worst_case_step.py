@@ -1,15 +1,22 @@
 """One step of the largest shape before the first one: what would run out of memory at step 300 does so now.
 
-The longest prompt and `max_completion_length` new tokens in every row: a rollout with its reference pass, then the loss
-and gradients of a full micro-batch, next to the states of the optimizer. Rewards are not called. It leaves no
-gradients, metrics or random state behind.
+Every prompt of the rollout is as long as the longest one, and no two of them are equal, because equal prompts are
+computed once. Every completion has `max_completion_length` tokens, or one fewer, so that rows leave the batch at
+different times:
+
+    a rollout, with its reference pass    rows / G prompts, extended to `num_generations_max` if the run extends groups
+    another one, if the run replays       its first group is dead, and gives way to one of the rollout before
+    loss and gradients                    of the micro-batch with the most prompts, next to the states of the optimizer
+
+Left out are rounds of resampling, which sample no more than the rollout itself, and dialogues, whose prompts only their
+environment knows. Rewards are not called. It leaves no gradients, metrics or random state behind.
 """
 
 import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +26,8 @@ from grpo_ext.machine import peak_memory_mb
 from grpo_ext.memory.plan import ADAM_STATES
 from grpo_ext.model.adapters import trainable_parameters
 from grpo_ext.model.chat import text_tokenizer
+from grpo_ext.rollout.stages.replay import Replay
+from grpo_ext.rollout.stages.resample import Resample
 
 if TYPE_CHECKING:
     from grpo_ext.trainer import GRPOExtTrainer
@@ -47,11 +56,14 @@ def why_not_run(trainer: "GRPOExtTrainer") -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def run_worst_case_step(trainer: "GRPOExtTrainer", longest: dict[str, Any], first: list[int]) -> WorstCase:
+def run_worst_case_step(
+    trainer: "GRPOExtTrainer", row: dict[str, Any], longest: list[int], first: list[int]
+) -> WorstCase:
     """Run one step of the largest shape, and sample one completion to show.
 
     Args:
-        longest: the row of the dataset with the longest prompt.
+        row: of the dataset.
+        longest: token ids of the longest prompt.
         first: token ids of the prompt that is completed.
 
     Raises:
@@ -64,7 +76,8 @@ def run_worst_case_step(trainer: "GRPOExtTrainer", longest: dict[str, Any], firs
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-            _update(trainer, _rollout(trainer, [longest] * rows))
+            rollout = _rollout(trainer, [row] * rows, longest)
+            _update(trainer, rollout)
             seconds, peak = time.monotonic() - started, peak_memory_mb(trainer.accelerator.device)
             completion = trainer.sample_completion(first)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -79,31 +92,68 @@ def run_worst_case_step(trainer: "GRPOExtTrainer", longest: dict[str, Any], firs
     return WorstCase(seconds=seconds, peak_mb=peak, prompt=decode(first), completion=decode(completion))
 
 
-def _rollout(trainer: "GRPOExtTrainer", examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """TRL's own, with completions of full length; in evaluation mode, in which no stage samples again."""
-    trainer.model.eval()
-    trainer.num_generations_eval = trainer.num_generations
+def _rollout(trainer: "GRPOExtTrainer", examples: list[dict[str, Any]], longest: list[int]) -> dict[str, Tensor]:
+    """TRL's own rollout in training mode, with the stages of the run; the last one if there are two."""
+    stages = tuple(stage for stage in trainer.parts.stages if not isinstance(stage, Resample))
+    trainer.parts = replace(trainer.parts, stages=stages)
+    trainer.model.train()
     trainer.generation_config.min_new_tokens = trainer.max_completion_length
-    rows = len(examples) * trainer.accelerator.num_processes
-    rewards_BF = torch.zeros(rows, len(trainer.reward_funcs), device=trainer.accelerator.device)
-    rewards_BF[::2] = 1.0
+    replays = any(isinstance(stage, Replay) for stage in stages)
     try:
-        return trainer.roll_out_with([dict(row) for row in examples], rewards_BF)
+        rollout = _roll_out(trainer, examples, longest, with_dead_group=False)
+        return _roll_out(trainer, examples, longest, with_dead_group=True) if replays else rollout
     finally:
         trainer.generation_config.min_new_tokens = None
 
 
+def _roll_out(
+    trainer: "GRPOExtTrainer", examples: list[dict[str, Any]], longest: list[int], *, with_dead_group: bool
+) -> dict[str, Tensor]:
+    args, accelerator = trainer.args, trainer.accelerator
+    prompts = -(-len(examples) // trainer.num_generations)
+    vocabulary = trainer.model.get_input_embeddings().num_embeddings
+    sampled = 0  # completions of each prompt so far
+
+    def prompt_ids(rows: int) -> list[list[int]]:
+        """The longest prompt, with another first token for each group of rows; a replayed group has none of them."""
+        first = prompts if with_dead_group else 0
+        groups = (first + row // -(-rows // prompts) for row in range(rows))
+        return [[(longest[0] + group) % vocabulary, *longest[1:]] for group in groups]
+
+    def max_new_tokens(rows: int) -> list[int]:
+        return [max(1, trainer.max_completion_length - row % 2) for row in range(rows)]
+
+    def rewards(rows: int) -> Tensor:
+        """Groups stay dead until they cannot be extended further, and the first one for good if that is asked for."""
+        nonlocal sampled
+        width = -(-rows // prompts)
+        sampled += width
+        rewards_BF = torch.zeros(rows * accelerator.num_processes, len(trainer.reward_funcs), device=accelerator.device)
+        if sampled == width and args.num_generations_max is None:
+            rewards_BF[::2] = 1.0
+        elif args.num_generations_max is not None and sampled >= args.num_generations_max:
+            rewards_BF[:] = 1.0
+        if with_dead_group:
+            rewards_BF[:width] = 0.0
+        return rewards_BF
+
+    return trainer.roll_out_with(examples, prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, rewards=rewards)
+
+
 def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor]) -> None:
-    """Loss and gradients of a micro-batch."""
+    """Loss and gradients of the micro-batch with the most prompts."""
     args = trainer.args
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     parameters = trainable_parameters(trainer.model).values()
     optimizer_states = [torch.zeros_like(p) for p in parameters for _ in range(ADAM_STATES)]
-    rows = args.per_device_train_batch_size
+    size, G = args.per_device_train_batch_size, trainer.num_generations
+    starts = range(0, len(rollout["prompt_ids"]), size)
+    start = max(starts, key=lambda row: (row + size - 1) // G - row // G)
+    rows = slice(start, start + size)
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(
-            trainer.model, {name: value[:rows] if value.ndim else value for name, value in rollout.items()}
+            trainer.model, {name: value[rows] if value.ndim else value for name, value in rollout.items()}
         )
     loss.backward()
     del optimizer_states

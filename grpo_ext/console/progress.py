@@ -29,6 +29,8 @@ class RewardProgress(ProgressCallback):
     """transformers' bar, followed by the latest reward and accuracy; it prints no dictionary per step, and leaves no
     bar behind after an evaluation."""
 
+    prediction_bar: Any  # of an evaluation; None outside one
+
     def __init__(self) -> None:
         super().__init__()
         self._latest: dict[str, str] = {}

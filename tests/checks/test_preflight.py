@@ -11,6 +11,7 @@ from peft import get_peft_model
 from transformers import BitsAndBytesConfig
 from trl.extras import profiling
 
+from grpo_ext.model.unwrap import base_of
 from rewards import math_answer_reward
 from tests.checks.failing_rewards import fails_elsewhere, raises, too_few, words
 from tests.tools.lanes import slow_but
@@ -121,10 +122,28 @@ UNWISE = [
         {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},
         "lora_dropout=0.1 is live in sampling and in scoring",
     ),
+    *(
+        (
+            {"bf16": True, "max_completion_length": 64} | off_policy,
+            r"one ratio per completion.* max_completion_length=64 tokens.* \(num_iterations=1, .*loss_type='dapo'",
+        )
+        for off_policy in (
+            {"num_iterations": 2},
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "prompts": [*PROMPTS, *PROMPTS]},
+        )
+    ),
+]
+# Of the same settings, what is fine: one update per rollout, a loss with a ratio per token, short answers, float32.
+WISE = [
+    {},
+    {"bf16": True, "max_completion_length": 64, "gradient_accumulation_steps": 2},
+    {"bf16": True, "max_completion_length": 64, "num_iterations": 2, "loss_type": "dapo"},
+    {"bf16": True, "max_completion_length": 32, "num_iterations": 2},
+    {"max_completion_length": 64, "num_iterations": 2},
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), [*UNWISE, ({}, None)])
+@pytest.mark.parametrize(("settings", "message"), [*UNWISE, *((settings, None) for settings in WISE)])
 def test_what_is_unwise_is_said(build, small_model, caplog, settings, message):
     with caplog.at_level(logging.WARNING, logger="grpo_ext.checks.preflight"):
         build(small_model, **{"guards": True, "peft_config": fresh_lora()} | settings)
@@ -239,22 +258,74 @@ def test_no_tracker_hears_of_it(build, small_model, monkeypatch):
 
 
 def test_it_has_the_largest_shape(build, small_model, tokenizer):
-    """The longest prompt and a full answer in every row; a whole rollout without a graph, a micro-batch with one."""
+    """The longest prompt and a full answer in every row, or one token fewer; a whole rollout without a graph, a
+    micro-batch with one. No answer is masked for being cut off, or the update would be empty."""
     shapes = []
     longest = "Question: 123456+654321=?\nAnswer:"
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_completion_length": 17}
+    settings |= {"mask_truncated_completions": True}
     trainer = build(small_model, guards=True, peft_config=fresh_lora(), prompts=[*PROMPTS, longest], **settings)
     score = trainer._get_per_token_logps_and_entropies
 
     def seen(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        shapes.append((*input_ids.shape, attention_mask.all().item(), logits_to_keep, torch.is_grad_enabled()))
+        padding = [(~row.bool()).sum().item() for row in attention_mask]
+        shapes.append((*input_ids.shape, padding, logits_to_keep, torch.is_grad_enabled()))
         return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = seen
     trainer.preflight()
     tokens = len(tokenizer(longest)["input_ids"]) + 17
-    assert shapes == [(12, tokens, True, 17, False), (4, tokens, True, 17, True)]  # reference pass, then the update
+    # The reference pass, then the update
+    assert shapes == [(12, tokens, [0, 1] * 6, 17, False), (4, tokens, [0, 1] * 2, 17, True)]
     assert all(parameter.grad is None for parameter in small_model.parameters())
+
+
+def largest_forwards(trainer, act):
+    """Of all forwards while this is done, with and without a graph: the most rows, tokens of the input, tokens of a
+    prompt that is prefilled, and tokens in the cache."""
+    largest = {}
+
+    def seen(module, args, kwargs):
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+        held = 0 if cache is None else cache.get_seq_length()
+        sizes = {"rows": len(ids), "tokens": ids.numel(), "cached": len(ids) * (held + ids.size(1))}
+        sizes["prefilled"] = 0 if held else ids.numel()
+        for name, size in sizes.items():
+            key = name, torch.is_grad_enabled()
+            largest[key] = max(largest.get(key, 0), size)
+
+    hook = base_of(trainer.model).model.register_forward_pre_hook(seen, with_kwargs=True)
+    act()
+    hook.remove()
+    return largest
+
+
+LARGEST = [
+    {},
+    {"chunk_tokens": 40},
+    {"gradient_checkpointing": True},
+    {"num_generations_max": 12},
+    {"replay_fraction": 0.5},
+    {"replay_fraction": 0.5, "num_generations_max": 8, "dead_groups": "resample", "num_iterations": 2},
+    {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+    {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0, "mask_truncated_completions": True},
+]
+
+
+@pytest.mark.parametrize("settings", slow_but(LARGEST, LARGEST[:1]), ids=lambda settings: "-".join(settings) or "plain")
+def test_no_step_of_the_run_is_larger(build, small_model, settings):
+    """The engine computes equal prompts once. With the same longest prompt in every row, the largest step was the
+    smallest one, and what did not fit ran out of memory in the run."""
+    prompts = [f"Question: {i}+{i}=?\nAnswer:" for i in range(1, 10)]
+    settings = {"per_device_train_batch_size": 16, "generation_kwargs": {"min_new_tokens": 9}} | settings
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), prompts=prompts, max_steps=6, **settings)
+    rehearsed = largest_forwards(trainer, trainer.preflight)
+    real = largest_forwards(trainer, trainer.train)
+    assert trainer.state.global_step == 6
+    assert real.keys() <= rehearsed.keys()
+    # Half of the rows end a token earlier, so the cache of the last step is copied while it is nearly full.
+    rehearsed["cached", False] += rehearsed["rows", False]
+    assert {key: size for key, size in real.items() if size > rehearsed[key]} == {}
 
 
 def test_what_does_not_fit_says_what_would(build, small_model):

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from trl.trainer.utils import use_adapter
 
+from grpo_ext import GRPOExtTrainer
 from grpo_ext.model.reference import REFERENCE, update_reference
 from tests.tools.models import random_lora
 from tests.tools.reward_functions import PROMPTS
@@ -162,3 +163,21 @@ def test_what_cannot_be_mixed_is_refused(build, small_model):
     settings = {"sync_ref_model": True, "beta": 0.1}
     with pytest.raises(ValueError, match=r"DoRA is not linear in its factors.*ref_model_mixup_alpha=1\.0"):
         build(small_model, peft_config=random_lora(use_dora=True), **settings)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_a_trainer_that_cannot_be_built_leaves_the_settings(build, small_model, beta):
+    """TRL is shown another beta while it sets up the reference for `log_kl`. If its constructor raises, the next
+    attempt with the same settings, for example in a notebook, would train with that one."""
+    made = []
+
+    class Notes(GRPOExtTrainer):
+        def __init__(self, *args, **kwargs):
+            made.append(kwargs["args"])
+            super().__init__(*args, **kwargs)
+
+    wrong = {"reward_weights": [1.0, 2.0], "beta": beta, "log_kl": True, "sync_ref_model": True}
+    with pytest.raises(ValueError, match="reward weights"):
+        build(small_model, trainer=Notes, peft_config=random_lora(), **wrong)
+    (settings,) = made
+    assert (settings.beta, settings.sync_ref_model) == (beta, True)

@@ -12,6 +12,7 @@ from grpo_ext import GRPOExtTrainer
 TRL_METHODS = {
     "_generate": "self prompts",
     "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_tokenize_prompts": "self prompts",
     "_calculate_rewards": "self inputs prompts completions completion_ids_list",
     "_generate_and_score_completions": "self inputs",
     "_prepare_inputs": "self generation_batch",
