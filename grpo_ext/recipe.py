@@ -53,6 +53,35 @@ class RecipeArguments(ScriptArguments):
     max_eval_prompts: int = field(
         default=256, metadata={"help": "Held-out problems to evaluate on, at most; 256 give an interval of +-0.06."}
     )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the question; a dot goes into a dict (extra.question). By default the usual names."
+        },
+    )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the gold answer; a dot goes into a dict (reward_model.ground_truth). By default the "
+            "usual names."
+        },
+    )
+    unreadable_gold: str = field(
+        default="error",
+        metadata={
+            "help": "Rows without a question, or whose gold answer is missing or cannot be read: 'error' names them "
+            "and ends the run (recommended for data of your own), 'drop' leaves them out, and the banner counts them.",
+            "choices": ["error", "drop"],
+        },
+    )
+    chat: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether prompts become chat messages. 'auto' (recommended): if the end of a turn in the chat "
+            "template is an end-of-sequence token of the model, unlike in base models that merely ship one.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
     eval_samples: int = field(
         default=0,
         metadata={
@@ -117,8 +146,9 @@ def build_problems(
     args: GRPOExtConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt_format: PromptFormat = DEFAULT_FORMAT,
+    reads_gold: Callable[[str], bool] | None = None,
 ) -> Problems:
-    """The problems that these arguments name.
+    """The problems that these arguments name; `reads_gold` as for `data.load_problems`.
 
     Raises:
         SystemExit, ValueError: as `data.load_problems`.
@@ -132,6 +162,11 @@ def build_problems(
         max_heldout=script_args.max_eval_prompts,
         seed=args.seed,
         prompt_format=prompt_format,
+        prompt_column=script_args.prompt_column,
+        answer_column=script_args.answer_column,
+        chat=script_args.chat,
+        unreadable_gold=script_args.unreadable_gold,
+        reads_gold=reads_gold,
     )
 
 

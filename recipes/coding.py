@@ -10,8 +10,9 @@ a minute. This only shows that everything is installed: the model knows nothing 
 nothing is learnt (held-out pass@1: 0.00).
 
 Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`, see
-rewards/code/program.py. Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py)
-is a flag, or a line of a YAML file that `--config` names; flags win.
+rewards/code/program.py. A gold answer is not needed. The tests of HumanEval, APPS, TACO, LiveCodeBench, CodeContests
+and KodCode are refused, with what to write instead. Every field of GRPOExtConfig, of TRL's ModelConfig and of
+RecipeArguments (grpo_ext/recipe.py) is a flag, or a line of a YAML file that `--config` names; flags win.
 """
 
 import sys
@@ -23,7 +24,7 @@ sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/
 from dataclasses import replace
 from typing import Any
 
-from grpo_ext.data import Problems, PromptFormat
+from grpo_ext.data import Problems, PromptFormat, refuse_unread_tests
 from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import (
     RecipeArguments,
@@ -46,6 +47,7 @@ PROMPT_FORMAT = PromptFormat(
     system="Write the program that is asked for, in one block fenced as ```python.",
     plain="{question}\nThe program in Python:\n",
     question=question,
+    needs_answer=False,
 )
 
 
@@ -76,7 +78,9 @@ def main(argv: list[str]) -> None:
         argv, "coding", HERE, embedded="tiny_coding.yaml", arguments=RecipeArguments
     )
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
-    problems = judged(build_problems(script_args, args, tokenizer, PROMPT_FORMAT))
+    problems = build_problems(script_args, args, tokenizer, PROMPT_FORMAT)
+    refuse_unread_tests(problems.train.column_names, f"'{script_args.dataset_name}'")
+    problems = judged(problems)
     trainer = build_trainer(program_reward, problems, tokenizer, args, model_args)
     train_and_report(trainer, problems, program_reward, recipe="coding", eval_samples=script_args.eval_samples)
 

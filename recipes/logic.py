@@ -27,7 +27,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from grpo_ext.data import PLAIN_PROMPT, Problems, PromptFormat, format_rows
+from grpo_ext.data import PLAIN_PROMPT, Problems, PromptFormat, format_rows, is_chat
 from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import RecipeArguments, build_trainer, parse_arguments, prepare_process, train_and_report
 from grpo_ext.rollout.reward_workers import in_workers
@@ -68,19 +68,20 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
     task, options = script_args.dataset_name, json.loads(script_args.task_options)
     sizes = {"train": script_args.train_problems, "heldout": script_args.max_eval_prompts}
+    as_chat = is_chat(tokenizer, script_args.chat)
     train, heldout = (Dataset.from_list(rows) for rows in logic_problems(task, **sizes, seed=args.seed, **options))
 
     def asked(question: str, row: dict[str, Any]) -> str:
         """The puzzle in the words of `plain_prompt` for a base model, in those of reasoning-gym for a chat model."""
-        if tokenizer.chat_template is not None:
+        if as_chat:
             return question
         fields = json.loads(row["metadata"])["metadata"] | {"question": question}
         return script_args.plain_prompt.format(**{name: Field(value) for name, value in fields.items()})
 
     prompt_format = PromptFormat(system=SYSTEM_PROMPT, plain="{question}", question=asked)
     problems = Problems(
-        train=format_rows(train, tokenizer, task, prompt_format),
-        heldout=format_rows(heldout, tokenizer, task, prompt_format),
+        train=format_rows(train, tokenizer, task, prompt_format, as_chat=as_chat)[0],
+        heldout=format_rows(heldout, tokenizer, task, prompt_format, as_chat=as_chat)[0],
         note=f"{len(heldout)} puzzles of {task}",
     )
     reward = in_workers(logic_reward, args.reward_workers, args.reward_timeout)

@@ -20,6 +20,7 @@ HERE = __file__.replace("\\", "/").rpartition("/")[0]
 sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
 
 from grpo_ext import GRPOExtConfig
+from grpo_ext.data import reads_gold
 from grpo_ext.model.load import PolicyConfig, load_tokenizer
 from grpo_ext.recipe import (
     RecipeArguments,
@@ -30,7 +31,7 @@ from grpo_ext.recipe import (
     train_and_report,
 )
 from grpo_ext.rollout.reward_workers import in_workers
-from rewards import check_gold, math_answer_reward
+from rewards import math_answer_reward
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, GRPOExtConfig, PolicyConfig]:
@@ -42,9 +43,7 @@ def main(argv: list[str]) -> None:
     prepare_process()
     script_args, args, model_args = parse(argv)
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
-    problems = build_problems(script_args, args, tokenizer)
-    for rows in (problems.train, problems.heldout):
-        check_gold(rows["answer"])
+    problems = build_problems(script_args, args, tokenizer, reads_gold=reads_gold)
     reward = in_workers(math_answer_reward, args.reward_workers, args.reward_timeout)
     trainer = build_trainer(reward, problems, tokenizer, args, model_args)
     train_and_report(trainer, problems, reward, recipe="math", eval_samples=script_args.eval_samples)

@@ -55,7 +55,9 @@ def before_weights(given: dict[str, Any]) -> Any:
         check_prompts.check_count(len(data), args.generation_batch_size, args.num_generations)
         if given.get("rollout_func") is None and given.get("environment_factory") is None:
             rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            check_rewards.check_signatures(rewards, _passed_on(args, data.column_names))
+            columns = check_prompts.columns_of(data)
+            check_prompts.check_has_prompts(columns)
+            check_rewards.check_signatures(rewards, _passed_on(args, columns))
             check_rewards.check_golds(rewards, data)
             data, left_out = _check_prompts(model, args, data, given.get("processing_class"))
             warnings += left_out

@@ -3,16 +3,40 @@
 find_longest(data, tokenizer, {})  ->  (17, [151644, 872, ..., 198])      row and token ids of the longest prompt
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from grpo_ext.model.chat import tokenize_prompt
+from grpo_ext.model.chat import end_of_turn, tokenize_prompt, why_not_chat
 
 # The longest prompt in tokens is searched among this many prompts with the most characters.
 CANDIDATES = 32
-EXAMPLE_CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
+
+
+def columns_of(data: Dataset) -> list[str]:
+    """The columns of the rows that TRL reads; `set_transform` may make them of others."""
+    return data.column_names if data.format["type"] is None else list(data[0])
+
+
+def values_of(data: Dataset, column: str) -> Sequence[Any]:
+    """A column of the rows that TRL reads; for a data set with `set_transform`, row by row."""
+    return data[column][:] if data.format["type"] is None else [data[row][column] for row in range(len(data))]
+
+
+def check_has_prompts(columns: Sequence[str]) -> None:
+    """Check that there is a column that TRL takes as the prompt.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "prompt" not in columns:
+        raise ValueError(
+            f"The training data has no column 'prompt'; it has: {', '.join(columns)}. Rename the one that holds the "
+            f"prompts: dataset.rename_column({next(iter(columns), 'question')!r}, 'prompt'). Only an environment "
+            f"(environment_factory) may give prompts itself."
+        )
 
 
 def check_count(prompts: int, rollout: int, num_generations: int) -> None:
@@ -44,11 +68,7 @@ def without_overlong(
     Raises:
         ValueError: there are such prompts and `action` is "error", or no other prompts are left.
     """
-    lengths = data.map(
-        lambda row: {"tokens": len(tokenize_prompt(tokenizer, row["prompt"], **template))},
-        remove_columns=data.column_names,
-        desc="prompt lengths",
-    )["tokens"]
+    lengths = [len(tokenize_prompt(tokenizer, prompt, **template)) for prompt in values_of(data, "prompt")]
     kept = [i for i, tokens in enumerate(lengths) if tokens <= limit]
     if len(kept) == len(data):
         return data, None
@@ -61,7 +81,7 @@ def without_overlong(
 
 def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> tuple[int, list[int]]:
     """Row and token ids of the longest prompt among the `CANDIDATES` prompts with the most characters."""
-    prompts = data["prompt"][:]
+    prompts = values_of(data, "prompt")
     rows = sorted(range(len(prompts)), key=lambda row: -len(str(prompts[row])))[:CANDIDATES]
     return max(
         ((row, tokenize_prompt(tokenizer, prompts[row], **template)) for row in rows), key=lambda found: len(found[1])
@@ -103,14 +123,13 @@ def warnings_of_template(
         ends: ids of the tokens that end an answer.
     """
     if isinstance(prompt, str):
-        if tokenizer.chat_template is None:
-            return []
+        if why_not_chat(tokenizer, ends, **template) is not None:
+            return []  # a base model, which may ship a template
         return [
             "The prompts are plain text, and the tokenizer has a chat template, which they do not go through. For a "
             "chat model, make each prompt a list of messages: [{'role': 'user', 'content': ...}]."
         ]
-    text = tokenizer.apply_chat_template(EXAMPLE_CHAT, tokenize=False, **template)
-    after = text.rpartition(EXAMPLE_CHAT[-1]["content"])[2]
+    after = end_of_turn(tokenizer, **template) or ""
     ids = tokenizer(text=after, add_special_tokens=False)["input_ids"]
     if not ids or ends.intersection(ids):
         return []

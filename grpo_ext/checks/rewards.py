@@ -22,6 +22,7 @@ from torch import nn
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from grpo_ext.checks.prompts import columns_of, values_of
 from rewards import MathAnswerReward, check_gold
 from rewards.workers.pool import IsolatedReward, declares
 
@@ -66,10 +67,10 @@ def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
     Raises:
         ValueError: it cannot parse some; the message gives their rows.
     """
-    if "answer" in data.column_names and any(
+    if "answer" in columns_of(data) and any(
         isinstance(inspect.unwrap(reward), MathAnswerReward) for reward in filter(callable, reward_funcs)
     ):
-        check_gold(data["answer"])
+        check_gold(values_of(data, "answer"))
 
 
 def call_once(

@@ -1,12 +1,14 @@
 """`grpo-ext audit --data problems.jsonl`: is the reward right on this data, and hard to cheat?"""
 
 import argparse
+import inspect
 import sys
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
+from grpo_ext.cli.data_arguments import add_data_arguments
 from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
@@ -19,12 +21,8 @@ SHOWN_CHARACTERS = 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
-    parser.add_argument("--split", default="train", help="of the data; default: train")
+    add_data_arguments(parser, split="train")
     parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
-    parser.add_argument(
-        "--gold", default="answer", help="the column a right completion is written from; default: answer"
-    )
     parser.add_argument(
         "--form", action="append", help="how, {} standing for it; again for others; default: '#### {}' ..."
     )
@@ -35,15 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the table of `rewards.audit`; exit with 1 if gold answers do not earn 1.0."""
     quiet_libraries()
-    from grpo_ext.data import PROMPT_COLUMNS, sample_rows
+    from grpo_ext.data import answer_of, judged_rows, load_splits, question_of, reads_gold, sample_rows
+    from rewards import MathAnswerReward
     from rewards.audit import ANSWER_FORMS, audit
 
-    rows = sample_rows(options.data, options.split, options.rows, options.seed).to_list()
-    for row in rows:
-        row["prompt"] = next((row[name] for name in PROMPT_COLUMNS if name in row), "")
-    checks, seconds = audit(
-        load_reward(options.reward), rows, gold=options.gold, forms=options.form or ANSWER_FORMS, seed=options.seed
+    splits, reward = load_splits(options.data), load_reward(options.reward)
+    found, shape, note = judged_rows(
+        splits.pick(splits.only_or(options.split), "--split"),
+        f"'{options.data}'",
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        unreadable_gold=options.unreadable_gold,
+        reads_gold=reads_gold if isinstance(inspect.unwrap(reward), MathAnswerReward) else None,
     )
+    for text in filter(None, (splits.note, note)):
+        print(text, file=sys.stderr)
+    rows = sample_rows(found, options.rows, options.seed).to_list()
+    rows = [row | {"prompt": question_of(row, shape), "answer": answer_of(row, shape)} for row in rows]
+    checks, seconds = audit(reward, rows, forms=options.form or ANSWER_FORMS, seed=options.seed)
     _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
     if any(check.is_fatal and check.failed for check in checks):
         sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")

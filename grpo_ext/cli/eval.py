@@ -1,18 +1,22 @@
 """`grpo-ext eval --model NAME --data problems.jsonl`: how many problems a model solves, with or without an adapter.
 
 It measures as a run does: the prompts of `grpo_ext.data`, greedy answers for pass@1, samples for pass@k, 95% intervals.
-With the seed of a run, it takes the problems that the run held out.
+Of a test split, it takes the problems that a run with the same seed held out. Data with one split is taken whole: a run
+on it trained on most of these problems.
 
 {"model": "Qwen/Qwen2.5-0.5B", "pass_at_1": {"value": 0.31, "low": 0.26, "high": 0.37, "n": 256}, "k": 0, ...}
 """
 
 import argparse
+import inspect
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_ext.cli.data_arguments import add_data_arguments
 from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
@@ -29,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--model", required=True, help="a Hub name or a folder")
     parser.add_argument("--adapter", help="of that model: the output folder of a run, or a Hub name")
-    parser.add_argument("--data", required=True, help="a file (.jsonl, .json, .csv, .parquet), a folder, or a Hub name")
-    parser.add_argument("--split", default="test", help="of the data; default: test")
+    add_data_arguments(parser, split="test")
+    parser.add_argument(
+        "--chat", choices=["auto", "true", "false"], default="auto", help="chat messages as prompts, as in a run"
+    )
     parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
     parser.add_argument(
         "--samples", type=int, default=0, help="a problem, for pass@k with this k; default: greedy only"
@@ -60,18 +66,33 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
     quiet_libraries()
     from grpo_ext.config import GRPOExtConfig
-    from grpo_ext.data import format_rows, sample_rows
+    from grpo_ext.data import format_rows, is_chat, load_splits, reads_gold, sample_rows
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.model.load import PolicyConfig, load_tokenizer
     from grpo_ext.rollout.reward_workers import in_workers
+    from rewards import MathAnswerReward
     from rewards.workers.pool import IsolatedReward
 
     model_args = PolicyConfig(model_name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     tokenizer = load_tokenizer(model_args)
-    rows = sample_rows(options.data, options.split, options.max_problems, options.seed)
-    problems = format_rows(rows, tokenizer, options.data, needs_answer=False).to_list()
+    splits, plain_reward = load_splits(options.data), load_reward(options.reward)
+    is_math = isinstance(inspect.unwrap(plain_reward), MathAnswerReward)
+    rows, note = format_rows(
+        splits.pick(splits.only_or(options.split), "--split"),
+        tokenizer,
+        f"'{options.data}'",
+        needs_answer=is_math,
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        as_chat=is_chat(tokenizer, options.chat),
+        unreadable_gold=options.unreadable_gold,
+        reads_gold=reads_gold if is_math else None,
+    )
+    for text in filter(None, (splits.note, note)):
+        print(text, file=sys.stderr)
+    problems = sample_rows(rows, options.max_problems, options.seed).to_list()
     args = GRPOExtConfig(report_to="none")
-    reward = in_workers(load_reward(options.reward), args.reward_workers, args.reward_timeout)
+    reward = in_workers(plain_reward, args.reward_workers, args.reward_timeout)
     model = _load(model_args, args, options.adapter)
     started = time.monotonic()
     try:

@@ -190,13 +190,13 @@ def likes_everything(completions, **columns):
 
 @pytest.mark.parametrize("prompts", [MESSAGES, PROMPTS])
 def test_templates(build, tokenizer, caplog, prompts, monkeypatch):
-    """A turn that ends in a token that ends nothing: every answer would run to its limit. Text that goes round it."""
+    """A turn that ends in a token that ends nothing: every answer would run to its limit."""
     settings = {"guards": True, "peft_config": fresh_lora(), "reward": likes_everything, "max_steps": 1}
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     build(small_llama(tokenizer), prompts=prompts, **settings).preflight()
     ends = "The chat template ends a turn with '#', which holds none of the tokens that end an answer"
     assert (ends in caplog.text) is (prompts is MESSAGES)
-    assert ("The prompts are plain text, and the tokenizer has a chat template" in caplog.text) is (prompts is PROMPTS)
+    assert "The prompts are plain text" not in caplog.text  # right for a base model that ships a template
     caplog.clear()
     monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("#", tokenizer.eos_token))
     build(small_llama(tokenizer), prompts=MESSAGES, **settings).preflight()

@@ -1,12 +1,17 @@
 """Problems from files and folders: columns, prompts for base and chat models, and what is held out."""
 
+import copy
+import gzip
 import json
+from functools import partial
 
 import pandas
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, GenerationConfig
 
-from grpo_ext.data import SYSTEM_PROMPT, load_problems
+from grpo_ext.checks.prompts import warnings_of_template
+from grpo_ext.data import SYSTEM_PROMPT, PromptFormat, load_problems, reads_gold, refuse_unread_tests
 
 ROWS = [{"question": f"{i}+1=?", "answer": str(i + 1)} for i in range(50)]
 
@@ -52,32 +57,258 @@ def test_a_folder_with_a_test_file_keeps_it_apart(tmp_path, tokenizer):
     assert problems.note == "3 problems of split 'test'; 2 training rows with the same prompt were left out"
 
 
-def test_chat_models_get_messages(tmp_path, tokenizer):
-    tokenizer.chat_template = "{{ messages }}"
-    try:
-        path = write(tmp_path / "d.jsonl", ROWS)
-        prompt = load_problems(path, tokenizer).train[0]["prompt"]
-        messages = [{"prompt": [{"role": "user", "content": "hi"}], "answer": "1"}] * 10
-        kept = load_problems(write(tmp_path / "m.jsonl", messages), tokenizer).heldout[0]["prompt"]
-    finally:
-        tokenizer.chat_template = None
-    assert prompt[0] == {"role": "system", "content": SYSTEM_PROMPT}
-    assert prompt[1]["role"] == "user"
-    assert prompt[1]["content"].endswith("+1=?")
-    assert kept == [{"role": "user", "content": "hi"}]
+def with_template(tokenizer, end):
+    """The tokenizer with a chat template that ends a turn with this text."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + end + "\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return own
+
+
+@pytest.mark.parametrize(
+    ("end", "chat", "is_messages"),
+    [
+        ("eos", "auto", True),
+        ("<|im_end|>", "auto", False),  # Qwen2.5 base: the template ends turns with what does not end its text
+        ("", "auto", False),
+        ("<|im_end|>", "true", True),
+        ("eos", "false", False),
+    ],
+)
+def test_chat_or_base_is_told_by_the_end_of_a_turn(tmp_path, tokenizer, caplog, end, chat, is_messages):
+    """A base model that ships a chat template got system and user turns that it never ends."""
+    own = with_template(tokenizer, tokenizer.eos_token if end == "eos" else end)
+    row = load_problems(write(tmp_path / "d.jsonl", ROWS), own, chat=chat).train[0]
+    if is_messages:
+        assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+        assert row["prompt"][0]["content"] == SYSTEM_PROMPT
+        assert row["prompt"][1]["content"].endswith("+1=?")
+    else:
+        assert row["prompt"].startswith("Question: ")
+    assert ("Taken for a base model" in caplog.text) == (chat == "auto" and not is_messages)
+
+
+def test_end_tokens_of_the_generation_config_count(tmp_path, tokenizer):
+    """Gemma and Llama-3 end a turn with a token that only the generation config names, not the tokenizer."""
+    own = with_template(tokenizer, "7")
+    own.save_pretrained(tmp_path / "model")
+    (seven,) = own("7", add_special_tokens=False)["input_ids"]
+    path = write(tmp_path / "d.jsonl", ROWS)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert isinstance(load_problems(path, loaded).train[0]["prompt"], str)
+    GenerationConfig(eos_token_id=[own.eos_token_id, seven]).save_pretrained(tmp_path / "model")
+    assert isinstance(load_problems(path, loaded).train[0]["prompt"], list)
+
+
+def test_no_template_warning_for_plain_prompts_of_a_base_model(tokenizer):
+    """The README's example on a base model was told to use the chat template that the model does not know."""
+    for end, warned in (("<|im_end|>", False), (tokenizer.eos_token, True)):
+        found = warnings_of_template(with_template(tokenizer, end), "Question: 1+1=?", {}, {tokenizer.eos_token_id})
+        assert bool(found) == warned
+
+
+def test_messages_of_the_data(tmp_path, tokenizer):
+    """A chat model gets them as they are, a base model their text; several turns are no question for it."""
+    turns = [{"role": "user", "content": "hi"}]
+    path = write(tmp_path / "m.jsonl", [{"prompt": turns, "answer": "1"}] * 10)
+    assert load_problems(path, with_template(tokenizer, tokenizer.eos_token)).heldout[0]["prompt"] == turns
+    assert load_problems(path, tokenizer).heldout[0]["prompt"] == "Question: hi\nAnswer:"
+    many = [*turns, {"role": "assistant", "content": "hello"}, *turns]
+    with pytest.raises(ValueError, match=r"several turns \(user, assistant, user\).*--chat true"):
+        load_problems(write(tmp_path / "n.jsonl", [{"prompt": many, "answer": "1"}] * 10), tokenizer)
+
+
+def chat_of(i):
+    return [{"role": "user", "content": f"P{i}"}]
+
+
+SHAPES = {
+    "aime": (lambda i: {"ID": str(i), "Problem": f"P{i}", "Answer": i}, "P{}", "{}"),
+    "verl": (lambda i: {"prompt": chat_of(i), "reward_model": {"ground_truth": str(i), "style": "rule"}}, "P{}", "{}"),
+    "alpaca": (lambda i: {"instruction": "Add 1.", "input": f"{i}", "output": str(i)}, "Add 1.\n\n{}", "{}"),
+    "gsm8k": (lambda i: {"question": f"P{i}", "answer": f"so\n#### {i}"}, "P{}", "so\n#### {}"),
+    "math": (lambda i: {"problem": f"P{i}", "solution": f"\\boxed{{{i}}}"}, "P{}", "\\boxed{{{}}}"),
+    "olympiad": (lambda i: {"question": f"P{i}", "solution": "long", "final_answer": [str(i)]}, "P{}", "{}"),
+    "floats": (lambda i: {"question": f"P{i}", "answer": float(i)}, "P{}", "{}"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_usual_shapes_need_no_flags(tmp_path, tokenizer, shape):
+    """Each was refused for the names of its columns, or its answers became the text of a list."""
+    row, prompt, answer = SHAPES[shape]
+    rows = load_problems(write(tmp_path / "d.jsonl", [row(i) for i in range(30)]), tokenizer).train
+    found = {(r["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:"), r["answer"]) for r in rows}
+    assert len(found) == 24
+    assert found <= {(prompt.format(i), answer.format(i)) for i in range(30)}
+
+
+def test_flags_name_the_columns(tmp_path, tokenizer):
+    rows = [{"extra": {"q": f"P{i}"}, "gold": i, "answer": "no"} for i in range(10)]
+    path = write(tmp_path / "d.jsonl", rows)
+    problems = load_problems(path, tokenizer, prompt_column="extra.q", answer_column="gold", max_heldout=2)
+    assert set(problems.train["answer"]) < {str(i) for i in range(10)}
+    assert problems.train[0]["prompt"].startswith("Question: P")
+    with pytest.raises(ValueError, match=r"--answer_column glod: .* it has: extra, gold, answer"):
+        load_problems(path, tokenizer, prompt_column="extra.q", answer_column="glod")
+
+
+CODE = {
+    "mbpp_full": ({"text": "Add.", "code": "x", "test_list": ["assert f(1) == 2"]}, None),
+    "humaneval": ({"prompt": "def f():", "test": "def check(candidate): ...", "entry_point": "f"}, "HumanEval"),
+    "apps": ({"question": "q", "input_output": "{}"}, "APPS"),
+    "livecodebench": ({"question_content": "q", "public_test_cases": "[]"}, "LiveCodeBench"),
+    "kodcode": ({"question": "q", "solution": "s", "test": "def test_f(): ..."}, "KodCode"),
+    "code_contests": ({"description": "q", "public_tests": {"input": ["1"], "output": ["2"]}}, "CodeContests"),
+}
+
+
+@pytest.mark.parametrize("shape", CODE)
+def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
+    """Data without an answer column was refused, and tests that cannot be read were not called by their name."""
+    row, refused = CODE[shape]
+    rows = [
+        {name: f"{text}{i}" if name != "test" and isinstance(text, str) else text for name, text in row.items()}
+        for i in range(10)
+    ]
+    path = write(tmp_path / "d.jsonl", rows)
+    problems = load_problems(path, tokenizer, prompt_format=PromptFormat(needs_answer=False))
+    assert len(problems.train) == 8
+    if refused is None:
+        refuse_unread_tests(problems.train.column_names, path)
+    else:
+        with pytest.raises(ValueError, match=rf"has the tests of {refused}.*give each row `"):
+            refuse_unread_tests(problems.train.column_names, path)
+
+
+def test_countdown_is_refused_with_what_to_type(tmp_path, tokenizer):
+    path = write(tmp_path / "d.jsonl", [{"target": 9, "nums": [2, 3, 4]}] * 10)
+    with pytest.raises(ValueError, match=r"Countdown.*recipes/logic.py --dataset_name countdown"):
+        load_problems(path, tokenizer)
+
+
+HOLES = {
+    "null": (lambda i: {"answer": None}, "answer is missing"),
+    "blank": (lambda i: {"answer": "  "}, "answer is empty"),
+    "several": (lambda i: {"answer": [str(i), "2"]}, "answer is a list of 2"),
+    "none": (lambda i: {"answer": []}, "answer is a list of 0"),
+    "question": (lambda i: {"question": None}, "question is missing"),
+    "unreadable": (lambda i: {"answer": "we leave the proof to the reader, who will see it"}, "answer cannot be read"),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_that_cannot_be_judged(tmp_path, tokenizer, hole, split):
+    """`str()` made the gold answers "None" and "['256']" of them, and a model was paid for writing None."""
+    change, reason = HOLES[hole]
+    is_list = hole in ("several", "none")
+    rows = [{"question": f"{i}?", "answer": [str(i)] if is_list else str(i)} for i in range(30)]
+    holed = [row | change(i) if i % 10 == 3 else row for i, row in enumerate(rows)]
+    for name in ("train", "test"):
+        questions_of = [
+            r | {"question": r["question"] and name + r["question"]} for r in (holed if name == split else rows)
+        ]
+        write(tmp_path / "data" / f"{name}.jsonl", questions_of)
+    load = partial(load_problems, str(tmp_path / "data"), tokenizer, reads_gold=reads_gold)
+    with pytest.raises(ValueError, match=rf"3 of 30 rows of split '{split}' .*rows 3, 13, 23.*{reason}.*_gold drop"):
+        load()
+    problems = load(unreadable_gold="drop")
+    kept = {"train": problems.train, "test": problems.heldout}
+    assert {name: len(rows) for name, rows in kept.items()} == {"train": 30, "test": 30} | {split: 27}
+    assert f"3 of 30 rows of split '{split}'" in problems.note
+    assert "were left out" in problems.note
+    assert all(answer.isdigit() for rows in kept.values() for answer in rows["answer"])
+
+
+def test_numbers_from_a_spreadsheet(tmp_path, tokenizer):
+    """pandas makes floats of whole numbers if some are missing, and NaN of these."""
+    frame = pandas.DataFrame({"question": [f"{i}?" for i in range(30)], "answer": [None, *range(1, 30)]})
+    frame.to_parquet(tmp_path / "d.parquet")
+    problems = load_problems(str(tmp_path / "d.parquet"), tokenizer, unreadable_gold="drop")
+    assert {*problems.train["answer"], *problems.heldout["answer"]} == {str(i) for i in range(1, 30)}
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def table(separator):
+    return "question,answer\n".replace(",", separator) + "".join(f"{i}?{separator}{i}\n" for i in range(30))
+
+
+THIRTY = [{"question": f"{i}?", "answer": str(i)} for i in range(30)]
+FILES = {
+    "d.json": json.dumps(THIRTY),
+    "d.JSONL": lines(THIRTY),
+    "d.jsonl.gz": lines(THIRTY),
+    "d.JSONL.GZ": lines(THIRTY),
+    "d.csv": table(","),
+    "d.CSV.gz": table(","),
+    "d.tsv": table("\t"),
+    "d.tsv.gz": table("\t"),
+    "folder/train.jsonl.gz": lines(THIRTY),
+    "folder/train.tsv": table("\t"),
+    "folder/train.JSONL": lines(THIRTY),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_folders(tmp_path, tokenizer, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(FILES[name].encode()) if name.lower().endswith(".gz") else FILES[name].encode())
+    problems = load_problems(str(path if path.parent == tmp_path else path.parent), tokenizer)
+    assert sorted([*problems.train["answer"], *problems.heldout["answer"]], key=int) == [str(i) for i in range(30)]
+
+
+def test_folders_of_save_to_disk(tmp_path, tokenizer):
+    """`datasets` asks for `load_from_disk`, which a flag cannot call."""
+    rows = Dataset.from_list(THIRTY)
+    rows.save_to_disk(tmp_path / "one")
+    rows.train_test_split(test_size=5, seed=0).save_to_disk(tmp_path / "both")
+    for split in ("train", "test"):
+        rows.save_to_disk(tmp_path / "folders" / split)
+    sizes = {}
+    for name in ("one", "both", "folders"):
+        problems = load_problems(str(tmp_path / name), tokenizer)
+        sizes[name] = len(problems.train), len(problems.heldout)
+    assert sizes == {"one": (24, 6), "both": (25, 5), "folders": (30, 30)}
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 10])
+def test_few_prompts_in_many_rows(tmp_path, tokenizer, prompts):
+    """The copies of held-out prompts emptied the training data: "The training data has no rows"."""
+    rows = [{"question": f"Write a haiku {i % prompts}.", "answer": "1"} for i in range(30)]
+    problems = load_problems(write(tmp_path / "d.jsonl", rows), tokenizer)
+    shared = questions(problems.train) & questions(problems.heldout)
+    assert bool(shared) == (prompts == 1) == ("held out and trained on" in problems.note)
+    assert len(problems.train) >= 15
+    assert len(problems.heldout) == 6
+
+
+def test_one_split_is_that_split(tmp_path, tokenizer):
+    write(tmp_path / "data" / "validation.jsonl", THIRTY)
+    assert len(load_problems(str(tmp_path / "data"), tokenizer).train) == 24
 
 
 def test_bad_data_is_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"column for the prompt.*it has: text, answer"):
         load_problems(write(tmp_path / "a.jsonl", [{"text": "x", "answer": "1"}] * 10), tokenizer)
-    with pytest.raises(ValueError, match=r"column for the answer, one of: answer, solution.*it has: question"):
+    with pytest.raises(
+        ValueError, match=r"column for the answer, one of: answer, .*it has: question. Name it: --answer_column"
+    ):
         load_problems(write(tmp_path / "b.jsonl", [{"question": "x"}] * 10), tokenizer)
     with pytest.raises(ValueError, match="3 rows and no split 'test': too few"):
         load_problems(write(tmp_path / "c.jsonl", ROWS[:3]), tokenizer)
     with pytest.raises(ValueError, match=r"suffix '.txt'; valid: .jsonl"):
         load_problems(write(tmp_path / "d.txt", ROWS), tokenizer)
-    with pytest.raises(ValueError, match="no split 'dev'; it has: train"):
-        load_problems(write(tmp_path / "e.jsonl", ROWS), tokenizer, train_split="dev")
+    for split in ("train", "test"):
+        write(tmp_path / "e" / f"{split}.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"no split 'dev'; it has: train, test\. Add --dataset_train_split train"):
+        load_problems(str(tmp_path / "e"), tokenizer, train_split="dev")
     with pytest.raises(SystemExit, match="Data set 'nobody/nothing' is not a local path"):
         load_problems("nobody/nothing", tokenizer)
 
@@ -85,6 +316,14 @@ def test_bad_data_is_named(tmp_path, tokenizer):
 def test_the_name_on_the_hub_stays_with_the_rows(monkeypatch, tokenizer, tmp_path):
     """For the card of a run; `datasets` itself keeps `gsm8k` of `openai/gsm8k`."""
     splits = load_dataset("json", data_files={"train": write(tmp_path / "d.jsonl", ROWS)})
-    monkeypatch.setattr("grpo_ext.data.load_dataset", lambda name, config: splits)
+    monkeypatch.setattr("grpo_ext.data.files.load_dataset", lambda name, config: splits)
     problems = load_problems("openai/gsm8k", tokenizer, config="main")
     assert problems.train.info.dataset_name == "openai/gsm8k"
+
+
+def test_the_first_config_of_the_hub_is_named(monkeypatch, tokenizer, tmp_path):
+    """It was taken silently, and the banner did not say which one."""
+    splits = load_dataset("json", data_files={"train": write(tmp_path / "d.jsonl", ROWS)})
+    monkeypatch.setattr("grpo_ext.data.files.load_dataset", lambda name, config: splits)
+    monkeypatch.setattr("grpo_ext.data.files.get_dataset_config_names", lambda name: ["main", "socratic"])
+    assert "config 'main', the first of 2" in load_problems("openai/gsm8k", tokenizer).note

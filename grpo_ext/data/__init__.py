@@ -1,0 +1,43 @@
+"""Problems for a run: a data set from the Hub or from local files, with a prompt and a gold answer per row.
+
+`files.py` loads splits, `shapes.py` finds the question and the answer of a row, `cells.py` turns cells into text and
+names the rows that cannot be judged, and `problems.py` formats prompts and separates the held-out rows.
+"""
+
+from grpo_ext.data.cells import answer_of, question_of, reads_gold
+from grpo_ext.data.files import Splits, load_splits
+from grpo_ext.data.problems import (
+    DEFAULT_FORMAT,
+    PLAIN_PROMPT,
+    SYSTEM_PROMPT,
+    Problems,
+    PromptFormat,
+    format_rows,
+    is_chat,
+    judged_rows,
+    load_problems,
+    sample_rows,
+)
+from grpo_ext.data.shapes import ANSWER_COLUMNS, PROMPT_COLUMNS, find_shape, refuse_unread_tests
+
+__all__ = [
+    "ANSWER_COLUMNS",
+    "DEFAULT_FORMAT",
+    "PLAIN_PROMPT",
+    "PROMPT_COLUMNS",
+    "SYSTEM_PROMPT",
+    "Problems",
+    "PromptFormat",
+    "Splits",
+    "answer_of",
+    "find_shape",
+    "format_rows",
+    "is_chat",
+    "judged_rows",
+    "load_problems",
+    "load_splits",
+    "question_of",
+    "reads_gold",
+    "refuse_unread_tests",
+    "sample_rows",
+]
