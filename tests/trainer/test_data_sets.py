@@ -20,7 +20,15 @@ def transformed(prompts):
 def train(tokenizer, path, data, *, is_ours, **settings):
     trainer, config = (GRPOExtTrainer, GRPOExtConfig) if is_ours else (GRPOTrainer, GRPOConfig)
     own = {"guards": True} if is_ours else {}
-    args = config(str(path), **(SETTINGS | {"max_steps": 2, "use_cpu": True, "report_to": "none"} | settings | own))
+    args = config(
+        str(path),
+        **(
+            SETTINGS
+            | {"max_steps": 2, "use_cpu": True, "report_to": "none", "max_completion_length": 8, "beta": 0.0}
+            | settings
+            | own
+        ),
+    )
     made = trainer(small_llama(tokenizer), share_of_digits, args, data, processing_class=tokenizer)
     made.train()
     return [row["reward"] for row in made.state.log_history if "reward" in row], made
