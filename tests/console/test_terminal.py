@@ -39,7 +39,7 @@ def full():
 def broken_pipe():
     read, write = os.pipe()
     os.close(read)
-    return pathlib.Path(write).open("w", encoding="utf-8")
+    return os.fdopen(write, "w", encoding="utf-8")
 
 
 STREAMS = {
