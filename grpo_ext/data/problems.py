@@ -157,6 +157,7 @@ def is_chat(tokenizer: PreTrainedTokenizerBase, chat: str) -> bool:
     Raises:
         ValueError: "true", and the tokenizer has no chat template; or another value.
     """
+    chat = str(chat).lower()  # YAML reads true and false as truth values
     if chat not in ("auto", "true", "false"):
         raise ValueError(f"--chat {chat} is not valid; valid: auto, true, false.")
     if chat == "true" and tokenizer.chat_template is None:

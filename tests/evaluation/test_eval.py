@@ -137,7 +137,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--split", "dev"], "has no split 'dev'; it has: train, test. Add --split NAME"),
+        (["--split", "dev"], "has no split 'dev'; it has: train, test. Add --split train"),
         (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0 to draw samples"),
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),

@@ -134,7 +134,7 @@ def test_programs_through_its_command_line(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gold", "nope"], "column 'nope'"),
+        (["--gold", "nope"], "--answer_column nope: .* has no such column"),
         (["--split", "nope"], "has no split 'nope'; it has: train, test"),
         (["--reward", "rewards:nope"], "nope"),
         (["--reward", "nope:nope"], "No module named 'nope'"),
