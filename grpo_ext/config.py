@@ -103,13 +103,17 @@ class GRPOExtConfig(GRPOConfig):
             policy. Recommended: 0; 0.25 to 0.5 if sampling takes most of a step and half of the groups are dead.
         replay_max_age: optimizer steps, 1 or more; 4 by default. Older groups are not replayed, nor are groups with a
             completion whose probability has changed by more than a factor of e.
-        reward_timeout: seconds that a reward may take per completion, above 0; 10 by default. Applies to rewards in
-            worker processes (`grpo_ext/rollout/reward_workers.py`). A reward that gets all completions of a call has
-            this time for each of them. Recommended: ten times what the slowest completion takes.
-        reward_workers: worker processes per reward, for rewards that score each completion independently and declare it
-            (`scores_independently = True`), 0 or more. None (default) for one per core of this training process. Other
-            rewards have one worker, which gets whole calls. 0 calls every reward in the training process, for a reward
-            that changes something there, for example a list or a model.
+        reward_timeout: seconds, above 0; 10 by default. For a reward in worker processes, the time that it may take per
+            completion; a whole call has this time for each of its completions. For a reward in the training process,
+            which nothing can end, the time after which a call is reported in the log while it runs. Recommended: ten
+            times what the slowest completion takes.
+        reward_workers: None (default) calls every reward function in the training process, as TRL does, except for
+            those that declare `scores_independently = True` (`math_answer_reward` and `logic_reward` do): they get one
+            completion at a time in up to four worker processes, at most one per core, so that a hang or a crash costs
+            one completion. 1 or more runs every reward function in workers: those that declare it in this number,
+            which they share, any other one with whole calls in a worker of its own, which has a copy of the reward and
+            keeps its state. 0 runs none in workers. Recommended: None; `isolated(reward)` of `rewards` for a single
+            reward that may hang or crash (`rewards/workers/pool.py`).
         max_prompt_tokens: maximum length of a prompt in tokens, 1 or more; None (default) for the model's own limit.
             Recommended: twice the usual length, because a single prompt of 3,000 tokens can exhaust the memory.
         overlong_prompts: what to do with longer prompts. `"error"` (default), or `"drop"`, which removes these rows and
@@ -204,11 +208,15 @@ class GRPOExtConfig(GRPOConfig):
         default=4, metadata={"help": "Optimizer steps after which a group is not replayed any more."}
     )
     reward_timeout: float = field(
-        default=10.0, metadata={"help": "Seconds that a reward may take for one answer, above 0."}
+        default=10.0,
+        metadata={"help": "Seconds, above 0: limit per completion in worker processes; other calls are reported then."},
     )
     reward_workers: int | None = field(
         default=None,
-        metadata={"help": "Worker processes of a reward; default: one a core; 0: none, in the training process."},
+        metadata={
+            "help": "Run every reward function in worker processes, for example 2; 0: none. Default: only those that "
+            "declare scores_independently, in up to 4."
+        },
     )
 
     max_prompt_tokens: int | None = field(

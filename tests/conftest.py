@@ -116,7 +116,7 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
         }
         config = GRPOExtConfig if issubclass(trainer, GRPOExtTrainer) else GRPOConfig
         if config is GRPOExtConfig:
-            # A worker takes seconds to start, and random adapters break rules: see test_pool.py, test_preflight.py.
+            # Random adapters break rules, and few tests are about workers: see test_preflight.py, test_pool.py.
             settings |= {"reward_workers": 0, "guards": False}
         return trainer(
             model,

@@ -214,7 +214,7 @@ def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
     table.add_column(overflow="fold")
     table.add_row("largest step", f"{worst.seconds:.1f} s, {worst.peak_mb / 1000:.2f} GB at its peak")
     if scores:
-        shown = ", ".join(f"{name}: {values[0]}" for name, values in scores.items())
+        shown = ", ".join(f"{name}: {v if v is None else round(v, 3)}" for name, (v, *_) in scores.items())
         table.add_row("rewards", f"{shown} for no answer")
     table.add_row("first prompt", Text(worst.prompt[-SHOWN_CHARACTERS:]))
     table.add_row("an answer", Text(worst.completion[:SHOWN_CHARACTERS]))

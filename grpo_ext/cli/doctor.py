@@ -69,6 +69,7 @@ def examine() -> Iterator[Finding]:
     yield precision()
     yield four_bits()
     yield sandbox()
+    yield reward_workers()
     yield disk("disk, current folder", Path.cwd(), "output_dir=FOLDER on a larger disk")
     yield disk(
         "disk, Hub cache", Path(constants.HF_HUB_CACHE), "hf cache prune, or export HF_HOME=FOLDER on a larger disk"
@@ -181,6 +182,23 @@ def sandbox() -> Finding:
     if outcome.stdout != b"42\n":
         return Finding("sandbox", "yellow", f"a program in it ended as {outcome.status!r}", "python -c 'print(6 * 7)'")
     return Finding("sandbox", "green", "a program runs in it")
+
+
+def reward_workers() -> Finding:
+    """Whether a reward can run in a worker process, and how to ask for that."""
+    from rewards import isolated, length_reward
+
+    reward = isolated(length_reward, workers=1, on_error="raise", timeout_s=60.0)
+    try:
+        reward(completions=["a word"])
+    except (RuntimeError, OSError) as error:
+        why = str(error).partition("\n")[0]
+        remedy = "--reward_workers 0: every reward in the training process"
+        return Finding("reward workers", "yellow", f"a worker process does not start: {why}", remedy)
+    finally:
+        reward.close()
+    text = "they start; a reward that hangs: `from rewards import isolated`, reward_funcs=isolated(REWARD)"
+    return Finding("reward workers", "green", text)
 
 
 def disk(name: str, folder: Path, remedy: str) -> Finding:

@@ -197,14 +197,14 @@ class WorkerPool:
         return [results[index] for index in range(len(tasks))]
 
     def _idle_worker(self) -> Worker | None:
-        for worker in list(self._workers):
-            if not worker.is_alive:
-                self._remove(worker)
-        idle = next((worker for worker in self._workers if worker not in self._busy), None)
-        if idle is None and len(self._workers) < self._size:
-            idle = Worker()
-            self._workers.append(idle)
-        return idle
+        for worker in [worker for worker in self._workers if worker not in self._busy]:
+            if worker.is_alive:
+                return worker
+            self._remove(worker)
+        if len(self._workers) == self._size:
+            return None
+        self._workers.append(Worker())
+        return self._workers[-1]
 
     def _remove(self, worker: Worker) -> int | None:
         """End a worker at once, and return its exit code."""

@@ -1,6 +1,8 @@
 """What is checked before a run: every guard speaks, names what was received and what is valid, and leaves no trace."""
 
+import functools
 import logging
+import random
 import re
 from types import SimpleNamespace
 
@@ -8,13 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from trl.extras import profiling
 
 from grpo_ext.model.unwrap import base_of
-from rewards import math_answer_reward
+from rewards import length_reward, math_answer_reward
 from tests.checks.failing_rewards import fails_elsewhere, raises, too_few, words
-from tests.tools.lanes import slow_but
+from tests.tools.lanes import slow, slow_but
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS
@@ -163,25 +165,111 @@ def test_nothing_to_train(build, small_model):
 
 
 FAILING = [
-    (raises, r"Reward 'raises' raised KeyError\('solution'\) on the first 2 rows of the data"),
-    (too_few, r"Reward 'too_few' returned \[1\.0\] for 2 completions"),
+    (raises, r"Reward 'raises' raised KeyError\('solution'\) on the first row of the data, with 4 completions"),
+    (too_few, r"Reward 'too_few' returned \[1\.0\] for 4 completions"),
     (words, r"Reward 'words' returned 'good' for a completion; valid: a number, or None"),
     (fails_elsewhere, r"Reward 'fails_elsewhere' raised ConnectionError\('no judge there'\)"),
 ]
 
 
-@pytest.mark.parametrize(("reward", "message"), FAILING)
-@pytest.mark.parametrize("workers", slow_but([0, None], [0]))
-def test_rewards_are_called_once(build, small_model, reward, message, workers):
-    if workers is None:  # there, what failed is told by the worker
-        message = {
-            raises: r"Reward 'raises' raised .*KeyError\('solution'\)",
-            too_few: r"Reward 'too_few' raised .*1 scores for 2 completions",
-            words: r"Reward 'words' raised .*could not convert string to float",
-        }.get(reward, message)
+FAILING_IN_A_WORKER = [
+    (raises, r"Reward 'raises' raised .*KeyError\('solution'\)"),
+    (words, r"Reward 'words' raised .*'good' is not a score"),
+]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message", "workers"),
+    [*((*case, 0) for case in FAILING), *(slow((*case, None)) for case in FAILING_IN_A_WORKER)],
+)
+def test_rewards_that_can_be_tried_are_tried(build, small_model, reward, message, workers):
     trainer = build(small_model, guards=True, peft_config=fresh_lora(), reward=reward, reward_workers=workers)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def recording(is_safe):
+    calls = []
+
+    def reward(completions, **columns):
+        calls.append(columns | {"completions": completions, "drawn": random.random()})
+        return [float(len(text)) for text in completions]
+
+    reward.scores_independently = is_safe
+    return reward, calls
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_reward_is_tried_as_trl_calls_it(build, small_model, tokenizer, early):
+    """A whole group of one prompt, and the state of the run: a reward that divides by `max_steps`, or that reads a
+    schedule that `on_train_begin` sets, failed on a made-up state before the run."""
+    reward, calls = recording(is_safe=True)
+    begun = []
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begun.append(len(calls))
+
+    trainer = build(
+        small_model,
+        guards=True,
+        peft_config=fresh_lora(),
+        reward=reward,
+        reward_workers=0,
+        columns={"answer": ["a", "b", "c", "d"]},
+        max_steps=-1,
+        num_train_epochs=3,
+        arguments={"callbacks": [Begin()]},
+    )
+    if early:
+        trainer.preflight()
+        assert len(calls) == 1
+    trainer.train()
+    tried, *real = calls
+    assert begun == [1 if early else 0]
+    assert len(real) == trainer.state.global_step
+    assert set(tried) == set(real[0])
+    assert tried["prompts"] == [PROMPTS[0]] * 4
+    assert tried["answer"] == ["a"] * 4
+    assert tokenizer.batch_decode(tried["completion_ids"]) == tried["completions"]
+    assert tried["trainer_state"].max_steps == trainer.state.max_steps > 0
+    assert tried["trainer_state"].global_step == 0
+
+
+def test_other_rewards_are_not_tried(build, small_model):
+    """A running best began at a made-up answer, and files of samples began with it."""
+    reward, calls = recording(is_safe=False)
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), reward=reward, reward_workers=None)
+    trainer.preflight()
+    assert calls == []
+    trainer.train()
+    assert [call["trainer_state"].max_steps for call in calls] == [2, 2]
+
+
+def test_trying_a_reward_draws_no_random_numbers(build, small_model):
+    drawn = []
+    for is_safe in (True, False):
+        reward, calls = recording(is_safe)
+        trainer = build(small_model, guards=True, peft_config=fresh_lora(), reward=reward, reward_workers=0)
+        random.seed(7)
+        trainer.preflight()
+        drawn.append(random.random())
+        assert len(calls) == is_safe
+    assert drawn[0] == drawn[1]
+
+
+def test_the_parameters_of_a_decorator_count(build, small_model):
+    """Not those of the function in it, which TRL never calls."""
+
+    def narrow(completions, answers_of_the_script):
+        return [1.0] * len(completions)
+
+    @functools.wraps(narrow)
+    def adapted(**columns):
+        return narrow(columns["completions"], [])
+
+    trainer = build(small_model, guards=True, peft_config=fresh_lora(), reward=adapted, max_steps=1)
+    assert trainer.train().global_step == 1
 
 
 def likes_everything(completions, **columns):
@@ -341,12 +429,14 @@ def test_what_does_not_fit_says_what_would(build, small_model):
 
 def test_a_dry_run_ends_there(build, small_model, capsys):
     """No step, and what the model sees is shown, special tokens with it."""
-    trainer = build(small_model, guards=True, peft_config=fresh_lora(), dry_run=True, disable_tqdm=False)
+    trainer = build(
+        small_model, guards=True, peft_config=fresh_lora(), reward=length_reward, dry_run=True, disable_tqdm=False
+    )
     before = adapter_of(trainer)
     assert trainer.train().global_step == 0
     assert all(torch.equal(before[name], value) for name, value in adapter_of(trainer).items())
     said = re.sub(r"\s*│\n│\s*", "", capsys.readouterr().out)
-    assert "share_of_digits: [0.0, 0.0] for no answer" in said
+    assert "length_reward: 0.18 for no answer" in said
     assert "Question: 1+2=?" in said
     assert re.search(r"largest step\s+\d+\.\d s, \d+\.\d\d GB at its peak", said)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 import threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -67,6 +68,14 @@ def test_a_bubblewrap_that_cannot_make_a_sandbox(monkeypatch, tmp_path):
     assert finding.colour == "yellow"
     assert "No permission to create new namespace" in finding.text
     assert "apt install" not in finding.remedy
+
+
+def test_workers_of_rewards(monkeypatch):
+    """The line says how to isolate a reward, and what to do if no process can be started."""
+    assert "reward_funcs=isolated(REWARD)" in doctor.reward_workers().text
+    monkeypatch.setattr(sys, "executable", "/no/python/here")
+    finding = doctor.reward_workers()
+    assert (finding.colour, finding.remedy.split(":")[0]) == ("yellow", "--reward_workers 0")
 
 
 def test_packages_out_of_range_or_missing(monkeypatch):
@@ -183,8 +192,8 @@ def test_through_its_command_line(capsys, free, monkeypatch, tmp_path):
     free(50)
     cli.main(["doctor"])
     text = capsys.readouterr().out
-    for name in ("Python", "packages", "device", "precision", "4-bit bases", "sandbox", "disk", "Hub"):
-        assert name in text
+    names = ("Python", "packages", "device", "precision", "4-bit bases", "sandbox", "reward workers", "disk", "Hub")
+    assert [name for name in names if name not in text] == []
     assert len(text.splitlines()) <= 24
     free(0.5)
     with pytest.raises(SystemExit, match="A red line stops every run"):

@@ -113,7 +113,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
     chat, questions, out = (str(tmp_path / name) for name in ("chat", "questions", "out"))
     shutil.copytree(TINY_MODEL, chat)
     chatting = AutoTokenizer.from_pretrained(TINY_MODEL)
-    chatting.chat_template = "{{ messages[-1].content }}{{ ending }}"
+    chatting.chat_template = "{{ messages[-1].content }}{{ ending }}"  # ends no turn, so it must be asked for
     chatting.save_pretrained(chat)
     Path(questions).mkdir()
     for split in ("train", "test"):
@@ -124,13 +124,13 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
     expected = complete(tiny_model, tokenizer, prompts, max_new_tokens=40)
     unasked = complete(tiny_model, tokenizer, [row["question"] for row in rows], max_new_tokens=40)
     ending = '{"ending": "\\nAnswer:"}'
-    flags = ["--model_name_or_path", chat, "--dataset_name", questions, "--max_steps", "1"]
+    flags = ["--model_name_or_path", chat, "--chat", "true", "--dataset_name", questions, "--max_steps", "1"]
     flags += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--guards", "false"]
     flags += ["--max_completion_length", "40", "--output_dir", out, "--chat_template_kwargs", ending]
     recipe.main(flags)
     before = load_initial_evaluation(out, problems=len(rows), samples=0)
     assert sorted(map(text_of, before.completions)) == sorted(expected) != sorted(unasked)
-    found = evaluated(capsys, "--model", chat, "--data", questions, "--chat_template_kwargs", ending)
+    found = evaluated(capsys, "--model", chat, "--chat", "true", "--data", questions, "--chat_template_kwargs", ending)
     assert found["pass_at_1"]["value"] == before.greedy.value > 0
 
 

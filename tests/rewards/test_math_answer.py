@@ -726,7 +726,20 @@ def test_it_has_a_name_and_can_be_pickled():
 @pytest.mark.parametrize("module", ["rewards", "rewards.logic"])
 def test_rewards_import_no_heavy_packages(module):
     """Workers import them, and so does anyone who scores texts without a trainer."""
-    heavy = {"torch", "grpo_ext", "transformers", "loky", "pebble"}
+    heavy = {"torch", "grpo_ext", "transformers", "loky"}
     code = f"import sys, {module}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_timeout_does_not_last(monkeypatch):
+    """A gold answer that a busy machine did not parse in time once was unreadable for the whole run, in this worker
+    only: rewards of a group depended on which worker had scored it."""
+    gold, answer = r"\frac{71x^2+1}{3}", r"#### (71x^2+1)/3"
+    monkeypatch.setattr(expression, "TIME_LIMIT_SECONDS", 1e-6)
+    assert math_answer_reward([answer], answer=[gold]) == [None]
+    with pytest.raises(ValueError, match="1 of 1 gold answers cannot be read"):
+        check_gold([gold])
+    monkeypatch.setattr(expression, "TIME_LIMIT_SECONDS", 60.0)
+    assert math_answer_reward([answer], answer=[gold]) == [RIGHT]
+    check_gold([gold])

@@ -2,6 +2,8 @@
 is left behind."""
 
 import functools
+import gc
+import logging
 import math
 import os
 import signal
@@ -9,15 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
+from transformers import TrainerCallback, TrainerState
 
 from grpo_ext.rollout.reward_workers import in_workers
-from rewards import math_answer_reward, program_reward
+from rewards import length_reward, math_answer_reward, program_reward
 from rewards.workers.pool import isolated
-from tests.rewards.worker_rewards import Counting, compared, logged, obey, process_id
+from rewards.workers.processes import WORKER_NAME
+from tests.rewards.worker_rewards import Counting, Remembering, compared, logged, obey, process_id, report_on
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
 from tests.tools.paths import ROOT
@@ -86,7 +93,7 @@ def test_a_failure_costs_one_completion(safe, text, kind):
 def test_batched_calls(safe, new_workers):
     """A reward may compare completions and remember them, so it has one worker. A failure costs the call, and the
     message says how to make it cost one completion."""
-    reward = safe(compared, workers=None, batched=True)
+    reward = safe(compared, workers=None)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
     assert len(new_workers()) == 1
@@ -151,8 +158,9 @@ def test_off_the_main_thread(safe, new_workers):
         thread.start()
         thread.join()
     assert got == [[1, None, 3]] * 2
-    assert becomes(lambda: len(new_workers()) == 2)  # the killed worker is replaced
+    assert reward(completions=["a", "abcd"]) == [1, 4]
     workers = new_workers()
+    assert len(workers) in (1, 2)  # the killed one is replaced if it is needed
     assert reward(completions=["abcd"]) == [4]
     assert new_workers() == workers
 
@@ -200,32 +208,25 @@ def test_in_training(build, small_model, safe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [None, 0])
-def test_where_rewards_run(build, small_model, workers, caplog, new_workers):
-    """A reward that scores independently runs in several workers. Any other one gets whole calls in one worker, where
-    it keeps its state. With `runs_in_process`, or if it cannot be pickled, it runs in the training process. Workers end
-    with the training."""
-    lock = threading.Lock()
-
-    def holds_a_lock(completions, **columns):
-        with lock:
-            return [float(os.getpid())] * len(completions)
+def test_every_reward_in_workers(build, small_model, new_workers):
+    """`reward_workers=N`: a reward that scores independently runs in N workers that such rewards share, any other one
+    gets whole calls in one worker, where it keeps its state. With `runs_in_process` it stays. Workers end with the
+    training."""
 
     def here(completions, **columns):
         return [float(os.getpid())] * len(completions)
 
     here.runs_in_process = True
-    rewards = [process_id, Counting(), holds_a_lock, here]
     columns = {"answer": ["a", "b", "c", "d"]}
-    trainer = build(small_model, peft_config=random_lora(), reward=rewards, reward_workers=workers, columns=columns)
+    rewards = [process_id, Counting(), here]
+    trainer = build(small_model, peft_config=random_lora(), reward=rewards, reward_workers=2, columns=columns)
     trainer.train()
-    logged, this = trainer._logs["rewards"], {float(torch.tensor(os.getpid()).float())}
-    assert set(logged["holds_a_lock"]) == set(logged["here"]) == this
-    assert (set(logged["process_id"]) == this) is (workers == 0)
+    logged, this = trainer._logs["rewards"], float(torch.tensor(os.getpid()).float())
+    assert set(logged["here"]) == {this}
+    assert this not in logged["process_id"]
     assert log_of(trainer, "calls") == [1.0, 2.0]
     assert log_of(trainer, "seen_step") == [0.0, 1.0]
-    assert log_of(trainer, "process")[0] == log_of(trainer, "process")[1]
-    assert (log_of(trainer, "process")[0] == os.getpid() % 2**20) is (workers == 0)
+    assert log_of(trainer, "process")[0] == log_of(trainer, "process")[1] != os.getpid() % 2**20
     longest = [0.0] * len(logged["Counting"])
     for start in range(0, len(longest), 8):  # a call has the 8 completions of a step
         lengths = [len(text) for text in list(trainer._logs["completion"])[start : start + 8]]
@@ -234,25 +235,183 @@ def test_where_rewards_run(build, small_model, workers, caplog, new_workers):
     gold = dict(zip(trainer.train_dataset["prompt"], columns["answer"], strict=True))
     assert list(trainer._logs["extra"]["gold"]) == [gold[prompt] for prompt in trainer._logs["prompt"]]
     assert not new_workers()
-    assert ("'holds_a_lock' holds what cannot be sent to a worker" in caplog.text) is (workers is None)
 
 
-def test_a_model_is_not_sent_to_a_worker(caplog):
-    """It would be in memory twice, perhaps on a GPU. Reward models and coroutines are left to TRL."""
-    weights = b"x" * (17 * 2**20)
+def test_which_rewards_are_isolated():
+    """A plain function in a worker would see a copy of the program, in which no callback ever changes anything."""
 
-    def with_a_model(completions, **columns):
-        return [float(len(weights))] * len(completions)
+    def plain(completions, **columns):
+        return [1.0] * len(completions)
 
     async def asked_elsewhere(completions, **columns):
         return [1.0] * len(completions)
 
-    given = [with_a_model, asked_elsewhere, "a/reward-model", torch.nn.Linear(1, 1), program_reward]
-    assert in_workers(given, None, 1.0) == given
-    assert "'with_a_model' carries 17 MB, and at most 16 are sent to a worker" in caplog.text
-    sent = in_workers([functools.partial(obey, unit=2), math_answer_reward], None, 1.0)
-    assert [reward.__name__ for reward in sent] == ["obey", "math_answer_reward"]
-    assert in_workers(sent, None, 1.0) == sent
+    others = [asked_elsewhere, "a/reward-model", torch.nn.Linear(1, 1), program_reward, length_reward]
+    given = [plain, Counting(), *others]
+    assert in_workers(given, None, 1.0) is given
+    assert in_workers([plain, math_answer_reward], 0, 1.0) == [plain, math_answer_reward]
+    sent = in_workers([*others, functools.partial(obey, unit=2), math_answer_reward], 2, 1.0)
+    assert sent[:-2] == others
+    assert [reward.__name__ for reward in sent[-2:]] == ["obey", "math_answer_reward"]
+    assert in_workers(sent, None, 1.0) is sent
+    (math,) = in_workers([functools.partial(math_answer_reward, prompts=None)], None, 1.0)
+    assert math.__name__ == "math_answer_reward"
+
+
+# What a worker is given
+
+
+def test_a_worker_stays_small(safe):
+    """To unpickle transformers' own `TrainerState`, every worker imported torch: six seconds and 290 MB for a reward of
+    one line."""
+    state = TrainerState(global_step=3, max_steps=12, log_history=[{"reward": 1.0}] * 1000)
+    reward = safe(report_on, workers=None)
+    assert reward(completions=["modules", "step"], trainer_state=state) == [0.0, 0.25]
+    with pytest.raises(RuntimeError, match=r"trainer_state\.log_history is not sent to a worker. Call this reward in"):
+        safe(report_on, workers=None, on_error="raise")(completions=["history"], trainer_state=state)
+
+
+def test_random_numbers_repeat(safe):
+    """By seed, step and row, whatever ran before: a resumed run draws what the run would have drawn."""
+
+    def drawn(reward, step, rows=3):
+        return reward(completions=["random"] * rows, trainer_state=TrainerState(global_step=step))
+
+    rows, other_seed = safe(report_on, seed=3), safe(report_on, seed=4)
+    first = drawn(rows, 1)
+    assert len({*first, *drawn(rows, 2), *drawn(other_seed, 1)}) == 9
+    assert drawn(rows, 1, rows=5)[:3] == first
+    whole = safe(report_on, workers=None, seed=3)
+    first = drawn(whole, 1)
+    assert drawn(whole, 2) != first
+    assert drawn(whole, 1) == first
+
+
+def test_folder_processes_and_log(safe, tmp_path, monkeypatch, caplog):
+    """A reward in a worker reads the files, starts the processes and writes the log that it would in the run."""
+
+    def tells(completions, **columns):
+        logging.getLogger("a.judge").info("scored %s", completions[0])
+        return report_on(completions)
+
+    reward = safe(tells, workers=None, timeout_s=60)
+    (tmp_path / "here").touch()
+    with caplog.at_level(logging.INFO, logger="a.judge"):
+        assert reward(completions=["folder", "child"]) == [0.0, 1.0]
+    assert ("a.judge", logging.INFO, "scored folder") in caplog.record_tuples
+    monkeypatch.chdir(tmp_path)
+    assert reward(completions=["folder"]) == [1.0]
+
+
+RETURNED = {
+    "tuple": lambda scores: tuple(scores),
+    "array": np.array,
+    "tensor": torch.tensor,
+    "series": pd.Series,
+    "generator": iter,
+    "numbers of numpy": lambda scores: list(np.array(scores)),
+    "fractions": lambda scores: [Fraction(score) for score in scores],
+    "with None": lambda scores: [None, *scores[1:]],
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_return_types(safe, kind):
+    """Whatever TRL takes from a reward, it gets through a worker."""
+    to = RETURNED[kind]
+    reward = safe(lambda completions, **columns: to([float(len(text)) for text in completions]), workers=None)
+    assert reward(completions=["a", "bcd"]) == [None if kind == "with None" else 1.0, 3.0]
+
+
+@pytest.mark.parametrize("wrong", ["1.0", b"2", [1.0], 1j])
+def test_what_is_no_score(safe, wrong):
+    """TRL refuses texts, although `float` would read them."""
+    with pytest.raises(RuntimeError, match="TypeError"):
+        safe(lambda completions, **columns: [wrong], workers=None, on_error="raise")(completions=["a"])
+
+
+# What cannot be sent
+
+
+def test_what_cannot_be_sent_is_named_at_the_call(safe):
+    """A reward may be picklable until the trainer exists, and reach it afterwards."""
+    holder = {}
+
+    def judge(completions, **columns):
+        return [1.0] * len(completions) if holder else []
+
+    reward = safe(judge, workers=None)
+    holder["trainer"] = threading.Lock()
+    with pytest.raises(ValueError, match=r"Reward 'judge' cannot be sent to a worker: .*Call it there, as TRL does"):
+        reward(completions=["a"])
+    with pytest.raises(ValueError, match=r"Argument 'image' of reward 'obey' cannot be sent to a worker"):
+        safe()(completions=["a"], image=[threading.Lock()])
+
+    async def asked(completions, **columns):
+        return [1.0] * len(completions)
+
+    with pytest.raises(ValueError, match="Reward 'asked' is asynchronous"):
+        isolated(asked)
+
+
+# The life of workers
+
+
+def test_an_idle_worker_may_be_killed(safe, new_workers, caplog):
+    """The system ends processes when memory is short. That costs a new worker, and what a reward remembered in it."""
+    reward, remembers = safe(), safe(Remembering(), workers=None)
+    for _ in range(2):
+        assert reward(completions=["a", "abc"]) == [1, 3]
+        assert remembers(completions=["a", "b"]) == [1.0, 2.0]
+        assert not [record for record in caplog.records if "remembered" in record.message]
+        for worker in new_workers():
+            os.kill(worker, signal.SIGKILL)
+        assert becomes(lambda: not new_workers())
+        if _ == 0:
+            remembers.close()  # a new beginning without a loss
+    assert remembers(completions=["c"]) == [1.0]
+    assert "The worker of reward 'Remembering' has ended" in caplog.text
+
+
+def test_independent_rewards_share_workers(safe, new_workers):
+    """Three rewards on four cores were twelve processes, each with sympy in its memory."""
+    for reward in (safe(), safe(process_id), safe(report_on)):
+        reward(completions=["random"] * 4)
+    assert len(new_workers()) == 2
+
+
+@pytest.mark.parametrize("ending", ["end", "refused", "raised", "dropped"])
+def test_workers_end_with_the_run(build, small_model, new_workers, ending):
+    """Three refused runs in a notebook left three workers behind, with a gigabyte of memory."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    reward = isolated(Remembering())
+    trainer = build(
+        small_model,
+        peft_config=random_lora(),
+        reward=reward,
+        guards=ending == "refused",
+        arguments={"callbacks": [Stop()] if ending == "raised" else []},
+    )
+    if ending == "refused":
+        small_model.requires_grad_(False)
+        with pytest.raises(ValueError, match="No trainable parameters"):
+            trainer.train()
+    elif ending == "raised":
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    elif ending == "dropped":
+        reward(completions=["a"])
+        assert new_workers()
+        del trainer
+        gc.collect()
+    else:
+        trainer.train()
+        assert len(log_of(trainer, "rewards/Remembering/mean")) == 2
+    assert becomes(lambda: not new_workers())
 
 
 # Orphans
@@ -284,7 +443,7 @@ def workers_of(process):
 
 def is_worker(process):
     try:
-        return any("pebble_pool_worker" in part for part in process.cmdline())
+        return any(WORKER_NAME in part for part in process.cmdline())
     except psutil.NoSuchProcess:  # or a zombie: it has ended meanwhile
         return False
 

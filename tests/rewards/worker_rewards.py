@@ -1,10 +1,13 @@
 """Rewards of test_pool.py, in a module that a worker imports quickly."""
 
 import math
+import multiprocessing
 import os
+import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def obey(completions, **columns):
@@ -74,3 +77,37 @@ class Counting:
         log_metric("process", float(os.getpid() % 2**20))
         longest = max(map(len, completions))
         return [float(len(text) == longest) for text in completions]
+
+
+class Remembering:
+    """Scores a completion by its number in the life of this object."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, completions, **columns):
+        self.seen += len(completions)
+        return [float(self.seen - len(completions) + row + 1) for row in range(len(completions))]
+
+
+def report_on(completions, **columns):
+    """What the completion asks for."""
+    answers = []
+    for text in completions:
+        match text:
+            case "modules":
+                answers.append(float(bool({"torch", "transformers", "sympy", "numpy"} & set(sys.modules))))
+            case "step":
+                answers.append(float(columns["trainer_state"].global_step / columns["trainer_state"].max_steps))
+            case "random":
+                answers.append(random.random())
+            case "folder":
+                answers.append(float(Path("here").exists()))
+            case "child":
+                process = multiprocessing.Process(target=time.sleep, args=(0,))
+                process.start()
+                process.join()
+                answers.append(float(process.exitcode == 0))
+            case "history":
+                answers.append(float(len(columns["trainer_state"].log_history)))
+    return answers
