@@ -113,8 +113,9 @@ def call_once(
             with _keeping_random_state():
                 returned = list(_call(reward, arguments))
         except Exception as error:  # a reward may raise anything
+            what = str(error) if isinstance(reward, IsolatedReward) else f"Reward {name!r} raised {error!r}."
             raise ValueError(
-                f"Reward {name!r} raised {error!r} on the first row of the data, with {completions} completions "
+                f"{what} It was tried on the first row of the data, with {completions} completions "
                 f"{EXAMPLE_COMPLETION!r}."
             ) from error
         if len(returned) != completions:

@@ -16,7 +16,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import TypeAlias
 
 import mpmath
@@ -95,20 +95,29 @@ def relations_match(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
     return _compare_within_deadline(compare)
 
 
+def _cached_if_in_time(parse: Callable[[str], Expression | None]) -> Callable[[str], Expression | None]:
+    """The function with a cache, since the completions of a group share their gold answer. None if it raises
+    DeadlineExceeded, which is not cached: a busy machine may be in time at the next attempt."""
+    cached = lru_cache(maxsize=4096)(parse)
+
+    @wraps(parse)
+    def parse_in_time(text: str) -> Expression | None:
+        try:
+            return cached(text)
+        except DeadlineExceeded:
+            return None
+
+    vars(parse_in_time)["cache_clear"] = cached.cache_clear
+    return parse_in_time
+
+
+@_cached_if_in_time
 def parse_expression(text: str) -> Expression | None:
     """The expression, matrix or set that a text states, unevaluated; None if it cannot be parsed or is too large.
 
     Args:
         text: normalized, and short with shallow brackets: `rewards.math.answer` checks that.
     """
-    try:
-        return _parse_within_deadline(text)
-    except DeadlineExceeded:  # not kept in the cache: a busy machine may be in time at the next attempt
-        return None
-
-
-@lru_cache(maxsize=4096)  # the completions of a group share their gold answer
-def _parse_within_deadline(text: str) -> Expression | None:
     if not _is_safe_to_parse(text):
         return None
     # Decimals become exact fractions. 2(3) becomes a product: Math-Verify takes it for a mixed number, 2+3.

@@ -41,10 +41,11 @@ def run_with_deadline(seconds: float, function: Callable[[], Result]) -> Result:
         is_over = True
         raise DeadlineExceeded
 
+    timer = signal.setitimer(signal.ITIMER_REAL, 0)
     handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
             result = function()
         except Exception as error:
             if is_over:
