@@ -103,11 +103,21 @@ def _head_workspace_on_cpu(
 
 
 class _PackedFactors(TorchDispatchMode):
-    """A CPU copies the second factor of a batched 16-bit product; at the LM head, that is the whole head."""
+    """oneDNN copies the second factor of a batched 16-bit product; at the LM head, that is the whole head. It is used
+    on CPUs that have instructions for such products (AVX512), and for these types only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        is_supported = {
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        }
+        has_onednn = torch.backends.mkldnn.is_available()
+        self._copied = [dtype for dtype, has_products in is_supported.items() if has_onednn and has_products()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         copied = None
-        if func is aten.bmm.default and args[1].dtype in (torch.bfloat16, torch.float16):
+        if func is aten.bmm.default and args[1].dtype in self._copied:
             copied = args[1].new_empty(args[1].shape)
         output = func(*args, **(kwargs or {}))
         del copied

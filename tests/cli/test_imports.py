@@ -9,7 +9,7 @@ import pytest
 
 import grpo_ext
 from grpo_ext.cli import COMMANDS
-from grpo_ext.config import GRPOExtConfig
+from grpo_ext.config import TRL_DEFAULTS, GRPOExtConfig
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.trainer import GRPOExtTrainer
@@ -17,6 +17,7 @@ from tests.tools.paths import ROOT
 
 SLOW = {"torch", "trl", "transformers", "bitsandbytes", "matplotlib", "loky", "peft", "accelerate", "datasets"}
 LAZY = {
+    "TRL_DEFAULTS": TRL_DEFAULTS,
     "Dialogue": Dialogue,
     "GRPOExtConfig": GRPOExtConfig,
     "GRPOExtTrainer": GRPOExtTrainer,
