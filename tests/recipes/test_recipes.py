@@ -154,7 +154,7 @@ def test_wording_of_a_chat_model(tmp_path, tokenizer):
             "".join(json.dumps({"question": f"{i}?", "answer": "1"}) + "\n" for i in range(10)), encoding="utf-8"
         )
         prompt_format = PromptFormat(system="Be brief.", question=lambda text, row: f"{text} ({row['answer']})")
-        prompt = load_problems(str(path), tokenizer, prompt_format=prompt_format).heldout[0]["prompt"]
+        prompt = load_problems(str(path), tokenizer, prompt_format=prompt_format, chat="true").heldout[0]["prompt"]
     finally:
         tokenizer.chat_template = None
     assert [message["role"] for message in prompt] == ["system", "user"]
