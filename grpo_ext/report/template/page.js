@@ -61,11 +61,11 @@ draw();
 
 // Groups
 
-const firstLine = (text) => { const line = text.trim().replace(/\s+/g, " "); return line.length > 60 ? `… ${line.slice(-60)}` : line; };
+const firstLine = (text) => { const line = text.trim().replace(/\s+/g, " "); return line.length > 60 ? `\u2026 ${line.slice(-60)}` : line; };
 
 function card(answer) {
   const sign = answer.advantage > 0 ? "blue" : answer.advantage < 0 ? "orange" : "";
-  const advantage = answer.advantage === null ? "not judged" : `${answer.advantage > 0 ? "+" : answer.advantage < 0 ? "−" : ""}${shown(Math.abs(answer.advantage))}`;
+  const advantage = answer.advantage === null ? "not judged" : `${answer.advantage > 0 ? "+" : answer.advantage < 0 ? "\u2212" : ""}${shown(Math.abs(answer.advantage))}`;
   const lines = Object.entries(answer.rewards).map(([name, value]) => node("p", {}, `${name} `, node("b", {}, value === null ? "not judged" : shown(value))));
   const length = node("p", { class: "soft" }, `${answer.tokens} tokens `);
   if (answer.cut) length.append(node("span", { class: "badge" }, "cut off"));
@@ -114,7 +114,7 @@ function showProblem() {
   at("problem-text").textContent = problem.prompt + (problem.gold === null ? "" : `\n\nright answer: ${problem.gold}`);
   at("timeline").replaceChildren(...data.evaluations.map(({ step, answers }) => {
     const answer = answers[place];
-    const mark = node("span", { class: answer.right ? "right" : "wrong" }, answer.right ? "✓ right" : "✗ wrong");
+    const mark = node("span", { class: answer.right ? "right" : "wrong" }, answer.right ? "\u2713 right" : "\u2717 wrong");
     return node("li", {}, node("span", {}, `step ${step.toLocaleString("en")} `, mark), node("pre", { class: "text", dir: "auto" }, answer.text));
   }));
 }
