@@ -164,11 +164,9 @@ class Checkpoints:
     def load(self, folder: Path) -> None:
         """Restore every part that the checkpoint has a state of, and a reference that follows the policy.
 
-        A part without one begins anew: the watch of a run whose earlier session had `guards=False`, or a part that
-        carried nothing in the version that wrote the checkpoint. A checkpoint of another trainer has none.
+        A part without one keeps its initial state: the watch of a run whose earlier session had `guards=False`, or a
+        part that carried nothing in the version that wrote the checkpoint.
         """
-        if files.is_foreign(folder):
-            return
         states = load_states(folder, self._process, self._device)
         for name, part in self._states.items():
             if name in states:

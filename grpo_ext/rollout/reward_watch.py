@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
-from rewards.workers.pool import SHOWN_CHARACTERS, IsolatedReward, declares
+from rewards.workers.pool import SHOWN_CHARACTERS, IsolatedReward, declares, slice_columns
 
 logger = get_logger(__name__)
 
@@ -102,18 +102,10 @@ def _failing_row(reward: Callable[..., Any], arguments: dict[str, Any]) -> int |
     """The first row that the reward raises on by itself; such a reward may be called again."""
     if inspect.iscoroutinefunction(reward):
         return None
-    count = len(arguments["completions"])
     quiet = arguments | {"log_extra": _ignore, "log_metric": _ignore}
-    for row in range(count):
+    for row in range(len(arguments["completions"])):
         try:
-            list(
-                reward(
-                    **{
-                        column: values[row : row + 1] if isinstance(values, list) and len(values) == count else values
-                        for column, values in quiet.items()
-                    }
-                )
-            )
+            list(reward(**slice_columns(quiet, slice(row, row + 1))))
         except Exception:
             return row
     return None

@@ -13,7 +13,7 @@ What is different from a call in the training process:
   changes later is not seen there, and what the reward changes outside itself stays there. A worker that has to be
   replaced starts with the copy of the first call again, and so does a run that is resumed.
 - `trainer_state` has the fields of transformers' `TrainerState`, without `log_history`.
-- `random` is seeded anew for each task, and so are numpy and torch if the reward has imported them before: by the seed
+- `random` is reseeded for each task, and so are numpy and torch if the reward has imported them before: by the seed
   of the run, the step and the row. So a run that is repeated or resumed draws the same numbers.
 - The working directory is that of the training process. What a reward prints appears in its terminal, and log records
   go to its loggers. TRL's `log_extra` and `log_metric` work.
@@ -163,7 +163,7 @@ class IsolatedReward:
         tasks = [
             Task(
                 key=sent.key,
-                arguments=self._pickled(_slice_columns(columns, rows)),
+                arguments=self._pickled(slice_columns(columns, rows)),
                 logs=log_extra is not None,
                 seed=f"{source}/{rows.start}",
                 folder=folder,
@@ -338,7 +338,7 @@ def _can_be_pickled(value: Any) -> bool:
     return True
 
 
-def _slice_columns(columns: dict[str, Any], rows: slice) -> dict[str, Any]:
+def slice_columns(columns: dict[str, Any], rows: slice) -> dict[str, Any]:
     """These rows of each column; values that are no column are passed whole."""
     count = len(columns["completions"])
     return {
