@@ -45,7 +45,7 @@ bench: $(TOOLS)
 	$(BIN)/python tests/benchmarks/compare_trl.py $(ARGS)
 
 study: $(TOOLS)
-	$(BIN)/python -m recipes.tiny_math.study $(ARGS)
+	$(BIN)/python -m grpo_ext.recipes.tiny_math.study $(ARGS)
 
 # Installs what is missing where that needs no password, and says elsewhere what to type. One package at a time: not
 # every distribution has each under this name.

@@ -1,7 +1,8 @@
 """What all recipes share: flags -> problems and trainer -> a run -> its verdict as the last line.
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
-that `--config` names; flags win. `$RECIPES` in the name of a model or data set is the folder of the recipes, and
+that `--config` names; flags win. A file of `--config` that does not exist is looked for in the folder of the recipes,
+which `$RECIPES` in the name of a model or data set stands for, too, and
 `--num_generations auto` is resolved before the run (`memory/auto_group_size.py`). A run, in this order,
 
 1. prints the banner, and runs the checks and a step of the largest shape;
@@ -12,6 +13,7 @@ that `--config` names; flags win. `$RECIPES` in the name of a model or data set 
 
 import os
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +44,8 @@ from grpo_ext.report.page import write_page
 from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.run_files import draw_or_warn
 from grpo_ext.report.summary import accuracy_lines, build_summary, write_summary
+from grpo_ext.rewards.completion import text_of
 from grpo_ext.trainer import GRPOExtTrainer
-from rewards.completion import text_of
 
 
 @dataclass
@@ -113,10 +115,12 @@ def parse_arguments(
         embedded: name of the YAML file of the embedded run, in that folder.
         arguments: what the recipe adds to the flags.
     """
+    folder = str(Path(folder).resolve())
     parser = TrlParser((arguments, GRPOExtConfig, PolicyConfig))
     parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50, max_steps=500)
     if not {"--model_name_or_path", "--dataset_name", "--config"} & {flag.partition("=")[0] for flag in argv}:
         argv = ["--config", f"{folder}/{embedded}", *argv]
+    argv = _with_preset(argv, folder)
     settings = parse_flags(parser, argv)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither for the embedded run")
@@ -125,6 +129,24 @@ def parse_arguments(
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
     return script_args, args, model_args
+
+
+def _with_preset(argv: list[str], folder: str) -> list[str]:
+    """The flags, with the path of a preset in place of its name: `--config gpu_8gb.yaml`, wherever it is typed.
+
+    Raises:
+        SystemExit: there is no such file.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    given, rest = parser.parse_known_args(argv)
+    if given.config is None:
+        return argv
+    for path in (Path(given.config), Path(folder, given.config)):
+        if path.is_file():
+            return ["--config", str(path), *rest]
+    presets = ", ".join(sorted(path.name for path in Path(folder).glob("*.yaml")))
+    raise SystemExit(f"--config {given.config}: there is no such file. Presets of the recipes: {presets}")
 
 
 @contextmanager

@@ -15,11 +15,12 @@ and KodCode are refused, with what to write instead. Every field of GRPOExtConfi
 RecipeArguments (grpo_ext/recipe.py) is a flag, or a line of a YAML file that `--config` names; flags win.
 """
 
+import os
 import sys
 
-# If this file is started as a script, its folder comes first on sys.path, and `import math` would find recipes/math.py.
-HERE = __file__.replace("\\", "/").rpartition("/")[0]
-sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
+# The folder of a script comes first on sys.path, and `import math` would find math.py there.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,7 @@ from grpo_ext.recipe import (
     prepare_process,
     train_and_report,
 )
-from rewards import program_reward
+from grpo_ext.rewards import program_reward
 
 
 def question(text: str, row: dict[str, Any]) -> str:

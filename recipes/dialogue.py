@@ -17,11 +17,12 @@ GRPOExtConfig, of TRL's ModelConfig and of DialogueArguments below is a flag, or
 names; flags win.
 """
 
+import os
 import sys
 
-# If this file is started as a script, its folder comes first on sys.path, and `import math` would find recipes/math.py.
-HERE = __file__.replace("\\", "/").rpartition("/")[0]
-sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
+# The folder of a script comes first on sys.path, and `import math` would find math.py there.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
 import random
 from dataclasses import dataclass, field

@@ -15,11 +15,12 @@ GRPOExtConfig, of TRL's ModelConfig and of LogicArguments below is a flag, or a 
 names; flags win.
 """
 
+import os
 import sys
 
-# If this file is started as a script, its folder comes first on sys.path, and `import math` would find recipes/math.py.
-HERE = __file__.replace("\\", "/").rpartition("/")[0]
-sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
+# The folder of a script comes first on sys.path, and `import math` would find math.py there.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
 import json
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from grpo_ext.data import PLAIN_PROMPT, Problems, PromptFormat, format_rows, is_
 from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import RecipeArguments, build_trainer, parse_arguments, prepare_process, train_and_report
 from grpo_ext.rollout.reward_workers import in_workers
-from rewards.logic import logic_problems, logic_reward
+from grpo_ext.rewards.logic import logic_problems, logic_reward
 
 SYSTEM_PROMPT = "Reason step by step, and put the final answer between <answer> and </answer>."
 

@@ -13,11 +13,12 @@ Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_
 YAML file that `--config` names; flags win.
 """
 
+import os
 import sys
 
-# If this file is started as a script, its folder comes first on sys.path, and `import math` would find this file.
-HERE = __file__.replace("\\", "/").rpartition("/")[0]
-sys.path[:] = [entry for entry in sys.path if entry.replace("\\", "/").rstrip("/") != HERE]
+# The folder of a script comes first on sys.path, and `import math` would find this file there.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
 from grpo_ext import GRPOExtConfig
 from grpo_ext.data import reads_gold
@@ -31,7 +32,7 @@ from grpo_ext.recipe import (
     train_and_report,
 )
 from grpo_ext.rollout.reward_workers import in_workers
-from rewards import math_answer_reward
+from grpo_ext.rewards import math_answer_reward
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, GRPOExtConfig, PolicyConfig]:

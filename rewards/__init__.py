@@ -8,18 +8,18 @@ group. A reward never raises because of what a model wrote; bad data raise Value
 
 `isolated(reward)` runs any reward in worker processes, where a hang or a crash of it does not end the run.
 
-`rewards.logic` is imported separately, since it needs reasoning-gym:
-`from rewards.logic import logic_problems, logic_reward`. The names below are imported on first use, so that a worker
-process loads only what its reward needs.
+`grpo_ext.rewards.logic` is imported separately, since it needs reasoning-gym:
+`from grpo_ext.rewards.logic import logic_problems, logic_reward`. The names below are imported on first use, so that a
+worker process loads only what its reward needs.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rewards.code.program import ProgramReward, program_reward
-    from rewards.math.answer_reward import MathAnswerReward, check_gold, math_answer_reward
-    from rewards.text_shape import (
+    from grpo_ext.rewards.code.program import ProgramReward, program_reward
+    from grpo_ext.rewards.math.answer_reward import MathAnswerReward, check_gold, math_answer_reward
+    from grpo_ext.rewards.text_shape import (
         CoherenceReward,
         FormatReward,
         LengthReward,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         format_reward,
         length_reward,
     )
-    from rewards.workers.pool import isolated
+    from grpo_ext.rewards.workers.pool import isolated
 
 __all__ = [
     "CoherenceReward",
@@ -45,18 +45,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CoherenceReward": "rewards.text_shape",
-    "FormatReward": "rewards.text_shape",
-    "LengthReward": "rewards.text_shape",
-    "MathAnswerReward": "rewards.math.answer_reward",
-    "ProgramReward": "rewards.code.program",
-    "check_gold": "rewards.math.answer_reward",
-    "coherence_reward": "rewards.text_shape",
-    "format_reward": "rewards.text_shape",
-    "isolated": "rewards.workers.pool",
-    "length_reward": "rewards.text_shape",
-    "math_answer_reward": "rewards.math.answer_reward",
-    "program_reward": "rewards.code.program",
+    "CoherenceReward": "grpo_ext.rewards.text_shape",
+    "FormatReward": "grpo_ext.rewards.text_shape",
+    "LengthReward": "grpo_ext.rewards.text_shape",
+    "MathAnswerReward": "grpo_ext.rewards.math.answer_reward",
+    "ProgramReward": "grpo_ext.rewards.code.program",
+    "check_gold": "grpo_ext.rewards.math.answer_reward",
+    "coherence_reward": "grpo_ext.rewards.text_shape",
+    "format_reward": "grpo_ext.rewards.text_shape",
+    "isolated": "grpo_ext.rewards.workers.pool",
+    "length_reward": "grpo_ext.rewards.text_shape",
+    "math_answer_reward": "grpo_ext.rewards.math.answer_reward",
+    "program_reward": "grpo_ext.rewards.code.program",
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.completion import text_of
+from grpo_ext.rewards.completion import text_of
 
 Row = dict[str, Any]
 

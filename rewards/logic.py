@@ -4,8 +4,8 @@
     train[0]  ->  {"question": "What is 4 + 3?", "answer": "7", "task": "chain_sum", "metadata": "{...}"}
     logic_reward(["<answer>7</answer>"], answer=["7"], task=["chain_sum"], metadata=["{...}"])  ->  [1.0]
 
-The answer of a completion is its final answer (`rewards.math.final_answer`), or else its last line that is not blank.
-An answer of several lines must be in `<answer>` tags.
+The answer of a completion is its final answer (`grpo_ext.rewards.math.final_answer`), or else its last line that is
+not blank. An answer of several lines must be in `<answer>` tags.
 
 Scores are those of reasoning-gym, including partial ones. Many scorers give partial credit to any answer in the right
 format, or to the right answer inside a longer one. So watch the held-out rate of full scores, not just the mean reward.
@@ -20,9 +20,9 @@ from typing import Any
 
 import reasoning_gym
 
-from rewards.completion import Completion, text_of
-from rewards.math.final_answer import extract_final_answer
-from rewards.workers.deadline import DeadlineExceeded, run_with_deadline
+from grpo_ext.rewards.completion import Completion, text_of
+from grpo_ext.rewards.math.final_answer import extract_final_answer
+from grpo_ext.rewards.workers.deadline import DeadlineExceeded, run_with_deadline
 
 SCORING_SECONDS = 2.0  # time limit per answer, in the main thread
 
@@ -120,7 +120,7 @@ def logic_reward(
     return [_score(text, *row) for text, *row in rows]
 
 
-vars(logic_reward)["scores_independently"] = True  # see `rewards.workers.pool`
+vars(logic_reward)["scores_independently"] = True  # see `grpo_ext.rewards.workers.pool`
 
 
 def _score(text: str, gold: str, task: str, metadata: str) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.completion import Completion, text_of
+from grpo_ext.rewards.completion import Completion, text_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FormatReward:
 
     tags: tuple[str, ...] = ("think", "answer")
     partial: bool = False
-    # See `rewards.workers.pool`.
+    # See `grpo_ext.rewards.workers.pool`.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
 
@@ -83,7 +83,7 @@ class LengthReward:
 
     target: int = 50
     unit: str = "words"
-    # See `rewards.workers.pool`.
+    # See `grpo_ext.rewards.workers.pool`.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
 
@@ -119,7 +119,7 @@ class CoherenceReward:
 
     connectives: tuple[str, ...] = ("因为", "所以", "然而", "但是")
     each: float = 0.2
-    # See `rewards.workers.pool`.
+    # See `grpo_ext.rewards.workers.pool`.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
 

@@ -23,8 +23,8 @@ from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from grpo_ext.checks.prompts import columns_of, values_of
-from rewards import MathAnswerReward, check_gold
-from rewards.workers.pool import IsolatedReward, declares
+from grpo_ext.rewards import MathAnswerReward, check_gold
+from grpo_ext.rewards.workers.pool import IsolatedReward, declares
 
 # What TRL passes to a reward by name, in addition to the columns of the data.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")

@@ -1,13 +1,15 @@
 """`grpo-ext COMMAND`: what can be done before and after a run, with one command per file.
 
 A command has `add_arguments(parser)` and `run(options)`. Only `run` and what it calls import libraries that take
-seconds to load, so `grpo-ext COMMAND --help` is quick.
+seconds to load, so `grpo-ext COMMAND --help` is quick. An error of `run` is printed as one line. `run` may return a
+function for the work whose errors need their traceback, such as a training.
 """
 
 import argparse
 from importlib import import_module
 
 COMMANDS = {
+    "train": "run a recipe, or the one that fits a data set",
     "plan": "does a model fit on a card, and with what settings?",
     "doctor": "what is missing on this machine, and what to type",
     "audit": "is a reward right on this data, and hard to cheat?",
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         with escaping_unencodable():
-            command.run(options)
+            after = command.run(options)
     except (ValueError, ImportError, AttributeError, FileNotFoundError) as error:
         raise SystemExit(f"grpo-ext: {error}") from None
+    if after is not None:
+        after()

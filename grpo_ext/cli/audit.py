@@ -14,7 +14,7 @@ from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
 
 if TYPE_CHECKING:
-    from rewards.audit import Check, Timing
+    from grpo_ext.rewards.audit import Check, Timing
 
 SHOWN_CHARACTERS = 60
 
@@ -22,7 +22,9 @@ SHOWN_CHARACTERS = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_data_arguments(parser, split="train")
-    parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
+    parser.add_argument(
+        "--reward", default="grpo_ext.rewards:math_answer_reward", help="module:name; default: %(default)s"
+    )
     parser.add_argument(
         "--form", action="append", help="how, {} standing for it; again for others; default: '#### {}' ..."
     )
@@ -31,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table of `rewards.audit`; exit with 1 if gold answers do not earn 1.0."""
+    """Print the table of `grpo_ext.rewards.audit`; exit with 1 if gold answers do not earn 1.0."""
     quiet_libraries()
     from grpo_ext.data import answer_of, judged_rows, load_splits, question_of, reads_gold, sample_rows
-    from rewards import MathAnswerReward
-    from rewards.audit import ANSWER_FORMS, audit
+    from grpo_ext.rewards import MathAnswerReward
+    from grpo_ext.rewards.audit import ANSWER_FORMS, audit
 
     splits, reward = load_splits(options.data), load_reward(options.reward)
     found, shape, note = judged_rows(

@@ -168,7 +168,7 @@ def four_bits() -> Finding:
 
 def sandbox() -> Finding:
     """Whether programs that a model wrote can be run, as code rewards do."""
-    from rewards.code.sandbox import run_program
+    from grpo_ext.rewards.code.sandbox import run_program
 
     try:
         outcome = run_program("print(6 * 7)")
@@ -186,7 +186,7 @@ def sandbox() -> Finding:
 
 def reward_workers() -> Finding:
     """Whether a reward can run in a worker process, and how to ask for that."""
-    from rewards import isolated, length_reward
+    from grpo_ext.rewards import isolated, length_reward
 
     reward = isolated(length_reward, workers=1, on_error="raise", timeout_s=60.0)
     try:
@@ -197,7 +197,7 @@ def reward_workers() -> Finding:
         return Finding("reward workers", "yellow", f"a worker process does not start: {why}", remedy)
     finally:
         reward.close()
-    text = "they start; a reward that hangs: `from rewards import isolated`, reward_funcs=isolated(REWARD)"
+    text = "they start; a reward that hangs: `from grpo_ext.rewards import isolated`, reward_funcs=isolated(REWARD)"
     return Finding("reward workers", "green", text)
 
 

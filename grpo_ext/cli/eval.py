@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", choices=["auto", "true", "false"], default="auto", help="chat messages as prompts, as in a run"
     )
-    parser.add_argument("--reward", default="rewards:math_answer_reward", help="module:name; default: %(default)s")
+    parser.add_argument(
+        "--reward", default="grpo_ext.rewards:math_answer_reward", help="module:name; default: %(default)s"
+    )
     parser.add_argument(
         "--samples", type=int, default=0, help="a problem, for pass@k with this k; default: greedy only"
     )
@@ -69,9 +71,9 @@ def run(options: argparse.Namespace) -> None:
     from grpo_ext.data import format_rows, is_chat, load_splits, reads_gold, sample_rows
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.model.load import PolicyConfig, load_tokenizer
+    from grpo_ext.rewards import MathAnswerReward
+    from grpo_ext.rewards.workers.pool import IsolatedReward
     from grpo_ext.rollout.reward_workers import in_workers
-    from rewards import MathAnswerReward
-    from rewards.workers.pool import IsolatedReward
 
     model_args = PolicyConfig(model_name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     tokenizer = load_tokenizer(model_args)

@@ -18,7 +18,7 @@ from grpo_ext.data.problems import (
     load_problems,
     sample_rows,
 )
-from grpo_ext.data.shapes import ANSWER_COLUMNS, PROMPT_COLUMNS, find_shape, refuse_unread_tests
+from grpo_ext.data.shapes import ANSWER_COLUMNS, PROMPT_COLUMNS, find_shape, program_tests, refuse_unread_tests
 
 __all__ = [
     "ANSWER_COLUMNS",
@@ -36,6 +36,7 @@ __all__ = [
     "judged_rows",
     "load_problems",
     "load_splits",
+    "program_tests",
     "question_of",
     "reads_gold",
     "refuse_unread_tests",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_ext.data.shapes import Shape, value_at
-from rewards import check_gold
+from grpo_ext.rewards import check_gold
 
 LARGEST_WHOLE = 2.0**53  # a larger float does not hold every digit of a whole number
 SHOWN_ROWS = 5

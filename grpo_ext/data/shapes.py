@@ -87,8 +87,8 @@ def find_shape(
     if prompt is None and {"nums", "target"} <= by_name.keys():
         raise ValueError(
             f"{name} has the shape of Countdown (nums, target): an equation that many answers solve, so there is no "
-            f"gold answer to compare with. Type: recipes/logic.py --dataset_name countdown, which makes such puzzles "
-            f"and checks the equation."
+            f"gold answer to compare with. Type: grpo-ext train logic --dataset_name countdown, which makes such "
+            f"puzzles and checks the equation."
         )
     if prompt is None:
         raise ValueError(_unknown("prompt", PROMPT_COLUMNS, columns, name))
@@ -99,7 +99,7 @@ def find_shape(
         answer = by_name.get("output")
     if answer is None and needs_answer:
         tests = _tests_of(columns)
-        way_out = f" It has the tests of {tests}: type recipes/coding.py." if tests else ""
+        way_out = f" It has the tests of {tests}: type grpo-ext train coding." if tests else ""
         raise ValueError(_unknown("answer", ANSWER_COLUMNS, columns, name) + way_out)
     return Shape(prompt=prompt, answer=answer, context=context)
 
@@ -130,6 +130,11 @@ def refuse_unread_tests(columns: Sequence[str], name: str) -> None:
             f"it can: {HOW_TO_WRITE_TESTS[tests]}."
         )
     raise ValueError(f"{name} has no tests: the code reward reads {readable}; it has: {', '.join(columns)}.")
+
+
+def program_tests(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that hold tests of programs, whether the code reward can read them or not; () if there are none."""
+    return next((kind for kind in (*READ_TESTS, *UNREAD_TESTS) if set(kind) <= set(columns)), ())
 
 
 def _tests_of(columns: Sequence[str]) -> str | None:

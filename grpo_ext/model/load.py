@@ -92,7 +92,7 @@ def unreachable_message(kind: str, name: str, error: BaseException) -> str:
         return f"{kind} '{name}' is on disk but could not be read: {_first_line(error)}"
     return (
         f"{kind} '{name}' is not a local path and could not be fetched from the Hub. Check the name and the network, "
-        f"or download it once while online; offline, `recipes/math.py` without arguments runs the embedded model."
+        f"or download it once while online; offline, `grpo-ext train math` runs the embedded model."
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from grpo_ext.data import ANSWER_COLUMNS
-from rewards.math.final_answer import extract_final_answer
+from grpo_ext.rewards.math.final_answer import extract_final_answer
 
 MAX_CHARACTERS = 2000  # of a recorded prompt or completion
 MAX_VALUE_CHARACTERS = 300  # of a recorded answer, and of a value that a reward logs

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_ext.engine.decode import SampledCompletions
+from grpo_ext.rewards.workers.pool import FAILURE_WINDOW, MAX_FAILURE_RATE, MIN_FAILURES, callable_name
 from grpo_ext.rollout.chat_turns import Messages, TurnTokenizer
-from rewards.workers.pool import FAILURE_WINDOW, MAX_FAILURE_RATE, MIN_FAILURES, callable_name
 
 # Samples one turn per row, from the token ids so far and the maximum number of new tokens.
 SampleTurns = Callable[[list[list[int]], list[int]], SampledCompletions]
@@ -219,4 +219,4 @@ def dialogue_reward(completions: list[Any], episode_reward: list[float | None], 
     return episode_reward
 
 
-vars(dialogue_reward)["runs_in_process"] = True  # see `rewards.workers.pool`
+vars(dialogue_reward)["runs_in_process"] = True  # see `grpo_ext.rewards.workers.pool`

@@ -7,9 +7,9 @@ Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016          the calculator's rep
 import re
 from typing import Any
 
+from grpo_ext.rewards import math_answer_reward
 from grpo_ext.rollout.chat_turns import Messages
 from grpo_ext.rollout.dialogue import TextEnv
-from rewards import math_answer_reward
 
 
 class Calculator(TextEnv):

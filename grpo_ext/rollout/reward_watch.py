@@ -16,13 +16,13 @@ from accelerate.logging import get_logger
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
-from rewards.workers.pool import SHOWN_CHARACTERS, IsolatedReward, declares, slice_columns
+from grpo_ext.rewards.workers.pool import SHOWN_CHARACTERS, IsolatedReward, declares, slice_columns
 
 logger = get_logger(__name__)
 
 HOW_TO_ISOLATE = (
     "If it may hang, run it in a worker process, which is ended after reward_timeout: reward_funcs=isolated(REWARD), "
-    "with `from rewards import isolated`, or reward_workers=1 for all rewards."
+    "with `from grpo_ext.rewards import isolated`, or reward_workers=1 for all rewards."
 )
 
 

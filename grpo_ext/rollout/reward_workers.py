@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
-from rewards.workers.pool import IsolatedReward, declares, isolated
-from rewards.workers.processes import WorkerPool, close_pools, start_pools
+from grpo_ext.rewards.workers.pool import IsolatedReward, declares, isolated
+from grpo_ext.rewards.workers.processes import WorkerPool, close_pools, start_pools
 
 
 def in_workers(reward_funcs: Any, workers: int | None, timeout_s: float, seed: int = 0) -> Any:

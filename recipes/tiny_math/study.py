@@ -1,7 +1,7 @@
 """Does it learn, and how fast: held-out curves of the embedded model under seven settings, three seeds each.
 
     make study                                                           # every arm, three seeds
-    python -m recipes.tiny_math.study --arms document,stock --seeds 1    # two of them, once
+    python -m grpo_ext.recipes.tiny_math.study --arms document,stock --seeds 1    # two of them, once
 
 An arm is `make math` with other flags: the same model, problems, batches and seeds. Every few steps each held-out
 problem is answered once at the training temperature. When a run is through, its points go to `curves.jsonl` in the
@@ -29,9 +29,9 @@ from grpo_ext.evaluation.complete import complete, grade
 from grpo_ext.report.run_reader import read_metrics
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
-from recipes.math import parse
-from recipes.tiny_math.study_report import Points, draw, table
-from rewards import math_answer_reward
+from grpo_ext.recipes.math import parse
+from grpo_ext.recipes.tiny_math.study_report import Points, draw, table
+from grpo_ext.rewards import math_answer_reward
 
 EVERY = 2  # steps between two points of a curve
 

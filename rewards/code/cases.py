@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.code.guest.run_calls import encode_value
+from grpo_ext.rewards.code.guest.run_calls import encode_value
 
 # Tolerances of `math.isclose` for floats, unless a test states its own.
 TOLERANCES = {"rel_tol": 1e-9, "abs_tol": 1e-12}
@@ -29,7 +29,7 @@ class Case:
     """A call, and the check of its value.
 
     Args:
-        call: an item of "calls" in the input of `rewards.code.guest.run_calls`.
+        call: an item of "calls" in the input of `grpo_ext.rewards.code.guest.run_calls`.
         accepts: tells whether a value is right. It takes the value as `json.loads(encode_value(value))`, and raises on
             malformed input.
     """

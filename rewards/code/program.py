@@ -5,7 +5,7 @@
 
 Arguments go into the sandbox, returned values come out, and this process compares them. So a program gains nothing by
 patching or reading its surroundings, by printing, or by exiting early: only right values score.
-For what the sandbox stops and what it does not, see `rewards.code.sandbox`.
+For what the sandbox stops and what it does not, see `grpo_ext.rewards.code.sandbox`.
 """
 
 import json
@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rewards.code.cases import Case, assert_case, returns_case
-from rewards.code.sandbox import Limits, Outcome, run_program
-from rewards.completion import Completion, text_of
+from grpo_ext.rewards.code.cases import Case, assert_case, returns_case
+from grpo_ext.rewards.code.sandbox import Limits, Outcome, run_program
+from grpo_ext.rewards.completion import Completion, text_of
 
 # A test is a function call, or a pair of standard input and expected standard output.
 Test = Case | tuple[str, str]
@@ -42,14 +42,15 @@ class ProgramReward:
             all of them and 0.0 otherwise: a fraction rewards programs that solve only the easy tests.
         limits: limits of the sandbox. `limits.seconds` applies to all tests of a program together.
         workers: number of programs that run at the same time. None (recommended) means one per core of this process.
-        allow_unsandboxed: run programs as your own user, without bubblewrap. Read `rewards.code.sandbox` first.
+        allow_unsandboxed: run programs as your own user, without bubblewrap. Read `grpo_ext.rewards.code.sandbox`
+            first.
     """
 
     share: bool = False
     limits: Limits = field(default_factory=Limits)
     workers: int | None = None
     allow_unsandboxed: bool = False
-    # See `rewards.workers.pool`. Programs are separate processes already.
+    # See `grpo_ext.rewards.workers.pool`. Programs are separate processes already.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
     __name__ = "program_reward"  # TRL logs the reward under this name
@@ -65,7 +66,8 @@ class ProgramReward:
                 - `entry_point`: a function's name; `inputs`: one list of arguments per test; `outputs`: one expected
                   value per test.
                 - `stdin`, `stdout`: one text per test. White space at the end of a line and of the output is ignored.
-                - `test_list`: one text per test, such as "assert f(1) == 2" (see `rewards.code.cases.assert_case`).
+                - `test_list`: one text per test, such as "assert f(1) == 2" (see
+                  `grpo_ext.rewards.code.cases.assert_case`).
                 A list may also be given as JSON text, since a column of a data set holds values of one type.
 
         Returns:
@@ -168,7 +170,7 @@ TEST_KINDS: dict[tuple[str, ...], Callable[..., list[Test]]] = {
 
 
 def _check_lines(cases: list[Case], mark: bytes, outcome: Outcome) -> list[bool]:
-    """Whether each case passes; False for all if some line cannot come from `rewards.code.guest.run_calls`.
+    """Whether each case passes; False for all if some line cannot come from `grpo_ext.rewards.code.guest.run_calls`.
 
     That script starts each line with the secret mark, prints one line per call, and then exits.
     """

@@ -8,7 +8,7 @@ Inside the sandbox a program finds:
   /dev/null, /dev/urandom and /dev/zero
 - a new, empty /tmp in memory
 - no network, no /proc, no environment variables, no host processes and no privileges
-- no system call of `rewards.code.sandbox_policy.DENIED_CALLS`
+- no system call of `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`
 
 When the program ends, or at the deadline, every process that it started is killed.
 
@@ -41,7 +41,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from rewards.code.sandbox_policy import bubblewrap_command, host_python, seccomp_filter
+from grpo_ext.rewards.code.sandbox_policy import bubblewrap_command, host_python, seccomp_filter
 
 # Time limit for starting bwrap and Python on a busy machine. The program's own time starts after that.
 START_TIMEOUT_SECONDS = 30

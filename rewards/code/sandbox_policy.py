@@ -1,4 +1,4 @@
-"""The policy of the sandbox in `rewards.code.sandbox`: the options of bubblewrap, and the denied system calls.
+"""The policy of the sandbox in `grpo_ext.rewards.code.sandbox`: the options of bubblewrap, and the denied system calls.
 
 bubblewrap_command(16)  ->  ["/usr/bin/bwrap", "--unshare-pid", ..., "--remount-ro", "/"]
 seccomp_filter()        ->  a BPF program, compiled by libseccomp and loaded by bwrap

@@ -3,7 +3,7 @@ r"""Parses the structure of a final answer, and decides whether an answer matche
     answers_match(parse_answer("x = 1 or x = 2"), parse_answer("2, 1"))  ->  True
 
 This module takes apart lists, tuples, sets, intervals, equations and inequalities. What remains are numbers
-(`rewards.math.number`), expressions (`rewards.math.expression`) and phrases.
+(`grpo_ext.rewards.math.number`), expressions (`grpo_ext.rewards.math.expression`) and phrases.
 
 - A bare list and a set are unordered; a tuple, a vector, `[...]` and an interval are ordered. A bare list also matches
   a set and, if it uses commas and has the right order, `(...)` and `[...]`. The values of `y = 2, x = 1` match (1, 2):
@@ -19,9 +19,9 @@ import re
 from dataclasses import dataclass
 from operator import itemgetter
 
-from rewards.math.expression import expressions_match, parse_expression, relations_match
-from rewards.math.latex import bracket_depths, match_outer_brackets, normalize, split_outside_brackets
-from rewards.math.number import Number, numbers_match, parse_number, strip_unit
+from grpo_ext.rewards.math.expression import expressions_match, parse_expression, relations_match
+from grpo_ext.rewards.math.latex import bracket_depths, match_outer_brackets, normalize, split_outside_brackets
+from grpo_ext.rewards.math.number import Number, numbers_match, parse_number, strip_unit
 
 MAX_CHARACTERS = 256  # a final answer is short
 MAX_DEPTH = 10  # of brackets: the run time of Math-Verify's parser grows with the square of the depth

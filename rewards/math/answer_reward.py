@@ -2,8 +2,8 @@ r"""The math reward: 1.0 if the final answer of a completion matches the gold an
 
     math_answer_reward(["so 6*7 = \\boxed{42}", "#### 41"], answer=["42", "42"])  ->  [1.0, 0.0]
 
-`rewards.math.final_answer` finds the final answer, and `rewards.math.answer` compares it with the gold answer. In
-short: 1/2, 0.5, \frac12 and 50% are equal, and 50% is also equal to 50. "5 apples", "$5", "5 km" and "x = 5" are 5.
+`final_answer.py` finds the final answer, and `answer.py` compares it with the gold answer. In short: 1/2, 0.5,
+\frac12 and 50% are equal, and 50% is also equal to 50. "5 apples", "$5", "5 km" and "x = 5" are 5.
 1,000 is a thousand and 1.000 is one. 0.333 is not 1/3, and 3.46 is not the square root of 12. The following score 0.0:
 
 - several candidates: `5 or 6`, `5, 6` (of several `\boxed{}`, the last one counts)
@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from rewards.completion import Completion, text_of
-from rewards.math.answer import ParsedAnswer, answers_match, is_fully_evaluated, is_parseable, parse_answer
-from rewards.math.final_answer import extract_final_answer
-from rewards.math.latex import normalize
+from grpo_ext.rewards.completion import Completion, text_of
+from grpo_ext.rewards.math.answer import ParsedAnswer, answers_match, is_fully_evaluated, is_parseable, parse_answer
+from grpo_ext.rewards.math.final_answer import extract_final_answer
+from grpo_ext.rewards.math.latex import normalize
 
 MAX_PROMPT_CHARACTERS = 4000  # at the end of a prompt, searched for a copied question
 
@@ -50,7 +50,7 @@ class MathAnswerReward:
     """
 
     strict: bool = False
-    # See `rewards.workers.pool`. Only a process of its own reliably bounds the run time of Math-Verify.
+    # See `grpo_ext.rewards.workers.pool`. Only a process of its own reliably bounds the run time of Math-Verify.
     scores_independently: ClassVar[bool] = True
 
     @property

@@ -28,8 +28,8 @@ from latex2sympy2_extended.antlr_parser import PSParser
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.function import AppliedUndef
 
-from rewards.math.latex import bracket_depths
-from rewards.workers.deadline import DeadlineExceeded, run_with_deadline
+from grpo_ext.rewards.math.latex import bracket_depths
+from grpo_ext.rewards.workers.deadline import DeadlineExceeded, run_with_deadline
 
 Expression: TypeAlias = sympy.Basic | sympy.MatrixBase
 
@@ -116,7 +116,7 @@ def parse_expression(text: str) -> Expression | None:
     """The expression, matrix or set that a text states, unevaluated; None if it cannot be parsed or is too large.
 
     Args:
-        text: normalized, and short with shallow brackets: `rewards.math.answer` checks that.
+        text: normalized, and short with shallow brackets: `grpo_ext.rewards.math.answer` checks that.
     """
     if not _is_safe_to_parse(text):
         return None

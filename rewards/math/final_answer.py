@@ -16,8 +16,8 @@ Text before `</think>` is ignored, as is everything but the last 10,000 characte
 import re
 from itertools import pairwise
 
-from rewards.math.latex import normalize
-from rewards.math.number import parse_number
+from grpo_ext.rewards.math.latex import normalize
+from grpo_ext.rewards.math.number import parse_number
 
 # The final answer is at the end. This also bounds every search below, whatever the length of the text.
 TAIL_CHARACTERS = 10_000

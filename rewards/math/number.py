@@ -83,7 +83,7 @@ def parse_number(text: str) -> Number | None:
     """The number that a normalized text states, or None if it is anything else.
 
     Args:
-        text: normalized by `rewards.math.latex.normalize`, and as short as a final answer.
+        text: normalized by `grpo_ext.rewards.math.latex.normalize`, and as short as a final answer.
     """
     found = _NUMBER.fullmatch(text)
     if not found:

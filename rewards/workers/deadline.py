@@ -4,7 +4,7 @@
 
 The limit is a timer signal. It works in the main thread of a POSIX process only, and it cannot interrupt a single long
 operation in C, such as a power of huge integers. Callers must reject such inputs first. Only a separate process bounds
-everything: see `rewards.workers.pool`.
+everything: see `grpo_ext.rewards.workers.pool`.
 """
 
 import signal

@@ -34,8 +34,8 @@ from typing import Any, Literal
 
 import cloudpickle
 
-from rewards.workers.processes import SetupError, WorkerPool, shared_pool
-from rewards.workers.worker import Failure, RunState, Task, WorkerResult
+from grpo_ext.rewards.workers.processes import SetupError, WorkerPool, shared_pool
+from grpo_ext.rewards.workers.worker import Failure, RunState, Task, WorkerResult
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Worker processes, and pools of them: they run tasks of `rewards.workers.worker` side by side, each in bounded time.
+"""Worker processes, and pools of them, which run tasks of `worker.py` side by side, each in bounded time.
 
 A worker that ends while it is idle costs nothing: the next task starts another one. A worker that ends or exceeds the
 time limit inside a call costs this task.
@@ -24,7 +24,7 @@ from multiprocessing.connection import wait
 
 from loky.backend import get_context
 
-from rewards.workers.worker import END, Answer, Failure, Started, Task, WorkerResult, serve
+from grpo_ext.rewards.workers.worker import END, Answer, Failure, Started, Task, WorkerResult, serve
 
 WORKER_NAME = "reward_worker"  # in the command line of the process
 TICK_SECONDS = 0.2  # how often a process that keeps its connection open is asked whether it is alive

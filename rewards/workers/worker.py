@@ -1,4 +1,4 @@
-"""The process that runs rewards for `rewards.workers.pool`: it receives a task, calls the reward, and sends the result.
+"""The process that runs rewards for `pool.py`: it receives a task, calls the reward, and sends the result.
 
 A task is answered by `Started`, once the reward and its arguments are unpickled, and then by a `WorkerResult` or a
 `Failure`. In between, the log records of the reward are sent to the training process, whose handlers print them.

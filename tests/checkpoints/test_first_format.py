@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from rewards import math_answer_reward
+from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import ROOT
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "first_format" / "checkpoint-5"

@@ -17,7 +17,7 @@ from grpo_ext.checkpoints import files
 from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.report.heldout_file import evaluation_metrics
-from rewards.workers.pool import isolated
+from grpo_ext.rewards.workers.pool import isolated
 from tests.distributed import two_resumed
 from tests.rewards.worker_rewards import logged
 from tests.tools.lanes import slow_but

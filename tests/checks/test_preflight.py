@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl.extras import profiling
 
 from grpo_ext.model.unwrap import base_of
-from rewards import length_reward, math_answer_reward
+from grpo_ext.rewards import length_reward, math_answer_reward
 from tests.checks.failing_rewards import fails_elsewhere, raises, too_few, words
 from tests.tools.lanes import slow, slow_but
 from tests.tools.models import random_lora, small_llama

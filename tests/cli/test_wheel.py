@@ -77,7 +77,7 @@ def test_rewards_elsewhere(elsewhere):
     """A sandbox that starts its scripts from the checkout starts nothing here."""
     look = """if True:
         import json
-        import rewards
+        import grpo_ext.rewards as rewards
         right, wrong = (f"```python\\ndef f(x):\\n    return x + {n}\\n```" for n in (1, 2))
         calls = {"entry_point": ["f"] * 2, "inputs": [[[1], [2]]] * 2, "outputs": [[2, 3]] * 2}
         print(json.dumps([

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.model.adapters import local_shard, trainable_parameters
-from recipes import math
+from grpo_ext.recipes import math
 from tests.distributed.two_processes import LONGEST, QUESTIONS, SIBLINGS, STEPS, given_completions
 from tests.tools.models import random_lora
 from tests.tools.paths import TINY_MODEL

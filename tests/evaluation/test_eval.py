@@ -11,15 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-import recipes.math as recipe
+import grpo_ext.recipes.math as recipe
 from grpo_ext import cli
 from grpo_ext.data import load_problems
 from grpo_ext.evaluation.callback import load_initial_evaluation
 from grpo_ext.evaluation.complete import complete, evaluate
 from grpo_ext.model.load import disable_4bit_repacking
-from recipes.tiny_math import build
-from rewards import math_answer_reward
-from rewards.completion import text_of
+from grpo_ext.recipes.tiny_math import build
+from grpo_ext.rewards import math_answer_reward
+from grpo_ext.rewards.completion import text_of
 from tests.tools.paths import TINY_DATA, TINY_MODEL
 
 TASK = ["--model", str(TINY_MODEL), "--data", str(TINY_DATA), "--max_new_tokens", "40", "--batch_size", "256"]
@@ -141,7 +141,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
         (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0 to draw samples"),
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
-        (["--reward", "rewards:nope"], "nope"),
+        (["--reward", "grpo_ext.rewards:nope"], "nope"),
         (["--model", "mine"], "'mine' is an adapter. Type: --model the/base --adapter mine"),
     ],
 )

@@ -6,7 +6,7 @@ import psutil
 import pytest
 from trl import TrlParser
 
-import recipes.math as recipe
+import grpo_ext.recipes.math as recipe
 from grpo_ext import GRPOExtConfig
 from grpo_ext.memory.auto_group_size import GROUP_SIZES, parse_flags, with_group_size
 from grpo_ext.memory.plan import Planner

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-import recipes.math as recipe
+import grpo_ext.recipes.math as recipe
 from grpo_ext.cli import plan as command
 from grpo_ext.memory.plan import plan_memory
 from tests.memory.hub_configs import CONFIGS

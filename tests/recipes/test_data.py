@@ -185,7 +185,7 @@ def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
 
 def test_countdown_is_refused_with_what_to_type(tmp_path, tokenizer):
     path = write(tmp_path / "d.jsonl", [{"target": 9, "nums": [2, 3, 4]}] * 10)
-    with pytest.raises(ValueError, match=r"Countdown.*recipes/logic.py --dataset_name countdown"):
+    with pytest.raises(ValueError, match=r"Countdown.*grpo-ext train logic --dataset_name countdown"):
         load_problems(path, tokenizer)
 
 

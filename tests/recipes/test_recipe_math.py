@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from trl import get_peft_config
 
-import recipes.math as recipe
+import grpo_ext.recipes.math as recipe
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.data import load_problems
 from grpo_ext.evaluation.callback import load_initial_evaluation
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.model.load import load_tokenizer, model_init_kwargs
-from rewards import math_answer_reward
+from grpo_ext.rewards import math_answer_reward
 from tests.tools.metrics import comparable
 from tests.tools.paths import ROOT, TINY_MODEL
 from tests.tools.processes import BIN, LAUNCH, launch
@@ -40,9 +40,9 @@ def lines_of(path):
     ("folder", "command"),
     [
         (".", [*LAUNCH, "recipes/math.py"]),
-        (".", [*LAUNCH, "-m", "recipes.math"]),
+        (".", [*LAUNCH, "-m", "grpo_ext.recipes.math"]),
         ("recipes", [*LAUNCH, "math.py"]),
-        ("recipes", [*LAUNCH, "-m", "recipes.math"]),
+        ("recipes", [*LAUNCH, "-m", "grpo_ext.recipes.math"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(Path(part).name for part in value),
 )

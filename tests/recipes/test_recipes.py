@@ -8,14 +8,12 @@ import pytest
 import yaml
 from trl import TrlParser
 
-import recipes.coding
-import recipes.dialogue
-import recipes.logic
 from grpo_ext import GRPOExtConfig
 from grpo_ext.data import PromptFormat, load_problems
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
-from rewards import program_reward
+from grpo_ext.recipes import coding, dialogue, logic
+from grpo_ext.rewards import program_reward
 from tests.tools.paths import ROOT
 from tests.tools.processes import LAUNCH, launch
 
@@ -57,7 +55,7 @@ def test_logic_from_inside_the_folder(tmp_path):
 
 @needs_sandbox
 def test_coding_as_a_module(tmp_path):
-    output, summary = started(tmp_path, ".", [*LAUNCH, "-m", "recipes.coding"])
+    output, summary = started(tmp_path, ".", [*LAUNCH, "-m", "grpo_ext.recipes.coding"])
     assert (summary["recipe"], summary["steps"]) == ("coding", 2)
     assert "32 problems; held out: 8 problems taken out of split 'train'" in output
 
@@ -67,7 +65,7 @@ def test_guess_a_number(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     monkeypatch.setenv("COLUMNS", "160")
     preset = ["--config", str(RECIPES / "guess_number.yaml"), "--model_name_or_path", str(RECIPES / "tiny_math/model")]
-    recipes.dialogue.main([*preset, *TWO_STEPS, "--max_turns", "3", "--output_dir", str(tmp_path)])
+    dialogue.main([*preset, *TWO_STEPS, "--max_turns", "3", "--output_dir", str(tmp_path)])
     output = capsys.readouterr().out
     assert "80 problems; held out: 20 numbers of 100" in output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
@@ -91,11 +89,11 @@ def test_every_recipe_drops_its_folder_from_the_path(recipe):
 def test_presets_hold_flags_that_exist(preset, tmp_path):
     """A misspelt line of a preset for a GPU would stop a run that nobody starts here."""
     recipe = {
-        "guess_number": recipes.dialogue.DialogueArguments,
-        "tiny_dialogue": recipes.dialogue.DialogueArguments,
-        "knights_knaves": recipes.logic.LogicArguments,
-        "smollm2_sums": recipes.logic.LogicArguments,
-        "tiny_logic": recipes.logic.LogicArguments,
+        "guess_number": dialogue.DialogueArguments,
+        "tiny_dialogue": dialogue.DialogueArguments,
+        "knights_knaves": logic.LogicArguments,
+        "smollm2_sums": logic.LogicArguments,
+        "tiny_logic": logic.LogicArguments,
     }.get(preset.stem, RecipeArguments)
     (tmp_path / "preset.yaml").write_text(preset.read_text())
     parser = TrlParser((recipe, GRPOExtConfig, PolicyConfig))
@@ -134,8 +132,8 @@ def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
     rows[7]["test_list"] = ["assert plus(other) > open('x')"]
     path = tmp_path / "mbpp.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = load_problems(str(path), tokenizer, prompt_format=recipes.coding.PROMPT_FORMAT)
-    judged = recipes.coding.judged(problems)
+    problems = load_problems(str(path), tokenizer, prompt_format=coding.PROMPT_FORMAT)
+    judged = coding.judged(problems)
     assert len(judged.train) + len(judged.heldout) == 49
     assert judged.note.endswith("; 1 problems whose tests cannot be judged were left out")
     number = judged.train[0]["prompt"].partition("add ")[2].partition(".")[0]
@@ -143,7 +141,7 @@ def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
     assert judged.train[0]["prompt"] == f"Write a function to add {number}.\n{test}"
     (tmp_path / "none.jsonl").write_text("".join(json.dumps(rows[7] | {"prompt": str(i)}) + "\n" for i in range(9)))
     with pytest.raises(SystemExit, match="No problem has tests that can be judged"):
-        recipes.coding.judged(load_problems(str(tmp_path / "none.jsonl"), tokenizer))
+        coding.judged(load_problems(str(tmp_path / "none.jsonl"), tokenizer))
 
 
 def test_wording_of_a_chat_model(tmp_path, tokenizer):

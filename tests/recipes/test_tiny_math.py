@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from grpo_ext.evaluation.complete import complete, evaluate, grade
-from recipes.tiny_math import build
-from rewards import math_answer_reward
+from grpo_ext.recipes.tiny_math import build
+from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import TINY_DATA, TINY_MODEL
 
 

@@ -19,7 +19,7 @@ from grpo_ext import GRPOExtConfig, cli
 from grpo_ext.data import Problems
 from grpo_ext.recipe import train_and_report
 from grpo_ext.report.hub import check_write_access
-from rewards import math_answer_reward
+from grpo_ext.rewards import math_answer_reward
 from tests.report.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from tests.tools.models import random_lora
 from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL

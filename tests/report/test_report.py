@@ -18,7 +18,7 @@ from grpo_ext.report.plot_data import MAX_POINTS, build_panels
 from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.run_reader import RunRecord, read_metrics, verdict
 from grpo_ext.report.summary import accuracy_lines
-from rewards import math_answer_reward
+from grpo_ext.rewards import math_answer_reward
 from tests.tools.models import random_lora
 from tests.tools.paths import TINY_DATA
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from grpo_ext import cli
-from rewards import math_answer_reward
-from rewards.audit import ANSWER_FORMS, audit
+from grpo_ext.rewards import math_answer_reward
+from grpo_ext.rewards.audit import ANSWER_FORMS, audit
 from tests.tools.paths import TINY_DATA
 
 ROWS = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(3, 7) for b in (2, 10)]
@@ -94,7 +94,7 @@ def test_through_its_command_line(capsys, tmp_path):
     """It prints a table and sets the exit code: 0 if gold answers pass, otherwise 1 with one sentence."""
     cli.main(["audit", "--data", str(TINY_DATA), "--rows", "20"])
     output = capsys.readouterr().out
-    assert "rewards:math_answer_reward on 20 rows" in output
+    assert "grpo_ext.rewards:math_answer_reward on 20 rows" in output
     assert output.count("none") == 4 + len(EXPLOITS) + 1
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(row | {"answer": "5 or 6"}) + "\n" for row in ROWS))
@@ -121,7 +121,7 @@ def test_programs_through_its_command_line(capsys, tmp_path):
         for name, outputs in tests.items()
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", str(data), "--reward", "rewards:program_reward", "--gold", "solution", "--form", "{}"]
+    flags = ["--data", str(data), "--reward", "grpo_ext.rewards:program_reward", "--gold", "solution", "--form", "{}"]
     cli.main(["audit", *flags, "--form", "```python\n{}\n```"])
     assert capsys.readouterr().out.count("none") == 2 + len(EXPLOITS) + 1
     rows[1]["solution"] = "def square(x):\n    return x * x + 1"
@@ -136,7 +136,7 @@ def test_programs_through_its_command_line(capsys, tmp_path):
     [
         (["--gold", "nope"], "--answer_column nope: .* has no such column"),
         (["--split", "nope"], "has no split 'nope'; it has: train, test"),
-        (["--reward", "rewards:nope"], "nope"),
+        (["--reward", "grpo_ext.rewards:nope"], "nope"),
         (["--reward", "nope:nope"], "No module named 'nope'"),
     ],
 )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rewards.workers.deadline import DeadlineExceeded, run_with_deadline
+from grpo_ext.rewards.workers.deadline import DeadlineExceeded, run_with_deadline
 from tests.tools.waiting import becomes
 
 

@@ -10,7 +10,7 @@ import pytest
 import reasoning_gym
 from datasets import Dataset
 
-from rewards.logic import SAFE_ANSWERS, UNSUPPORTED_TASKS, logic_problems, logic_reward
+from grpo_ext.rewards.logic import SAFE_ANSWERS, UNSUPPORTED_TASKS, logic_problems, logic_reward
 from tests.tools.lanes import slow_but
 
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - set(UNSUPPORTED_TASKS))

@@ -11,11 +11,11 @@ import time
 import pytest
 from latex2sympy2_extended.antlr_parser import PSParser
 
-from rewards import MathAnswerReward, check_gold, math_answer_reward
-from rewards.math import expression
-from rewards.math.answer import MAX_CHARACTERS
-from rewards.math.expression import parse_expression
-from rewards.math.final_answer import extract_final_answer
+from grpo_ext.rewards import MathAnswerReward, check_gold, math_answer_reward
+from grpo_ext.rewards.math import expression
+from grpo_ext.rewards.math.answer import MAX_CHARACTERS
+from grpo_ext.rewards.math.expression import parse_expression
+from grpo_ext.rewards.math.final_answer import extract_final_answer
 from tests.tools.paths import TINY_DATA
 from tests.tools.waiting import PATIENCE
 
@@ -724,10 +724,10 @@ def test_it_has_a_name_and_can_be_pickled():
         assert pickle.loads(pickle.dumps(reward)) == reward
 
 
-@pytest.mark.parametrize("module", ["rewards", "rewards.logic"])
+@pytest.mark.parametrize("module", ["grpo_ext.rewards", "grpo_ext.rewards.logic"])
 def test_rewards_import_no_heavy_packages(module):
     """Workers import them, and so does anyone who scores texts without a trainer."""
-    heavy = {"torch", "grpo_ext", "transformers", "loky"}
+    heavy = {"torch", "trl", "transformers", "loky"}
     code = f"import sys, {module}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -20,10 +20,10 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from grpo_ext.rewards import length_reward, math_answer_reward, program_reward
+from grpo_ext.rewards.workers.pool import isolated
+from grpo_ext.rewards.workers.processes import WORKER_NAME
 from grpo_ext.rollout.reward_workers import in_workers
-from rewards import length_reward, math_answer_reward, program_reward
-from rewards.workers.pool import isolated
-from rewards.workers.processes import WORKER_NAME
 from tests.rewards.worker_rewards import Counting, Remembering, compared, logged, obey, process_id, report_on
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
@@ -419,7 +419,7 @@ def test_workers_end_with_the_run(build, small_model, new_workers, ending):
 
 SCRIPT = """
 import signal
-from rewards.workers.pool import isolated
+from grpo_ext.rewards.workers.pool import isolated
 
 def reward(completions, **columns):
     if completions[0] == "hang":

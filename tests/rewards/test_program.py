@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from rewards import ProgramReward, program_reward
-from rewards.code.cases import assert_case
-from rewards.code.program import extract_program
-from rewards.code.sandbox import Limits
+from grpo_ext.rewards import ProgramReward, program_reward
+from grpo_ext.rewards.code.cases import assert_case
+from grpo_ext.rewards.code.program import extract_program
+from grpo_ext.rewards.code.sandbox import Limits
 from tests.tools.models import random_lora
 from tests.tools.training import log_of
 

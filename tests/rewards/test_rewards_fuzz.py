@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewards import ProgramReward, coherence_reward, format_reward, length_reward, math_answer_reward
-from rewards.code.sandbox import Limits
-from rewards.logic import logic_problems, logic_reward
+from grpo_ext.rewards import ProgramReward, coherence_reward, format_reward, length_reward, math_answer_reward
+from grpo_ext.rewards.code.sandbox import Limits
+from grpo_ext.rewards.logic import logic_problems, logic_reward
 
 EXAMPLES, DIFFERENT = 23_000, 20_000  # hypothesis tries some texts twice
 # CPU time per completion; an expression may take 2 s to parse and 2 s to compare.

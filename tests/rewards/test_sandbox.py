@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rewards.code import sandbox_policy
-from rewards.code.sandbox import Limits, Outcome, run_program
+from grpo_ext.rewards.code import sandbox_policy
+from grpo_ext.rewards.code.sandbox import Limits, Outcome, run_program
 from tests.tools.paths import ROOT
 from tests.tools.waiting import PATIENCE, becomes
 
@@ -376,10 +376,10 @@ def test_the_sandbox_seen_from_outside():
 def test_programs_end_with_the_training():
     """If a training is killed, its programs must end too, since nobody enforces their deadline any more."""
     word = uuid.uuid4().hex
-    training = (
-        f"from rewards.code.sandbox import *; run_program({STAYS.format(parent='os.wait()', word=word)!r}, limits="
-    )
-    process = subprocess.Popen([sys.executable, "-c", training + "Limits(seconds=100_000))"], cwd=ROOT)
+    program = STAYS.format(parent="os.wait()", word=word)
+    training = "from grpo_ext.rewards.code.sandbox import *; "
+    training += f"run_program({program!r}, limits=Limits(seconds=100_000))"
+    process = subprocess.Popen([sys.executable, "-c", training], cwd=ROOT)
     assert becomes(lambda: running(word))
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -428,15 +428,16 @@ def test_anyone_but_root_gets_a_user_namespace():
     programs = ["import os; print(os.getuid())", COUNTS_FORKS, ATTEMPT.replace("{attempt}", HARMFUL["unmounting"])]
     # Imported while still root: TMPDIR and the checkout may be in folders that no other user may enter.
     script = f"""import os
-from rewards.code.sandbox import run_program
+from grpo_ext.rewards.code.sandbox import run_program
 os.chdir("/")
 os.setgroups([])
 os.setgid(61000)
 os.setuid(61000)
 for program in {programs}: print(run_program(program).stdout)"""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "rewards", Path(folder, "rewards"), ignore=shutil.ignore_patterns("__pycache__"))
-        Path(folder, "rewards", "__init__.py").write_text("", encoding="utf-8")  # the system's Python has no packages
+        package = Path(folder, "grpo_ext", "rewards")
+        shutil.copytree(ROOT / "rewards", package, ignore=shutil.ignore_patterns("__pycache__"))
+        (package / "__init__.py").write_text("", encoding="utf-8")  # the system's Python has no packages
         done = subprocess.run(["/usr/bin/python3", "-c", script], cwd=folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     shown = done.stdout.splitlines()
@@ -448,7 +449,9 @@ def test_root_becomes_an_unused_user():
     """A program started by root must not own any file or process of the machine, so its user id is otherwise unused."""
     user = int(run_program("import os; assert os.getuid() == os.getgid(); print(os.getuid())").stdout)
     assert user == 65534 or 61184 <= user < 65520
-    script = "from rewards.code.sandbox import *; print(run_program('import os; print(os.getgroups())').stdout)"
+    script = (
+        "from grpo_ext.rewards.code.sandbox import *; print(run_program('import os; print(os.getgroups())').stdout)"
+    )
     options = {"extra_groups": (7,)} if os.geteuid() == 0 else {}
     shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, check=True, **options)
     assert shown.stdout in (b"b'[]\\n'\n", b"b'[65534]\\n'\n")

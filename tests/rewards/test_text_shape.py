@@ -5,7 +5,7 @@ import pickle
 import pytest
 from trl import GRPOTrainer
 
-from rewards import (
+from grpo_ext.rewards import (
     CoherenceReward,
     FormatReward,
     LengthReward,

@@ -9,10 +9,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.data import load_problems
-from recipes.math import parse
-from recipes.tiny_math import study
-from recipes.tiny_math.study_report import table
-from rewards import math_answer_reward
+from grpo_ext.recipes.math import parse
+from grpo_ext.recipes.tiny_math import study
+from grpo_ext.recipes.tiny_math.study_report import table
+from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import TINY_DATA, TINY_MODEL
 from tests.tools.training import SETTINGS, adapter_of, log_of
 

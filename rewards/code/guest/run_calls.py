@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def encode_value(value: object) -> str:
-    """Encode plain data as JSON that keeps Python's types; `rewards.code.cases.values_equal` decodes it.
+    """Encode plain data as JSON that keeps Python's types; `grpo_ext.rewards.code.cases.values_equal` decodes it.
 
     None, booleans and numbers stay as they are. Text becomes its UTF-8 bytes in hexadecimal. Everything else becomes a
     list that starts with its type: `(1, "a")` -> `["tuple",1,"61"]`.
