@@ -28,21 +28,21 @@ from tests.tools.waiting import PATIENCE
 TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 8192}
 MODELS = {
     "llama": LlamaConfig(
-        vocab_size=49152,
+        vocab_size=24576,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=True,
         **TOKENS,
     ),
     "qwen2": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=640,
-        intermediate_size=2560,
-        num_hidden_layers=4,
-        num_attention_heads=10,
+        vocab_size=65536,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=3,
+        num_attention_heads=8,
         num_key_value_heads=2,
         tie_word_embeddings=True,
         **TOKENS,
@@ -60,13 +60,12 @@ def step(prompt: int, completion: int, generations: int, **changes: Any) -> Step
 WHOLE = {"gradient_checkpointing": False}
 # Chunks of several rows and of parts of a prompt, whole micro-batches, and one row at a time.
 CASES = {
-    "llama, fp32, chunks of 2 rows": ("llama", FP32, step(384, 16, 4, chunk_tokens=2 * 400)),
-    "llama, bf16, whole": ("llama", BF16, step(256, 16, 8, **WHOLE)),
-    "llama, NF4, chunks of 4 rows": ("llama", NF4, step(256, 16, 8, chunk_tokens=4 * 272)),
-    "qwen2, fp32, 2 micro-batches": ("qwen2", FP32, step(256, 16, 4, accumulation=2)),
+    "llama, fp32, chunks of 2 rows": ("llama", FP32, step(256, 16, 4, chunk_tokens=2 * 272)),
+    "llama, bf16, whole": ("llama", BF16, step(128, 8, 8, **WHOLE)),
+    "qwen2, fp32, 2 micro-batches": ("qwen2", FP32, step(128, 16, 4, accumulation=2)),
     "qwen2, NF4, 2 prompts, whole": ("qwen2", NF4, step(128, 8, 4, rows=8, **WHOLE)),
-    "qwen2, bf16, row by row": ("qwen2", BF16, step(256, 8, 4)),
-    "qwen2, NF4, chunks of 128 tokens": ("qwen2", NF4, step(384, 8, 4, chunk_tokens=128)),
+    "qwen2, bf16, row by row": ("qwen2", BF16, step(96, 8, 4)),
+    "qwen2, NF4, chunks of 128 tokens": ("qwen2", NF4, step(256, 8, 4, chunk_tokens=128)),
 }
 
 
