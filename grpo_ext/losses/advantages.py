@@ -13,8 +13,8 @@ Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M
 import torch
 from torch import Tensor
 
-# Rewards that differ by less count as equal. In float32, the standard deviation of eight rewards of 0.1 is rounding noise,
-# and dividing by (std + 1e-8) would turn it into advantages of order one.
+# Rewards that differ by less count as equal. In float32, the standard deviation of eight rewards of 0.1 is rounding
+# noise, and dividing by (std + 1e-8) would turn it into advantages of order one.
 REWARD_TOLERANCE = 1e-6
 
 
@@ -53,7 +53,7 @@ def mixed_groups(rewards_PG: Tensor) -> Tensor:
 
 
 def group_kind_shares(rewards_PG: Tensor, max_reward: float) -> dict[str, float]:
-    """Shares of groups that are mixed, all right and all wrong; groups without a judged completion are left out.
+    """Shares of groups that are mixed, all right and all wrong; a group with no judged completion has no kind.
 
     Args:
         rewards_PG: one group per row.
