@@ -107,7 +107,7 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
     )
     plan = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
     planned = (
-        f"the plan is {plan.footprint.total / GIB:.2f} GB for prompts of up to {step.prompt} tokens, out of "
+        f"{plan.footprint.total / GIB:.2f} GB planned for prompts of up to {step.prompt} tokens, out of "
         f"{plan.budget / GIB:.2f} GB ({which_memory}, less a tenth)"
     )
     if not plan.fits:

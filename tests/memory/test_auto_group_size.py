@@ -140,7 +140,7 @@ def test_missing_model_or_data_is_the_error_of_the_recipe(flags, capsys):
 def test_a_machine_with_too_little_memory(available):
     """Refused before a model is loaded, with the memory needed and available."""
     available(0.01)
-    message = r"rollout of 8 answers does not fit: the plan is 0\.\d+ GB .*, out of 0\.01 GB \(the free memory"
+    message = r"rollout of 8 answers does not fit: 0\.\d+ GB planned .*, out of 0\.01 GB \(the free memory"
     with pytest.raises(ValueError, match=message):
         recipe.parse([*AUTO, *batch(8)])
 
