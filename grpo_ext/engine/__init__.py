@@ -1,1 +1,1 @@
-"""The group engine: what siblings share is computed once, on the model's own cache, with any attention backend."""
+"""The engine: computes each prompt once for all of its siblings, on the model's own KV cache and attention backend."""

@@ -1,7 +1,7 @@
 """A micro-batch grouped by prompt, and its scores: the input and output of scoring. Index algebra only, no model.
 
 In: TRL's padded rows [prompt | completion]. Out: one `Siblings` per distinct prompt, in order of first appearance. Rows
-are siblings if their prompt ids are equal without padding, even if they belong to different reward groups:
+are siblings if their prompt ids without padding are equal, even if they belong to different reward groups:
 
     prompts  [. a b] [. a b] [c d e] [a b .]     ->  rows (0, 1, 3) on (a, b);  row (2,) on (c, d, e)
 
@@ -24,13 +24,13 @@ NO_GRAD_CHUNK_FACTOR = 8  # a no-grad pass needs less than 1/8 of the activation
 
 @dataclass(frozen=True)
 class Siblings:
-    """Rows that share a prompt, or rows of several prompts that have the same length.
+    """Rows that share a prompt, or rows of several prompts of the same length.
 
     Attributes:
         prompts: token ids without padding; at least one token each, all of the same length.
-        rows: indices into the micro-batch, the longest completion first.
-        lengths: completion tokens of each of these rows.
-        prompt_indices: index into `prompts` of each of these rows.
+        rows: indices into the micro-batch, longest completion first.
+        lengths: number of completion tokens of each of these rows.
+        prompt_indices: index into `prompts` for each of these rows.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -48,16 +48,16 @@ class ScoringBatch:
     """A micro-batch to score, and which scores to compute.
 
     Attributes:
-        completion_ids_BC: token ids, padded on the right; ids on padding have no effect.
+        completion_ids_BC: token ids, padded on the right; the padding ids have no effect.
         groups: the rows by prompt.
         temperatures: sampling temperature of each row.
-        separate_groups: more rows by prompt; a forward never mixes them with those of `groups`.
+        separate_groups: further groups, whose rows never share a forward with those of `groups`.
         max_rows: maximum rows per forward; None for whole groups.
         chunk_tokens: maximum tokens that carry a graph at the same time; None for no limit.
-        experts_per_token: top-k of a mixture of experts if its load-balancing loss is wanted; None if not.
+        experts_per_token: top-k of a mixture of experts if its load-balancing loss is requested, else None.
         with_entropies: compute entropies.
         with_hidden: return the last hidden states (no-grad passes only).
-        ref_hidden_BCH: last hidden states of the reference if an exact KL to it is wanted; None if not.
+        ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
     """
 
     completion_ids_BC: Tensor
@@ -76,7 +76,7 @@ class ScoringBatch:
         return self.groups + self.separate_groups
 
     def joined_groups(self) -> list[Siblings]:
-        """All groups; those with prompts of equal length are joined."""
+        """All groups, with those of equal prompt length joined."""
         return [
             joined
             for groups in (self.groups, self.separate_groups)
@@ -134,13 +134,13 @@ class ChunkScores:
 
 
 def strip_padding(ids_BT: Tensor, mask_BT: Tensor) -> list[tuple[int, ...]]:
-    """Token ids of each row where its mask is 1; padding may be on either side."""
+    """The token ids of each row at which its mask is 1; padding may be on either side."""
     rows = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
     return [tuple(token for token, kept in zip(ids, mask, strict=True) if kept) for ids, mask in rows]
 
 
 def prompt_groups(prompt_ids_BS: Tensor, mask_BS: Tensor) -> list[int]:
-    """A number per row, equal for rows with the same prompt."""
+    """One number per row, equal for rows with the same prompt."""
     prompts = strip_padding(prompt_ids_BS, mask_BS)
     return [prompts.index(prompt) for prompt in prompts]
 
@@ -155,8 +155,8 @@ def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_to
         completion_tokens: C.
 
     Returns:
-        One entry per distinct prompt. None if a completion mask has a hole or a prompt is empty: such rows cannot share
-        a prompt.
+        One entry per distinct prompt. None if a completion mask has a hole or a prompt is empty, because such rows
+        cannot share a prompt.
     """
     split = input_ids_BT.size(1) - completion_tokens
     prompts = strip_padding(input_ids_BT[:, :split], attention_mask_BT[:, :split])
@@ -170,11 +170,11 @@ def find_siblings(input_ids_BT: Tensor, attention_mask_BT: Tensor, completion_to
 
 
 def join_equal_lengths(siblings: list[Siblings], max_rows: int | None, max_tokens: int | None) -> list[Siblings]:
-    """Join groups whose prompts have the same number of tokens: they run in one forward without padding.
+    """Join groups whose prompts have the same number of tokens, to run them in one forward without padding.
 
     Args:
-        max_rows, max_tokens: limits for a joined group, counted as in `split_into_chunks`. A single group may exceed
-            them and is never split.
+        max_rows, max_tokens: limits on a joined group, counted as in `split_into_chunks`. A group that exceeds them on
+            its own is not split.
     """
     joined: list[list[Siblings]] = []
     for group in sorted(siblings, key=lambda group: group.prompt_tokens):
@@ -228,7 +228,7 @@ def split_into_chunks(
         max_rows: maximum rows per chunk; None for no limit.
         max_tokens: limit on rows x (prompt + longest completion), because attention copies the prompt's states for
             every row. A chunk has at least one row. None for no limit.
-        with_empty: include rows of length 0; log-probs do not need them.
+        with_empty: include rows of length 0, which log-probs do not need.
 
     Returns:
         Ranges into `siblings.rows`.
@@ -248,7 +248,7 @@ def split_into_chunks(
 
 
 def assemble_scores(batch: ScoringBatch, chunks: list[ChunkScores], aux_loss: Tensor | None) -> Scores:
-    """Pad the chunks to C and restore the row order of the micro-batch; rows without tokens are 0."""
+    """Pad the chunks to C and restore the row order of the micro-batch; rows without tokens score 0."""
     B, C = batch.completion_ids_BC.shape
     order = [row for chunk in chunks for row in chunk.rows]
     empty = sorted(set(range(B)) - set(order))
@@ -263,7 +263,7 @@ def assemble_scores(batch: ScoringBatch, chunks: list[ChunkScores], aux_loss: Te
         return rows[inverse.to(padded[0].device)]
 
     logps_BC = assemble([chunk.logps_nc for chunk in chunks])
-    assert logps_BC is not None  # the caller has rows with tokens
+    assert logps_BC is not None  # the caller passes at least one chunk
     return Scores(
         logps_BC=logps_BC,
         entropies_BC=assemble([chunk.entropies_nc for chunk in chunks]),
@@ -292,6 +292,6 @@ def prompt_ids(batch: ScoringBatch, siblings: Siblings) -> Tensor:
 
 
 def prompt_weights(batch: ScoringBatch, siblings: Siblings, tokens: int) -> Tensor:
-    """The number of rows that each prompt stands for, repeated over `tokens` tokens; shape (prompts, tokens)."""
+    """The number of rows per prompt, repeated over `tokens` tokens; shape (prompts, tokens)."""
     counts = [[siblings.prompt_indices.count(i)] for i in range(len(siblings.prompts))]
     return torch.tensor(counts, device=batch.completion_ids_BC.device).expand(-1, tokens)

@@ -1,7 +1,7 @@
 """Sampling completions: each prompt is prefilled once for all of its siblings, and finished rows leave the batch.
 
 In: the arguments that transformers' `generate` passes to its decoding loop (logits processors, stopping criteria). Out:
-the tokens that its own loop would sample from the same random state, and the log-prob of each token.
+the tokens that transformers' loop would sample from the same random state, and the log-prob of each token.
 
     sampler = GroupSampler(temperature=0.8)
     sequences_BT = lm.generate(input_ids, attention_mask=mask, custom_generate=sampler)
@@ -38,9 +38,9 @@ class SampledCompletions:
 
     Attributes:
         tokens: token ids, including the end-of-sequence token if it was sampled.
-        logps: log-prob of each token in nats, under the full distribution at the sampler's temperature: logits
-            processors do not affect it.
-        is_cut: whether the row ended at a limit on tokens or time.
+        logps: log-prob of each token in nats, under the full distribution at the sampler's temperature, unaffected by
+            logits processors.
+        is_cut: whether the row was ended by a limit on tokens or time.
     """
 
     tokens: list[list[int]]
@@ -52,12 +52,13 @@ class GroupSampler:
     """A decoding loop for `generate(custom_generate=...)`: one sequence per row, sampled or greedy.
 
     Args:
-        temperature: of the log-probs. The temperature for sampling is one of the logits processors.
+        temperature: that of the log-probs. For sampling, a logits processor applies the temperature.
 
     Attributes:
         temperature: see above; may be changed between calls.
-        max_new_tokens_per_row: a limit for each row of the next call, in addition to that of `generate`; None for none.
-        completions: the result of the last call; None before it.
+        max_new_tokens_per_row: a limit for each row of the next call, in addition to that of `generate`; None for no
+            further limit.
+        completions: the result of the last call; None before the first one.
     """
 
     def __init__(self, temperature: float):
@@ -66,12 +67,12 @@ class GroupSampler:
         self.max_new_tokens_per_row: Sequence[int] | None = None
         self._keeps_prompts = self._keeps_rows = False
         self._kept_prompts: PrefilledPrompts | None = None
-        self._kept_rows: dict[Prompt, DynamicCache] = {}  # of the last call, by the tokens that each cache holds
+        self._kept_rows: dict[Prompt, DynamicCache] = {}  # from the last call, by the tokens in each cache
 
     @contextmanager
     def keep_prompt_caches(self) -> Iterator[None]:
-        """Inside, keep the caches of the prompts that were prefilled last: sampling more completions of them needs no
-        prefill. The weights must not change inside."""
+        """A context that keeps the caches of the last prefilled prompts: sampling more completions for them needs no
+        prefill. The weights must not change inside it."""
         self._keeps_prompts = True
         try:
             yield
@@ -80,8 +81,8 @@ class GroupSampler:
 
     @contextmanager
     def keep_row_caches(self) -> Iterator[None]:
-        """Inside, keep the caches of the rows that were sampled last: a prompt of the next call that begins with such a
-        row continues from its cache, in any order of rows. The weights must not change inside."""
+        """A context that keeps the caches of the last sampled rows: a prompt of the next call that begins with such a
+        row continues from its cache, whatever the order of the rows. The weights must not change inside it."""
         self._keeps_rows = True
         try:
             yield
@@ -148,7 +149,7 @@ class GroupSampler:
                 rows, logits = batch.step(model, tokens_B, **options)
                 logits_BV = logits.new_zeros(len(prompts), logits.size(1)).index_copy_(0, rows, logits)
         tokens = _truncate(input_ids[:, prompt_tokens:], lengths_B)
-        # The last token of a row was sampled, but not fed to the model.
+        # The last token of a row is sampled but not fed to the model.
         self._kept_rows = {prompts[row] + tuple(tokens[row][:-1]): cache for row, cache in finished_caches.items()}
         self.completions = SampledCompletions(
             tokens=tokens,
@@ -162,8 +163,8 @@ class GroupSampler:
     ) -> tuple[Tensor, Tensor]:
         """The next token of every row and its log-prob, shapes (B,).
 
-        Finished rows are included (their logits are zeros): processors with a state per row need them, and the random
-        state then advances as in transformers' loop.
+        Finished rows are included, with zeros for logits: processors that keep state per row need them, and the random
+        state advances as in transformers' loop.
         """
         tempered_BV = logits_BV.float() / self.temperature
         scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=True))
@@ -179,9 +180,9 @@ def start_decoding(
 ) -> DecodeBatch:
     """A batch of rows that continue these prompts; `prompts[i]` is the prompt of row i.
 
-    If siblings can share a slot, their number is limited so that their completions together are no longer than the
-    shortest prompt. The gain: a prompt is stored and read once per slot. The cost: each sibling also attends over the
-    masked tokens of the others.
+    If siblings can share a slot, their number per slot is limited so that together their completions are no longer than
+    the shortest prompt. A shared slot stores and reads its prompt once instead of once per row, but each sibling also
+    attends over the masked tokens of the others.
     """
     rows_of: dict[Prompt, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -193,7 +194,7 @@ def start_decoding(
 
 
 def _check_stopping(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows end by themselves, and which reach a limit on tokens or time; shapes (B,)."""
+    """Which rows end on their own, and which reach a limit on tokens or time; shapes (B,)."""
     stops = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     cuts = stops.clone()
     for criterion in criteria:

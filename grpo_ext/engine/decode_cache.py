@@ -20,18 +20,18 @@ from transformers.cache_utils import DynamicLayer
 
 from grpo_ext.engine.prefill import cache_states, extract_cache_row, join_caches, with_states
 
-# Owner of a cached token if it is not a row: all rows of the slot see a PROMPT token, no row sees a HIDDEN one.
+# Owners of cached tokens that belong to no row: all rows of the slot see a PROMPT token, no row sees a HIDDEN one.
 PROMPT, HIDDEN = -1, -2
-NO_ROW = -3  # an unused place in a slot
+NO_ROW = -3  # an unused position in a slot
 
 
 class DecodeBatch:
-    """A batch of rows that are being decoded.
+    """The rows that are being decoded, and their cache.
 
     Args:
         caches: the caches of the prefilled prompts, see `join_caches`.
-        prompts: index into the rows of `caches`, per slot.
-        slots: the rows of the batch, per slot.
+        prompts: for each slot, an index into the rows of `caches`.
+        slots: for each slot, its rows of the batch.
         prompt_lengths: prompt tokens of each row, shape (B,).
     """
 
@@ -61,10 +61,10 @@ class DecodeBatch:
         return [row for slot in self._slots for row in slot]
 
     def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """Feed one token of every active row.
+        """Run the model on one token per active row.
 
         Args:
-            options: further arguments of the model's forward.
+            options: further keyword arguments for the model's forward.
 
         Returns:
             Indices of the active rows, and their logits for the next token, shape (active rows, V).
@@ -95,13 +95,13 @@ class DecodeBatch:
         return mask_RnT.unsqueeze(1)
 
     def extract_row(self, row: int) -> DynamicCache:
-        """A cache of one active row: the states of its prompt and of its tokens that were fed, without padding."""
+        """A cache of one active row, without padding: the states of its prompt and of the tokens fed so far."""
         slot = next(i for i, rows in enumerate(self._slots) if row in rows)
         owners_T = self._owners_RT[slot]
         return _without_spare_capacity(extract_cache_row(self._cache, slot, (owners_T == PROMPT) | (owners_T == row)))
 
     def drop_finished(self, is_active: Sequence[bool]) -> None:
-        """Remove the rows that are not active, and the slots that no longer hold a row."""
+        """Remove inactive rows, and slots that no longer hold a row."""
         slots = [[row for row in slot if is_active[row]] for slot in self._slots]
         if slots == self._slots:
             return
@@ -118,8 +118,8 @@ class DecodeBatch:
 def can_share_slot(lm: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether siblings can share a slot of the cache.
 
-    That requires layers that only hold keys and values of all tokens, positions that are given by `position_ids` alone,
-    and attention that accepts a custom mask.
+    This requires layers that hold only the keys and values of all tokens, positions given by `position_ids` alone, and
+    attention that accepts a custom mask.
     """
     config = lm.config.get_text_config()
     return (
@@ -130,7 +130,7 @@ def can_share_slot(lm: PreTrainedModel, cache: DynamicCache) -> bool:
 
 
 class _LayerWithSpareCapacity(DynamicLayer):
-    """Keys and values in a buffer with space for more tokens: a new token is written into it, while `DynamicLayer`
+    """Keeps keys and values in a buffer with room to grow: a new token is written in place, whereas `DynamicLayer`
     copies all tokens."""
 
     keys: Tensor
@@ -155,7 +155,7 @@ def _reallocate(states: Tensor, capacity: int) -> Tensor:
 
 
 def _with_spare_capacity(cache: DynamicCache) -> DynamicCache:
-    """The same cache; its layers with keys and values of all tokens now grow in place."""
+    """The same cache; its layers that hold the keys and values of all tokens grow in place from here on."""
     for layer in cache.layers:
         if type(layer) in (DynamicLayer, _LayerWithSpareCapacity):
             layer.__class__ = _LayerWithSpareCapacity
@@ -164,7 +164,7 @@ def _with_spare_capacity(cache: DynamicCache) -> DynamicCache:
 
 
 def _without_spare_capacity(cache: DynamicCache) -> DynamicCache:
-    """The same cache; its layers are transformers' own again."""
+    """The same cache, with transformers' own layers again."""
     for layer in cache.layers:
         if type(layer) is _LayerWithSpareCapacity:
             layer.__class__ = DynamicLayer

@@ -1,4 +1,4 @@
-"""Give a model shared scoring and shared sampling, and say why a model cannot have them.
+"""Add shared scoring and shared sampling to a model, or report why it cannot have them.
 
 `install_shared_scoring` adds a keyword, `scoring_batch`, to the forward of a causal language model. Scoring then runs
 inside the wrapped forward, as data-parallel training requires. `shared_sampling` replaces the decoding loop of the
@@ -33,9 +33,9 @@ from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
 from grpo_ext.model.unwrap import base_of
 
-# Architectures for which a prompt in two forwards does not give the result of one forward.
+# Architectures whose results change if a prompt is split over two forwards.
 INEXACT_ARCHITECTURES = ("bamba",)
-# Rotary embeddings whose frequencies depend on the sequence length of a forward.
+# Rotary embeddings whose frequencies depend on the sequence length of the forward.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -46,12 +46,12 @@ def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) ->
 
     Args:
         is_compiled: whether `torch.compile` will wrap the model. Scoring is left uncompiled: its shapes change from
-            call to call, and each of them would be compiled again.
+            call to call, and each new shape would trigger a recompilation.
     """
     fused_forward, head = lm.forward, TiledHead.of(lm)
 
     def score_batch(self: PreTrainedModel, scoring_batch: ScoringBatch) -> Scores:
-        # Checkpointed layers drop the cache with only a log line, and the completion loses its prompt.
+        # Checkpointed layers drop the cache and merely log it: completions would lose their prompt.
         with disable_gradient_checkpointing(self):
             if torch.is_grad_enabled() and not scoring_batch.fits_one_chunk():
                 return score_in_chunks(self, scoring_batch, head, _recompute_context(self))
@@ -68,13 +68,13 @@ def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) ->
 
 
 def _recompute_context(lm: PreTrainedModel) -> Any:
-    """A context manager that shows the backward the same model as the forward that runs now."""
+    """A factory of contexts in which the backward sees the model as the current forward does."""
     device_type = lm.device.type
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
     @contextmanager
     def context() -> Iterator[None]:
-        # Without autocast's cache: the next chunk would reuse a cast whose graph is already freed.
+        # Autocast's cache is off: the next chunk would reuse a cast whose graph is already freed.
         autocast: AbstractContextManager[Any] = torch.autocast(
             device_type, dtype=dtype, enabled=enabled, cache_enabled=False
         )
@@ -88,7 +88,8 @@ def _recompute_context(lm: PreTrainedModel) -> Any:
 def shared_sampling(
     lm: PreTrainedModel, sampler: GroupSampler, stop_strings: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[None]:
-    """Inside, `lm.generate` uses `sampler` and stops at `stop_strings`, which it rejects for custom samplers."""
+    """A context in which `lm.generate` uses `sampler` and stops at `stop_strings`, although transformers rejects stop
+    strings for custom samplers."""
     generate, is_patched = lm.generate, "generate" in vars(lm)
 
     def generate_shared(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
@@ -99,7 +100,7 @@ def shared_sampling(
         return generate(*args, generation_config=config, custom_generate=sampler, **kwargs)
 
     own, lm.generate = lm.generation_config.stop_strings, generate_shared
-    lm.generation_config.stop_strings = None  # `generate` falls back to it if the given config has none
+    lm.generation_config.stop_strings = None  # `generate` falls back to these if its argument has none
     try:
         yield
     finally:
@@ -111,11 +112,12 @@ def shared_sampling(
 
 
 def why_sampling_unsupported(*configs: GenerationConfig) -> str | None:
-    """The reason why these settings of `generate` need transformers' own decoding loop; None if they do not."""
+    """The reason why these settings of `generate` need transformers' own decoding loop, as text for a log; None if they
+    do not."""
     for config in configs:
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-            return f"generation is by {mode.value}"
+            return f"the generation mode is {mode.value}"
         if (config.num_return_sequences or 1) > 1:
             return f"num_return_sequences is {config.num_return_sequences}"
         if config.use_cache is False:
@@ -136,11 +138,11 @@ def why_scoring_unsupported(
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     adapters = model.peft_config.values() if hasattr(model, "peft_config") else ()
     if config.model_type in INEXACT_ARCHITECTURES:
-        return f"{config.model_type} does not read a prompt in two parts as it reads it at once"
+        return f"{config.model_type} gives different results if a prompt is split over two forwards"
     if is_multimodal:
         return "its inputs are multimodal"
     if is_sharded:
-        return "its parameters are sharded, and processes would run unequal numbers of forwards"
+        return "its parameters are sharded, and the processes would run different numbers of forwards"
     if lm.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if args.cast_lm_head_to_fp32:
@@ -148,7 +150,7 @@ def why_scoring_unsupported(
     if rope in LENGTH_DEPENDENT_ROPE:
         return f"its rotary embedding is {rope!r}, which depends on the length of the sequence"
     if any(adapter.is_prompt_learning for adapter in adapters):
-        return "its adapter is a prompt-learning one"
+        return "its adapter uses prompt learning"
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
         return "its adapter is an activated LoRA"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):

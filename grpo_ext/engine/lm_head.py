@@ -9,8 +9,8 @@ each tile instead of to the weight, so the head stays frozen, even if its weight
 
     logits[:, tile] = h W[tile]^T + u B[tile]^T        u = s h A^T, a few numbers per token
 
-There, products have the precision of the hidden states or of autocast. Sums over the vocabulary and gradients are in
-float32, or in float64 for float64 hidden states.
+On this path, products have the precision of the hidden states or of autocast. Sums over the vocabulary and gradients
+are in float32, or in float64 for float64 hidden states.
 
 Legend: T tokens, V vocabulary, H hidden size, R rank (summed over the active adapters).
 """
@@ -30,15 +30,15 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from grpo_ext.model.unwrap import head_of
 
 VOCAB_TILE = 32768  # as in TRL
-KL_TOKEN_TILE = 512  # tokens per tile of the exact KL, which holds two tiles in float32
-LORA_TILE = (1024, 32768)  # tokens x vocabulary; TRL's has four times the tokens, but no float32 copies
+KL_TOKEN_TILE = 512  # tokens per tile of the exact KL, which keeps two tiles in float32
+LORA_TILE = (1024, 32768)  # tokens x vocabulary; TRL's tile has four times the tokens, but makes no float32 copies
 
 
 def logit_multiplier(config: PreTrainedConfig) -> float:
     """The factor by which a model with this text config multiplies its logits before their softcap.
 
-    Families name it `logit_scale` (Cohere), `output_multiplier` (Muse Glimmer), `lm_head_multiplier` (Falcon-H1), or
-    `logits_scaling`, by which Granite and MiniCPM3 divide and HyperCLOVA X multiplies.
+    Its name depends on the model family: `logit_scale` (Cohere), `output_multiplier` (Muse Glimmer),
+    `lm_head_multiplier` (Falcon-H1), or `logits_scaling` (a divisor in Granite and MiniCPM3, a factor in HyperCLOVA X).
     """
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
@@ -52,10 +52,10 @@ def logit_multiplier(config: PreTrainedConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TiledHead:
-    """Scores hidden states of `lm`.
+    """The LM head of `lm`: scores hidden states.
 
     Attributes:
-        softcap: bound on the logits (`final_logit_softcapping`); None for none.
+        softcap: bound on the logits (`final_logit_softcapping`); None for no bound.
         scale: factor on the logits, before the softcap.
     """
 
@@ -87,11 +87,11 @@ class TiledHead:
         return logps_T, entropies_T
 
     def exact_kl(self, hidden_TH: Tensor, ref_hidden_TH: Tensor, temperature: float) -> Tensor:
-        """KL(policy || reference) over the whole vocabulary for each token, in nats, with the policy's gradient.
+        """KL(policy || reference) of each token over the whole vocabulary, in nats, with the policy's gradient.
 
         Args:
             hidden_TH: hidden states of the policy.
-            ref_hidden_TH: hidden states of the reference, which has the same frozen head.
+            ref_hidden_TH: hidden states of the reference, which uses the same frozen head.
         """
         lm_head = self.lm.get_output_embeddings()
         head = (lm_head.weight, lm_head.bias)
@@ -115,8 +115,8 @@ class HeadLoRA(NamedTuple):
 
 
 class LogitScale(NamedTuple):
-    """logits = softcap * tanh(scale * x / softcap) / temperature of a projection x; scale * x / temperature if there is
-    no softcap."""
+    """From a projection x to logits: softcap * tanh(scale * x / softcap) / temperature, or scale * x / temperature if
+    there is no softcap."""
 
     temperature: float
     softcap: float | None
@@ -196,8 +196,8 @@ class _LoRAScore(torch.autograd.Function):
         ctx.sum_dtype = torch.promote_types(ctx.product_dtype, torch.float32)
         ctx.logit_scale, ctx.tile = logit_scale, tile
         inputs = (hidden_TH, states_TR, factor_VR, weight_VH, bias_V)
-        # Online softmax: the largest logit so far, the sum of exp(logit - largest), and the sum of logits with these
-        # weights.
+        # Online softmax: the largest logit so far, the sum of the weights exp(logit - largest), and the weighted sum of
+        # logits.
         largest_T = hidden_TH.new_full((len(hidden_TH),), -torch.inf, dtype=ctx.sum_dtype)
         sum_T, weighted_T, target_T = (torch.zeros_like(largest_T) for _ in range(3))
         for tokens, vocab, _, logits in _tiles(ctx, *inputs):
@@ -270,7 +270,7 @@ def _slices(length: int, width: int) -> list[slice]:
 
 
 def _local_targets(targets_t: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
-    """Whether each target is in this vocabulary slice, shape (t,), and its index there or 0, shape (t, 1)."""
+    """Whether each target is in this vocabulary slice, shape (t,), and its index in the slice, else 0, shape (t, 1)."""
     indices = targets_t - vocab.start
     is_here = (indices >= 0) & (targets_t < vocab.stop)
     return is_here, indices.where(is_here, 0).unsqueeze(1)

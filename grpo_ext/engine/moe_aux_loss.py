@@ -1,11 +1,11 @@
-"""The load-balancing loss of mixtures of experts, summed over the forwards into which shared prompts split a batch.
+"""The load-balancing loss of a mixture of experts, summed over the forwards into which shared prompts split a batch.
 
 Switch Transformer (arXiv:2101.03961), equations 4 to 6, as transformers' `load_balancing_loss_func` computes it over a
 padded batch:
 
-    loss = E * sum_e  (share of the choices that fell on expert e) * (mean probability of expert e)
+    loss = E * sum_e  (share of the choices that went to expert e) * (mean probability of expert e)
 
-Both are means over the tokens of all rows and layers. A prompt that runs once counts once per row. Choices have no
+Both are means over the tokens of all rows and layers. A prompt runs once but counts once per row. Choices have no
 gradient, so the gradient of one forward is that of its own probabilities, given the choices of all forwards.
 
 Legend: E experts, N tokens of a forward, L layers.
@@ -40,7 +40,7 @@ class RouterSums:
         return cls(_sum(chosen), _sum(probs), weights_N.sum() * len(router_logits))
 
     def loss(self) -> Tensor:
-        """The loss, if these are the sums over the whole batch."""
+        """The loss of the whole batch; these must be the sums over all of its forwards."""
         return (self.chosen_E * self.probs_E).sum() * len(self.chosen_E) / self.tokens**2
 
     def loss_share(self, total: "RouterSums") -> Tensor:

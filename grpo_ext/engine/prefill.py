@@ -1,14 +1,14 @@
-"""Prefill: prompts in, caches out that all siblings can continue from.
+"""Prefill: prompts in, caches out from which all siblings can continue.
 
     prompt[:-1] --(one forward)--> DynamicCache --fork--> one cache for n siblings
 
-The first half handles the states of a cache (keys, values, convolution, recurrent): list them, replace them, fork them.
-States are plain tensors, so a fork with gradients is `with_states(cache, [leaf[rows] ...])`. Nothing here depends on
-the attention backend: it only relies on the layers of transformers' own `DynamicCache`.
+The first half lists, replaces and forks the states of a cache (keys, values, convolution, recurrent). States are plain
+tensors, so a fork with gradients is `with_states(cache, [leaf[rows] ...])`. Nothing here depends on the attention
+backend: it only relies on the layers of transformers' own `DynamicCache`.
 
-The second half runs the forwards. Scoring prefills all tokens but the last one, because each row begins with that token
-(`prefill`, or `prefill_in_segments` if the prompt is too long for one graph). Sampling prefills whole prompts and needs
-the logits after them (`prefill_prompts`).
+The second half runs the forwards. Scoring prefills all tokens except the last one, which begins each row (`prefill`, or
+`prefill_in_segments` if the prompt is too long for one graph). Sampling prefills whole prompts and needs the logits
+that follow them (`prefill_prompts`).
 
 Legend: k prompts of a forward, P distinct prompts, S tokens to prefill, T tokens in the cache, V vocabulary.
 """
@@ -43,8 +43,8 @@ FORKABLE_LAYERS = (
 
 
 class _OutOfPlace(LinearAttentionLayer):
-    """Replaces its states instead of writing into them as transformers does: autograd forbids in-place writes to a
-    state that a graph has used."""
+    """Replaces its states, whereas transformers writes into them: autograd forbids in-place writes to a state that a
+    graph has used."""
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         if not self.has_previous_state[state_idx]:
@@ -121,12 +121,12 @@ def with_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
                 slots = getattr(layer, name)
                 slots |= {index: next(remaining) for index, state in slots.items() if state is not None}
         new.layers.append(layer)
-    assert next(remaining, None) is None, "more states than the cache has places for"
+    assert next(remaining, None) is None, "more states than the cache has room for"
     return new
 
 
 def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
-    """A cache whose i-th row continues from row `rows[i]` of `cache`; gradients of the copies add up in that row.
+    """A cache whose row i continues from row `rows[i]` of `cache`; gradients of the copies add up in that row.
 
     The states are copied, because some layers write into their states in place.
     """
@@ -138,7 +138,7 @@ def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
 def join_caches(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
     """One cache whose row i continues from row `rows[i]` of the concatenated `caches`.
 
-    Keys and values of shorter prompts are padded on the left; only an attention mask hides the padding.
+    Keys and values of shorter prompts are padded on the left. The caller must mask the padding in attention.
     """
     longest = max(caches, key=lambda cache: cache.get_seq_length())
     joined = []
@@ -149,13 +149,13 @@ def join_caches(caches: Sequence[DynamicCache], rows: Tensor) -> DynamicCache:
 
 
 def extract_cache_row(cache: DynamicCache, row: int, is_own_T: Tensor) -> DynamicCache:
-    """A cache with a single row of `cache`, restricted to some of its T tokens.
+    """A cache with one row of `cache`, restricted to some of its T tokens.
 
     Args:
         is_own_T: which tokens to keep, shape (T,). Within sliding windows they must be contiguous.
     """
     extracted = fork(cache, [row])
-    own_of: dict[int, Tensor] = {}  # cached tokens of a layer -> indices of those to keep
+    own_of: dict[int, Tensor] = {}  # number of cached tokens of a layer -> indices of those to keep
     for layer in extracted.layers:
         if _has_keys(layer):
             tokens = layer.keys.shape[-2]
@@ -170,7 +170,7 @@ def extract_cache_row(cache: DynamicCache, row: int, is_own_T: Tensor) -> Dynami
 def share_prefix_storage(boundary: DynamicCache, last: DynamicCache) -> DynamicCache:
     """`boundary` with its keys and values replaced by views into those of `last`, which begin with the same tokens.
 
-    States that are overwritten as a prompt goes on (sliding windows, recurrent) are kept as they are.
+    States that later tokens overwrite (sliding windows, recurrent) are kept as they are.
     """
     new = with_states(boundary, cache_states(boundary))
     for layer, whole in zip(new.layers, last.layers, strict=True):
@@ -199,10 +199,10 @@ def prompt_segments(tokens: int, chunk_tokens: int | None) -> list[range]:
 
 
 def prefill(lm: PreTrainedModel, prompts_kS: Tensor, **options: Any) -> DynamicCache | None:
-    """The cache of all tokens but the last one; None for prompts of one token.
+    """The cache of all tokens except the last one; None for prompts of one token.
 
     Args:
-        options: further arguments of the backbone's forward.
+        options: further keyword arguments for the backbone's forward.
     """
     whole = prompt_segments(prompts_kS.size(1) - 1, None)
     return prefill_segment(lm, prompts_kS, whole[0], None, **options) if whole else None
@@ -211,7 +211,7 @@ def prefill(lm: PreTrainedModel, prompts_kS: Tensor, **options: Any) -> DynamicC
 def prefill_in_segments(
     lm: PreTrainedModel, prompts_kS: Tensor, chunk_tokens: int | None, **options: Any
 ) -> Iterator[DynamicCache]:
-    """The cache at the end of each segment; computing the next one does not change it."""
+    """The cache at the end of each segment. Computing the next cache does not change it."""
     cache = None
     for segment in prompt_segments(prompts_kS.size(1) - 1, chunk_tokens):
         before = None if cache is None else fork(cache, range(len(prompts_kS)))
@@ -222,7 +222,7 @@ def prefill_in_segments(
 def prefill_segment(
     lm: PreTrainedModel, prompts_kS: Tensor, segment: range, cache: DynamicCache | None, **options: Any
 ) -> DynamicCache:
-    """The cache at the end of a segment; `cache`, the one at its beginning, is modified."""
+    """The cache at the end of a segment; `cache` is the one at its start, and is modified."""
     return lm.base_model(
         input_ids=prompts_kS[:, segment.start : segment.stop],
         past_key_values=cache,
@@ -237,7 +237,7 @@ def prefill_segment(
 
 @dataclass(frozen=True, kw_only=True)
 class PrefilledPrompts:
-    """KV caches of the prefilled prompts, the cache row of each prompt, and its next-token logits.
+    """The caches of the prefilled prompts, and for each prompt its cache row and its next-token logits.
 
     Attributes:
         caches: one per forward; a row may be padded on the left.
@@ -259,11 +259,11 @@ def prefill_prompts(
 ) -> PrefilledPrompts:
     """Prefill each distinct prompt once, from the end of its longest kept prefix.
 
-    Prompts with the same number of remaining tokens share a forward, so no input is padded on any architecture.
+    Prompts with the same number of remaining tokens share a forward, so input ids are never padded.
 
     Args:
-        kept: caches of one row each, by the tokens that they hold.
-        options: further arguments of the model's forward.
+        kept: caches of one row each, by their tokens.
+        options: further keyword arguments for the model's forward.
     """
     batches: dict[tuple[bool, int], list[tuple[Prompt, int]]] = {}
     lengths = sorted({len(prefix) for prefix in kept}, reverse=True)

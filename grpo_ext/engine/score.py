@@ -1,7 +1,7 @@
 """Scoring: log-probs and entropies of completions, with each prompt computed once for all of its siblings.
 
 In: a `ScoringBatch`, TRL's padded rows grouped by prompt. Out: the values of TRL's own scoring, shape (B, C), in the
-order of the rows; if requested, also the exact KL of each token's distribution to that of a reference.
+order of the rows, and, if requested, the exact KL of each token's distribution to the reference's.
 
     prompt[:-1] --(batch of 1)--> cache --fork--> [last prompt token | completion[:-1]] of each sibling -> log-probs
 
@@ -35,14 +35,14 @@ from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
 from grpo_ext.engine.prefill import cache_states, fork, prefill, with_states
 
-ALWAYS_PACKED_TOKENS = 512  # a chunk with no more tokens is packed into one row even if its prompt is shorter
+ALWAYS_PACKED_TOKENS = 512  # a chunk with at most this many tokens is packed even if its prompt is shorter
 
 
 def score(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead) -> Scores:
-    """Score the whole batch on one graph, or without a graph if the caller disabled gradients.
+    """Score the whole batch on one autograd graph, or without a graph if the caller has disabled gradients.
 
     Args:
-        lm: a causal language model whose cache is a `DynamicCache` that can be forked.
+        lm: a causal language model with a `DynamicCache` that can be forked.
     """
     chunks: list[ChunkScores] = []
     prompt_sums = []
@@ -61,7 +61,7 @@ def score(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead) -> Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkScorer:
-    """Scores chunks of a group on the cache of its prompt; the fields are the arguments of `score`."""
+    """Scores chunks of a group on the cache of its prompt. The fields are as in `score`."""
 
     lm: PreTrainedModel
     batch: ScoringBatch
@@ -73,12 +73,12 @@ class ChunkScorer:
 
         Args:
             chunk: a range into `siblings.rows`.
-            cache: the prefilled prompt, all tokens but the last one; None for a prompt of one token.
+            cache: the prefilled prompt, all tokens except the last one; None for a prompt of one token.
         """
         rows = [siblings.rows[i] for i in chunk]
         longest = siblings.lengths[chunk.start]
         prompt_indices = [siblings.prompt_indices[i] for i in chunk]
-        # The last token predicts nothing, but it is routed. A forward of a single token would be taken for a decoding
+        # The last token predicts nothing, but it is routed. A forward of a single token would be treated as a decoding
         # step, in which recurrent layers write into their states in place.
         width = max(2, longest + (self.batch.experts_per_token is not None))
         targets_nc = pad(self.batch.completion_ids_BC[rows, :longest], (0, width - longest))
@@ -92,16 +92,16 @@ class ChunkScorer:
         if cache is not None and self._should_pack(siblings, chunk, cache):
             hidden_TH = self._forward_packed(ids_nc, positions_nc, is_token_nc, cache)
         else:
-            # Padding is on the right, where no token of the row attends: no attention mask is needed.
+            # Padding is on the right, where no token of the row attends, so no attention mask is needed.
             forked = None if cache is None else fork(cache, prompt_indices)
             hidden_TH = self._forward(ids_nc, positions_nc, forked, **self.router.forward_options)[is_token_nc]
             router_sums = self.router.pop_sums(places_c <= lengths_n1)
         return self._score_tokens(rows, hidden_TH, targets_nc, is_token_nc[:, :longest], router_sums)
 
     def _should_pack(self, siblings: Siblings, chunk: range, cache: DynamicCache) -> bool:
-        """Whether to pack the rows of a chunk into one row: no copies of the prompt's states, no work for padding.
+        """Whether to pack the rows of a chunk into one row, without copies of the prompt's states or work on padding.
 
-        Each token then also attends over the masked tokens of the other rows, which is cheap if these are few.
+        Each token then also attends over the masked tokens of the other rows, which is cheap if they are few.
         """
         tokens = sum(siblings.lengths[i] for i in chunk)
         return (
@@ -113,7 +113,7 @@ class ChunkScorer:
         )
 
     def _forward_packed(self, ids_nc: Tensor, positions_nc: Tensor, is_token_nc: Tensor, cache: DynamicCache) -> Tensor:
-        """Run all rows as one, kept apart by an attention mask; returns hidden states, shape (T, H)."""
+        """Run all rows as one row, separated by an attention mask; returns hidden states, shape (T, H)."""
         rows_T, places_T = is_token_nc.nonzero(as_tuple=True)
         sees_TT = (rows_T.unsqueeze(1) == rows_T) & (places_T.unsqueeze(1) >= places_T)
         minimum = torch.finfo(self.lm.dtype).min
@@ -158,7 +158,7 @@ class ChunkScorer:
 
         def unflatten(values_T: Tensor) -> Tensor:
             rest = values_T.shape[1:]
-            # `masked_scatter` keeps the scores on the graph even if there is no token.
+            # `masked_scatter` keeps the scores on the graph even if there are no tokens.
             return values_T.new_zeros(n, c, *rest).masked_scatter(is_token_nc.view(n, c, *(1 for _ in rest)), values_T)
 
         return ChunkScores(
@@ -176,7 +176,7 @@ def _score_per_temperature(
     temperatures_n: list[float],
     is_token_nc: Tensor,
 ) -> Sequence[Tensor | None]:
-    """Scores of all tokens, from one call of `score_at` per distinct temperature with the tokens sampled at it."""
+    """Scores of all tokens, with one call of `score_at` for all tokens of the same temperature."""
     row_of_T = is_token_nc.nonzero()[:, 0].tolist() if len(set(temperatures_n)) > 1 else []
     if not row_of_T:
         return score_at(slice(None), temperatures_n[0])

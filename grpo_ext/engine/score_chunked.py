@@ -1,4 +1,4 @@
-"""Scoring with gradients in chunks: the result of `score.py`, in the memory of one chunk.
+"""Scoring with gradients, in chunks: the result of `score.py` in the memory of one chunk.
 
 The forward keeps no graph. The backward runs the completions in chunks on leaf copies of the prompt's states, so the
 gradients of all siblings add up in the leaves. It then sends these gradients through the prompt, one segment at a time,
@@ -7,8 +7,8 @@ last to first:
     leaves --fork--> chunk 1 --backward--> gradients of the leaves --> segment 2 --> those at its start --> segment 1
            --fork--> chunk 2 --backward-->
 
-The result is exact. Memory is that of one chunk for any G, plus the prompt's states and their gradients. The cost is
-one additional forward, as for gradient checkpointing, which this replaces.
+The result is exact. For any G, the memory is that of one chunk, plus the prompt's states and their gradients. The cost
+is one additional forward, as with gradient checkpointing, which this replaces.
 
 Legend: B rows, C completion tokens, n rows of a chunk, c tokens of its longest completion.
 """
@@ -47,10 +47,10 @@ from grpo_ext.engine.score import ChunkScorer
 def score_in_chunks(
     lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, context: Callable[[], AbstractContextManager[Any]]
 ) -> Scores:
-    """`score` with gradients; at most `batch.chunk_tokens` tokens carry a graph at the same time.
+    """`score` with gradients; at most `batch.chunk_tokens` tokens carry a graph at any one time.
 
     Args:
-        context: re-entered by the backward so that it sees the same model as the forward (autocast, checkpointing off).
+        context: entered by the backward, to run the model as the forward did (autocast on or off, checkpointing off).
     """
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     logps_BC, entropies_BC, kls_BC, aux_loss = _ChunkedScore.apply(lm, batch, head, context, *parameters)
@@ -58,7 +58,7 @@ def score_in_chunks(
 
 
 class _ChunkedScore(torch.autograd.Function):
-    """The trainable parameters are inputs and their gradients are returned, so that hooks on them (DDP) fire once."""
+    """Takes the trainable parameters as inputs and returns their gradients, so that hooks on them (DDP) fire once."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ class _ChunkedScore(torch.autograd.Function):
         context: Callable,
         *parameters: nn.Parameter,
     ) -> Any:
-        """Compute all scores without a graph; the prompt states of each group are kept."""
+        """Compute all scores without a graph, and keep the prompt states of each group."""
         ctx.set_materialize_grads(False)  # an output that is not differentiated costs nothing
         ctx.lm, ctx.batch, ctx.head, ctx.context, ctx.parameters = lm, batch, head, context, parameters
         ctx.boundaries = []  # per group, the caches at the ends of the prompt's segments
@@ -119,7 +119,7 @@ class _Gradients:
         """Add the gradients of the parameters to `sums`, and return those of the leaves.
 
         Args:
-            router_sums: those of this chunk, for its share in the load-balancing loss of the whole batch.
+            router_sums: the router sums of this chunk, for its share in the load-balancing loss of the whole batch.
         """
         pairs = list(zip(outputs, output_grads, strict=True))
         if router_sums is not None and self._total is not None and self._aux_loss_grad is not None:
@@ -143,7 +143,7 @@ def _backward_completions(
     output_grads: tuple[Tensor | None, ...],
     gradients: _Gradients,
 ) -> list[Tensor]:
-    """Run the chunks of one group on leaves; returns the gradient of each prompt state, summed over all siblings."""
+    """Run the chunks of one group on leaf states; returns the gradient of each prompt state, summed over siblings."""
     leaves = [state.detach().requires_grad_() for state in cache_states(boundaries[-1])] if boundaries else []
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     for chunk in scorer.batch.chunks(siblings):
@@ -178,4 +178,4 @@ def _backward_prompt(
         states = cache_states(prefill_segment(lm, prompts, segments[k], before, **router.forward_options))
         router_sums = router.pop_sums(prompt_weights(batch, siblings, len(segments[k])))
         state_grads = gradients.backward(states, state_grads, leaves, router_sums)
-        del before, states, router_sums  # free them before those of the next segment are allocated
+        del before, states, router_sums  # freed before those of the next segment are allocated

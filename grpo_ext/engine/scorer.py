@@ -1,8 +1,8 @@
-"""Scoring of a micro-batch for a trainer: one request in, its scores out, whichever path computes them.
+"""Score a micro-batch for a trainer: one request in, its scores out, whichever path computes them.
 
     scores = scorer(model, ScoringRequest(scoring_pass=ScoringPass.UPDATE, ...), plain)
 
-Rows that share a prompt go through the engine; rows that cannot go through `plain`, the trainer's own scoring.
+The engine scores rows that can share prompts. If they cannot, `plain` scores them, which is TRL's own scoring.
 
 Legend: B rows, S prompt tokens, C completion tokens, T = S + C, H hidden size.
 """
@@ -21,7 +21,7 @@ Plain = Callable[[], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 class ScoringPass(Enum):
-    """Whose log-probs are asked for: the policy that sampled, the reference, or the policy that is updated."""
+    """Whose log-probs to compute: those of the policy that sampled, the reference, or the policy being updated."""
 
     OLD = "old"
     REFERENCE = "reference"
@@ -30,21 +30,21 @@ class ScoringPass(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringRequest:
-    """What is to be scored, and what is to be returned.
+    """What to score, and what to return.
 
     Attributes:
         scoring_pass: which pass this is.
-        input_ids_BT, attention_mask_BT: prompts and completions, padded as TRL pads them.
+        input_ids_BT, attention_mask_BT: prompts and completions, padded as in TRL.
         completion_tokens: C.
-        temperatures: the temperature that each row was sampled at.
-        max_rows: rows per forward; None for whole groups.
-        chunk_tokens: tokens that carry a graph at once; None for no bound, or for one row at a time.
-        one_row_at_a_time: bound chunks by the longest row if `chunk_tokens` is None.
-        with_entropies, with_aux_loss: whether entropies and the load-balancing loss are returned.
-        with_hidden: whether the last hidden states are returned, in a pass without a graph.
-        ref_hidden_BCH: last hidden states of the reference, for the exact KL to it; None for no such KL.
-        idle_rows: rows that carry no gradient. A prompt with no other rows runs apart from the rest.
-        skip_idle: leave such prompts out instead.
+        temperatures: sampling temperature of each row.
+        max_rows: maximum rows per forward; None for whole groups.
+        chunk_tokens: maximum tokens that carry a graph at the same time; None for no limit.
+        one_row_at_a_time: if `chunk_tokens` is None, limit it to the tokens of the longest row.
+        with_entropies, with_aux_loss: return entropies, and the load-balancing loss.
+        with_hidden: return the last hidden states (no-grad passes only).
+        ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
+        idle_rows: rows without a gradient. A prompt whose rows are all idle runs apart from the rest.
+        skip_idle: leave out prompts whose rows are all idle, instead of running them.
     """
 
     scoring_pass: ScoringPass
@@ -63,7 +63,7 @@ class ScoringRequest:
     skip_idle: bool = False
 
     def __getitem__(self, rows: slice) -> "ScoringRequest":
-        """The same request for some of the rows; for a pass without idle rows and without an exact KL."""
+        """The same request for some of the rows. Only for passes without idle rows and without an exact KL."""
         return replace(
             self,
             input_ids_BT=self.input_ids_BT[rows],
@@ -74,7 +74,7 @@ class ScoringRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestScores(Scores):
-    """`Scores`, and the rows that were skipped."""
+    """`Scores`, and the indices of the rows that were skipped."""
 
     skipped_rows: list[int] = field(default_factory=list)
 
@@ -84,10 +84,10 @@ class Scorer:
     """Scores requests with one model and its reference.
 
     Attributes:
-        shares_prompts: whether the models were prepared by `install_shared_scoring`.
-        requires_sharing: whether plain scoring would leave something out, such as an adapter on the LM head.
-        experts_per_token: of a mixture of experts.
-        autocast: the context of each forward.
+        shares_prompts: whether `install_shared_scoring` has prepared the models.
+        requires_sharing: whether plain scoring would ignore part of the model, such as an adapter on the LM head.
+        experts_per_token: top-k of a mixture of experts if the run uses its load-balancing loss, else None.
+        autocast: creates the context of each forward.
     """
 
     shares_prompts: bool
@@ -99,8 +99,8 @@ class Scorer:
         """The scores of every row, shapes (B, C), 0 on padding.
 
         Args:
-            model: the model as the trainer wrapped it.
-            plain: TRL's scoring of the same rows.
+            model: the model as wrapped by the trainer.
+            plain: TRL's own scoring of the same rows.
 
         Raises:
             ValueError: the rows cannot share prompts, and plain scoring would be wrong.
@@ -130,7 +130,7 @@ class Scorer:
         return RequestScores(**vars(scores), skipped_rows=skipped)
 
     def _groups(self, request: ScoringRequest) -> list[Siblings] | None:
-        """The rows with tokens to score, by prompt; None if they are left to plain scoring."""
+        """The rows with tokens to score, by prompt; None if plain scoring must handle them."""
         if not self.shares_prompts:
             return None
         groups = find_siblings(request.input_ids_BT, request.attention_mask_BT, request.completion_tokens)
@@ -138,7 +138,7 @@ class Scorer:
             if self.requires_sharing:
                 raise ValueError("An adapter on the LM head needs a prompt of at least one token in every row.")
             return None
-        # The load-balancing loss also counts prompt tokens, so TRL scores a micro-batch without completion tokens.
+        # The load-balancing loss also counts prompt tokens, so a micro-batch without completion tokens is left to TRL.
         if request.with_aux_loss:
             return groups if any(group.lengths[0] for group in groups) else None
         return [group for group in groups if group.lengths[0]]

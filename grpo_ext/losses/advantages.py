@@ -1,9 +1,9 @@
 """From raw rewards to advantages, the group normalisation of GRPO.
 
-In: the reward of every completion; the rows of a group are adjacent. Out: one advantage per row.
+In: one reward per completion; the rows of a group are adjacent. Out: one advantage per row.
 
     rewards    1 0 0 1 | 0 0 0 0        two groups of four completions
-    advantages 1 -1 -1 1 | 0 0 0 0      the second group is dead: all its rewards are equal, nothing to learn
+    advantages 1 -1 -1 1 | 0 0 0 0      the second group is dead: equal rewards teach nothing
 
 A reward that is not finite means that the completion could not be judged.
 
@@ -13,8 +13,8 @@ Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M
 import torch
 from torch import Tensor
 
-# Rewards that differ by less are equal. In float32, the standard deviation of eight rewards of 0.1 is rounding noise,
-# and dividing by (std + 1e-8) would turn it into advantages of order one.
+# Rewards that differ by less count as equal. In float32, the standard deviation of eight rewards of 0.1 is rounding
+# noise, and dividing by (std + 1e-8) would turn it into advantages of order one.
 REWARD_TOLERANCE = 1e-6
 
 
@@ -53,11 +53,11 @@ def mixed_groups(rewards_PG: Tensor) -> Tensor:
 
 
 def group_kind_shares(rewards_PG: Tensor, max_reward: float) -> dict[str, float]:
-    """Shares of groups that are mixed, all right and all wrong; a group without a judged completion is none of these.
+    """Shares of groups that are mixed, all right and all wrong; a group with no judged completion has no kind.
 
     Args:
         rewards_PG: one group per row.
-        max_reward: reward of a perfect completion. A dead group is all right if its rewards are at least half of it.
+        max_reward: reward of a perfect completion. A dead group is all right if its rewards are at least half of that.
     """
     is_mixed_P = mixed_groups(rewards_PG)
     common_P = rewards_PG.where(rewards_PG.isfinite(), -torch.inf).amax(dim=1)
@@ -83,7 +83,7 @@ def population_advantages(
         rewards_B: shape (B,); the rows of a group are adjacent.
         num_generations: G; B must be a multiple of it.
         all_rewards_PM: rewards of all completions sampled per prompt, if the rows are a subset of them. Mean and
-            deviation, and whether a group is dead, then come from all of them. None: the rows are all completions.
+            deviation, and whether a group is dead, then depend on all of them. None if the rows are all completions.
         epsilon: keeps the division finite; in units of reward.
 
     Returns:

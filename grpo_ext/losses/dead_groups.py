@@ -1,7 +1,7 @@
-"""Dead groups in the update: rows without an advantage, which are run apart from the others or not at all.
+"""Dead groups in the update: rows without an advantage run apart from the others, or are skipped.
 
-A micro-batch in which they are skipped gives the update of one in which they are kept, to the bit; for that, groups
-without a gradient run apart from the others even if they are kept.
+Skipping them gives the same update as keeping them, bit for bit. This requires that groups without a gradient run apart
+from the others even if they are kept.
 
 Legend: B rows, C completion tokens.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class SkippedRows:
-    """Fills in the scores of skipped rows: a ratio of 1, and the mean entropy of the rows that were scored last."""
+    """Fills in scores for skipped rows: a ratio of 1, and the mean entropy of the rows scored last."""
 
     def __init__(self) -> None:
         self._mean_entropy = 0.0  # nats per token
@@ -21,12 +21,12 @@ class SkippedRows:
     def fill(
         self, logps_BC: Tensor, entropies_BC: Tensor, skipped: list[int], *, old_logps_BC: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies with values for the skipped rows, for which scoring gives 0.
+        """Log-probs and entropies with values for the skipped rows, which scoring leaves at 0.
 
         Args:
             logps_BC, entropies_BC: as scored.
-            skipped: the rows that were skipped.
-            old_logps_BC: under the old policy; None if it is this very policy.
+            skipped: indices of the skipped rows.
+            old_logps_BC: log-probs under the old policy; None if that is the current policy.
         """
         is_skipped_B1 = torch.zeros(len(logps_BC), 1, dtype=torch.bool, device=logps_BC.device)
         is_skipped_B1[skipped] = True
@@ -45,7 +45,7 @@ class SkippedRows:
 
 
 def rows_without_advantage(advantages: Tensor) -> frozenset[int]:
-    """The rows of a micro-batch that the policy term does not move."""
+    """The rows of a micro-batch whose advantage is 0: the policy term gives them no gradient."""
     return frozenset((advantages == 0).nonzero().flatten().tolist())
 
 
@@ -59,15 +59,15 @@ def why_dead_groups_have_gradient(
     has_aux_loss: bool,
     top_entropy_quantile: float,
 ) -> str | None:
-    """The reason why dead groups cannot be skipped, for a log; None if they can."""
+    """The reason why dead groups cannot be skipped, as text for a log; None if they can."""
     if beta != 0.0:
         return f"beta={beta}, and the KL of their answers has a gradient"
     if log_kl:
-        return "log_kl asks for the KL of their answers"
+        return "log_kl=True needs the KL of their answers"
     if has_entropy_bonus:
         return f"entropy_coef={entropy_coef}, and the entropy of their answers has a gradient"
     if has_aux_loss:
-        return f"router_aux_loss_coef={aux_loss_coef}, and their tokens count in the balance of experts"
+        return f"router_aux_loss_coef={aux_loss_coef}, and their tokens count in the load-balancing loss"
     if top_entropy_quantile < 1.0:
-        return f"top_entropy_quantile={top_entropy_quantile} is taken over the tokens of all answers"
+        return f"top_entropy_quantile={top_entropy_quantile} is computed over the tokens of all answers"
     return None

@@ -3,7 +3,7 @@
 In: log-probs of the sampled tokens under policy, old policy and reference. Out: one estimate per token of
 KL(policy || reference) given the prefix, shape (B, C). No estimator includes the effect of a token on later states.
 
-Let l and f be the log-probs under policy and reference, for tokens sampled from the policy itself (Schulman,
+Let l and f be the log-probs under policy and reference, for tokens sampled from the policy (Schulman,
 "Approximating KL divergence", 2020):
 
     estimator   value                     expected gradient as a loss term
@@ -24,7 +24,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 
 
 def k1(logps_BC: Tensor, ref_logps_BC: Tensor) -> Tensor:
-    """l - f. Unbiased, with high variance; its gradient, that of l alone, is zero in expectation."""
+    """l - f. Unbiased, with high variance; its gradient, that of l alone, has expectation zero."""
     return logps_BC - ref_logps_BC
 
 

@@ -17,10 +17,10 @@ class MicroBatch:
     """TRL's tensors, the options that the loss passes to scoring, and the exact KL that scoring returns.
 
     Attributes:
-        inputs: TRL's tensors; scoring may add to them.
-        separates_idle: whether rows without an advantage carry no gradient, and run apart from the others.
-        skip_idle: whether they are left out.
-        exact_kls_BC: the exact KL to the reference, once the rows are scored and if it was asked for.
+        inputs: TRL's tensors; scoring may add further entries.
+        separates_idle: whether rows without an advantage have no gradient, and run apart from the others.
+        skip_idle: whether those rows are skipped.
+        exact_kls_BC: the exact KL to the reference; None before scoring, or if it was not requested.
     """
 
     inputs: dict[str, Any]
@@ -29,7 +29,7 @@ class MicroBatch:
     exact_kls_BC: Tensor | None = None
 
     def scoring_options(self) -> dict[str, Any]:
-        """What scoring needs to know about an update."""
+        """The fields of a `ScoringRequest` that only an update sets."""
         return {
             "ref_hidden_BCH": self.inputs.get("ref_hidden_states"),
             "idle_rows": rows_without_advantage(self.inputs["advantages"]) if self.separates_idle else frozenset(),
@@ -37,17 +37,17 @@ class MicroBatch:
         }
 
     def has_rows(self, completion_ids_BC: Tensor) -> bool:
-        """Whether these completions are its rows."""
+        """Whether these completions are the rows of this micro-batch."""
         own_BC = self.inputs["completion_ids"]
         return own_BC.shape == completion_ids_BC.shape and bool(torch.equal(own_BC, completion_ids_BC))
 
     @property
     def has_reference(self) -> bool:
-        """Whether the reference has scored it."""
+        """Whether the reference has scored this micro-batch."""
         return "ref_per_token_logps" in self.inputs
 
     @property
     def mask_BC(self) -> Tensor:
-        """1 on the tokens that the model wrote, 0 on padding and on tokens of tools, shape (B, C)."""
+        """1 on the tokens that the model wrote, 0 on padding and on tool output, shape (B, C)."""
         mask_BC = self.inputs["completion_mask"]
         return mask_BC * self.inputs["tool_mask"] if "tool_mask" in self.inputs else mask_BC

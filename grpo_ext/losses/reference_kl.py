@@ -1,4 +1,4 @@
-"""The KL to the reference as a run asks for it: sampled estimates, or the exact one over the whole vocabulary.
+"""The KL to the reference with the estimator of the run: sampled, or exact over the whole vocabulary.
 
 Legend: B rows, C completion tokens.
 """
@@ -14,7 +14,7 @@ from grpo_ext.losses.micro_batch import MicroBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceKL:
-    """The KL per token of a micro-batch that was scored.
+    """Computes the KL per token of a scored micro-batch.
 
     Attributes:
         has_reference: whether the run has a reference.
@@ -28,18 +28,18 @@ class ReferenceKL:
 
     @property
     def is_exact(self) -> bool:
-        """Whether scoring computes the KL, from the hidden states of the reference."""
+        """Whether scoring computes the exact KL, from the hidden states of the reference."""
         return self.has_reference and self.estimator == "exact"
 
     def per_token(self, micro_batch: MicroBatch, logps_BC: Tensor) -> Tensor:
-        """Shape (B, C), with the policy's gradient.
+        """The KL of each token, shape (B, C), with the policy's gradient.
 
         Args:
-            micro_batch: scored, with `ref_per_token_logps`.
-            logps_BC: under the policy, with gradient.
+            micro_batch: a scored micro-batch; `inputs` has `ref_per_token_logps`.
+            logps_BC: log-probs under the policy, with gradient.
 
         Raises:
-            ValueError: the exact KL is asked for, and a row has no prompt to share.
+            ValueError: the exact KL is requested, but the rows cannot share prompts.
         """
         inputs = micro_batch.inputs
         if not self.is_exact:
@@ -57,5 +57,5 @@ class ReferenceKL:
 
     @staticmethod
     def mean_over_rows(kl_BC: Tensor, mask_BC: Tensor) -> Tensor:
-        """The mean over rows of their mean KL per token, a scalar."""
+        """The mean over rows of each row's mean KL per token, a scalar."""
         return ((kl_BC * mask_BC).sum(dim=1) / mask_BC.sum(dim=1).clamp(min=1.0)).mean()

@@ -31,7 +31,7 @@ class SequenceGRPO:
     Attributes:
         epsilon_low: the ratio is clipped below at 1 - epsilon_low if A < 0.
         epsilon_high: the ratio is clipped above at 1 + epsilon_high if A > 0.
-        delta: upper bound of the ratio if A < 0 (two-sided clipping, INTELLECT-2, arXiv:2505.07291); None for none.
+        delta: upper bound of the ratio if A < 0 (two-sided clipping, INTELLECT-2, arXiv:2505.07291); None for no bound.
         beta: weight of the KL of a completion, in units of advantage per nat.
         entropy_coef: weight of the entropy bonus, in units of advantage per nat.
     """
@@ -60,19 +60,19 @@ class SequenceGRPO:
             old_logps_BC: log-probs under the policy that sampled the completions; None if that is the current policy.
             kl_BC: KL of each token to the reference, with gradient; required if beta != 0.
             entropies_BC: token entropies in nats; need a gradient if entropy_coef != 0.
-            mask_BC: 1 on the tokens that the model wrote, 0 on padding and on the output of tools.
+            mask_BC: 1 on the tokens that the model wrote, 0 on padding and on tool output.
             advantages_B: shape (B,).
             policy_weights_B: factor on the policy term of each row (importance correction of an inference engine,
                 off-policy mask), shape (B,); None for 1.
 
         Returns:
             loss: scalar, the mean over rows of -J.
-            metrics: name -> (sum, count), so that processes can add both before dividing.
+            metrics: name -> (sum, count), so that both can be summed over processes before dividing.
         """
         assert kl_BC is not None or self.beta == 0.0
         counts_BC = mask_BC.bool()
         tokens_B = counts_BC.sum(dim=1).to(logps_BC.dtype)
-        has_tokens_B = (tokens_B > 0).to(logps_BC.dtype)  # a row without such a token has no policy term
+        has_tokens_B = (tokens_B > 0).to(logps_BC.dtype)  # a row without model-written tokens has no policy term
         # Mask before any exp: a huge difference on a token that does not count must not become inf * 0.
         logps_BC = logps_BC.where(counts_BC, 0.0)
         entropies_BC = entropies_BC.where(counts_BC, 0.0)
@@ -114,11 +114,11 @@ class SequenceGRPO:
 
 
 def policy_weights(inputs: dict[str, Any], off_policy_mask_B1: Tensor | None) -> Tensor | None:
-    """The factor that TRL's options put on the policy term of each row, shape (B,); None for 1.
+    """The factor that TRL's options apply to the policy term of each row, shape (B,); None for 1.
 
     Args:
         inputs: a micro-batch, with the correction of an inference engine if there is one.
-        off_policy_mask_B1: what `off_policy_mask_threshold` keeps; None if it is not set.
+        off_policy_mask_B1: 1 on rows that `off_policy_mask_threshold` keeps; None if that option is not set.
     """
     weights_B = None if off_policy_mask_B1 is None else off_policy_mask_B1.squeeze(1)
     if "importance_sampling_ratio" in inputs:

@@ -1,6 +1,6 @@
 """Which completions of a large group to train on: the subset whose rewards differ most.
 
-    rewards 0 0 1 0 0 0, size 4   ->   completions 0, 1, 2, 3: the only right one, and three wrong ones
+    rewards 0 0 1 0 0 0, size 4   ->   completions 0, 1, 2, 3: the only right one and three wrong ones
 
 Legend: M completions of a group.
 """
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def max_variance_subset(rewards_M: Tensor, size: int) -> list[int]:
-    """The `size` completions with the largest variance of rewards, as indices in ascending order.
+    """The `size` completions whose rewards have the largest variance, as indices in ascending order.
 
     Such a subset consists of the lowest and the highest rewards (PODS, arXiv:2504.13818, section 3), so there are
     `size` + 1 candidates. Among equal rewards, earlier completions win. If fewer than `size` completions could be
-    judged, the subset is all of them plus the first of the others.
+    judged, the subset is all of them, filled up with the first of the others.
 
     Args:
-        rewards_M: shape (M,); not finite if a completion could not be judged.
+        rewards_M: shape (M,); not finite for completions that could not be judged.
         size: 1 to M.
     """
     judged = rewards_M.isfinite().nonzero().flatten().tolist()

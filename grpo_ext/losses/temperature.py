@@ -5,26 +5,26 @@ from dataclasses import dataclass
 
 TEMPERATURE_SCHEDULES = ("constant", "linear", "entropy")
 
-# Of the controller: the change of log(temperature) per rollout and nat of entropy gap, and the maximum factor between
-# the temperature and its start.
+# Of the entropy controller: the change of log(temperature) per rollout and per nat of entropy error, and the largest
+# factor between the temperature and its initial value.
 GAIN = 0.2
 MAX_FACTOR = 2.0
 
 
 def linear_temperature(start: float, end: float, step: int, max_steps: int) -> float:
-    """From `start` in the rollout before the first optimizer step to `end` in the one before the last step."""
+    """Interpolate from `start`, for the rollout of the first optimizer step, to `end`, for that of the last step."""
     return start + (end - start) * min(1.0, step / max(1, max_steps - 1))
 
 
 @dataclass
 class EntropyController:
-    """Keeps the mean token entropy near a target, by a higher temperature if it is too low.
+    """Keeps the mean token entropy near a target by raising the temperature if the entropy is too low.
 
-    An integral controller on log(temperature); the temperature stays between half and twice its start.
+    An integral controller on log(temperature). The temperature stays between half and twice its initial value.
 
     Attributes:
         start: initial temperature.
-        target: nats per token.
+        target: mean token entropy to keep, in nats.
         temperature: current temperature.
     """
 

@@ -3,10 +3,10 @@
     settings = parse_flags(parser, argv)
     parser.parse_args_and_config(with_group_size(argv, settings, folder=folder))
 
-TRL's field only takes a number, and the rollout must be a multiple of it. So all settings are parsed once to choose the
-number, from the flags and the file of `--config`, and then `--num_generations NUMBER` is appended to the flags. For a
-given rollout, larger groups need no more memory, because a prompt is held once for its whole group: if the largest size
-does not fit, no other does.
+TRL's field only accepts a number, and the rollout must be a multiple of it. All settings are therefore parsed once,
+from the flags and the file of `--config`, to choose the number; `--num_generations NUMBER` is then appended to the
+flags. For a given rollout, larger groups need no more memory, because a prompt is held once for its whole group. If the
+largest size does not fit, no other does.
 """
 
 import os
@@ -28,7 +28,7 @@ from grpo_ext.model.load import PolicyConfig
 
 AUTO = "auto"
 GROUP_SIZES = (32, 16, 8, 4)
-DEFAULT_PROMPT_TOKENS = 512  # planned for if `max_prompt_tokens` is not set: the data is not loaded yet
+DEFAULT_PROMPT_TOKENS = 512  # assumed if `max_prompt_tokens` is not set: the data is not loaded yet
 
 
 def parse_flags(parser: TrlParser, argv: list[str]) -> Namespace:
@@ -56,7 +56,8 @@ def with_group_size(argv: list[str], settings: Namespace, *, folder: str) -> lis
         folder: replaces `$RECIPES` in that name.
 
     Raises:
-        ValueError: no group size divides the rollout, the largest one does not fit, or the policy cannot be planned.
+        ValueError: no group size divides the rollout, the largest one that does needs too much memory, or the policy
+            cannot be planned.
     """
     if settings.num_generations != AUTO:
         return argv
@@ -74,7 +75,7 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
         settings: the fields of `GRPOExtConfig` and `PolicyConfig`.
 
     Raises:
-        ValueError: as `with_group_size`.
+        ValueError: as in `with_group_size`.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = settings.steps_per_generation or settings.gradient_accumulation_steps
@@ -106,13 +107,13 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
     )
     plan = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
     planned = (
-        f"{plan.footprint.total / GIB:.2f} GB are planned for prompts of at most {step.prompt} tokens, of "
-        f"{plan.budget / GIB:.2f} GB: {which_memory}, less a tenth"
+        f"{plan.footprint.total / GIB:.2f} GB planned for prompts of up to {step.prompt} tokens, out of "
+        f"{plan.budget / GIB:.2f} GB ({which_memory}, less a tenth)"
     )
     if not plan.fits:
         raise ValueError(
-            f"num_generations=auto: a rollout of {rollout} answers does not fit. {planned}. Ask `grpo-ext plan` what "
-            f"to change."
+            f"num_generations=auto: a rollout of {rollout} answers does not fit: {planned}. `grpo-ext plan` suggests "
+            f"what to change."
         )
     sizes = ", ".join(map(str, sorted(GROUP_SIZES)))
     return dividing[0], (
@@ -122,10 +123,11 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
 
 
 def _this_device(use_cpu: bool) -> tuple[str, float, str]:
-    """Device type of this process, the bytes of memory to plan for, and a description of them."""
+    """Device type of this process, the memory to plan for in bytes, and which memory that is."""
     if torch.cuda.is_available() and not use_cpu:
         card = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
-        return "cuda", card.total_memory, "all of the card"
+        return "cuda", card.total_memory, "the memory of the card"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = psutil.virtual_memory().available
-    return "cpu", free / processes, "the free memory of this machine" + (f" by {processes}" if processes > 1 else "")
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    return "cpu", free / processes, f"the free memory of this machine{shared}"

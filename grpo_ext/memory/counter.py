@@ -2,11 +2,11 @@
 
     with MemoryCounter() as counter:
         model(...).backward()
-    counter.peak        # bytes, excluding what existed before
+    counter.peak        # bytes, excluding tensors that existed before
 
 A storage counts from the operation that creates it until the last reference is gone, so tensors that autograd saves for
 the backward are included, as in a real run. Not counted: the workspace inside an operation (except dequantised weights)
-and memory that the allocator holds back.
+and memory that the allocator keeps reserved.
 """
 
 import weakref
@@ -24,12 +24,12 @@ aten = torch.ops.aten
 class MemoryCounter(TorchDispatchMode):
     """Counts the live bytes of storages created inside its context.
 
-    Meta tensors have no values. An operation whose output shape depends on the values of a mask runs as if the mask
-    were true everywhere. Small index tensors with values may be mixed with meta tensors.
+    Meta tensors have no values. If the shape of an output depends on the values of a mask, the operation runs as if the
+    mask were true everywhere. Small index tensors with values may be mixed with meta tensors.
 
     Attributes:
-        live, peak: bytes, now and at most.
-        live_at: bytes that were live when `record` was called, by event.
+        live, peak: current and largest number of live bytes.
+        live_at: live bytes at each call of `record`, by event.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class MemoryCounter(TorchDispatchMode):
         return self
 
     def record(self, event: Hashable) -> None:
-        """Remember the live bytes at this event; the maximum if it happens more than once."""
+        """Record the live bytes at this event, or their maximum if it happens more than once."""
         self.live_at[event] = max(self.live_at.get(event, 0), self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,7 +89,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _run_with_full_masks(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run the operation. On meta tensors, those that read the values of a mask take it to be true everywhere."""
+    """Run the operation. On meta tensors, one that reads the values of a mask treats it as true everywhere."""
     first = args[0] if args else None
     if not (isinstance(first, Tensor) and first.is_meta):
         return func(*args, **kwargs)
@@ -104,7 +104,7 @@ def _run_with_full_masks(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _workspace(func: Any, args: Any) -> int:
-    """Bytes that an operation allocates and frees itself: 4-bit weights are dequantised for a multiplication."""
+    """Bytes that an operation allocates and frees itself, here the 4-bit weights dequantised for a product."""
     if getattr(func, "namespace", "") == "bitsandbytes" and func.__name__.startswith("gemm_4bit"):
         rows, columns = args[2]
         return rows * columns * args[0].element_size()

@@ -1,12 +1,12 @@
-"""Emulates, on the meta device, where a CPU and a GPU use different memory: the attention kernel, the precision of
-matrix products under autocast, and the workspace of the LM head.
+"""Emulate, on the meta device, what makes the memory use of a CPU and a GPU differ: the attention kernel, the precision
+of matrix products under autocast, and the workspace of the LM head.
 
     kernels = DeviceKernels("cuda", torch.bfloat16)
     with MemoryCounter() as counter, kernels.emulated():
         model(...)
 
-The CPU part runs the operations that a CPU runs. The GPU part was written from the sources of TRL and PyTorch and has
-not been compared with a GPU.
+The CPU part runs the same operations as a CPU. The GPU part follows the sources of TRL and PyTorch and has not been
+compared with a GPU.
 """
 
 import functools
@@ -54,7 +54,7 @@ class DeviceKernels:
 
     @contextmanager
     def emulated(self) -> Iterator[None]:
-        """Inside this context, PyTorch dispatches operations on meta tensors as it would on this device."""
+        """A context in which operations on meta tensors are dispatched as on this device."""
         with _EmulatedFunctions(self), _PackedFactors() if self.device_type == "cpu" else nullcontext():
             yield
 
@@ -85,7 +85,7 @@ class _HeadOnly(nn.Module):
 def _head_workspace_on_cpu(
     call: HeadCall, vocabulary: int, hidden: int, dtype: torch.dtype, softcap: float | None
 ) -> int:
-    """Counted while the engine's own head runs on tensors without data."""
+    """Counted by running the engine's own head on tensors without data."""
     with FakeTensorMode():
         lm: Any = _HeadOnly(vocabulary, hidden, dtype)
         hidden_TH = torch.empty(call.tokens, hidden, dtype=dtype, requires_grad=call.backward)
@@ -103,8 +103,8 @@ def _head_workspace_on_cpu(
 
 
 class _PackedFactors(TorchDispatchMode):
-    """oneDNN copies the second factor of a batched 16-bit product; at the LM head, that is the whole head. It is used
-    on CPUs that have instructions for such products (AVX512), and for these types only."""
+    """oneDNN copies the second factor of a batched 16-bit product, which at the LM head is the whole head. PyTorch uses
+    oneDNN only on CPUs that have instructions for such products (AVX512), and only for these dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _EmulatedFunctions(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """The kernel that the device would choose. Its memory is linear, not quadratic, in the tokens."""
+        """The kernel that the device would choose. Its memory is linear, not quadratic, in the number of tokens."""
         options = {"is_causal": is_causal, "scale": scale}
         if attn_mask is not None:
             attn_mask = attn_mask.to(query.device)

@@ -3,8 +3,8 @@
 In: a policy from `meta_model.py` and the shape of a phase from `step_shapes.py`. Out: the peak bytes of that phase,
 excluding weights and optimizer.
 
-The training code itself decides what is kept, copied and freed, so these rules are not repeated here. Differences
-between devices are in `device_kernels.py`.
+The training code itself decides what is kept, copied and freed, so no such rule is repeated here. Differences between
+devices are in `device_kernels.py`.
 
 Legend: P prompts, G completions per prompt, S prompt tokens, C completion tokens, B rows, T tokens, H hidden size.
 """
@@ -43,7 +43,7 @@ class PhaseMemory:
 
     Attributes:
         cache: KV cache (or recurrent states) of the prompts; in sampling, of prompts and completions.
-        without_head, with_head: all bytes at the worst moment outside, and inside, a call of the LM head.
+        without_head, with_head: peak bytes outside, and during, a call of the LM head.
         head_workspace: the part of `with_head` that the head itself allocates.
     """
 
@@ -58,11 +58,11 @@ class PhaseMemory:
 
     @property
     def head(self) -> float:
-        """The head's part of the total; 0 if the peak is at another moment."""
+        """The head's part of the total; 0 if the peak is not in a call of the head."""
         return self.head_workspace if self.with_head >= self.without_head else 0
 
     def extrapolated(self, deeper: "PhaseMemory", times: float) -> "PhaseMemory":
-        """This phase in a model with more layers: adds `times` the difference between `deeper` and this one."""
+        """This phase in a model with more layers: `times` the difference from this phase to `deeper` is added."""
 
         def extrapolate(name: str) -> float:
             here = getattr(self, name)
@@ -101,7 +101,7 @@ class _RecordedScore(torch.autograd.Function):
 
 
 def estimate_phase(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> PhaseMemory:
-    """Run a phase without data. The memory of the update includes the gradients of the adapter."""
+    """Run a phase without data. The memory of an update includes the gradients of the adapter."""
     if shape.phase == "sampling":
         return _sampling(model, shape, kernels)
     with model.disable_adapter() if shape.phase == "reference" else nullcontext():
@@ -117,7 +117,7 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
     with torch.no_grad(), MemoryCounter() as counter, kernels.emulated():
         states = prefill_prompts(lm, prompts, META, {}, **options)
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
-        # The bookkeeping of decoding reads values, on the device of the logits: these must not be on meta.
+        # Decoding reads the values of its bookkeeping, on the device of the logits: it must not be the meta device.
         on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
         decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion)
         del states, on_cpu
@@ -131,7 +131,7 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
 
 
 def _fill_cache(decode_batch: DecodeBatch, tokens: int) -> None:
-    """Grow the KV cache as if every row had decoded this many tokens."""
+    """Grow the KV cache as if every row had decoded `tokens` tokens."""
     width = max(map(len, decode_batch._slots))
     left = tokens * width
     while left > 0:

@@ -1,7 +1,7 @@
 """The policy on the meta device: all modules, parameters and 4-bit constants, with shapes and dtypes but no data.
 
-In: what a run would load (`PolicyConfig`). Out: a PEFT model, and the bytes that its tensors would take. Only the
-config of the model is loaded, from disk or from the Hub.
+In: the policy that a run would load (`PolicyConfig`). Out: a PEFT model, and the bytes that its tensors would take.
+Only the config of the model is loaded, from disk or from the Hub.
 """
 
 import copy
@@ -48,7 +48,7 @@ def with_first_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig
 
 
 def layer_period(config: PretrainedConfig) -> int:
-    """Number of layers after which the types of layers repeat; 1 if all layers have the same type."""
+    """The period, in layers, of the sequence of layer types; 1 if all layers have the same type."""
     kinds = getattr(config, "layer_types", None) or [""]
     return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
 
@@ -57,12 +57,12 @@ def build_meta_model(config: PretrainedConfig, policy: PolicyConfig, dtype: torc
     """The policy on the meta device: the frozen base in `dtype` or in 4 bits, and its adapter in float32.
 
     Raises:
-        ValueError: the policy is not LoRA on an unquantized or 4-bit base, or it has experts that the adapter targets
-            or that are in float32.
+        ValueError: the policy is not LoRA on an unquantised or 4-bit base, or the model has experts that the adapter
+            targets or that are in float32.
     """
     if not policy.use_peft or policy.load_in_8bit:
         raise ValueError(
-            f"Plans are made for LoRA on a frozen base, whole or in 4 bits; got use_peft={policy.use_peft}, "
+            f"Plans only cover LoRA on a frozen base, unquantised or in 4 bits; got use_peft={policy.use_peft}, "
             f"load_in_8bit={policy.load_in_8bit}. Use use_peft=True, with or without load_in_4bit=True."
         )
     with torch.device("meta"):
@@ -83,14 +83,14 @@ def _refuse_experts(model: PeftModel, policy: PolicyConfig, dtype: torch.dtype) 
     """Some operations of a mixture of experts cannot run on tensors without data."""
     if any(isinstance(module, ParamWrapper) for module in model.modules()):
         raise ValueError(
-            f"Plans are not made for adapters on experts, which lora_target_modules={policy.lora_target_modules} and "
-            f"lora_target_parameters={policy.lora_target_parameters} ask for. Plan an adapter on attention alone, for "
-            f"example --lora_target_modules q_proj k_proj v_proj o_proj; a recipe's --dry_run rehearses any run."
+            f"Plans do not cover adapters on experts, which lora_target_modules={policy.lora_target_modules} and "
+            f"lora_target_parameters={policy.lora_target_parameters} select. Plan an adapter on attention alone, for "
+            f"example --lora_target_modules q_proj k_proj v_proj o_proj, or try the run with a recipe's --dry_run."
         )
     if dtype == torch.float32 and any("experts" in name and p.dim() == 3 for name, p in model.named_parameters()):
         raise ValueError(
-            "Plans of a mixture of experts are made in 16 bits, got dtype=float32. Use --dtype bfloat16; a recipe's "
-            "--dry_run rehearses any run."
+            "Plans only cover a mixture of experts in 16 bits, got dtype=float32. Use --dtype bfloat16, or try the run "
+            "with a recipe's --dry_run."
         )
 
 
@@ -99,7 +99,7 @@ def _quantize(lm: PreTrainedModel, policy: PolicyConfig, dtype: torch.dtype) -> 
     quantization.bnb_4bit_compute_dtype = dtype
     replace_with_bnb_linear(lm, get_keys_to_not_convert(lm), quantization)
     lm.is_loaded_in_4bit = lm.is_quantized = True
-    # bitsandbytes caches its tables on the device of the first call: let that be the CPU.
+    # bitsandbytes caches its tables on the device of the first call, which must be the CPU.
     quantize_4bit(torch.zeros(1, 64), compress_statistics=True)
     for layer in lm.modules():
         if isinstance(layer, Linear4bit):

@@ -1,11 +1,11 @@
-"""Plan the memory of a run, and what fits, from the config of its model alone, before anything is loaded.
+"""Plan the memory of a run, and what fits, from the config of its model alone, before any weights are loaded.
 
     plan_memory(PolicyConfig("Qwen/Qwen2.5-0.5B-Instruct", load_in_4bit=True), StepShape(prompt=512, ...),
                 device_type="cuda", memory=8 * 2**30).fits
 
 Weights, adapter and optimizer states are counted on a model without data (`meta_model.py`). The phases of a step are
-measured on models of its first layers (`estimate_step.py`) and extrapolated: every further layer adds the same. On a
-CPU, tests/memory/test_plan.py compares plans with measured peaks; no plan was compared with a GPU yet.
+measured on models of its first layers (`estimate_step.py`) and extrapolated, since each further layer adds the same
+amount. tests/memory/test_plan.py compares plans with measured peaks on a CPU; no plan has been compared with a GPU yet.
 """
 
 import bisect
@@ -22,13 +22,13 @@ from grpo_ext.memory.meta_model import build_meta_model, bytes_by_kind, layer_pe
 from grpo_ext.memory.step_shapes import PhaseShape, StepShape, phase_shapes, refuse_impossible_step
 from grpo_ext.model.load import PolicyConfig
 
-# Fraction left free for a display, other processes, and fragmentation of the allocator. A choice.
+# Fraction left free for a display, other processes, and fragmentation of the allocator; chosen, not measured.
 RESERVED_FRACTION = 0.1
 # Memory that is not in tensors. CUDA: an allowance for context, kernels and workspaces. CPU: PyTorch's libraries.
 OVERHEAD_BYTES = {"cuda": 600 * 2**20, "cpu": 16 * 2**20}
 ADAM_STATES = 2  # float32 numbers per trained parameter
 MAX_GENERATIONS = 256
-# Sizes to maximise, and the multiples that are tried.
+# Sizes to maximise; multiples of these units are tried.
 SEARCH_UNITS = {"generations": 1, "prompt": 64, "completion": 64, "chunk_tokens": 128}
 
 
@@ -37,8 +37,8 @@ class Footprint:
     """Bytes of a run on one device.
 
     Attributes:
-        weights: of the frozen base, per storage format.
-        adapter: its parameters, float32.
+        weights: bytes of the frozen base, per storage format.
+        adapter: bytes of the adapter's parameters, float32.
         phases: peak memory of each phase of a step; "update" includes the gradients of the adapter.
         keeps_gradients: whether gradients of earlier micro-batches are held in addition to those of the current one.
         overhead: memory that is not in tensors.
@@ -77,11 +77,11 @@ class Plan:
     """What a run needs and what the device has.
 
     Attributes:
-        memory: of the device, bytes.
+        memory: bytes of the device.
         largest: if the run fits, the largest `generations`, `prompt`, `completion` and `chunk_tokens` that fit, each
-            with the other sizes unchanged. For `chunk_tokens`, None if no bound is small enough, 0 if none is needed.
-        changes: if it does not fit, flags to change, the cheapest first, each with the bytes needed once it and all
-            flags before it are applied. The last one fits, or nothing does.
+            with the other sizes unchanged. For `chunk_tokens`, None if no limit is small enough, 0 if none is needed.
+        changes: if the run does not fit, flags to change, cheapest first, each with the bytes needed once it and all
+            flags before it are applied. If the last entry does not fit, nothing does.
     """
 
     step: StepShape
@@ -108,7 +108,7 @@ class Planner:
 
     Raises:
         SystemExit: the config of the model cannot be loaded.
-        ValueError: the policy is not LoRA on an unquantized or 4-bit base.
+        ValueError: the policy cannot be planned, see `build_meta_model`.
     """
 
     def __init__(self, policy: PolicyConfig, device_type: str):
@@ -137,7 +137,7 @@ class Planner:
         )
 
     def _extrapolate(self, shape: PhaseShape) -> PhaseMemory:
-        """A phase of the whole model, from two models of its first layers."""
+        """A phase of the whole model, extrapolated from two models of its first layers."""
         shallow, deeper = self._depths
         phase = estimate_phase(self._shallow, shape, self.kernels)
         if deeper == shallow:
@@ -146,7 +146,7 @@ class Planner:
         return phase.extrapolated(estimate_phase(self._deeper, shape, self.kernels), times)
 
     def largest(self, step: StepShape, name: str, budget: float) -> int | None:
-        """See `Plan.largest`; a multiple of its unit in `SEARCH_UNITS`, None if one unit does not fit."""
+        """See `Plan.largest`. A multiple of the unit in `SEARCH_UNITS`; None if one unit does not fit."""
         unit = SEARCH_UNITS[name]
         bounds = {
             "generations": MAX_GENERATIONS,
@@ -163,7 +163,7 @@ class Planner:
         unbounded = replace(step, chunk_tokens=None, gradient_checkpointing=False)
         if self.footprint(unbounded).total <= budget:
             return 0
-        # Bytes grow in steps here, on which the interpolation of `largest_multiple` would be slow.
+        # Bytes are a step function of the chunk size, so the interpolation in `largest_multiple` would be slow.
         return unit * bisect.bisect_right(range(unit, bounds[name] + 1, unit), budget, key=bytes_of) or None
 
 
@@ -174,10 +174,10 @@ def plan_memory(
 
     Args:
         memory: bytes of the device.
-        with_largest: whether to search for the largest sizes, which takes some seconds.
+        with_largest: whether to search for the largest sizes, which takes a few seconds.
 
     Raises:
-        SystemExit, ValueError: as `Planner` and `refuse_impossible_step`.
+        SystemExit, ValueError: as in `Planner` and `refuse_impossible_step`.
     """
     planner = Planner(policy, device_type)
     refuse_impossible_step(step, planner.config.max_position_embeddings)
@@ -191,7 +191,7 @@ def plan_memory(
 
 
 def _at_least(found: int | None, requested: int | None) -> int | None:
-    """The requested size fits, so report it if it lies between two multiples; 0 means that no bound is needed."""
+    """The requested size fits, so report it if it lies between two multiples. 0 means that no limit is needed."""
     return found if found == 0 or requested is None else max(found or 0, requested)
 
 
@@ -203,11 +203,11 @@ def with_size(step: StepShape, name: str, value: int) -> StepShape:
 
 
 def largest_multiple(bytes_of: Callable[[int], float], budget: float, start: int, bound: int, unit: int) -> int | None:
-    """The largest multiple of `unit` up to `bound` within `budget`, in few calls: each one runs a step on meta tensors.
+    """The largest multiple of `unit` up to `bound` within `budget`, with few calls of `bytes_of`, which are slow.
 
     Args:
-        bytes_of: grows with its argument.
-        start: where to begin to search.
+        bytes_of: must increase with its argument.
+        start: where the search begins.
     """
     top = bound // unit
     known: dict[int, float] = {}
@@ -216,7 +216,7 @@ def largest_multiple(bytes_of: Callable[[int], float], budget: float, start: int
         known[n] = bytes_of(n * unit)
         return known[n] <= budget
 
-    low = 0  # in units: the largest that is known to fit; `high` is the smallest that is known not to
+    low = 0  # in units, the largest number known to fit; `high` is the smallest known not to fit
     guess = min(max(1, start // unit), top)
     if not top or fits(top):
         return top * unit or None
@@ -235,7 +235,7 @@ def largest_multiple(bytes_of: Callable[[int], float], budget: float, start: int
 
 
 def _suggest_changes(planner: Planner, step: StepShape, budget: float) -> list[tuple[str, float]]:
-    """First what costs only time, then what costs precision, then what changes the task."""
+    """Changes that only cost time come first, then those that cost precision, then those that change the task."""
     changes: list[tuple[str, float]] = []
 
     def fits_with(change: str) -> bool:

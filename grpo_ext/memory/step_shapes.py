@@ -1,6 +1,8 @@
 """The shapes of the three phases of a training step: sampling, the reference pass, and the update.
 
-phase_shapes(StepShape(prompt=512, completion=256, generations=8, rows=8))      # three, or two if beta=0
+    phase_shapes(StepShape(prompt=512, completion=256, generations=8, rows=8))      # [PhaseShape(...), ...]
+
+The list has one shape per phase; if `beta` is 0, there is no reference pass.
 """
 
 from dataclasses import dataclass, replace
@@ -32,19 +34,19 @@ class StepShape:
 
     @property
     def graph_tokens(self) -> int | None:
-        """Tokens with an autograd graph at any one time; None for no bound. The trainer applies the same rule."""
+        """Maximum tokens with a graph at the same time; None for no limit. The trainer applies the same rule."""
         one_row = self.prompt + self.completion if self.gradient_checkpointing else None
         return one_row if self.chunk_tokens is None else self.chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseShape:
-    """What a phase computes, reduced to what its memory depends on. Steps with equal shapes are measured once.
+    """What the memory of a phase depends on. Phases with equal shapes are measured once.
 
     Attributes:
         phase: `"sampling"`, `"reference"` or `"update"`.
         prompts, rows_per_prompt: number of prompts, and of completions per prompt.
-        prompt, completion: tokens.
+        prompt, completion: tokens of each prompt and of each completion.
         prompts_per_forward: prompts that are prefilled together.
         max_rows, chunk_tokens: see `engine.batch.ScoringBatch`.
     """
@@ -73,8 +75,8 @@ def _sampling(step: StepShape) -> PhaseShape:
 
 
 def _reference(step: StepShape) -> PhaseShape:
-    """Forwards of at most one micro-batch of rows. Only scores survive a forward, so two of them reach the peak: the
-    second one runs while the scores of the first are held."""
+    """Forwards of at most one micro-batch of rows. Only scores survive a forward, so two forwards reach the peak: the
+    second one runs while the scores of the first one are held."""
     rollout = _whole_phase(step, "reference", rows=step.rows * step.accumulation)
     chunk_tokens = None if step.graph_tokens is None else step.graph_tokens * NO_GRAD_CHUNK_FACTOR
     return replace(
@@ -87,10 +89,10 @@ def _reference(step: StepShape) -> PhaseShape:
 
 
 def _update(step: StepShape) -> PhaseShape:
-    """The micro-batch at once if its graph is within `graph_tokens`, else in chunks."""
+    """The whole micro-batch at once if its graph stays within `graph_tokens`, else in chunks."""
     whole = _whole_phase(step, "update", rows=step.rows)
     tokens = whole.prompts * ((1 + whole.rows_per_prompt) * step.prompt + whole.rows_per_prompt * step.completion)
-    if step.graph_tokens is None or tokens <= step.graph_tokens:  # counts like `ScoringBatch.fit_one_chunk`
+    if step.graph_tokens is None or tokens <= step.graph_tokens:  # as in `ScoringBatch.fits_one_chunk`
         return whole
     rows_per_prompt = min(whole.rows_per_prompt, _rows_of_two_chunks(step, step.graph_tokens))
     return replace(whole, rows_per_prompt=rows_per_prompt, chunk_tokens=step.graph_tokens)
@@ -108,7 +110,7 @@ def _whole_phase(step: StepShape, phase: str, rows: int) -> PhaseShape:
 
 
 def _rows_of_two_chunks(step: StepShape, chunk_tokens: int | None) -> int:
-    """ScoringBatch in two chunks of a prompt. Two chunks have the same peak as all chunks of that prompt."""
+    """Rows in two chunks of a prompt. Two chunks have the same peak as all chunks of that prompt."""
     return step.generations if chunk_tokens is None else 2 * max(1, chunk_tokens // (step.prompt + step.completion))
 
 
@@ -133,6 +135,6 @@ def refuse_impossible_step(step: StepShape, positions: int) -> None:
     tokens = step.prompt + step.completion
     if tokens > positions:
         raise ValueError(
-            f"prompt={step.prompt} and completion={step.completion} are {tokens} tokens, and the model has "
-            f"positions for {positions}. Use for example a prompt and a completion of {positions // 2}."
+            f"prompt={step.prompt} and completion={step.completion} add up to {tokens} tokens, but the model has only "
+            f"{positions} positions. Use for example {positions // 2} tokens for each."
         )

@@ -1,1 +1,1 @@
-"""The policy: one frozen backbone and an adapter; with the adapter off, the same backbone is the KL reference."""
+"""The policy: a frozen backbone with an adapter. With the adapter off, the same backbone is the KL reference."""

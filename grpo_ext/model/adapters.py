@@ -1,8 +1,8 @@
-"""Adapters stay in float32, whatever the precision of the backbone.
+"""Keeps adapters in float32, whatever the precision of the backbone.
 
 TRL 1.16 casts the trainable weights of a quantised model to bfloat16 while it builds the trainer. A bfloat16 weight of
-0.05 moves in steps of 0.0002: updates at a learning rate of 1e-5 would be lost to rounding, and an adapter loaded from
-disk would change before the first step.
+0.05 moves in steps of 0.0002, so updates at a learning rate of 1e-5 would be lost to rounding, and an adapter loaded
+from disk would change before the first step.
 """
 
 import torch
@@ -22,14 +22,14 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def copy_adapter_values(model: nn.Module | str) -> dict[str, Tensor]:
-    """A copy of the trainable values of a PEFT model; empty for other models and for the name of one."""
+    """A copy of the trainable values of a PEFT model; empty for other models, and for a model given by name."""
     if isinstance(model, str) or not hasattr(model, "peft_config"):
         return {}
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
 def restore_adapter_in_float32(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Store every trainable parameter of a PEFT model in float32, and give those in `values` exactly these values.
+    """Store every trainable parameter of a PEFT model in float32, and restore those in `values` exactly.
 
     Args:
         model: the model that the optimizer will see; unchanged if it is not a PEFT model.
@@ -42,7 +42,7 @@ def restore_adapter_in_float32(model: nn.Module, values: dict[str, Tensor]) -> N
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Numbers of trainable and of all parameters; a packed 4-bit tensor counts the weights that it encodes."""
+    """The numbers of trainable and of all parameters; a packed 4-bit tensor counts as the weights that it encodes."""
     if hasattr(model, "peft_config"):
         return model.get_nb_trainable_parameters()
     return model.num_parameters(only_trainable=True), model.num_parameters()

@@ -1,7 +1,8 @@
 """Tokenise a prompt into the ids that the model sees, and tell chat models from base models.
 
-A base model may ship a chat template: that of Qwen2.5 ends a turn with `<|im_end|>`, which does not end the text of the
-base model. So a model is a chat model if the end of a turn in its template is one of its end-of-sequence tokens.
+A base model may ship a chat template, as Qwen2.5 does: its template ends a turn with `<|im_end|>`, which is not an
+end-of-sequence token of the base model. A model therefore counts as a chat model only if its template ends a turn with
+one of its end-of-sequence tokens.
 """
 
 from typing import Any
@@ -15,10 +16,10 @@ EXAMPLE_CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "con
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], **template: Any
 ) -> list[int]:
-    """Token ids of a prompt, identical to those of TRL's trainer: chat template for messages, plain text otherwise.
+    """Token ids of a prompt, identical to those in TRL's trainer: chat template for messages, plain text otherwise.
 
     Args:
-        template: further arguments of the chat template (`chat_template_kwargs` of the config).
+        template: further arguments for the chat template (`chat_template_kwargs` of the config).
     """
     if isinstance(prompt, str):
         return tokenizer(text=prompt)["input_ids"]
@@ -29,7 +30,7 @@ def tokenize_prompt(
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer of a processing class, which is one itself or a processor that holds one."""
+    """The tokenizer that a processing class either is, or contains if it is a processor."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
@@ -39,7 +40,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if tokenizer.name_or_path:
         try:
             ends = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
-        except (OSError, ValueError):  # without that file, transformers derives it from the config of the model
+        except (OSError, ValueError):  # no such file: use the model's config, as transformers does
             try:
                 ends = AutoConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
             except (OSError, ValueError, AttributeError):
@@ -49,7 +50,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, **template: Any) -> str | None:
-    """What the chat template writes after the last message; None if it cannot render a question and its answer."""
+    """What the chat template writes after the last message; None if it cannot render a question and an answer."""
     try:
         text = tokenizer.apply_chat_template(EXAMPLE_CHAT, tokenize=False, **template)
     except (TemplateError, TypeError):
@@ -58,11 +59,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, **template: Any) -> str | No
 
 
 def why_not_chat(tokenizer: PreTrainedTokenizerBase, ends: set[int], **template: Any) -> str | None:
-    """Why a model that has this tokenizer is a base model; None if it is a chat model.
+    """The reason why a model with this tokenizer counts as a base model, as text for a log; None for a chat model.
 
     Args:
         ends: ids of the tokens that end an answer.
-        template: further arguments of the chat template.
+        template: further arguments for the chat template.
     """
     if tokenizer.chat_template is None:
         return "its tokenizer has no chat template"
@@ -70,4 +71,4 @@ def why_not_chat(tokenizer: PreTrainedTokenizerBase, ends: set[int], **template:
     if after is None or ends.intersection(tokenizer(text=after, add_special_tokens=False)["input_ids"]):
         return None
     names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ends)))) or "none"
-    return f"its chat template ends a turn with {after.strip()!r}, and its end-of-sequence tokens are: {names}"
+    return f"its chat template ends a turn with {after.strip()!r}, which is not an end-of-sequence token ({names})"

@@ -1,9 +1,9 @@
-"""LoRA on the LM head. TRL refuses it, because its fused head multiplies with the head's weight and ignores an adapter.
+"""LoRA on the LM head. TRL refuses it, because its fused head uses the weight of the head and ignores any adapter.
 
-Here, `get_output_embeddings` of the model returns the frozen layer below the adapter. TRL then builds its trainer and
-its fused head on that layer, `engine/lm_head.py` adds the adapter's share of the logits, and PEFT does not save the
-whole head with the adapter (it still logs that it will). If the head's weight is tied to the embedding, the embedding
-does not change; `grpo-ext merge` unties the two, because merging into the shared weight would change both.
+Here, `get_output_embeddings` of the model returns the frozen layer below the adapter. TRL builds its trainer and fused
+head on that layer, and `engine/lm_head.py` adds the adapter's share of the logits. PEFT does not save the whole head
+with the adapter, although it logs that it will. If the weight of the head is tied to the embedding, the embedding does
+not change. `grpo-ext merge` unties the two, because merging into the shared weight would change both.
 """
 
 import types
@@ -24,8 +24,8 @@ from grpo_ext.model.unwrap import base_of, head_of
 def hide_head_adapter(model: PreTrainedModel | str) -> Iterator[None]:
     """Make `get_output_embeddings` return the LM head without its adapter, even if the adapter is added later.
 
-    This affects the given model, or every model that TRL's trainer loads by name inside the context. It is permanent,
-    because PEFT also asks when it saves.
+    This affects the given model, or every model that TRL's trainer loads by name inside the context. It outlasts the
+    context, because PEFT also calls `get_output_embeddings` when it saves.
     """
     if not isinstance(model, str):
         _hide_adapter(base_of(model))
@@ -61,13 +61,13 @@ def why_head_untrainable(model: PreTrainedModel, args: GRPOConfig) -> str | None
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         return f"its layer is {kind}. Use LoRA on a head that is not quantised"
     if layer.lora_variant or any(layer.lora_bias.values()):
-        return "it is more than a low-rank product. Use LoRA without use_dora, lora_bias and other variants"
+        return "it is more than a low-rank product. Use LoRA without use_dora, lora_bias or other variants"
     if any(parameter.requires_grad for parameter in layer.get_base_layer().parameters()):
-        return 'the weight or the bias below it is trained, too. Use bias="none"'
+        return 'the weight or bias of its base layer is also trained. Use bias="none"'
     if layer.weight is not model.get_input_embeddings().weight:
         return None
     if any(config.ensure_weight_tying for config in model.peft_config.values()):
         return "ensure_weight_tying=True trains the embedding with the same factors. Use ensure_weight_tying=False"
     if args.use_vllm:
-        return "use_vllm=True merges it into the head's weight, which is the embedding's, too. Use use_vllm=False"
+        return "use_vllm=True merges it into the head's weight, which the embedding shares. Use use_vllm=False"
     return None

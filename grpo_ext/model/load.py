@@ -1,4 +1,4 @@
-"""Loading the policy: precision, quantisation and LoRA, from the fields of TRL's own `ModelConfig`."""
+"""How to load the policy: precision, quantisation and LoRA, from the fields of TRL's own `ModelConfig`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,31 +12,34 @@ from trl import GRPOConfig, ModelConfig, get_quantization_config
 
 @dataclass
 class PolicyConfig(ModelConfig):
-    """TRL's `ModelConfig` with the defaults of this project: LoRA r=16, alpha=32 on every linear layer, no dropout.
+    """TRL's `ModelConfig` with other defaults: LoRA with r=16 and alpha=32 on every linear layer, without dropout.
 
     Changed defaults:
         use_peft: True. A full fine-tune with beta > 0 would need a second model for the reference.
         lora_dropout: 0.0, so that sampling and update see the same policy.
         lora_target_modules: `"all-linear"`, every linear layer except the LM head.
-        use_bnb_nested_quant: True. `load_in_4bit` also quantises its constants, which saves 0.4 bits per weight.
+        use_bnb_nested_quant: True. `load_in_4bit` also quantises the quantisation constants, which saves 0.4 bits per
+            weight.
         dtype: None, which means bfloat16 if the device supports it (see `frozen_dtype`).
     """
 
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the frozen base; by default bfloat16 where the device has it, float32 on a CPU.",
+            "help": "Precision of the frozen base; by default bfloat16 if the device supports it, float32 on a CPU.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
     use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter on a frozen base."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 keeps sampling and update alike."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "LoRA dropout; with 0, sampling and update use the same policy."}
+    )
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Modules that get an adapter; 'all-linear' is every linear layer but the LM head."},
+        metadata={"help": "Modules that get an adapter; 'all-linear' means every linear layer except the LM head."},
     )
     use_bnb_nested_quant: bool = field(
-        default=True, metadata={"help": "Double quantisation with load_in_4bit: quantise its constants too."}
+        default=True, metadata={"help": "Double quantisation with load_in_4bit: also quantise its constants."}
     )
 
 
@@ -48,7 +51,7 @@ def frozen_dtype(args: GRPOConfig) -> torch.dtype:
 def model_init_kwargs(model_args: PolicyConfig, args: GRPOConfig) -> dict[str, object]:
     """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`.
 
-    A base that stays frozen under an adapter gets the precision of the run's autocast; a full fine-tune is in float32.
+    A base that stays frozen under an adapter gets the precision of the run's autocast. A full fine-tune uses float32.
     """
     frozen = frozen_dtype(args) if model_args.use_peft else torch.float32
     dtype = model_args.dtype or str(frozen).removeprefix("torch.")
@@ -70,7 +73,7 @@ def load_tokenizer(model_args: PolicyConfig, *, trust_remote_code: bool = False)
     """The tokenizer of the model; checks that the model exists before any weight is loaded.
 
     Raises:
-        SystemExit: the name is neither a local folder nor reachable on the Hub; one sentence says what to do.
+        SystemExit: the model is neither a local folder nor reachable on the Hub; the message says what to do.
     """
     name = model_args.model_name_or_path
     assert name is not None
@@ -101,10 +104,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def disable_4bit_repacking(model: nn.Module) -> None:
-    """Keep 4-bit weights in the format that they were quantised to.
+    """Keep 4-bit weights in the format to which they were quantised.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer when it first runs in evaluation mode, and rounds its
-    constants to bfloat16. Evaluation and all later training would then use a different backbone than the one that
+    constants to bfloat16. Evaluation and all later training would then use a different backbone from the one that
     training began with, and no gradient would pass through it.
     """
     for module in model.modules():

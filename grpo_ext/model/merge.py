@@ -1,9 +1,10 @@
 """Merge an adapter into its base, for tools that do not support adapters, and measure the rounding error.
 
-    base (bfloat16 or float32) + adapter (float32)  ->  W + s B A in the base's precision  ->  saved, loaded again
+    base (bfloat16 or float32) + adapter (float32)  ->  W + s B A in the base's precision  ->  saved and reloaded
 
-The error is measured on what a user gets: logits of the merged model, loaded from disk, against those of the base with
-its adapter. A quantised base is refused: rounding to 4 or 8 bits would erase most of what the adapter learnt.
+The error is measured on the result: logits of the merged model, loaded from disk, are compared with those of the base
+with its adapter. A quantised base is refused, because rounding to 4 or 8 bits would erase most of what the adapter has
+learnt.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from grpo_ext.model.load import unreachable_message
 from grpo_ext.model.unwrap import head_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Texts on which logits are compared: prose, a problem, a program, and a conversation.
+# Texts for comparing logits: prose, a problem, a program, and a conversation.
 TEXTS = (
     "The river had risen in the night, and by the morning the lower fields were under water.",
     "Question: A train leaves at 9:40 and arrives at 13:05. How long does it take?\nAnswer: 3 hours and 25 minutes.",
@@ -33,7 +34,7 @@ class LogitComparison:
     """Logits of a merged model compared with those of the base with its adapter.
 
     Attributes:
-        difference: largest absolute difference of a logit.
+        difference: largest absolute difference between two logits.
         largest: largest absolute logit of the base with its adapter, as a scale for `difference`.
         agreement: share of positions with the same most likely token.
         positions: number of positions compared.
@@ -58,7 +59,7 @@ class LogitComparison:
 
     def __str__(self) -> str:
         return (
-            f"largest difference of a logit {self.difference:.2g} (the largest logit is {self.largest:.3g}); "
+            f"largest logit difference {self.difference:.2g} (the largest logit is {self.largest:.3g}); "
             f"the most likely token is the same at {self.agreement:.1%} of {self.positions} positions"
         )
 
@@ -69,13 +70,13 @@ def merge_adapter(
     """Save base and adapter as one model, with tokenizer and generation config, into a new or empty folder.
 
     Args:
-        adapter: its folder, or its name on the Hub.
-        base: folder or name; by default the base that the adapter names.
+        adapter: a folder, or a name on the Hub.
+        base: a folder or a name; by default the base that the adapter names.
         dtype: precision of the base and of the saved model, "bfloat16" or "float32".
 
     Raises:
-        ValueError: the base is quantised, the adapter has no weights to merge, or `out` is not empty; says what to
-            type.
+        ValueError: the base is quantised or unknown, the adapter has no weights to merge, or `out` is not empty; the
+            message says what to type.
         SystemExit: the base is neither on disk nor reachable.
     """
     out = Path(out)
@@ -128,8 +129,8 @@ def _refuse_quantised(base: str, revision: str | None) -> None:
         raise SystemExit(unreachable_message("Model", base, error)) from None
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"'{base}' is quantised, and what the adapter adds would be rounded away in its few bits. Add --base NAME, "
-            f"the same model in bfloat16 or float32."
+            f"'{base}' is quantised, and rounding to so few bits would erase most of what the adapter adds. Add "
+            f"--base NAME, the same model in bfloat16 or float32."
         )
 
 

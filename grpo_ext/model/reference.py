@@ -1,9 +1,9 @@
 """The KL reference of an adapter: the backbone with the adapter off, or a second, frozen adapter `ref`.
 
-A reference that follows the policy (`sync_ref_model`) is such an adapter. What is mixed is the product that an adapter
-adds to a weight, s B A, and not its factors: the mean of two A times the mean of two B is a different matrix. The
-factors are concatenated, so the mix is exact and its rank grows with each update, until the oldest factors fall below
-float32's precision:
+A reference that follows the policy (`sync_ref_model`) is such an adapter. Mixing applies to the product s B A that an
+adapter adds to a weight, not to its factors: the mean of two A times the mean of two B would be a different matrix.
+Concatenating the factors makes the mix exact. Its rank grows with each update, until the oldest factors fall below the
+precision of float32:
 
     A_ref <- [A_ref; A]    B_ref <- [(1 - alpha) B_ref, alpha B]    B_ref A_ref <- (1 - alpha) B_ref A_ref + alpha B A
 """
@@ -23,12 +23,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-POLICY, REFERENCE = "default", "ref"  # PEFT's name for the adapter that trains, TRL's for its reference
+POLICY, REFERENCE = "default", "ref"  # PEFT's name for the trained adapter, TRL's for its reference
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # LoRA initialisations that change base weights
 
 
 def why_base_is_changed(config: PeftConfig) -> str | None:
-    """The reason why the backbone with this adapter off is not the model that training began with; None if it is."""
+    """The reason why the backbone with this adapter off is not the starting model; None if it is."""
     if not isinstance(config, LoraConfig):
         return None
     if config.bias != "none":
@@ -64,7 +64,7 @@ def update_reference(model: PeftModel, alpha: float) -> None:
     """Move the reference towards the policy: reference = (1 - alpha) reference + alpha policy.
 
     Args:
-        model: the policy is the adapter `default`, the reference the adapter `ref`. If there is no `ref` yet, the
+        model: its adapter `default` is the policy, and its adapter `ref` the reference. If there is no `ref` yet, the
             reference is the backbone alone, and `ref` is added.
         alpha: in (0, 1].
     """
@@ -81,7 +81,7 @@ def update_reference(model: PeftModel, alpha: float) -> None:
 
 @torch.no_grad()
 def _mix(model: PeftModel, alpha: float, *, is_new: bool) -> None:
-    max_parts = math.ceil(24 / -math.log2(1 - alpha))  # older parts are below float32's 24 bits
+    max_parts = math.ceil(24 / -math.log2(1 - alpha))  # older parts are below the 24 bits of float32
     parts = 1
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -126,11 +126,11 @@ def _config_with_rank(policy: LoraConfig, parts: int) -> LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSetup:
-    """The reference that a run needs, known before the model is loaded.
+    """Which reference a run needs; known before the model is loaded.
 
     Attributes:
-        is_needed: whether there is a KL to it, in the loss or in the log.
-        adapter_follows: whether it is an adapter that follows the policy (`sync_ref_model`).
+        is_needed: whether the loss or the log includes the KL to a reference.
+        adapter_follows: whether the reference is an adapter that follows the policy (`sync_ref_model`).
     """
 
     is_needed: bool
@@ -138,7 +138,11 @@ class ReferenceSetup:
 
     @classmethod
     def of(cls, args: Any, adapters: Sequence[PeftConfig]) -> "ReferenceSetup":
-        """Raises ValueError if the backbone without these adapters would not be the starting model."""
+        """The setup for these settings.
+
+        Raises:
+            ValueError: the backbone without these adapters would not be the starting model.
+        """
         is_needed = args.beta != 0.0 or args.log_kl
         for reason in map(why_base_is_changed, adapters):
             if is_needed and reason is not None:
@@ -147,8 +151,8 @@ class ReferenceSetup:
 
     @contextmanager
     def shown_to_trl(self, args: Any) -> Iterator[None]:
-        """A context for TRL's constructor, which sets up a reference only if `beta` is not 0, and refuses an adapter
-        with `sync_ref_model`."""
+        """A context that adjusts the settings for TRL's constructor, which sets up a reference only if `beta` is not 0,
+        and refuses an adapter with `sync_ref_model`."""
         beta, syncs = args.beta, args.sync_ref_model
         if args.log_kl:
             args.beta = beta or 1.0
@@ -160,8 +164,8 @@ class ReferenceSetup:
 
 
 def scores_reference(model: nn.Module, ref_model: nn.Module | None) -> bool:
-    """Whether a forward of `model` now is one of the reference: a model of its own, or the backbone with the adapter
-    off or with the adapter `ref`."""
+    """Whether a forward of `model` at this point would run the reference: a separate model, or the backbone with the
+    adapter off or with the adapter `ref`."""
     if ref_model is not None:
         return model is ref_model
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
@@ -169,8 +173,8 @@ def scores_reference(model: nn.Module, ref_model: nn.Module | None) -> bool:
 
 
 class ReferenceSync(TrainerCallback):
-    """Moves the reference of an adapter towards the policy, as TRL's `SyncRefModelCallback` does for whole models:
-    every `ref_model_sync_steps` optimizer steps, by `ref_model_mixup_alpha`."""
+    """Moves a reference adapter towards the policy, as TRL's `SyncRefModelCallback` does for whole models: every
+    `ref_model_sync_steps` optimizer steps, by `ref_model_mixup_alpha`."""
 
     def __init__(self, model: PeftModel):
         self._model = model

@@ -11,5 +11,5 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def head_of(lm: PreTrainedModel) -> nn.Module | None:
-    """The LM head; if an adapter is on it, the adapter's layer, even if `lm.get_output_embeddings` hides it."""
+    """The LM head, or the adapter's layer on it, even if `lm.get_output_embeddings` hides that layer."""
     return type(lm).get_output_embeddings(lm)

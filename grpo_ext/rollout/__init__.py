@@ -1,1 +1,1 @@
-"""Rollouts: everything between the sampler and the loss, and dialogues with text environments."""
+"""Rollouts: everything between sampling and the loss, and dialogues with text environments."""

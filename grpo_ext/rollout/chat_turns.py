@@ -1,10 +1,10 @@
-"""Tokenize a dialogue turn by turn, so that the tokens so far always stay a prefix of the tokens to come.
+"""Tokenise a dialogue turn by turn, so that earlier tokens never change: they stay a prefix of the whole dialogue.
 
     base model      the environment's text as it is, appended to the tokens of the model's turn
-    chat model      first the rendered messages and the start of an assistant turn; then, per reply, all that the chat
+    chat model      first the rendered messages and the start of an assistant turn; then, per reply, whatever the chat
                     template puts between two assistant turns, with the environment's text as a user message
 
-No turn is rendered twice: a turn of the model stays in the history exactly as it was sampled, token by token.
+No turn is rendered twice: a turn of the model stays in the history exactly as sampled, token for token.
 """
 
 from collections.abc import Collection
@@ -15,7 +15,7 @@ from trl.chat_template_utils import get_training_chat_template
 
 Messages = list[dict[str, Any]]
 
-_ANSWER = "An answer."  # a placeholder for the model's turn, to find what the template puts around it
+_ANSWER = "An answer."  # placeholder for the model's turn, to find what the template puts around it
 
 
 class TurnTokenizer:
@@ -23,7 +23,7 @@ class TurnTokenizer:
 
     Args:
         eos_token_ids: tokens with which the model ends a turn.
-        template_kwargs: further arguments of the chat template.
+        template_kwargs: further arguments for the chat template.
 
     Raises:
         ValueError: the chat template changes earlier turns, and TRL has no training template to replace it.
@@ -38,9 +38,9 @@ class TurnTokenizer:
             self._template = _training_template(tokenizer)
             if self._template is None or not self._preserves_prefix():
                 raise ValueError(
-                    "The chat template of this model changes a turn of the assistant once another one follows, so what "
-                    "it has read would not stay the beginning of what it reads. TRL has no template for training in "
-                    "its place: set tokenizer.chat_template to one that leaves earlier turns as they are."
+                    "The chat template of this model changes an assistant turn once another turn follows, so earlier "
+                    "tokens would not stay a prefix of the dialogue, and TRL has no training template to replace it. "
+                    "Set tokenizer.chat_template to one that leaves earlier turns unchanged."
                 )
 
     def encode_first(self, observation: str | Messages) -> list[int]:
@@ -51,12 +51,12 @@ class TurnTokenizer:
         return self._ids(self._render(messages, add_generation_prompt=True))
 
     def encode_reply(self, observation: str, last: int) -> list[int]:
-        """Token ids between two turns of the model, if the first of them ended with the token `last`."""
+        """Token ids between two turns of the model, the first of which ended with the token `last`."""
         if not self._is_chat:
             return self._ids(observation)
         messages = [_user("?"), _assistant(_ANSWER), _user(observation)]
         ids = self._ids(self._render(messages, add_generation_prompt=True).partition(_ANSWER)[2])
-        if last in self._eos_token_ids and last in ids:  # the model has ended the turn itself
+        if last in self._eos_token_ids and last in ids:  # the model ended the turn itself
             return ids[ids.index(last) + 1 :]
         return ids
 
@@ -65,7 +65,7 @@ class TurnTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _preserves_prefix(self) -> bool:
-        """Whether the template renders what precedes an answer in the same way if another turn follows the answer."""
+        """Whether the template renders the text before an answer in the same way if another turn follows the answer."""
         as_last = self._render([_user("?"), _assistant(_ANSWER)])
         followed = self._render([_user("?"), _assistant(_ANSWER), _user("?")], add_generation_prompt=True)
         return followed.partition(_ANSWER)[0] == as_last.partition(_ANSWER)[0]

@@ -1,11 +1,12 @@
-"""Rollouts that are put together before TRL works on them: sample, compute rewards, let each stage change the result.
+"""Collect a rollout before TRL processes it: sample, compute rewards, and let each stage change the result.
 
     rollout = collect(examples, draw, [ExtendGroups(...), Resample(...), Replay(...)])
 
-TRL samples, runs the old and reference passes, and computes rewards only then. A stage looks at rewards first, and
-samples as often as it needs to; TRL's own method then works on the rollout as if it had been sampled at once.
+TRL samples, runs the old and reference passes, and computes rewards last. A stage needs the rewards first, and may
+sample several times. TRL's own method then processes the rollout as if it had been sampled in one call.
 
-Legend: P prompts, G completions per prompt, M completions sampled for a prompt.
+Legend: P prompts, G completions per prompt, M completions sampled per prompt, B rows, C completion tokens, F reward
+functions.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +27,17 @@ from grpo_ext.rollout.types import Completion, Rollout
 class Draw(Protocol):
     """Samples completions for these rows of the dataset and computes their rewards.
 
-    Rows with the same prompt are neighbours. Every process calls it equally often, with the same number of rows.
+    Rows with the same prompt are adjacent. Every process makes the same number of calls, with the same number of rows.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> Rollout: ...
 
 
 class RolloutStage(Protocol):
-    """Draws a rollout with `draw`, which includes the stages before it, and returns it, changed or not.
+    """Samples a rollout with `draw`, which includes the stages before this one, and returns it, changed or not.
 
-    It wraps the drawing instead of following it: extending groups needs the prompt caches of the first draw, and what
-    is resampled must be extended, too.
+    A stage wraps `draw` instead of running after it: extending groups needs the prompt caches of the first call, and
+    resampled groups must be extended as well.
     """
 
     def __call__(self, examples: list[dict[str, Any]], draw: Draw) -> Rollout: ...
@@ -53,15 +54,15 @@ class StageContext:
     """What a run gives to its stages.
 
     Attributes:
-        args: its settings.
-        sampler: its sampler.
-        record: takes metrics of training.
-        total_rewards: the reward of each row from those of the reward functions, shape (..., F) -> (...).
-        score: log-probs of completions under the policy as it is now, with their mask, shapes (B, C).
-        dataset: the training data, at the time of the call.
-        step: optimizer steps so far.
-        interleaved: what of this run TRL interleaves with sampling, by name; no stage works with it.
-        process, processes: index of this process, and their number.
+        args: settings of the run.
+        sampler: sampler of the run.
+        record: records training metrics.
+        total_rewards: combines the rewards of all functions into one reward per row, shape (..., F) -> (...).
+        score: returns log-probs of completions under the current policy, and their mask, shapes (B, C).
+        dataset: returns the current training data.
+        step: returns the number of optimizer steps so far.
+        interleaved: names of the features of this run that TRL interleaves with sampling; no stage works with them.
+        process, processes: index of this process, and the number of processes.
     """
 
     args: GRPOExtConfig
@@ -77,7 +78,7 @@ class StageContext:
 
 
 def collect(examples: list[dict[str, Any]], draw: Draw, stages: Sequence[RolloutStage]) -> Rollout:
-    """The rollout for these rows of the dataset, as the last of the stages returns it."""
+    """The rollout for these rows of the dataset, as the last stage returns it."""
     for stage in stages:
         draw = partial(stage, draw=draw)
     return draw(examples)
@@ -87,7 +88,7 @@ def record_group_kinds(record: Record, sampled_PM: list[Tensor], attainable_rewa
     """Record the shares of the sampled groups that are mixed, all right, all wrong, and dead.
 
     Args:
-        attainable_reward: the total reward of a perfect completion, as far as it is known.
+        attainable_reward: the total reward of a perfect completion, as far as known.
     """
     shares = group_kind_shares(torch.cat(sampled_PM), attainable_reward)
     for kind, share in shares.items():

@@ -16,8 +16,8 @@
     GRPOExtTrainer(..., rollout_func=Dialogue(Guess, max_turns=7), reward_funcs=dialogue_reward)
 
 Each prompt is played in one copy of the environment per completion of its group, and all episodes advance together. The
-prompt is the environment's first observation, and the completion is everything after it. The loss covers the model's
-own tokens; tokens of the environment are context only.
+prompt is the environment's first observation, and the completion is everything after it. The loss covers only the
+model's own tokens; the environment's tokens are context.
 """
 
 from abc import ABC, abstractmethod
@@ -38,15 +38,15 @@ SampleTurns = Callable[[list[list[int]], list[int]], SampledCompletions]
 class TextEnv(ABC):
     """The environment that the model talks to. One object plays one episode, in the training process.
 
-    An exception ends its own episode, which gets no reward and is excluded from its group. If more than 5% of episodes
-    fail, the run stops.
+    An exception ends only its own episode, which gets no reward and is excluded from its group. If more than 5% of
+    episodes fail, the run stops.
     """
 
     def reset(self, row: dict[str, Any]) -> str | Messages:
         """Start an episode from a row of the dataset.
 
-        If all copies of a row return the same observation, it is prefilled once for the group. So random choices should
-        come from the row.
+        If all copies of a row return the same observation, it is prefilled once for the group. Random choices should
+        therefore come from the row.
 
         Returns:
             The first observation: a text or, for a chat model, messages. By default, the row's `prompt`.
@@ -58,12 +58,12 @@ class TextEnv(ABC):
         """React to a turn of the model, which may be any text.
 
         Returns:
-            The reply, and whether the episode is over. A reply at the end of the episode is not used and may be None.
+            The reply, and whether the episode is over. The reply that ends an episode is not used and may be None.
         """
 
     @abstractmethod
     def reward(self) -> float:
-        """The reward of the episode, however it ended. NaN if it cannot be scored."""
+        """The reward of the episode, however it ended; NaN if it cannot be scored."""
 
 
 @dataclass(kw_only=True)
@@ -74,13 +74,13 @@ class Episode:
         env: the environment.
         prompt_ids: tokens of its first observation.
         completion_ids: tokens of everything after that.
-        is_own: per completion token, 1 if the model sampled it, 0 if it is the environment's.
-        logps: per completion token, its log-prob at sampling (nats); 0 for the environment's.
+        is_own: for each completion token, 1 if the model sampled it, 0 if it comes from the environment.
+        logps: for each completion token, its log-prob at sampling (nats); 0 if it comes from the environment.
         turns: number of turns of the model.
         is_over: whether the episode has ended.
-        is_cut: whether the model's last turn ended at the limit of tokens.
-        reward: of the episode; None if the environment raised.
-        error: the exception of the environment.
+        is_cut: whether the model's last turn was ended by the limit on tokens.
+        reward: reward of the episode; None until it has ended, or if the environment raised.
+        error: the exception that the environment raised, if any.
     """
 
     env: TextEnv
@@ -102,7 +102,7 @@ class Episode:
 
     @contextmanager
     def catching_env_errors(self) -> Iterator[None]:
-        """An exception inside this context ends this episode only."""
+        """A context in which an exception ends only this episode."""
         try:
             yield
         except Exception as error:  # the environment is user code and may raise anything
@@ -113,14 +113,14 @@ class Dialogue:
     """A `rollout_func` for `GRPOExtTrainer` that plays a `TextEnv`. Use it with the reward function `dialogue_reward`.
 
     Args:
-        env: called to create an environment, for example its class.
-        max_turns: maximum number of turns of the model per episode, 1 or more.
-        max_turn_tokens: maximum tokens per turn, 1 or more; None for no limit except that of the episode, which is
+        env: creates an environment, for example its class.
+        max_turns: maximum turns of the model per episode, at least 1.
+        max_turn_tokens: maximum tokens per turn, at least 1; None for no limit other than that of the episode, which is
             `GRPOExtConfig.max_completion_length` for both sides together. Recommended: twice the length of a good turn,
             so that one runaway turn cannot use up the episode.
 
     Raises:
-        ValueError: a limit below 1.
+        ValueError: a limit is below 1.
     """
 
     def __init__(self, env: Callable[[], TextEnv], *, max_turns: int = 8, max_turn_tokens: int | None = None):
@@ -132,10 +132,10 @@ class Dialogue:
         self._has_failed: deque[bool] = deque(maxlen=FAILURE_WINDOW)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        """Called by TRL with the prompts of this process; the trainer has the dataset rows that they belong to."""
+        """TRL calls this with the prompts of this process; the trainer has the dataset rows of these prompts."""
         if not hasattr(trainer, "play"):
             raise TypeError(
-                f"Dialogue is played by GRPOExtTrainer, got {type(trainer).__name__}. Use grpo_ext.GRPOExtTrainer."
+                f"Dialogue needs GRPOExtTrainer, got {type(trainer).__name__}. Use grpo_ext.GRPOExtTrainer."
             )
         return trainer.play(self)
 
@@ -151,30 +151,30 @@ class Dialogue:
         """Play one episode per row. All unfinished episodes advance together, one sampling call per turn.
 
         Args:
-            max_tokens: of an episode after its first observation. A reply that leaves no room for another turn is
-                dropped, and the episode ends.
-            eos_token_id: prompt and completion of an episode whose environment failed to start.
+            max_tokens: maximum tokens of an episode after its first observation. A reply that leaves no room for a
+                further turn is dropped, and the episode ends.
+            eos_token_id: the only token of prompt and completion if the environment fails to start.
 
         Raises:
-            RuntimeError: the environment raised in more than 5% of the last 1,000 episodes, and in more than five.
+            RuntimeError: the environment raised in more than 5% of the last 1,000 episodes, and more than five times.
         """
         episodes = [Episode(env=self._env()) for _ in rows]
         for episode, row in zip(episodes, rows, strict=True):
             with episode.catching_env_errors():
                 episode.prompt_ids = turns.encode_first(episode.env.reset(dict(row)))
                 if not episode.prompt_ids:
-                    raise ValueError("reset must return at least a word")
+                    raise ValueError("reset must return a text of at least one token")
             if not episode.prompt_ids:
                 episode.prompt_ids, episode.is_over = [eos_token_id], True
                 episode.add([eos_token_id], [0.0], is_own=False)
         while active := [episode for episode in episodes if not episode.is_over]:
             left = [max_tokens - len(episode.completion_ids) for episode in active]
             limits = [min(tokens, self.max_turn_tokens or tokens) for tokens in left]
-            drawn = sample_turns([episode.prompt_ids + episode.completion_ids for episode in active], limits)
+            sampled = sample_turns([episode.prompt_ids + episode.completion_ids for episode in active], limits)
             for i, episode in enumerate(active):
-                episode.is_cut = drawn.is_cut[i]
-                episode.add(drawn.tokens[i], drawn.logps[i], is_own=True)
-                self._reply(episode, turns, drawn.tokens[i], max_tokens)
+                episode.is_cut = sampled.is_cut[i]
+                episode.add(sampled.tokens[i], sampled.logps[i], is_own=True)
+                self._reply(episode, turns, sampled.tokens[i], max_tokens)
         for episode in episodes:
             if episode.error is None:
                 with episode.catching_env_errors():
@@ -183,7 +183,7 @@ class Dialogue:
         return episodes
 
     def _reply(self, episode: Episode, turns: TurnTokenizer, tokens: list[int], max_tokens: int) -> None:
-        """Give a turn of the model to the environment, and append its reply unless the episode ends."""
+        """Pass a turn of the model to the environment, and append the reply unless the episode ends."""
         episode.turns += 1
         with episode.catching_env_errors():
             reply, episode.is_over = episode.env.step(turns.decode(tokens))
@@ -191,7 +191,7 @@ class Dialogue:
             if episode.is_over:
                 return
             if not isinstance(reply, str):
-                raise TypeError(f"step must return a text where the episode goes on, got {reply!r}")
+                raise TypeError(f"step must return a text unless the episode is over, got {reply!r}")
             ids = turns.encode_reply(reply, tokens[-1])
             episode.is_over = len(episode.completion_ids) + len(ids) >= max_tokens
             if not episode.is_over:
@@ -203,13 +203,13 @@ class Dialogue:
         failed, played = sum(self._has_failed), len(self._has_failed)
         if errors and failed > max(MIN_FAILURES, MAX_FAILURE_RATE * played):
             raise RuntimeError(
-                f"{callable_name(self._env)} raised {errors[-1]!r}, and so or similarly in {failed} of the last "
-                f"{played} episodes. A run would learn from noise: mend the environment."
+                f"{callable_name(self._env)} raised exceptions in {failed} of the last {played} episodes, the latest "
+                f"being {errors[-1]!r}. The run would learn from noise. Fix the environment."
             ) from errors[-1]
 
 
 def dialogue_reward(completions: list[Any], episode_reward: list[float | None], **columns: Any) -> list[float | None]:
-    """The reward of each episode's environment; None, which excludes it from its group, if the environment raised.
+    """The reward of each episode; None if its environment raised, which excludes the episode from its group.
 
     Args:
         completions: unused.

@@ -1,4 +1,4 @@
-"""Plays dialogues as a rollout of TRL: every row of a rollout at once, each continuing from its own KV cache."""
+"""Play dialogues as a rollout of TRL: all rows at once, each continuing from its own KV cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from grpo_ext.rollout.sampler import CompletionSampler
 @dataclass(frozen=True, kw_only=True)
 class DialoguePlayer:
     """Plays a `Dialogue` with the policy. Metrics: `dialogue/turns`, turns of the model per episode, and
-    `dialogue/errors`, episodes whose environment raised.
+    `dialogue/errors`, the number of episodes whose environment raised.
 
     Attributes:
-        sampler: shared.
-        turns: how the text of an environment becomes tokens.
-        max_tokens: per episode, after the first observation.
-        eos_token_id: prompt and completion of an episode whose environment failed to start.
-        record: takes the metrics.
+        sampler: sampler of the run; must share prompts.
+        turns: turns the text of an environment into tokens.
+        max_tokens: maximum tokens of an episode after the first observation.
+        eos_token_id: the only token of prompt and completion if the environment fails to start.
+        record: records the metrics.
         gather: concatenates the rows of all processes.
-        device: of the metrics.
+        device: device on which metrics are gathered.
     """
 
     sampler: CompletionSampler
@@ -43,11 +43,11 @@ class DialoguePlayer:
         examples: list[dict[str, Any]],
         generate: Callable[[list[list[int]]], SampledCompletions],
     ) -> tuple[dict[str, list[Any]], list[bool]]:
-        """What TRL expects of a `rollout_func`, with the column of `dialogue_reward`; and which rows were cut off.
+        """The output of a `rollout_func`, with the column that `dialogue_reward` reads; and which rows were cut off.
 
         Args:
             examples: rows of the dataset.
-            generate: one completion for each history of token ids.
+            generate: samples one completion per history of token ids.
         """
 
         def draw(histories: list[list[int]], limits: Sequence[int]) -> SampledCompletions:

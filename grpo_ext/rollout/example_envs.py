@@ -1,7 +1,9 @@
 """Two example environments: a calculator that the model uses in the middle of an answer, and a guessing game.
 
-Question: 538+478=?
-Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016          the calculator's replies are in brackets
+    Question: 538+478=?
+    Answer: 8+8+0=[16] 3+7+1=[11] 5+4+1=[10] #### 1016
+
+Brackets mark the calculator's replies; they are not part of the text.
 """
 
 import re
@@ -13,10 +15,10 @@ from grpo_ext.rollout.dialogue import TextEnv
 
 
 class Calculator(TextEnv):
-    """Replies to a turn that ends with a sum, such as "8+8+0=", with its result. Any other turn ends the episode.
+    """Replies with the result to a turn that ends with a sum, such as "8+8+0=". Any other turn ends the episode.
 
     For a base model with `stop_strings: ["="]`: its turn ends at the "=", and the result continues the same line.
-    Columns: `prompt` and `answer`. The reward is 1.0 if all text together gives the right answer, else 0.0.
+    Columns: `prompt` and `answer`. The reward is 1.0 if the whole text gives the right answer, else 0.0.
     """
 
     def reset(self, row: dict[str, Any]) -> str | Messages:
@@ -40,7 +42,7 @@ class Calculator(TextEnv):
 class GuessNumber(TextEnv):
     """Holds a number from 1 to 100. The model guesses, and is told whether the number is higher or lower.
 
-    For a chat model. Column: `answer`, the number. The reward is 1.0 if it was guessed; bisection needs up to 7 turns.
+    For a chat model. Column: `answer`, the number. The reward is 1.0 for a right guess; bisection needs up to 7 turns.
     """
 
     rules = "I think of a whole number from 1 to 100. Guess it: answer with a number, and I say higher or lower."

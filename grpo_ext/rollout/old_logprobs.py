@@ -1,8 +1,8 @@
-"""Old log-probs without a pass: those of the sampler are used as long as they agree with a scoring pass.
+"""Old log-probs without a scoring pass: those of the sampler are used as long as they agree with scoring.
 
-TRL scores the completions of a rollout once more if it serves several optimizer steps (`num_iterations > 1`, or an
-accumulation that does not fit the rollout). The first rollout is scored whole, later ones in one row per process; if
-that row disagrees, the rollout is scored whole again.
+TRL scores the completions of a rollout once more if it serves several optimizer steps (`num_iterations > 1`, or
+gradient accumulation that is not aligned with the rollout). Here, the first rollout is scored completely, and later
+ones in one row per process. If that row disagrees, the whole rollout is scored.
 
 Legend: B rows, C completion tokens.
 """
@@ -18,10 +18,10 @@ from grpo_ext.rollout.types import SampledRows
 
 
 class OldLogprobs:
-    """Carries from rollout to rollout whether the sampler has agreed with scoring.
+    """Remembers from rollout to rollout whether the sampler has agreed with scoring.
 
     Args:
-        gather_max: the largest of a number over all processes.
+        gather_max: returns the maximum of a scalar over all processes.
     """
 
     def __init__(self, gather_max: Callable[[Tensor], float]):
@@ -37,17 +37,17 @@ class OldLogprobs:
         step: int,
         tolerance: float,
     ) -> tuple[RequestScores, float]:
-        """Old log-probs of a rollout, and the largest difference that was seen.
+        """Old log-probs of a rollout, and the largest difference between sampler and scoring.
 
         Args:
-            rows: with log-probs at sampling.
+            rows: the rows, with log-probs at sampling.
             mask_BC: 1 on completion tokens.
-            score: scores of some of the rows under the policy as it is now.
-            step: decides which row is scored.
-            tolerance: nats per completion.
+            score: scores a slice of the rows under the current policy.
+            step: selects the row to score.
+            tolerance: largest difference that counts as agreement, in nats per completion.
 
         Returns:
-            Log-probs alone, and the difference in nats per completion.
+            Scores with log-probs only, and the difference in nats per completion.
         """
         assert rows.logps is not None
         sampled_BC = torch.zeros_like(mask_BC, dtype=torch.float32)
@@ -64,7 +64,7 @@ class OldLogprobs:
         everything, spot = slice(None), fresh[step % len(fresh)]
         logps_BC, gap = compare(slice(spot, spot + 1) if self._agrees else everything)
         agreed_before, self._agrees = self._agrees, gap < tolerance
-        if agreed_before:  # one row was scored
+        if agreed_before:  # only one row was scored
             logps_BC = sampled_BC if self._agrees else compare(everything)[0]
         scores = RequestScores(logps_BC=logps_BC, entropies_BC=None, kls_BC=None, hidden_BCH=None, aux_loss=None)
         return scores, gap

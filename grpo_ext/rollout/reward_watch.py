@@ -1,7 +1,7 @@
-"""A watch on rewards that are called in the training process, where nothing can end a call that hangs.
+"""Watch rewards that are called in the training process, where nothing can end a call that hangs.
 
-An exception of a reward propagates as it is, with a note that names the reward. A call that takes long is reported
-while it runs:
+An exception of a reward propagates unchanged, with a note that names the reward. A slow call is reported while it
+runs:
 
     Reward 'judge' has been running for 10 s on 8 completions, the first being 'So 12 + 7 = ...'. ...
 """
@@ -21,7 +21,7 @@ from grpo_ext.rewards.workers.pool import SHOWN_CHARACTERS, IsolatedReward, decl
 logger = get_logger(__name__)
 
 HOW_TO_ISOLATE = (
-    "If it may hang, run it in a worker process, which is ended after reward_timeout: reward_funcs=isolated(REWARD), "
+    "If it may hang, run it in a worker process, which is killed after reward_timeout: reward_funcs=isolated(REWARD), "
     "with `from grpo_ext.rewards import isolated`, or reward_workers=1 for all rewards."
 )
 
@@ -30,8 +30,8 @@ class RewardWatch:
     """Watches the rewards of a run.
 
     Args:
-        timeout_s: seconds after which a call is reported, above 0; then again each time that it has taken twice as
-            long. Later calls of this reward are reported only if they take twice as long as what was reported before.
+        timeout_s: seconds after which a call is reported, above 0. Each further report of the same reward, in this or a
+            later call, needs twice the time of the last report.
     """
 
     def __init__(self, timeout_s: float):
@@ -50,7 +50,8 @@ class RewardWatch:
         def call(**arguments: Any) -> Any:
             with _naming(reward, name, arguments), self._timing(name, arguments, is_off=bounds_its_time):
                 returned = reward(**arguments)
-                return list(returned) if isinstance(returned, Iterator) else returned  # which computes its items
+                # An iterator computes its items only when they are read.
+                return list(returned) if isinstance(returned, Iterator) else returned
 
         async def call_async(**arguments: Any) -> Any:
             with _naming(reward, name, arguments), self._timing(name, arguments, is_off=bounds_its_time):
@@ -87,7 +88,7 @@ class RewardWatch:
 
 @contextmanager
 def _naming(reward: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Iterator[None]:
-    """A context in which an exception gets a note with the name of the reward, and the row if that can be known."""
+    """A context that adds a note to an exception: the name of the reward, and the row if it can be determined."""
     try:
         yield
     except Exception as error:
@@ -99,7 +100,7 @@ def _naming(reward: Callable[..., Any], name: str, arguments: dict[str, Any]) ->
 
 
 def _failing_row(reward: Callable[..., Any], arguments: dict[str, Any]) -> int | None:
-    """The first row that the reward raises on by itself; such a reward may be called again."""
+    """The first row on which the reward raises if called with that row alone; the reward must score independently."""
     if inspect.iscoroutinefunction(reward):
         return None
     quiet = arguments | {"log_extra": _ignore, "log_metric": _ignore}
@@ -120,4 +121,4 @@ def _text(completion: Any) -> str:
 
 
 def _ignore(*args: object) -> None:
-    """Takes the place of TRL's logging callbacks."""
+    """Replaces TRL's logging callbacks."""

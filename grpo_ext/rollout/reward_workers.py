@@ -1,6 +1,8 @@
-"""Which rewards run in worker processes. A plain function does not: it is called as TRL calls it.
+"""Choose which rewards run in worker processes.
 
-reward_funcs = in_workers(reward_funcs, workers=None, timeout_s=10, seed=42)     # as the trainer does
+    reward_funcs = in_workers(reward_funcs, workers=None, timeout_s=10, seed=42)     # as the trainer does
+
+A plain function stays in the training process, where it is called as TRL calls it.
 """
 
 import weakref
@@ -16,18 +18,18 @@ from grpo_ext.rewards.workers.processes import WorkerPool, close_pools, start_po
 def in_workers(reward_funcs: Any, workers: int | None, timeout_s: float, seed: int = 0) -> Any:
     """TRL's `reward_funcs`, with some of them wrapped to run in worker processes.
 
-    - A function with the attribute `scores_independently = True` (our math and logic rewards have it) is called with
+    - A function with the attribute `scores_independently = True`, such as our math and logic rewards, is called with
       one completion at a time, in workers that all such rewards share: a failure costs one completion.
-    - Any other function is returned unchanged. With `workers` of 1 or more, it gets whole calls in a worker of its own,
-      which keeps its state.
-    - Reward models, asynchronous functions, what `isolated` returned, and functions with `runs_in_process = True`
-      (programs run in their own sandbox, text shape is scored at once) are always returned unchanged.
+    - Any other function is returned unchanged if `workers` is None. With `workers` of 1 or more, it runs in a worker of
+      its own, with whole calls, and keeps its state there.
+    - Reward models, asynchronous functions, results of `isolated`, and functions with `runs_in_process = True` (our
+      program rewards have a sandbox of their own, our text-shape rewards are fast) are always returned unchanged.
 
     Args:
         workers: `reward_workers` of the config: the number of processes for rewards with `scores_independently`. None
-            for one per core of this training process, at most 4. 0 leaves every reward in the training process.
+            for one per core of this training process, up to 4. 0 leaves every reward in the training process.
         timeout_s: seconds per completion.
-        seed: that of the run, from which random numbers in the workers are derived.
+        seed: seed of the run, from which the random numbers of the workers are derived.
     """
     if isinstance(reward_funcs, list):
         wrapped = [in_workers(reward, workers, timeout_s, seed) for reward in reward_funcs]
@@ -49,7 +51,7 @@ def in_workers(reward_funcs: Any, workers: int | None, timeout_s: float, seed: i
 
 
 def start_workers(reward_funcs: list[Any]) -> None:
-    """Start the workers of these rewards side by side, without waiting for them."""
+    """Start the workers of these rewards in parallel, without waiting for them."""
     start_pools(_pools_of(reward_funcs))
 
 
@@ -59,7 +61,7 @@ def close_workers(reward_funcs: list[Any]) -> None:
 
 
 def close_with(owner: object, reward_funcs: list[Any]) -> None:
-    """End the workers of these rewards once nothing refers to `owner` any more."""
+    """End the workers of these rewards when `owner` is garbage-collected."""
     weakref.finalize(owner, close_pools, _pools_of(reward_funcs)).atexit = False
 
 

@@ -1,8 +1,8 @@
-"""The sampler of a run: siblings share the prefill of their prompt, and what TRL does not ask for is remembered.
+"""The sampler of a run: siblings share the prefill of their prompt, and log-probs and cut-offs are recorded.
 
 It runs inside `generate` of transformers (`engine/decode.py`) and samples the tokens that transformers' own loop would
-have sampled from the same random state. If something else sampled, such as vLLM, a `rollout_func`, or an override of
-the user's, nothing is known about its completions but their tokens.
+sample from the same random state. If something else samples, such as vLLM, a `rollout_func` or a user's override,
+nothing but the tokens is known about its completions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ class CompletionSampler:
 
     Args:
         is_shared: whether the model and the settings allow shared sampling.
-        temperature: of the run when it begins.
+        temperature: temperature at the start of the run.
         stop_strings: strings that end a completion.
-        tokenizer: which finds them.
+        tokenizer: used to detect stop strings.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class CompletionSampler:
         self._engine = GroupSampler(temperature)
 
     def set_temperature(self, temperature: float) -> None:
-        """The temperature of log-probs; tokens are sampled at the one in the generation config."""
+        """Set the temperature of log-probs; tokens are sampled at that of the generation config."""
         self._engine.temperature = temperature
 
     def keep_prompt_caches(self) -> AbstractContextManager[None]:
-        """A context in which prompts of the last call are not prefilled again; the weights must not change."""
+        """A context in which prompts of the last call are not prefilled again. The weights must not change."""
         return self._engine.keep_prompt_caches()
 
     def keep_row_caches(self) -> AbstractContextManager[None]:
-        """A context in which rows of the last call continue from their caches; the weights must not change."""
+        """A context in which rows of the last call continue from their caches. The weights must not change."""
         return self._engine.keep_row_caches()
 
     @contextmanager
     def limited(self, max_new_tokens: Sequence[int]) -> Iterator[None]:
-        """A context in which each row of a call may have at most this many tokens."""
+        """A context with a limit on the new tokens of each row of a call."""
         self._engine.max_new_tokens_per_row = max_new_tokens
         try:
             yield
@@ -84,19 +84,19 @@ class CompletionSampler:
 
 
 def _begin_with(tokens: TokenRows, completion_ids: TokenRows) -> bool:
-    """Whether TRL's rows are those that were sampled, apart from what follows the end of either."""
+    """Whether TRL's rows are the sampled rows, up to the end of the shorter one."""
     return len(tokens) == len(completion_ids) and all(
         ids[: len(row)] == row[: len(ids)] for ids, row in zip(completion_ids, tokens, strict=True)
     )
 
 
 def _first_tokens(rows: list[list[Any]], lengths: list[int]) -> list[list[Any]]:
-    """Each row up to its length."""
+    """Each row, truncated to its length."""
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def ending_metrics(completion_ids: TokenRows, is_cut: list[bool], accelerator: Accelerator) -> dict[str, float]:
-    """TRL's metrics of endings, for completions that may also end with a stop string; over all processes."""
+    """TRL's metrics of terminated completions, over all processes; here, a stop string also terminates a completion."""
     lengths_B = accelerator.gather(
         torch.tensor([len(ids) for ids in completion_ids], device=accelerator.device)
     ).float()

@@ -1,4 +1,4 @@
-"""The sampling temperature of a run: the schedule that moves it, and the entropy that the schedule looks at."""
+"""The sampling temperature of a run: the schedule that changes it, and the entropy on which the schedule depends."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,19 +10,19 @@ from grpo_ext.losses.temperature import EntropyController, linear_temperature
 
 
 class TemperatureControl:
-    """Chooses the temperature of each rollout: `temperature_schedule`.
+    """Sets the temperature of each rollout, as `temperature_schedule` requires.
 
     Args:
         schedule: "constant", "linear" or "entropy".
-        start: the temperature of the first rollout.
-        end: the temperature before the last step, for the linear schedule.
-        entropy_target: nats per token, for the entropy schedule.
-        device: of the entropies.
-        reduce: the sum of a tensor over all processes.
+        start: temperature of the first rollout.
+        end: temperature of the last rollout, for the linear schedule.
+        entropy_target: mean token entropy to keep, in nats, for the entropy schedule.
+        device: device of the entropies.
+        reduce: sums a tensor over all processes.
 
     Attributes:
         moves: whether the schedule changes the temperature.
-        temperature: of the rollout that is in use.
+        temperature: temperature of the current rollout.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TemperatureControl:
         if entropy_target is not None:
             self._controller = EntropyController(start=start, target=entropy_target, temperature=start)
         self._reduce = reduce
-        self._entropy_seen = torch.zeros(2, device=device)  # sum of token entropies and their count since a rollout
+        self._entropy_seen = torch.zeros(2, device=device)  # sum and number of token entropies since the last rollout
 
     def next(self, step: int, max_steps: int) -> float:
         """The temperature of the rollout for this optimizer step; called once per rollout."""
@@ -56,7 +56,7 @@ class TemperatureControl:
         return self.temperature
 
     def observe(self, entropies_BC: Tensor, mask_BC: Tensor) -> None:
-        """Take the token entropies of an update into account, in nats; `mask_BC` is 1 on tokens that count."""
+        """Add the token entropies of an update, in nats; `mask_BC` is 1 on tokens that count."""
         if self._controller is not None:
             sums = (entropies_BC.detach() * mask_BC).sum(), mask_BC.sum()
             self._entropy_seen += torch.stack(sums)

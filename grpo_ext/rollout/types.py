@@ -1,7 +1,6 @@
-"""The values that travel from sampling to the loss: completions, and the rollout that they form.
+"""The values passed from sampling to the loss: completions, and the rollout that they form.
 
-Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M completions sampled for a prompt, at
-least G.
+Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M >= G completions sampled per prompt.
 """
 
 from collections.abc import Iterable
@@ -21,8 +20,8 @@ class Completion:
         completion: text or messages, as reward functions see it.
         logps: log-probs of the completion's tokens under the policy that sampled them at `temperature` (nats); None if
             the sampler does not report them.
-        is_cut: whether it ended because no more tokens were allowed; None if the sampler does not report it.
-        temperature: the temperature that it was sampled at.
+        is_cut: whether it was ended by the limit on tokens; None if the sampler does not report it.
+        temperature: sampling temperature.
         extra: values that reward functions logged for it (`log_extra`).
     """
 
@@ -42,10 +41,11 @@ class SampledRows:
 
     Attributes:
         completion_ids: token ids of each completion.
-        temperatures: the temperature that each row was sampled at.
-        logps: log-probs at sampling, row by row; None if they are not those of the policy's own tokens.
-        is_cut: whether each row ended because no more tokens were allowed; None if the sampler does not report it.
-        is_replayed: whether an earlier policy sampled the row.
+        temperatures: sampling temperature of each row.
+        logps: log-probs at sampling, row by row; None if they are unknown, or if rows include tokens that the policy
+            did not sample.
+        is_cut: whether each row was ended by the limit on tokens; None if the sampler does not report it.
+        is_replayed: whether each row was sampled by an earlier policy.
     """
 
     completion_ids: list[list[int]]
@@ -55,7 +55,7 @@ class SampledRows:
     is_replayed: list[bool]
 
     def are_rows_of(self, completion_ids_BC: Tensor, mask_BC: Tensor) -> bool:
-        """Whether these padded completions are the rows, some of them masked as a whole."""
+        """Whether these padded completions are the rows; any of them may be masked completely."""
         if len(completion_ids_BC) != len(self.completion_ids):
             return False
         padded = zip(completion_ids_BC.tolist(), mask_BC.sum(dim=1).tolist(), self.completion_ids, strict=True)
@@ -64,16 +64,16 @@ class SampledRows:
 
 @dataclass(kw_only=True)
 class Rollout:
-    """Completions with their rewards, the rows of a group next to each other.
+    """Completions with their rewards; the rows of a group are adjacent.
 
     Attributes:
         completions: the rows of this process.
         first_row: index of its first row among the rows of all processes.
         rewards_BF: rewards of the rows of all processes; NaN if a function did not score a row.
-        all_rewards_PM: total reward of every completion that was sampled for each group's prompt, including those that
-            are not among the rows; NaN if there is none or nothing scored it.
-        sampled_PM: `all_rewards_PM` of every group that was sampled on the way, including those that were replaced.
-        replayed: groups that an earlier policy sampled.
+        all_rewards_PM: total rewards of all completions sampled for the prompt of each group, including those that are
+            not among the rows; NaN if there is no such completion or no function scored it.
+        sampled_PM: `all_rewards_PM` of all groups sampled for this rollout, including those that were replaced.
+        replayed: indices of groups that an earlier policy sampled.
     """
 
     completions: list[Completion]
@@ -102,7 +102,7 @@ class Rollout:
             generated: what TRL's `_generate` returned for them.
             rows: what the sampler reports about them.
             extra: columns that reward functions logged.
-            rewards_BF, all_rewards_PM, first_row: as the attributes.
+            rewards_BF, all_rewards_PM, first_row: see the attributes.
         """
         prompt_ids, completion_ids, _, completions, logps, *_ = generated
         sampled = [
@@ -174,13 +174,13 @@ class RolloutInProgress:
 
     Attributes:
         examples: rows of the dataset.
-        is_training: whether it is for an update, and not for an evaluation.
-        rollout: what stages put together; None if TRL's method samples.
+        is_training: whether the rollout is for an update, rather than for an evaluation.
+        rollout: the rollout collected by the stages; None if TRL's method samples.
         rows: what the scoring passes need to know about the rows; None before they are sampled.
-        is_cut: whether each row was cut off, as far as the sampler reports it.
-        ref_hidden_BCH: last hidden states of the reference, if they were asked for.
-        rewards_BF: rewards of the rows of all processes, once they are computed.
-        scored_examples, completion_ids: the rows that they belong to, as reward functions saw them.
+        is_cut: whether each row was ended by the limit on tokens; None if the sampler does not report it.
+        ref_hidden_BCH: last hidden states of the reference, if requested.
+        rewards_BF: rewards of the rows of all processes; None before they are computed.
+        scored_examples, completion_ids: rows and completions as reward functions saw them.
         extra_columns: columns that reward functions logged.
     """
 
@@ -196,11 +196,11 @@ class RolloutInProgress:
     extra_columns: list[str] = field(default_factory=list)
 
     def scored(self, examples: list[dict[str, Any]], completion_ids: list[list[int]], extra: list[str]) -> None:
-        """Note the rows that reward functions saw, and the columns that they logged."""
+        """Store the rows that reward functions saw, and the columns that they logged."""
         self.scored_examples, self.completion_ids, self.extra_columns = examples, completion_ids, extra
 
 
 def _all_or_none(values: Iterable[Any]) -> list[Any] | None:
-    """The values; None if one of them is."""
+    """The values, or None if any of them is None."""
     listed = list(values)
     return None if any(value is None for value in listed) else listed

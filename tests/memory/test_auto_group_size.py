@@ -50,7 +50,7 @@ def test_largest_size_that_divides_the_rollout(rows, accumulation, expected, ava
         f"num_generations=auto: {expected}, the largest of 4, 8, 16, 32 that divides the rollout of "
     )
     assert f" rollout of {rows * accumulation} answers, and it fits: 0." in printed
-    assert "of 57.60 GB: the free memory of this machine, less a tenth" in printed
+    assert "out of 57.60 GB (the free memory of this machine, less a tenth)" in printed
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,8 @@ def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
     argv = ["--config", f"{FOLDER}/tiny_math.yaml", *AUTO, *batch(8), "--output_dir", "x"]
     settings = parse_flags(TrlParser((RecipeArguments, GRPOExtConfig, PolicyConfig)), argv)
     assert with_group_size(argv, settings, folder=FOLDER)[-1] == "16"
-    assert "of 28.80 GB: the free memory of this machine by 2, less a tenth" in capsys.readouterr().out
+    memory = "28.80 GB (the free memory of this machine, shared by 2 processes, less a tenth)"
+    assert memory in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     with_group_size(argv, settings, folder=FOLDER)
     assert capsys.readouterr().out == ""
@@ -111,9 +112,9 @@ def test_planned_prompt_length(available, capsys):
     """The embedded model has 256 positions; `max_prompt_tokens` is a better bound if it is set."""
     available(64)
     recipe.parse([*AUTO, *batch(8), "--max_completion_length", "16"])
-    assert "for prompts of at most 240 tokens" in capsys.readouterr().out
+    assert "for prompts of up to 240 tokens" in capsys.readouterr().out
     recipe.parse([*AUTO, *batch(8), "--max_completion_length", "16", "--max_prompt_tokens", "50"])
-    assert "for prompts of at most 50 tokens" in capsys.readouterr().out
+    assert "for prompts of up to 50 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_missing_model_or_data_is_the_error_of_the_recipe(flags, capsys):
 def test_a_machine_with_too_little_memory(available):
     """Refused before a model is loaded, with the memory needed and available."""
     available(0.01)
-    message = r"rollout of 8 answers does not fit\. 0\.\d+ GB are planned .*, of 0\.01 GB: the free memory"
+    message = r"rollout of 8 answers does not fit: 0\.\d+ GB planned .*, out of 0\.01 GB \(the free memory"
     with pytest.raises(ValueError, match=message):
         recipe.parse([*AUTO, *batch(8)])
 

@@ -335,7 +335,7 @@ def test_command_line(capsys, two_layers):
         (["--chunk_tokens", "0"], "chunk_tokens=0 must be at least 1, for example 4096"),
         (
             ["--prompt", "2000", "--completion", "100"],
-            r"prompt=2000 and completion=100 are 2100 tokens, .* for 1024\. Use",
+            r"prompt=2000 and completion=100 add up to 2100 tokens, .* only 1024 positions\. Use",
         ),
     ],
 )

@@ -405,7 +405,7 @@ def test_all_linear_leaves_the_head_out(build, small_model):
         ("it is where prompts are shared", {"lora_dropout": 0.1}, {"disable_dropout": False}),
         ("Use LoRA without use_dora", {"use_dora": True}, {}),
         ("Use LoRA without use_dora, lora_bias", {"lora_bias": True}, {}),
-        ('the bias below it is trained, too. Use bias="none"', {"bias": "lora_only"}, {"beta": 0.0}),
+        ('the weight or bias of its base layer is also trained. Use bias="none"', {"bias": "lora_only"}, {"beta": 0.0}),
         ("Use ensure_weight_tying=False", {"ensure_weight_tying": True}, {}),
         ("kl_estimator='exact' needs one LM head", {}, {"kl_estimator": "exact", "beta": 0.1}),
     ],

@@ -95,7 +95,7 @@ def test_a_trained_adapter_on_a_tied_head(build, tiny_model, tmp_path, capsys):
     same = sum((a.argmax(-1) == b.argmax(-1)).sum().item() for a, b in pairs)
     assert difference > 0  # bfloat16 has 8 bits of precision
     positions = sum(len(a) for a, _ in pairs)
-    assert f"largest difference of a logit {difference:.2g} (" in said
+    assert f"largest logit difference {difference:.2g} (" in said
     assert f"the same at {same / positions:.1%} of {positions} positions" in said
     cli.main(["merge", trainer.args.output_dir, f"{out}32", "--dtype", "float32"])
     merged = AutoModelForCausalLM.from_pretrained(f"{out}32")

@@ -56,7 +56,7 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{{ '(last)' if loop.last }}{{ m['content'] }}"
         "{% endfor %}"
     )
-    with pytest.raises(ValueError, match="changes a turn of the assistant once another one follows"):
+    with pytest.raises(ValueError, match="changes an assistant turn once another turn follows"):
         TurnTokenizer(tokenizer, [tokenizer.eos_token_id])
 
 

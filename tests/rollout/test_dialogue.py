@@ -268,7 +268,7 @@ def test_limits_below_one_and_other_trainers(build, small_model):
     for name in ("max_turns", "max_turn_tokens"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             Dialogue(Digits, **{name: 0})
-    with pytest.raises(TypeError, match="Dialogue is played by GRPOExtTrainer, got GRPOTrainer"):
+    with pytest.raises(TypeError, match="Dialogue needs GRPOExtTrainer, got GRPOTrainer"):
         build(small_model, trainer=GRPOTrainer, arguments={"rollout_func": Dialogue(Digits)}).train()
 
 

@@ -1,1 +1,1 @@
-"""Stages of a rollout: each changes what is trained on once rewards are known."""
+"""Stages of a rollout. Each one changes what is trained on, once rewards are known."""

@@ -1,4 +1,4 @@
-"""Extend groups whose rewards are all equal, until they differ or the group has reached its limit."""
+"""Extend groups whose rewards are all equal, until the rewards differ or the group reaches its limit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,19 +17,19 @@ from grpo_ext.rollout.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendGroups:
-    """The stage of `num_generations_max`: dead groups get more completions, as many again as a group has.
+    """The stage of `num_generations_max`: samples more completions for dead groups, up to G at a time.
 
-    If a group becomes mixed, the completions whose rewards differ most are trained on (`losses/subset.py`), with the
-    mean and deviation of all of them. Metrics: `growth/groups`, groups that were dead after G completions, and
-    `growth/alive`, those of them that became mixed.
+    If a group becomes mixed, the G completions whose rewards differ most are trained on (`losses/subset.py`), with the
+    mean and deviation of all its completions. Metrics: `growth/groups`, the number of groups that were dead after G
+    completions, and `growth/alive`, the number of those that became mixed.
 
     Attributes:
-        limit: completions per prompt, more than G.
+        limit: maximum completions per prompt, more than G.
         group_size: G.
-        total: the reward of each row from those of the reward functions, shape (..., F) -> (...).
-        keep_prompt_caches: a context in which the prompts that were prefilled last are not prefilled again.
-        record: takes the metrics.
-        process, processes: index of this process, and their number; each has whole groups.
+        total: combines the rewards of all functions into one reward per row, shape (..., F) -> (...).
+        keep_prompt_caches: creates a context in which the last prefilled prompts are not prefilled again.
+        record: records the metrics.
+        process, processes: index of this process, and the number of processes; each has whole groups.
     """
 
     limit: int
@@ -42,10 +42,10 @@ class ExtendGroups:
 
     @classmethod
     def build(cls, context: StageContext) -> "ExtendGroups | None":
-        """The stage of a run; None if its settings do not ask for it.
+        """The stage of a run; None if its settings do not enable it.
 
         Raises:
-            ValueError: the run cannot have it.
+            ValueError: the stage is not possible in this run.
         """
         args = context.args
         if args.num_generations_max is None:
@@ -76,7 +76,7 @@ class ExtendGroups:
         while sampled < self.limit:
             dead = (~mixed_groups(self.total(rewards_PMF))).nonzero().flatten().tolist()
             dead_by_process = [[i for i in dead if i // groups == process] for process in range(self.processes)]
-            # Every process samples for the same number of groups; the rows that only fill up are not used.
+            # Every process samples for the same number of groups; rows that only fill up this number are not used.
             slots = max(map(len, dead_by_process))
             if slots == 0:
                 break
@@ -104,13 +104,13 @@ class ExtendGroups:
 
 
 def _pad_with_nan(rewards_PGF: Tensor, limit: int) -> Tensor:
-    """Room for the completions that are not sampled yet."""
+    """Pad the rewards to `limit` completions, for those that are not sampled yet."""
     P, G, F = rewards_PGF.shape
     return torch.cat([rewards_PGF, rewards_PGF.new_full((P, limit - G, F), torch.nan)], dim=1)
 
 
 def _first_rows(dead_by_process: list[list[int]], slots: int, extra: int) -> Iterator[tuple[int, int]]:
-    """Each dead group with its first row among the rows that all processes sampled."""
+    """Each dead group, and its first row among the rows that all processes sampled."""
     for process, dead in enumerate(dead_by_process):
         for slot, group in enumerate(dead):
             yield group, (process * slots + slot) * extra

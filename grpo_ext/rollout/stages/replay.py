@@ -1,11 +1,11 @@
-"""Replay mixed groups of recent steps in the places of dead ones.
+"""Replace dead groups with mixed groups of recent steps.
 
     buffer = GroupReplayBuffer(capacity=64, max_age=4)
     buffer.add([StoredGroup(completions=..., rewards_GF=..., all_rewards_M=..., step=7)])
     buffer.drop_old(step=9)      # 0: the group is two steps old
-    buffer.take(2)               # [StoredGroup(...)]: youngest first, each of them once
+    buffer.take(2)               # [StoredGroup(...)]: youngest first, each only once
 
-Legend: G completions per prompt, B rows, C completion tokens, F reward functions, M completions sampled for a prompt.
+Legend: G completions per prompt, B rows, C completion tokens, F reward functions, M completions sampled per prompt.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,10 @@ class StoredGroup:
     """A mixed group of an earlier rollout.
 
     Attributes:
-        completions: G of them with their log-probs; of the dataset's row they keep the prompt alone.
-        rewards_GF: what each reward function gave; NaN if it did not score a completion.
-        all_rewards_M: total rewards of all completions that were sampled for the prompt.
-        step: the optimizer step that they were sampled for.
+        completions: the G completions, with log-probs; only the prompt of the dataset row is kept.
+        rewards_GF: rewards of each function; NaN if it did not score a completion.
+        all_rewards_M: total rewards of all completions sampled for the prompt.
+        step: the optimizer step for which they were sampled.
     """
 
     completions: list[Completion]
@@ -46,9 +46,9 @@ class StoredGroup:
 
 
 class GroupReplayBuffer:
-    """At most `capacity` groups, none of them older than `max_age` optimizer steps; the oldest leave first.
+    """Holds at most `capacity` groups, none older than `max_age` optimizer steps; the oldest leave first.
 
-    A group that is taken leaves the buffer: nothing is replayed twice.
+    A group that is taken leaves the buffer, so no group is replayed twice.
     """
 
     def __init__(self, capacity: int, max_age: int):
@@ -59,27 +59,27 @@ class GroupReplayBuffer:
         return len(self._groups)
 
     def add(self, groups: list[StoredGroup]) -> None:
-        """Keep these groups, which are younger than all others in the buffer."""
+        """Add these groups, which must be younger than all others in the buffer."""
         self._groups = (self._groups + groups)[-self.capacity :]
 
     def drop_old(self, step: int) -> int:
-        """Drop the groups that are too old for this optimizer step; returns their number."""
+        """Drop the groups that are too old at this optimizer step; returns their number."""
         before = len(self._groups)
         self._groups = [group for group in self._groups if step - group.step <= self.max_age]
         return before - len(self._groups)
 
     def take(self, count: int) -> list[StoredGroup]:
-        """Remove the youngest groups, at most `count`, and return them, youngest first."""
+        """Remove and return up to `count` groups, youngest first."""
         rest = max(0, len(self._groups) - count)
         self._groups, taken = self._groups[:rest], self._groups[rest:]
         return taken[::-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Every group as JSON values; what reward functions logged becomes text if JSON has no form for it."""
+        """Every group as JSON values; values that reward functions logged become text if JSON cannot represent them."""
         return {"groups": as_json([asdict(group) for group in self._groups])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the groups of `state_dict()`."""
+        """Restore the groups of `state_dict()`."""
         self._groups = [
             StoredGroup(**group | {"completions": [Completion(**row) for row in group["completions"]]})
             for group in state["groups"]
@@ -87,21 +87,21 @@ class GroupReplayBuffer:
 
 
 class Replay:
-    """The stage of `replay_fraction`: up to `max_groups` dead groups per rollout give way to groups of the buffer.
+    """The stage of `replay_fraction`: replaces up to `max_groups` dead groups per rollout with groups from the buffer.
 
-    The log-probs that a replayed completion was sampled with are those of its old policy in the ratio; its advantage is
-    that of its group at that time. Metrics: `replay/hit_rate`, the share of the wanted places that were filled;
-    `replay/age`, optimizer steps; `replay/dropped_old` and `replay/dropped_far`, groups older than the buffer allows or
-    with a completion whose log-ratio to the policy is beyond `MAX_DRIFT`.
+    For a replayed completion, the ratio uses the log-probs at sampling as those of the old policy, and the advantage is
+    that of its group at that time. Metrics: `replay/hit_rate`, the share of the dead groups (counting up to
+    `max_groups`) that were replaced; `replay/age`, in optimizer steps; `replay/dropped_old`, groups older than the
+    buffer allows; `replay/dropped_far`, groups with a completion whose log-ratio to the policy is beyond `MAX_DRIFT`.
 
     Args:
-        max_groups: 1 or more.
-        buffer: where mixed groups are kept.
-        score: log-probs of completions under the policy as it is now, with their mask, shapes (G, C); `pad_completions`
-            makes its tensors.
-        step: the optimizer step that the rollout is for.
-        record: takes the metrics.
-        process, processes: index of this process, and their number. Each scores its share of the candidates.
+        max_groups: at least 1.
+        buffer: holds the mixed groups.
+        score: returns log-probs of completions under the current policy, and their mask, shapes (G, C);
+            `pad_completions` prepares its tensors.
+        step: returns the optimizer step of the rollout.
+        record: records the metrics.
+        process, processes: index of this process, and the number of processes. Each scores its share of candidates.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class Replay:
 
     @classmethod
     def build(cls, context: StageContext) -> "Replay | None":
-        """The stage of a run; None if its settings do not ask for it.
+        """The stage of a run; None if its settings do not enable it.
 
         Raises:
-            ValueError: the run cannot have it.
+            ValueError: the stage is not possible in this run.
         """
         args = context.args
         if args.replay_fraction == 0:
@@ -157,7 +157,7 @@ class Replay:
         self.buffer.load_state_dict(state)
 
     def _stored(self, rollout: Rollout, groups: list[int]) -> list[StoredGroup]:
-        """Groups of the rollout, the same on every process; without log-probs a group cannot be replayed."""
+        """These groups of the rollout, the same on every process; groups without log-probs cannot be replayed."""
         own = [replace(row, example={"prompt": row.example["prompt"]}) for row in rollout.completions]
         completions = gather_object(own)
         G, rewards_BF, all_rewards_PM = rollout.group_size, rollout.rewards_BF.tolist(), rollout.all_rewards_PM.tolist()
@@ -173,7 +173,7 @@ class Replay:
         return [group for group in stored if all(row.logps is not None for row in group.completions)]
 
     def _fill(self, rollout: Rollout, dead: list[int]) -> None:
-        """Put groups of the buffer into the places of dead ones."""
+        """Replace dead groups with groups from the buffer."""
         step = self._step()
         self._record("replay/dropped_old", float(self.buffer.drop_old(step)))
         wanted = dead[: self.max_groups]
@@ -196,7 +196,7 @@ class Replay:
 
     @torch.no_grad()
     def _distances(self, groups: list[StoredGroup]) -> list[float]:
-        """The largest log-ratio of the policy and the one that sampled, over the completions of each group, in nats."""
+        """For each group, the largest log-ratio of the current to the sampling policy over its completions, in nats."""
         share = -(-len(groups) // self._processes)
         distances: list[float] = []
         for group in groups[self._process * share : (self._process + 1) * share]:
@@ -213,7 +213,7 @@ class Replay:
 def pad_completions(
     completions: list[Completion], pad_token_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Prompts padded on the left and completions on the right: token ids and mask, shapes (B, S + C), and C."""
+    """Pad prompts on the left and completions on the right: token ids and mask, shapes (B, S + C), and C."""
     prompts = [torch.tensor(row.prompt_ids, device=device) for row in completions]
     answers = [torch.tensor(row.completion_ids, device=device) for row in completions]
     masks = [[torch.ones_like(ids) for ids in rows] for rows in (prompts, answers)]
@@ -225,11 +225,11 @@ def pad_completions(
 def add_old_logps(inputs: dict[str, Any], logps_BC: Tensor) -> None:
     """Add the log-probs of each row's old policy to a micro-batch with replayed rows, unless it has them already.
 
-    The old policy of rows that this very policy sampled is this policy; of the others, the one that sampled them.
+    The old policy of a replayed row is the policy that sampled it; that of any other row is the current policy.
 
     Args:
         inputs: changed in place; `is_replayed` has shape (B,), `sampling_per_token_logps` (B, C).
-        logps_BC: under the policy as it is now.
+        logps_BC: log-probs under the current policy.
     """
     if "is_replayed" in inputs and "old_per_token_logps" not in inputs and inputs["is_replayed"].any():
         is_replayed_B1 = inputs["is_replayed"].unsqueeze(1)

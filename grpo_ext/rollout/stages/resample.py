@@ -1,4 +1,4 @@
-"""Resample dead groups: groups on other prompts take their places."""
+"""Replace dead groups with groups for other prompts."""
 
 import random
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from grpo_ext.rollout.types import Rollout
 
 @dataclass(kw_only=True)
 class Resample:
-    """The stage of `dead_groups="resample"`: in each round, as many random prompts are sampled as groups are dead.
+    """The stage of `dead_groups="resample"`: each round samples one group on a random prompt per dead group.
 
-    Groups that are still dead after the last round stay. Metric: `resampled_groups`, groups that were replaced.
+    Groups that are still dead after the last round stay. Metric: `resampled_groups`, the number of replaced groups.
 
     Attributes:
-        max_rounds: 1 or more.
+        max_rounds: at least 1.
         group_size: G.
-        whole_groups: whether a group must be sampled by one process.
-        dataset: the training data at the time of the call.
-        step: the optimizer step that the rollout is for.
-        seed: the same on every process; with it and the step, a resumed run samples the same prompts.
-        record: takes the metric.
-        process, processes: index of this process, and their number.
+        whole_groups: whether each group must be sampled by a single process.
+        dataset: returns the current training data.
+        step: returns the optimizer step of the rollout.
+        seed: the same on every process. Seed and step determine the prompts, so a resumed run samples the same ones.
+        record: records the metric.
+        process, processes: index of this process, and the number of processes.
     """
 
     max_rounds: int
@@ -41,14 +41,14 @@ class Resample:
     record: Record
     process: int = 0
     processes: int = 1
-    _rollout_of_step: tuple[int, int] = field(default=(-1, 0), init=False)  # the step and its rollouts so far
+    _rollout_of_step: tuple[int, int] = field(default=(-1, 0), init=False)  # the step, and its earlier rollouts
 
     @classmethod
     def build(cls, context: StageContext) -> "Resample | None":
-        """The stage of a run; None if its settings do not ask for it.
+        """The stage of a run; None if its settings do not enable it.
 
         Raises:
-            ValueError: the run cannot have it.
+            ValueError: the stage is not possible in this run.
         """
         args = context.args
         if args.dead_groups != "resample":
@@ -75,7 +75,7 @@ class Resample:
             dead = (~mixed_groups(rollout.all_rewards_PM)).nonzero().flatten().tolist()
             if not dead:
                 break
-            # Every process samples the same number of rows, so there may be more groups than dead ones.
+            # Every process samples the same number of rows, so there may be more new groups than dead ones.
             groups, unit = len(dead), 1 if self.whole_groups else G
             while groups * unit % self.processes:
                 groups += 1
@@ -98,7 +98,7 @@ class Resample:
         return rollout
 
     def _random_prompts(self) -> random.Random:
-        """The same on every process, and in a run that is resumed."""
+        """A random generator with the same state on every process, and in a resumed run."""
         step, rollouts = self._rollout_of_step
         rollouts = rollouts + 1 if step == self.step() else 0
         self._rollout_of_step = self.step(), rollouts
