@@ -69,7 +69,7 @@ def test_nothing_is_installed_twice(tmp_path):
 
 
 def test_packages_import_downwards_only():
-    """The contracts of [tool.importlinter] in pyproject.toml: layers of grpo_ext, and forbidden imports of the rewards."""
+    """The contracts of [tool.importlinter] in pyproject.toml: layers of grpo_ext, and imports forbidden to rewards."""
     lint_imports = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
