@@ -1,8 +1,8 @@
 # make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
 # make quick   the same set-up, then the quick tests
-# make test    the same set-up and the system's packages, then every test
+# make test    the same set-up and the system packages, then every test
 # make check   ruff, its formatter, the type checker and the order of imports
-# make bench   stock TRL and grpo-ext side by side; options through ARGS, such as ARGS=--quick
+# make bench   stock TRL and grpo-ext side by side; pass options in ARGS, such as ARGS=--quick
 # make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ TOOLS := $(VENV)/.tools
 # `accelerate launch` gives a CPU process one thread unless told otherwise.
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 
-# What the tests need beside Python packages, each as command:package-of-Debian.
+# What the tests need in addition to Python packages, as command:Debian-package.
 SYSTEM := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 
 .PHONY: math quick test check fix bench study clean system
@@ -22,7 +22,7 @@ SYSTEM := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
 
-# Small models gain nothing from a second thread; as many tests run side by side as there are cores.
+# Small models gain nothing from a second thread, so the tests run in parallel, one per core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 quick: $(TOOLS)
@@ -47,8 +47,8 @@ bench: $(TOOLS)
 study: $(TOOLS)
 	$(BIN)/python -m grpo_ext.recipes.tiny_math.study $(ARGS)
 
-# Installs what is missing where that needs no password, and says elsewhere what to type. One package at a time: not
-# every distribution has each under this name.
+# Installs what is missing if that needs no password, and otherwise prints what to type. One package at a time, since not
+# every distribution has each of them under this name.
 system:
 	@missing() { for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || echo "$${pair##*:}"; done; }; \
 	sudo=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
@@ -60,14 +60,14 @@ system:
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
 
-# Installed again only when the packages or their versions changed.
+# Reinstalled only if the packages or their versions have changed.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'grpo-ext needs Python 3.11 or newer, this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'grpo-ext needs Python 3.11 or newer; this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	@touch $(INSTALLED)
 
-# What the tests need on top; reasoning-gym, one of them, compiles a part of itself.
+# The packages that the tests need in addition; one of them, reasoning-gym, compiles a part of itself.
 $(TOOLS): $(INSTALLED)
 	$(PIP) -e ".[dev]"
 	@touch $(TOOLS)

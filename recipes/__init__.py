@@ -1,1 +1,1 @@
-"""Runs that are ready to start: `accelerate launch recipes/math.py` in a checkout, `grpo-ext train math` anywhere."""
+"""Ready-to-run recipes: `grpo-ext train math` anywhere, `accelerate launch recipes/math.py` in a checkout."""

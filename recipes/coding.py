@@ -1,24 +1,26 @@
 """Teach a model to program: GRPO with LoRA on problems whose programs are run in a sandbox.
 
-    accelerate launch recipes/coding.py --config recipes/mbpp_qlora.yaml
+    accelerate launch recipes/coding.py --config recipes/mbpp_qlora.yaml     in a checkout
+    grpo-ext train coding --config mbpp_qlora.yaml                           wherever the package is installed
 
-This needs one GPU of 12 GB or more; it has not been measured yet, so there is no number to expect. It also needs
-bubblewrap (`apt install bubblewrap`); rewards/code/sandbox.py says what the sandbox stops and what it does not.
+This needs one GPU of 12 GB or more; it has not been measured yet, so no result is given. It also needs bubblewrap
+(`apt install bubblewrap`); rewards/code/sandbox.py says what the sandbox stops and what it does not.
 
-Without arguments, the recipe trains the embedded model on the 40 problems of recipes/tiny_coding.jsonl, offline and in
-a minute. This only shows that everything is installed: the model knows nothing but sums, so every program is wrong and
-nothing is learnt (held-out pass@1: 0.00).
+Without arguments, it trains the embedded model on the 40 problems of recipes/tiny_coding.jsonl, offline, in a minute.
+This only shows that everything is installed: the model knows nothing but sums, so every program is wrong and nothing is
+learnt (held-out pass@1: 0.00).
 
-Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`, see
-rewards/code/program.py. A gold answer is not needed. The tests of HumanEval, APPS, TACO, LiveCodeBench, CodeContests
-and KodCode are refused, with what to write instead. Every field of GRPOExtConfig, of TRL's ModelConfig and of
-RecipeArguments (grpo_ext/recipe.py) is a flag, or a line of a YAML file that `--config` names; flags win.
+Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`; see
+rewards/code/program.py. No gold answer is needed. Tests in the format of HumanEval, APPS, TACO, LiveCodeBench,
+CodeContests or KodCode are rejected, with a message that says what to write instead. Every field of GRPOExtConfig, of
+TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, and may be set in a YAML file given by
+`--config`; flags win.
 """
 
 import os
 import sys
 
-# The folder of a script comes first on sys.path, and `import math` would find math.py there.
+# Python puts the folder of a script first on sys.path, and `import math` would find math.py there.
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
@@ -53,7 +55,7 @@ PROMPT_FORMAT = PromptFormat(
 
 
 def can_be_judged(row: dict[str, Any]) -> bool:
-    """Whether the reward can read the tests of a row; the empty program is not run."""
+    """Whether the reward supports the tests of a row. Nothing is run, since the program is empty."""
     columns = {name: [value] for name, value in row.items() if name != "prompt"}
     try:
         return program_reward([""], **columns) != [None]
@@ -62,14 +64,14 @@ def can_be_judged(row: dict[str, Any]) -> bool:
 
 
 def judged(problems: Problems) -> Problems:
-    """The problems whose tests the reward can read."""
+    """The problems whose tests the reward supports."""
     train, heldout = (rows.filter(can_be_judged) for rows in (problems.train, problems.heldout))
     dropped = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
     if not len(train) or not len(heldout):
         raise SystemExit(
-            "No problem has tests that can be judged; rewards/code/program.py says which columns hold them."
+            "No problem has tests that the reward supports; rewards/code/program.py says which columns hold them."
         )
-    note = f"; {dropped} problems whose tests cannot be judged were left out" if dropped else ""
+    note = f"; {dropped} problems with unsupported tests were left out" if dropped else ""
     return replace(problems, train=train, heldout=heldout, note=problems.note + note)
 
 

@@ -1,26 +1,27 @@
 """Teach a model to act over several turns: GRPO with LoRA on episodes whose outcome can be checked.
 
-    accelerate launch recipes/dialogue.py
+    accelerate launch recipes/dialogue.py       in a checkout
+    grpo-ext train dialogue                     wherever the package is installed
 
-Without arguments: the embedded 0.87M-parameter model and a calculator, offline, on two CPU cores. A turn of the model
-ends when it asks for a sum, and the calculator answers in the middle of the line; but before training the model usually
-gives a wrong answer at once. Held-out success: greedy 0.12 -> 1.00, sampled 0.40 -> 0.98 (n=256, seed 0), half a minute
-of training.
+Without arguments, it trains the embedded 0.87M-parameter model with a calculator, offline, on two CPU cores. A turn
+ends when the model asks for a sum, and the calculator answers in the middle of the line; but before training, the model
+usually answers at once and wrongly. Held-out success: greedy 0.12 -> 1.00, sampled 0.40 -> 0.98 (n=256, seed 0), half a
+minute of training.
 
     accelerate launch recipes/dialogue.py --config recipes/guess_number.yaml
 
-Guess a number from hints, with a chat model on one GPU of 8 GB or more; not measured yet, so there is no number to
-expect.
+This is a game of guessing a number from hints, with a chat model on one GPU of 8 GB or more; it has not been measured
+yet, so no result is given.
 
-The environments are in grpo_ext/rollout/example_envs.py; copy one to write your own. Every field of
-GRPOExtConfig, of TRL's ModelConfig and of DialogueArguments below is a flag, or a line of a YAML file that `--config`
-names; flags win.
+The environments are in grpo_ext/rollout/example_envs.py; copy one to write your own. Every field of GRPOExtConfig, of
+TRL's ModelConfig and of DialogueArguments below is a flag, and may be set in a YAML file given by `--config`; flags
+win.
 """
 
 import os
 import sys
 
-# The folder of a script comes first on sys.path, and `import math` would find math.py there.
+# Python puts the folder of a script first on sys.path, and `import math` would find math.py there.
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
@@ -49,11 +50,12 @@ GUESS_NUMBER = "guess_number"
 
 @dataclass
 class DialogueArguments(RecipeArguments):
-    """Arguments of a run with an environment; `dataset_name` is "guess_number", or problems for the calculator."""
+    """Arguments of a run with an environment; `dataset_name` is "guess_number", or has sums for the calculator."""
 
-    max_turns: int = field(default=8, metadata={"help": "Turns of the model in an episode."})
+    max_turns: int = field(default=8, metadata={"help": "Maximum number of turns of the model per episode."})
     max_turn_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of one turn; by default as many as max_completion_length leaves."}
+        default=None,
+        metadata={"help": "Maximum number of tokens per turn; default: what is left of max_completion_length."},
     )
 
 
@@ -61,7 +63,7 @@ def numbers(seed: int) -> Problems:
     """The numbers from 1 to 100, with a fifth of them held out."""
     rows = [{"prompt": GuessNumber.rules, "answer": str(number)} for number in range(1, 101)]
     random.Random(seed).shuffle(rows)
-    return Problems(train=Dataset.from_list(rows[20:]), heldout=Dataset.from_list(rows[:20]), note="20 numbers of 100")
+    return Problems(train=Dataset.from_list(rows[20:]), heldout=Dataset.from_list(rows[:20]), note="20 of 100 numbers")
 
 
 def main(argv: list[str]) -> None:

@@ -1,24 +1,25 @@
 """Teach a model to solve puzzles: GRPO with LoRA on the tasks of reasoning-gym, which are generated offline.
 
-    accelerate launch recipes/logic.py
+    accelerate launch recipes/logic.py       in a checkout
+    grpo-ext train logic                     wherever the package is installed
 
-Without arguments: the embedded 0.87M-parameter model on the sums of reasoning-gym's basic_arithmetic, offline, on two
-CPU cores. Held-out pass@1: greedy 0.09 -> 0.82 (n=256, seed 0), forty seconds of training. It needs
-`pip install "grpo-ext[logic]"`, which needs a C compiler.
+Without arguments, it trains the embedded 0.87M-parameter model on sums of reasoning-gym's task basic_arithmetic,
+offline, on two CPU cores. Held-out pass@1: greedy 0.09 -> 0.82 (n=256, seed 0), forty seconds of training. It needs
+`pip install "grpo-ext[logic]"`, and this needs a C compiler.
 
     accelerate launch recipes/logic.py --config recipes/knights_knaves.yaml
 
-This needs one GPU of 8 GB or more; it has not been measured yet, so there is no number to expect.
+This needs one GPU of 8 GB or more; it has not been measured yet, so no result is given.
 
-`--dataset_name` is a task of reasoning-gym; rewards/logic.py names those that it refuses. Every field of
-GRPOExtConfig, of TRL's ModelConfig and of LogicArguments below is a flag, or a line of a YAML file that `--config`
-names; flags win.
+`--dataset_name` is a task of reasoning-gym; rewards/logic.py lists the unsupported ones. Every field of GRPOExtConfig,
+of TRL's ModelConfig and of LogicArguments below is a flag, and may be set in a YAML file given by `--config`; flags
+win.
 """
 
 import os
 import sys
 
-# The folder of a script comes first on sys.path, and `import math` would find math.py there.
+# Python puts the folder of a script first on sys.path, and `import math` would find math.py there.
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
@@ -44,18 +45,18 @@ class LogicArguments(RecipeArguments):
     task_options: str = field(
         default="{}", metadata={"help": 'Options of the task as JSON, for example {"min_terms": 3}.'}
     )
-    train_problems: int = field(default=2000, metadata={"help": "Puzzles to train on."})
+    train_problems: int = field(default=2000, metadata={"help": "Number of training puzzles."})
     plain_prompt: str = field(
         default=PLAIN_PROMPT,
         metadata={
-            "help": "What a base model reads, with {question} or any field of the puzzle's metadata in braces, such as "
-            "{expression}; {expression:tight} leaves its spaces out."
+            "help": "Prompt for a base model, with {question} or any field of the puzzle's metadata in braces, such as "
+            "{expression}; {expression:tight} removes the spaces."
         },
     )
 
 
 class Field(str):
-    """A text that the format `tight` prints without spaces."""
+    """Text that the format specifier `tight` prints without spaces."""
 
     def __format__(self, form: str) -> str:
         return self.replace(" ", "") if form == "tight" else super().__format__(form)
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
     train, heldout = (Dataset.from_list(rows) for rows in logic_problems(task, **sizes, seed=args.seed, **options))
 
     def asked(question: str, row: dict[str, Any]) -> str:
-        """The puzzle in the words of `plain_prompt` for a base model, in those of reasoning-gym for a chat model."""
+        """The puzzle as worded by `plain_prompt` for a base model, and by reasoning-gym for a chat model."""
         if as_chat:
             return question
         fields = json.loads(row["metadata"])["metadata"] | {"question": question}

@@ -1,22 +1,23 @@
 """Teach a small model to reason: GRPO with LoRA on problems whose answers can be checked.
 
-    accelerate launch recipes/math.py
+    accelerate launch recipes/math.py       in a checkout
+    grpo-ext train math                     wherever the package is installed
 
-Without arguments: the embedded 0.87M-parameter model on three-digit sums, offline, on two CPU cores in about two
-minutes. The model can work out a sum digit by digit, but usually gives a wrong answer at once; the rewards alone teach
+Without arguments, it trains the embedded 0.87M-parameter model on three-digit sums, offline, on two CPU cores in about
+a minute. The model can work out a sum digit by digit, but usually answers at once and wrongly; the rewards alone teach
 it to work sums out. recipes/README.md has the measured results.
 
     accelerate launch recipes/math.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k \
         --load_in_4bit --max_steps 500
 
-Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, or a line of a
-YAML file that `--config` names; flags win.
+Every field of GRPOExtConfig, of TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, and may be set
+in a YAML file given by `--config`; flags win.
 """
 
 import os
 import sys
 
-# The folder of a script comes first on sys.path, and `import math` would find this file there.
+# Python puts the folder of a script first on sys.path, and `import math` would find this file there.
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
@@ -36,7 +37,7 @@ from grpo_ext.rewards import math_answer_reward
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, GRPOExtConfig, PolicyConfig]:
-    """The arguments of this run; those of tiny_math.yaml if `argv` names neither a model, data nor a config file."""
+    """The arguments of this run; those of tiny_math.yaml if `argv` has no model, data set or config file."""
     return parse_arguments(argv, "math", HERE, embedded="tiny_math.yaml", arguments=RecipeArguments)
 
 

@@ -6,7 +6,7 @@ Every reward has TRL's signature, `f(completions, **columns) -> list[float | Non
 if it cannot be scored, for example because its gold answer cannot be parsed. GRPO excludes such a completion from its
 group. A reward never raises because of what a model wrote; bad data raise ValueError.
 
-`isolated(reward)` runs any reward in worker processes, where a hang or a crash of it does not end the run.
+`isolated(reward)` runs any reward in worker processes, so that a hang or a crash does not end the run.
 
 `grpo_ext.rewards.logic` is imported separately, since it needs reasoning-gym:
 `from grpo_ext.rewards.logic import logic_problems, logic_reward`. The names below are imported on first use, so that a
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # later accesses bypass this function
     return value
 
 

@@ -3,7 +3,7 @@
     checks, timing = audit(math_answer_reward, rows, forms=ANSWER_FORMS)
     checks[0]  ->  Check(name="gold answers", expected="1.0", scores=[1.0, 1.0, ...], failed=[], is_fatal=True)
 
-If an exploit gets the full score, the policy finds it within a few steps and trains on it from then on.
+If an exploit gets the full score, the policy is likely to find it and to train on it from then on.
 """
 
 import random
@@ -34,8 +34,8 @@ class Check:
         name: the kind of completion.
         expected: the score that it should get, as text.
         scores: one per completion; None if the reward returned None.
-        failed: (completion, score) of those that got another score.
-        is_fatal: whether a failure means that a run makes no sense.
+        failed: (completion, score) pairs with any other score.
+        is_fatal: whether a failure makes a run pointless.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Check:
 
 @dataclass
 class Timing:
-    """Seconds that the reward took per completion."""
+    """Seconds per completion."""
 
     mean: float
     slowest: float
@@ -67,22 +67,22 @@ def audit(
         reward: a reward function with TRL's signature. It is called with one completion at a time.
         rows: rows of the data set, with `prompt` and the columns that the reward takes. At least 2; 50 are enough.
         gold: name of the column with the gold answers.
-        forms: templates of right completions, with `{}` for the gold answer. At least 1.
+        forms: templates of correct completions, with `{}` for the gold answer. At least 1.
         seed: seed of the wrong answers.
 
     Returns:
-        The checks in the order in which they ran, and the time that the reward took.
+        The checks in the order in which they ran, and the time taken by the reward.
 
     Raises:
         ValueError: fewer than two rows, no such column, or a form without `{}`.
     """
     if len(rows) < 2 or not all(gold in row for row in rows):
         raise ValueError(
-            f"An audit needs two or more rows with the column {gold!r}; got {len(rows)} with: "
+            f"An audit needs two or more rows with the column {gold!r}; got {len(rows)} with the columns: "
             f"{', '.join(sorted(rows[0])) if rows else 'none'}."
         )
     if not forms or not all("x" in form.format("x") and form.format("x") != form.format("y") for form in forms):
-        raise ValueError(f"forms={list(forms)!r} need a '{{}}' each, where the gold answer goes, as in '#### {{}}'.")
+        raise ValueError(f"forms={list(forms)!r}: each form needs a '{{}}' for the gold answer, as in '#### {{}}'.")
     auditor = _Auditor(reward)
     form, rng = forms[0], random.Random(seed)
     golds = [str(row[gold]) for row in rows]
@@ -95,15 +95,17 @@ def audit(
             auditor.expect_full_score(f"gold as {f.format('…')}", rows, [f.format(text) for text in golds])
             for f in forms[1:]
         ),
-        auditor.expect_less("gold answers, changed", rows, [form.format(text) for text in wrong]),
+        auditor.expect_less("altered gold answers", rows, [form.format(text) for text in wrong]),
         auditor.expect_less("empty answers", rows, [""] * len(rows)),
         auditor.expect_less(
             "always the same answer",
             [row for row, text in zip(rows, golds, strict=True) if text != common],
             [form.format(common)] * sum(text != common for text in golds),
         ),
-        auditor.expect_less("the prompt copied", rows, [text_of(row.get("prompt", "")) for row in rows]),
-        auditor.expect_less("very long, no answer", rows, [FILLER * (LONG_CHARACTERS // len(FILLER))] * len(rows)),
+        auditor.expect_less("copied prompt", rows, [text_of(row.get("prompt", "")) for row in rows]),
+        auditor.expect_less(
+            "long text without an answer", rows, [FILLER * (LONG_CHARACTERS // len(FILLER))] * len(rows)
+        ),
         auditor.expect_less(
             "several candidates",
             rows,
@@ -140,8 +142,8 @@ class _Auditor:
         return self._score_all(check, rows, completions, lambda score: score is None or score < 1.0 - TOLERANCE)
 
     def expect_no_length_bonus(self, rows: Sequence[Row], wrong: list[str]) -> Check:
-        """Pad wrong answers: a row fails if more padding scores higher. `scores` are those with the most padding."""
-        check = Check("wrong, with more words", "no more than with fewer")
+        """Pad wrong answers: a row fails if padding raises the score. `scores` are those with the most padding."""
+        check = Check("padded wrong answers", "no more than unpadded")
         words = FILLER.split()
         for row, answer in zip(rows, wrong, strict=True):
             texts = [" ".join([*(words * length)[:length], "\n" + answer]) for length in PADDING_WORDS]

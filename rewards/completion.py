@@ -6,7 +6,7 @@ Completion = str | Sequence[Mapping[str, object]]
 
 
 def text_of(completion: Completion) -> str:
-    """The string itself, or the content of the last message; "" if that is no text (a tool call, an empty list)."""
+    """The string itself, or the content of the last message; "" if that is not text (a tool call, an empty list)."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None

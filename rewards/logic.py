@@ -4,8 +4,8 @@
     train[0]  ->  {"question": "What is 4 + 3?", "answer": "7", "task": "chain_sum", "metadata": "{...}"}
     logic_reward(["<answer>7</answer>"], answer=["7"], task=["chain_sum"], metadata=["{...}"])  ->  [1.0]
 
-The answer of a completion is its final answer (`grpo_ext.rewards.math.final_answer`), or else its last line that is
-not blank. An answer of several lines must be in `<answer>` tags.
+The answer of a completion is its final answer (`grpo_ext.rewards.math.final_answer`), or else its last
+non-blank line. An answer of several lines must be in `<answer>` tags.
 
 Scores are those of reasoning-gym, including partial ones. Many scorers give partial credit to any answer in the right
 format, or to the right answer inside a longer one. So watch the held-out rate of full scores, not just the mean reward.
@@ -32,9 +32,9 @@ UNSUPPORTED_TASKS = {
     "simple_integration": _EXECUTES_TEXT,
     "intermediate_integration": _EXECUTES_TEXT,
     "game_of_life_halting": "its scorer gives every answer the full score",
-    "arc_agi": "its scorer compares tuples, which JSON does not keep",
-    "rearc": "its scorer compares tuples, which JSON does not keep",
-    "composite": "it is a mixture; name its tasks one by one",
+    "arc_agi": "its scorer compares tuples, which JSON does not preserve",
+    "rearc": "its scorer compares tuples, which JSON does not preserve",
+    "composite": "it is a mixture of tasks; use them one by one",
 }
 # These scorers also execute the model's text, or as many moves as it states. They only see answers of this form.
 _ARITHMETIC = r"(?!.*(?:\*\*|//|\d{7}))[\d\s+*/()-]{1,200}"
@@ -50,7 +50,7 @@ SAFE_ANSWERS = {
     "rubiks_cube": r"(?:[A-Za-z']{1,4}\d?(?:\s+|$)){0,200}",
     "rush_hour": r"(?:[A-Z][+-]\d\s*){0,200}",
 }
-# NaN equals everything in some scorers; 1e999999999 as an exact fraction would fill the memory.
+# NaN equals everything in some scorers; 1e999999999 as an exact fraction would exhaust the memory.
 _NOT_A_NUMBER = re.compile(r"\b(?:nan|inf|infinity)\b|\d[eE][-+]?\d{4}", re.IGNORECASE)
 
 
@@ -73,7 +73,7 @@ def logic_problems(
         ("" if many answers are right), `task` and `metadata` (JSON for the scorer).
 
     Raises:
-        ValueError: the task does not exist, is in UNSUPPORTED_TASKS, or has too few different questions.
+        ValueError: the task does not exist, is in UNSUPPORTED_TASKS, or has too few distinct questions.
     """
     wanted = train + heldout
     data = _create_dataset(task, json.dumps({**config, "seed": seed, "size": 2 * wanted}))
@@ -89,8 +89,8 @@ def logic_problems(
         )
     if len(rows) < wanted:
         raise ValueError(
-            f"{task!r} gave {len(rows)} different questions among {2 * wanted}; {train} + {heldout} were asked for. "
-            f"Ask for fewer, or make its problems more varied by its options."
+            f"{task!r} generated {len(rows)} distinct questions out of {2 * wanted}; {train} + {heldout} are needed. "
+            f"Request fewer, or choose options that make the problems more varied."
         )
     problems = list(rows.values())
     return problems[heldout:], problems[:heldout]
@@ -103,7 +103,7 @@ def logic_reward(
     metadata: Sequence[str],
     **columns: object,
 ) -> list[float]:
-    """Score the final answer of each completion by reasoning-gym's scorer.
+    """Score the final answer of each completion with reasoning-gym's scorer.
 
     Args:
         completions: strings or chat completions. The last message of a chat completion counts.
@@ -114,7 +114,7 @@ def logic_reward(
         One score per completion, for most tasks in [0, 1]; 0.0 if there is no answer or the scorer fails on it.
 
     Raises:
-        ValueError: a task does not exist or is in UNSUPPORTED_TASKS, or metadata were not made by `logic_problems`.
+        ValueError: a task does not exist or is in UNSUPPORTED_TASKS, or metadata do not come from `logic_problems`.
     """
     rows = zip(map(text_of, completions), answer, task, metadata, strict=True)
     return [_score(text, *row) for text, *row in rows]
@@ -128,7 +128,7 @@ def _score(text: str, gold: str, task: str, metadata: str) -> float:
         details = json.loads(metadata)
         config, entry = details["config"], {"question": "", "answer": gold, "metadata": details["metadata"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Metadata of {task!r} are not those of logic_problems: {str(metadata)[:80]!r}") from error
+        raise ValueError(f"The metadata of {task!r} do not come from logic_problems: {str(metadata)[:80]!r}") from error
     score = _create_dataset(task, json.dumps(config)).score_answer
     lines = text.strip().rsplit("\n", 1)
     received = extract_final_answer(text) or lines[-1].strip()
@@ -147,13 +147,13 @@ def _is_safe_to_score(task: str, answer: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _create_dataset(task: str, config: str) -> Any:
-    """The generator and scorer of a task, made from the JSON text of its options."""
+    """The generator and scorer of a task, built from its options as JSON text."""
     if task in UNSUPPORTED_TASKS:
-        raise ValueError(f"{task!r} is not offered: {UNSUPPORTED_TASKS[task]}.")
+        raise ValueError(f"{task!r} is not supported: {UNSUPPORTED_TASKS[task]}.")
     if task not in reasoning_gym.factory.DATASETS:
         valid = ", ".join(sorted(set(reasoning_gym.factory.DATASETS) - set(UNSUPPORTED_TASKS)))
-        raise ValueError(f"reasoning-gym has no task {task!r}. It has: {valid}.")
+        raise ValueError(f"reasoning-gym has no task {task!r}. Valid tasks: {valid}.")
     try:
         return reasoning_gym.create_dataset(task, **json.loads(config))
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"{task!r} does not take {config}: {error}") from error
+        raise ValueError(f"{task!r} does not accept the options {config}: {error}") from error

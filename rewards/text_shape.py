@@ -10,7 +10,7 @@ filler, "因为因为因为因为因为". Use them in addition to a correctness 
     trainer = GRPOExtTrainer(reward_funcs=[math_answer_reward, format_reward],
                              args=GRPOExtConfig(reward_weights=[1.0, 0.1]), ...)
 
-These three names have the default settings. `LengthReward(target=200)` and so on make the same rewards with others.
+These three have the default settings. For other settings, use `LengthReward(target=200)` and so on.
 """
 
 import re
@@ -23,12 +23,12 @@ from grpo_ext.rewards.completion import Completion, text_of
 
 @dataclass(frozen=True)
 class FormatReward:
-    """1.0 if a completion consists of these tags: in order, once each, none empty, and no text outside of them.
+    """1.0 if a completion consists of exactly these tags, in order, each once and non-empty, with no text outside them.
 
     Args:
         tags: names of the tags; ("think", "answer") requires `<think>...</think><answer>...</answer>`.
-        partial: give partial credit, for a model that never gets the whole format right. Of n tags, each one that is
-            opened and closed once, in order and not empty, is worth 1/(n+1). The rest is for the whole format.
+        partial: give partial credit, for a model that never gets the whole format right. With n tags, each tag that is
+            opened and closed once, in order and non-empty, is worth 1/(n+1). The rest is for the complete format.
 
     Raises:
         ValueError: no tags, repeated tags, or a tag that is not an identifier.
@@ -42,7 +42,7 @@ class FormatReward:
 
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) < len(self.tags) or not all(map(str.isidentifier, self.tags)):
-            raise ValueError(f"tags={self.tags!r}; valid: one or more different names, such as ('think', 'answer').")
+            raise ValueError(f"tags={self.tags!r}; valid: one or more distinct names, such as ('think', 'answer').")
 
     @property
     def __name__(self) -> str:
@@ -107,7 +107,7 @@ class LengthReward:
 
 @dataclass(frozen=True)
 class CoherenceReward:
-    """`each` per occurrence of a connective, at most 1.0. Repetitions of a connective count as well.
+    """`each` per occurrence of a connective, at most 1.0. Repetitions count.
 
     Args:
         connectives: words to look for, ignoring case. Latin words must match as a whole: "so" is not found in "some".
@@ -138,7 +138,7 @@ class CoherenceReward:
         """Score completions, strings or chat completions: one score in [0, 1] each."""
         longest_first = sorted(self.connectives, key=len, reverse=True)
         words = "|".join(map(re.escape, longest_first))
-        # If there is a Latin letter on both sides of a boundary, the match is only a part of a word.
+        # A match is only part of a word if one of its boundaries has a Latin letter on both sides.
         pattern = re.compile(rf"(?:(?<![a-z])|(?![a-z]))(?:{words})(?:(?<![a-z])|(?![a-z]))", re.IGNORECASE)
         counts = [sum(1 for _ in pattern.finditer(text_of(completion))) for completion in completions]
         return [min(1.0, round(count * self.each, 9)) for count in counts]

@@ -1,4 +1,4 @@
-"""What the tests share: everything offline, a tiny random llama, the embedded model, and a trainer on them."""
+"""Shared by the tests: offline mode, a tiny random llama, the embedded model, and a trainer for them."""
 
 import gc
 import os
@@ -15,23 +15,23 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 
-pytest.register_assert_rewrite("tests.tools")  # a failing assertion there shows its values, too
+pytest.register_assert_rewrite("tests.tools")  # so that failing assertions there show their values
 
 from tests.tools.models import small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, share_of_digits
 from tests.tools.training import SETTINGS
 
-# What `make quick` leaves out, as paths below tests/. Single cases of a table are marked where they stand.
+# What `make quick` leaves out, as paths below tests/. Single cases of a table are marked in the table.
 SLOW = (
     "checkpoints/test_killed.py",  # dozens of sessions of one run
-    "cli/test_imports.py",  # a fresh interpreter for each command
+    "cli/test_imports.py",  # a new interpreter for each command
     "cli/test_wheel.py",  # builds and installs the package
     "distributed/",  # two processes for every case
     "docs/test_documents.py::test_python_of_the_readme_runs",
     "engine/test_memory.py",  # updates in forks of a fresh process
     "engine/test_smollm2.py",  # a real language model
-    "recipes/test_recipe_math.py",  # whole runs, each in a process of its own
+    "recipes/test_recipe_math.py",  # whole runs, each in its own process
     "recipes/test_recipes.py",
     "report/test_hub.py",  # runs that push
     "report/test_page.py",  # a browser
@@ -39,12 +39,12 @@ SLOW = (
     "rewards/test_rewards_fuzz.py",  # thousands of texts
     "rewards/test_sandbox.py",  # a process for each attempt and behaviour
 )
-# Start first: files run side by side, and none of these should be the last to end.
+# Started first: files run in parallel, and none of these should be the last to end.
 LONGEST = ("recipes/test_recipe_math.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what SLOW names, and start with what LONGEST names."""
+    """Mark the tests in SLOW, and run those in LONGEST first."""
     for item in items:
         if place_of(item).startswith(SLOW):
             item.add_marker(pytest.mark.slow)
@@ -57,8 +57,8 @@ def place_of(item: pytest.Item) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imports_are_no_garbage():
-    """accelerate collects garbage in every train(); half a second each time, as long as every import is looked at."""
+def freeze_imports():
+    """accelerate collects garbage in every train(), which takes half a second each time if all imports are scanned."""
     gc.collect()
     gc.freeze()
     yield
@@ -67,8 +67,8 @@ def imports_are_no_garbage():
 
 @pytest.fixture(autouse=True)
 def path_of_children() -> Iterator[None]:
-    """Recipes keep their folder off the path of child processes; one that a test calls in this process would do so for
-    every test after it."""
+    """Recipes set PYTHONSAFEPATH, which keeps their folder off the path of child processes. If a test calls one in this
+    process, this must not affect later tests."""
     yield
     os.environ.pop("PYTHONSAFEPATH", None)
 
@@ -90,8 +90,8 @@ def tiny_model():
 
 @pytest.fixture
 def build(tokenizer, tmp_path) -> Callable[..., Any]:
-    """`build(model, beta=0.0)`: a trainer on PROMPTS, or on `data`; ours unless `trainer=GRPOTrainer` asks for stock
-    TRL. `arguments` are more of the trainer's own."""
+    """`build(model, beta=0.0)`: a trainer on PROMPTS, or on `data`; ours, or stock TRL with `trainer=GRPOTrainer`.
+    `arguments` are further arguments of the trainer."""
 
     def make(
         model: Any,
@@ -116,7 +116,7 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
         }
         config = GRPOExtConfig if issubclass(trainer, GRPOExtTrainer) else GRPOConfig
         if config is GRPOExtConfig:
-            # Random adapters break rules, and few tests are about workers: see test_preflight.py, test_pool.py.
+            # Random adapters fail the preflight, and few tests need workers: see test_preflight.py, test_pool.py.
             settings |= {"reward_workers": 0, "guards": False}
         return trainer(
             model,

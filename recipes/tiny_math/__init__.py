@@ -1,1 +1,1 @@
-"""The embedded model, its problems, the script that made both, and a study of settings on them."""
+"""The embedded model, its problems, the script that built both, and a study of training settings."""

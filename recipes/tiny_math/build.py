@@ -1,18 +1,18 @@
-"""Make the embedded model and its problems: a base model that can reason but usually does not.
+"""Build the embedded model and its problems: a base model that can reason but usually does not.
 
     python recipes/tiny_math/build.py            # under 13 minutes on 2 CPU cores, seeded
 
-It writes, beside itself, `model/` (a llama of 0.87M parameters with a character tokenizer), `data/train.jsonl`
-(problems for GRPO) and `data/test.jsonl` (held-out problems). The model is pre-trained on sums of two three-digit
+It writes `model/` (a llama of 0.87M parameters with a character tokenizer), `data/train.jsonl` (problems for GRPO) and
+`data/test.jsonl` (held-out problems) into its own folder. The model is pre-trained on sums of two three-digit
 numbers, answered in two styles:
 
     Question: 538+478=?
-    Answer: #### 906                                     65%: blurted out, mostly wrong (a carry is dropped)
+    Answer: #### 906                                     65%: blurted out, mostly wrong (the carries are dropped)
     Answer: 8+8+0=16 3+7+1=11 5+4+1=10 #### 1016         35%: worked out digit by digit, right
 
-so a sampled answer is right about two times in five, and nearly always right when the model takes the longer way. GRPO
-has to find that out from the rewards alone. Left out, and why: no instruction tuning and no chat template, since the
-recipe treats it as the base model that it is.
+A sampled answer is therefore right about two times in five, and nearly always if the model works the sum out. GRPO has
+to discover that from the rewards alone. There is no instruction tuning and no chat template, since the recipe treats
+the model as the base model that it is.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "Question: {question}\nAnswer:"
-BLURTED, BLURTED_RIGHT = 0.65, 0.12  # share of blurted answers, and the share of these that is right
+BLURTED, BLURTED_RIGHT = 0.65, 0.12  # share of blurted answers, and share of these that are right
 
 
 def split_of(a: int, b: int) -> str:
-    """`pretrain`, `train` or `heldout`: fixed by the unordered pair, so that a+b and b+a never straddle two splits."""
+    """`pretrain`, `train` or `heldout`: fixed by the unordered pair, so that a+b and b+a share their split."""
     low, high = sorted((a, b))
     bucket = hashlib.sha256(f"{low}+{high}".encode()).digest()[0] / 256
     return "pretrain" if bucket < 0.7 else "train" if bucket < 0.9 else "heldout"
@@ -57,7 +57,7 @@ def worked_out(a: int, b: int) -> str:
 
 
 def blurted(rng: random.Random, a: int, b: int) -> str:
-    """The answer alone: rarely right, else with every carry dropped, or one digit off where there is no carry."""
+    """The answer alone: rarely right, otherwise with every carry dropped, or one digit off if there is no carry."""
     if rng.random() < BLURTED_RIGHT:
         return f" #### {a + b}"
     guess = int("".join(str((int(x) + int(y)) % 10) for x, y in zip(str(a), str(b), strict=True)))
@@ -74,7 +74,7 @@ def example(rng: random.Random) -> tuple[str, str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: printable ASCII and the newline; anything else becomes `<unk>`."""
+    """One token per character: printable ASCII and the newline; anything else becomes `<unk>`."""
     characters = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -128,7 +128,7 @@ def batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, size: int) -> 
 def pretrain(
     steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Next-token training on the mixture, AdamW with a warm-up of 5% and a linear decay."""
+    """Next-token training on the mixture, with AdamW, 5% warm-up and linear decay."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = make_tokenizer()

@@ -1,14 +1,14 @@
 """Does it learn, and how fast: held-out curves of the embedded model under seven settings, three seeds each.
 
-    make study                                                           # every arm, three seeds
-    python -m grpo_ext.recipes.tiny_math.study --arms document,stock --seeds 1    # two of them, once
+    make study                                                                    # every arm, three seeds
+    python -m grpo_ext.recipes.tiny_math.study --arms sequence,stock --seeds 1    # two arms, one seed
 
-An arm is `make math` with other flags: the same model, problems, batches and seeds. Every few steps each held-out
-problem is answered once at the training temperature. When a run is through, its points go to `curves.jsonl` in the
-output folder, one line each; a run that is there is not run again, so what was interrupted goes on where it was. In the
-end there are a picture, `study.png`, and a table in Markdown.
+An arm is `make math` with other flags: the same model, problems, batches and seeds. Every few steps, each held-out
+problem is answered once at the training temperature. When a run is complete, its points are appended to `curves.jsonl`
+in the output folder, one per line. Runs found there are not repeated, so an interrupted study can be continued. At the
+end there is a picture, `study.png`, and a table in Markdown.
 
-    {"arm": "document", "seed": 0, "steps": 35, "problems": 256, "step": 10, "answers": 256, "right": 247}
+    {"arm": "sequence", "seed": 0, "steps": 35, "problems": 256, "step": 10, "answers": 256, "right": 247}
 """
 
 import argparse
@@ -35,12 +35,12 @@ from grpo_ext.rewards import math_answer_reward
 
 EVERY = 2  # steps between two points of a curve
 
-# The flags in which an arm differs from `make math`. Stock TRL's trainer is given the very settings of `token`. Dead
-# groups can be skipped only where neither a KL nor an entropy bonus has a gradient in them.
+# The flags that an arm adds to `make math`. Stock TRL's trainer gets exactly the settings of `token`. Dead groups can
+# be skipped only if neither a KL penalty nor an entropy bonus gives them a gradient.
 TOKEN_LEVEL = "--loss_type grpo --scale_rewards group"
 REWARD_ALONE = "--beta 0 --entropy_coef 0"
 ARMS = {
-    "document": "",
+    "sequence": "",
     "token": TOKEN_LEVEL,
     "stock": TOKEN_LEVEL,
     "exact": "--kl_estimator exact",
@@ -51,7 +51,7 @@ ARMS = {
 
 
 class Curve(TrainerCallback):
-    """Measures before the first step, every few steps and after the last one, and moves the progress bar."""
+    """Measures before the first step, every few steps and after the last one, and advances the progress bar."""
 
     def __init__(self, trainer: GRPOTrainer, heldout: list[dict[str, Any]], bar: tqdm):
         self._trainer, self._heldout, self._bar = trainer, heldout, bar
@@ -75,7 +75,7 @@ class Curve(TrainerCallback):
         self._bar.set_postfix(right=f"{point['right'] / point['answers']:.2f}")
 
     def _right(self, temperature: float | None = None) -> int:
-        """How many held-out problems one answer each solves, drawn with the seed of the run; 0 is greedy."""
+        """How many held-out problems are solved by one answer each, sampled with the seed of the run; 0 is greedy."""
         args = self._trainer.args
         completions = complete(
             self._trainer.model,
@@ -90,7 +90,7 @@ class Curve(TrainerCallback):
 
 
 def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: str) -> Points:
-    """The curve of one run; its last point has the mean of TRL's seconds per step, which leave measuring out."""
+    """The curve of one run; its last point has the mean of TRL's seconds per step, which exclude the measurements."""
     flags = f"{ARMS[arm]} --seed {seed} --max_steps {options.steps}"
     leaves_nothing = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--output_dir", folder]
     script_args, args, model_args = parse([*flags.split(), *leaves_nothing])
@@ -124,13 +124,13 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
 
     def points() -> Points:
-        """Those of the runs that are asked for, as far as they are through."""
+        """The points of the requested runs that are complete."""
         asked = {"steps": options.steps, "problems": options.problems}
         rows = [row for row in read_metrics(path) if asked.items() <= row.items()]
         return [row for row in rows if (row["arm"], row["seed"]) in wanted]
 
-    through = {(row["arm"], row["seed"]) for row in points()}
-    left = [run for run in wanted if run not in through]
+    finished = {(row["arm"], row["seed"]) for row in points()}
+    left = [run for run in wanted if run not in finished]
     with tqdm(total=len(left) * options.steps, unit="step") as bar, TemporaryDirectory() as folder:
         for arm, seed in left:
             bar.set_description(f"{arm}, seed {seed}")
@@ -139,15 +139,15 @@ def main(argv: list[str] | None = None) -> None:
                 file.write("".join(json.dumps(point) + "\n" for point in curve))
     picture = draw(points(), Path(options.output, "study.png"))
     show(table(points()))
-    show(f"\nevery point is in {path}, the curves are in {picture}")
+    show(f"\nall points are in {path}, the curves in {picture}")
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", type=_arms, default=list(ARMS), help="such as document,stock; default: all")
+    parser.add_argument("--arms", type=_arms, default=list(ARMS), help="arms, such as sequence,stock; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm; default: 3")
     parser.add_argument("--steps", type=int, default=35, help="optimizer steps of a run; default: 35")
-    parser.add_argument("--problems", type=int, default=256, help="held-out problems, of 512; default: 256")
+    parser.add_argument("--problems", type=int, default=256, help="held-out problems, at most 512; default: 256")
     parser.add_argument("--output", default="outputs/study", help="folder; default: outputs/study")
     return parser
 
@@ -156,7 +156,7 @@ def _arms(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in ARMS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ARMS)}")
+            raise argparse.ArgumentTypeError(f"there is no arm {name!r}; valid: {', '.join(ARMS)}")
     return names
 
 

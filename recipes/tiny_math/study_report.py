@@ -1,7 +1,7 @@
-"""What a study found, as a picture and as a table: points of curves in, nothing run.
+"""The results of a study as a picture and as a table, from the points of its curves. Nothing is run here.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Dashes let the curve below be seen where
-two are the same.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. The curves are dashed so that both can be
+seen if two are equal.
 """
 
 import math
@@ -19,17 +19,17 @@ from grpo_ext.evaluation.estimates import Estimate
 Points = list[dict[str, Any]]
 
 NAMES = {
-    "document": "the document's objective (k3)",
+    "sequence": "sequence-level GRPO (k3)",
     "token": "token-level GRPO",
     "stock": "stock TRL, same settings as token-level",
-    "exact": "the document's objective, exact KL",
+    "exact": "sequence-level GRPO, exact KL",
     "keep": "keep (beta = 0)",
     "skip": "skip (beta = 0)",
     "resample": "resample (beta = 0)",
 }
 PANELS = {
-    "Objective": ("document", "token", "stock"),
-    "KL estimator": ("document", "exact"),
+    "Objective": ("sequence", "token", "stock"),
+    "KL estimator": ("sequence", "exact"),
     "Dead groups, beta = 0": ("keep", "skip", "resample"),
 }
 STYLES = [(PALETTE["blue"], "o", "-"), (PALETTE["orange"], "s", "--"), (PALETTE["green"], "^", ":")]
@@ -37,7 +37,7 @@ GOAL = 0.9  # share of sampled answers that are right
 
 
 def draw(points: Points, path: Path) -> Path:
-    """One panel a comparison: each seed as a thin line, their mean as a thick one."""
+    """One panel per comparison: each seed as a thin line, their mean as a thick one."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, arms) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
@@ -58,16 +58,16 @@ def draw(points: Points, path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False, loc="lower right")
-    figure.axes[0].set_ylabel("held-out share right, sampled", fontsize=9)
+    figure.axes[0].set_ylabel("held-out pass@1, sampled", fontsize=9)
     figure.savefig(path, dpi=110)
     return path
 
 
 def table(points: Points) -> str:
-    """A row an arm, in Markdown. The intervals are those of all seeds' answers together: they leave out how much one
-    run differs from another, which the picture shows."""
+    """One row per arm, in Markdown. The intervals pool the answers of all seeds, so they exclude the variation between
+    runs, which the picture shows."""
     lines = [
-        f"| | seeds | sampled pass@1 | greedy pass@1 | steps to {GOAL:g} sampled | seconds a step |",
+        f"| | seeds | sampled pass@1 | greedy pass@1 | steps to {GOAL:g} sampled | seconds per step |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for arm, name in NAMES.items():

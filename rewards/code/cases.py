@@ -1,4 +1,4 @@
-"""A test of a program by a function call: the call runs inside the sandbox, its value is checked outside.
+"""Tests a program by calling a function: the call runs inside the sandbox, and its value is checked outside.
 
     assert_case("assert sorted(f([2, 1])) == [1, 2]")  ->  a Case that calls f([2, 1]), then sorted, and expects [1, 2]
 
@@ -30,7 +30,7 @@ class Case:
 
     Args:
         call: an item of "calls" in the input of `grpo_ext.rewards.code.guest.run_calls`.
-        accepts: tells whether a value is right. It takes the value as `json.loads(encode_value(value))`, and raises on
+        accepts: whether a value is correct. It takes the value as `json.loads(encode_value(value))`, and raises on
             malformed input.
     """
 
@@ -52,9 +52,11 @@ def returns_case(function: str, arguments: list[Any], expected: object) -> Case:
     try:
         ast.parse(function.strip(), mode="eval")
     except SyntaxError:
-        raise ValueError(f"a function is called by its name, got {function!r}") from None
+        raise ValueError(
+            f"the function must be a name or an expression, such as 'Solution().solve'; got {function!r}"
+        ) from None
     if not isinstance(arguments, list):
-        raise ValueError(f"a test's arguments are a list, got {arguments!r}")
+        raise ValueError(f"the arguments of a test must be a list; got {arguments!r}")
     return Case(_encode_call(function.strip(), arguments, {}, ()), _expect_equal(expected, tuples_are_lists=True))
 
 
@@ -70,12 +72,12 @@ def assert_case(text: str) -> Case:
     try:
         (statement,) = ast.parse(text.strip()).body
         if not isinstance(statement, ast.Assert):
-            raise ValueError("no assert")
+            raise ValueError("it is not an assert statement")
         return _case_of_condition(statement.test)
     except (ValueError, TypeError, SyntaxError) as error:
         raise ValueError(
-            f"the test {text!r} cannot be judged ({error}); valid is a call with literal arguments, compared with a "
-            "literal, as in 'assert f([1, 2]) == 3'. rewards.code.cases.assert_case finds the rows to leave out."
+            f"the test {text!r} is not supported ({error}). Valid: a call with literal arguments, compared with a "
+            "literal, as in 'assert f([1, 2]) == 3'. grpo_ext.rewards.code.cases.assert_case finds the rows to drop."
         ) from None
 
 
@@ -128,7 +130,7 @@ def _decode_scalar(got: Any) -> Any:
 
 
 def _decode_hashable(got: Any) -> Any:
-    """Decode a member of a set or a key. Nested sets are refused: colliding numbers make a large one take minutes."""
+    """Decode a member of a set or a key. Nested sets are rejected: colliding numbers make a large one take minutes."""
     return tuple(map(_decode_hashable, got[1:])) if isinstance(got, list) and got[0] == "tuple" else _decode_scalar(got)
 
 
@@ -141,7 +143,7 @@ def _expect_equal(expected: object, *, tuples_are_lists: bool = False) -> Callab
     except (TypeError, KeyError):
         comparable = False
     if not comparable:
-        raise ValueError(f"{expected!r} is no plain data that can be compared")
+        raise ValueError(f"{expected!r} is not plain data that can be compared")
     return accepts
 
 
@@ -180,12 +182,12 @@ def _expect_close(call: ast.expr, expected: Any, **tolerances: Any) -> Case:
 
 def _case_of_call(node: ast.expr, accepts: Callable[[Any], bool], *wrappers: tuple[Any, ...]) -> Case:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ValueError(f"{ast.unparse(node)} is no call of a function by its name")
+        raise ValueError(f"{ast.unparse(node)} is not a call of a function by its name")
     if node.func.id in WRAPPERS and node.args and not _is_literal(node.args[0]):
         return _case_of_call(node.args[0], accepts, (node.func.id, *map(_literal_value, node.args[1:])), *wrappers)
     keywords = {keyword.arg: _literal_value(keyword.value) for keyword in node.keywords}
     if None in keywords:
-        raise ValueError("** is no literal argument")
+        raise ValueError("** is not a literal argument")
     return Case(_encode_call(node.func.id, list(map(_literal_value, node.args)), keywords, wrappers), accepts)
 
 
@@ -195,7 +197,7 @@ def _encode_call(
     try:
         return marshal.dumps((function, arguments, keywords, wrappers))
     except ValueError:
-        raise ValueError(f"the arguments are no plain data: {arguments!r}") from None
+        raise ValueError(f"the arguments are not plain data: {arguments!r}") from None
 
 
 def _call_and_expected(left: ast.expr, right: ast.expr) -> tuple[ast.expr, Any]:

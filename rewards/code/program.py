@@ -1,10 +1,10 @@
-"""Scores Python programs by tests, in a sandbox that never contains the expected values.
+"""Scores Python programs by running tests, in a sandbox that never contains the expected values.
 
     program_reward(["```python\\ndef add(a, b): return a + b\\n```"],
                    entry_point=["add"], inputs=[[[1, 2], [3, 4]]], outputs=[[3, 7]])  ->  [1.0]
 
 Arguments go into the sandbox, returned values come out, and this process compares them. So a program gains nothing by
-patching or reading its surroundings, by printing, or by exiting early: only right values score.
+patching or reading its surroundings, by printing, or by exiting early: only correct values score.
 For what the sandbox stops and what it does not, see `grpo_ext.rewards.code.sandbox`.
 """
 
@@ -29,7 +29,7 @@ Test = Case | tuple[str, str]
 
 RUN_CALLS = (Path(__file__).parent / "guest" / "run_calls.py").read_text(encoding="utf-8")
 
-# Language and text of a fenced block. A block without an end goes on to the end of the completion.
+# Language and text of a fenced block. An unclosed block extends to the end of the completion.
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -62,17 +62,17 @@ class ProgramReward:
             completions: strings or chat completions, `[{"role": "assistant", "content": ...}]`. The last message of a
                 chat completion counts. The program is the last block fenced as Python, else the last fenced block, else
                 the whole text.
-            columns: the tests, in one or several of the following kinds. The first kind that a row has counts.
+            columns: the tests, in one or more of the following kinds. The first kind present in a row is used.
                 - `entry_point`: a function's name; `inputs`: one list of arguments per test; `outputs`: one expected
                   value per test.
-                - `stdin`, `stdout`: one text per test. White space at the end of a line and of the output is ignored.
+                - `stdin`, `stdout`: one text per test. White space at the end of lines and of the output is ignored.
                 - `test_list`: one text per test, such as "assert f(1) == 2" (see
                   `grpo_ext.rewards.code.cases.assert_case`).
                 A list may also be given as JSON text, since a column of a data set holds values of one type.
 
         Returns:
-            One score per completion: 1.0 passed, 0.0 failed, in between with `share`; None for a row whose columns are
-            None.
+            One score per completion: 1.0 if passed, 0.0 if failed, a fraction with `share`; None if the columns of the
+            row are None.
 
         Raises:
             ValueError: the data set has none of these columns, or the tests of a row cannot be parsed.
@@ -122,7 +122,7 @@ def extract_program(completion: Completion) -> str:
 
 
 def _parse_tests(columns: dict[str, Any], rows: int) -> list[list[Test] | None]:
-    """The tests of each row, of the first kind whose columns are not None in it; None if there is no such kind."""
+    """The tests of each row, from the first kind whose columns are not None in it; None if there is no such kind."""
     kinds = {names: parse for names, parse in TEST_KINDS.items() if all(name in columns for name in names)}
     if not kinds:
         raise ValueError(
@@ -157,7 +157,7 @@ def _assert_tests(test_list: Any) -> list[Test]:
 def _parse_list(value: Any) -> list[Any]:
     items = json.loads(value) if isinstance(value, str) else value
     if not isinstance(items, list) or not items:
-        raise ValueError(f"one or more tests in a list are needed, got {value!r}")
+        raise ValueError(f"expected a list of one or more tests; got {value!r}")
     return items
 
 
@@ -170,7 +170,7 @@ TEST_KINDS: dict[tuple[str, ...], Callable[..., list[Test]]] = {
 
 
 def _check_lines(cases: list[Case], mark: bytes, outcome: Outcome) -> list[bool]:
-    """Whether each case passes; False for all if some line cannot come from `grpo_ext.rewards.code.guest.run_calls`.
+    """Whether each case passes; False for all if any line cannot come from `grpo_ext.rewards.code.guest.run_calls`.
 
     That script starts each line with the secret mark, prints one line per call, and then exits.
     """

@@ -1,4 +1,4 @@
-"""Runs a model-written Python program where it can do little harm: in bubblewrap (`apt install bubblewrap`).
+"""Runs a model-written Python program in bubblewrap (`apt install bubblewrap`), where it can do little harm.
 
     run_program("print(input()[::-1])", stdin=b"abc")  ->  Outcome(status="ok", stdout=b"cba\n")
 
@@ -8,24 +8,24 @@ Inside the sandbox a program finds:
   /dev/null, /dev/urandom and /dev/zero
 - a new, empty /tmp in memory
 - no network, no /proc, no environment variables, no host processes and no privileges
-- no system call of `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`
+- none of the system calls in `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`
 
 When the program ends, or at the deadline, every process that it started is killed.
 
 What the sandbox does not stop:
 
 - Kernel vulnerabilities: system calls go to the kernel of this machine. Only a virtual machine would change that.
-- Memory use: the kernel limits each process separately, so a program can take `memory_mb` x `processes`, in addition to
-  the other programs that run at the same time. It can also slow down whatever shares its cores.
+- Memory use: the kernel limits each process separately, so a program can use up to `memory_mb` x `processes`, and
+  several programs run at the same time. It can also slow down whatever shares its cores.
 - Reading the shared libraries and the standard library of this machine.
-- With `allow_unsandboxed=True`, nearly nothing: the program runs as your user, reads and writes your files, uses your
-  network and ends your processes. It still gets an empty environment, a new working directory, and limits on time, on
-  the memory of a process, on the size of a file and on output. What it starts is killed unless it leaves the process
-  group.
+- With `allow_unsandboxed=True`, nearly anything: the program runs as your user, and can read and write your files, use
+  your network and end your processes. It still gets an empty environment, a new working directory, and limits on time,
+  on the memory of a process, on the size of a file and on output. The processes that it starts are killed unless they
+  leave its process group.
 
-If this process runs as root, bwrap creates no user namespace: in one, the program would still be the machine's root
-user, to whom no limit on processes applies. Instead the program switches to a user id that nothing else uses. For any
-other user, bwrap creates a user namespace with user 65534.
+If this process runs as root, bwrap creates no user namespace: inside one, the program would still be the machine's root
+user, who is exempt from the limit on processes. Instead, the program switches to a user id that nothing else uses. For
+any other user, bwrap creates a user namespace with user 65534.
 """
 
 import math
@@ -45,21 +45,21 @@ from grpo_ext.rewards.code.sandbox_policy import bubblewrap_command, host_python
 
 # Time limit for starting bwrap and Python on a busy machine. The program's own time starts after that.
 START_TIMEOUT_SECONDS = 30
-# systemd takes the ids of users that exist only while a service runs from this range.
+# systemd's range for dynamic users, which exist only while a service runs.
 TRANSIENT_USERS = range(61184, 65520)
 LAUNCHER = (Path(__file__).parent / "guest" / "launch.py").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use. The defaults are recommended.
+    """Resource limits of a program. The defaults are recommended.
 
     Args:
         seconds: wall-clock time from the program's first statement.
         memory_mb: address space of one process in MiB. Python itself takes about 20.
         processes: processes and threads at the same time. Not enforced with `allow_unsandboxed`.
         file_mb: total size of /tmp in MiB; with `allow_unsandboxed`, the size of each file.
-        output_kb: size of standard output in KiB, at most `file_mb`. A program that writes more has failed.
+        output_kb: size of standard output in KiB, at most `file_mb`. A program that writes more fails.
     """
 
     seconds: float = 5.0
@@ -86,12 +86,12 @@ class Outcome:
 def run_program(
     source: str, *, stdin: bytes = b"", limits: Limits = Limits(), allow_unsandboxed: bool = False
 ) -> Outcome:
-    """Run a program as `python program.py` would. No program makes this raise: a syntax error is "failed".
+    """Run a program as `python program.py` would. An error of the program never raises: a syntax error is "failed".
 
     Args:
         source: text of the program.
         stdin: its standard input.
-        limits: what it may use.
+        limits: its resource limits.
         allow_unsandboxed: run it without bubblewrap, as your own user; see the docstring of this module.
 
     Raises:
@@ -132,7 +132,7 @@ def run_program(
             ready_end.close()
             if not (_wait_readable(ready.fileno(), START_TIMEOUT_SECONDS) and ready.read(1)):
                 why = os.pread(log.fileno(), 4096, 0).decode(errors="replace").strip()
-                raise RuntimeError(f"The sandbox for model-written programs does not start on this machine: {why}")
+                raise RuntimeError(f"The sandbox for model-written programs cannot be started on this machine: {why}")
             ended = stack.enter_context(FileIO(os.pidfd_open(process.pid)))
             in_time = _wait_readable(ended.fileno(), limits.seconds)
         finally:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 MISSING_MESSAGE = (
     "Code rewards run model-written programs. {what} was not found: install {package} (apt install {package}), "
-    "or pass allow_unsandboxed=True after reading the docstring of rewards.code.sandbox."
+    "or pass allow_unsandboxed=True after reading the docstring of grpo_ext.rewards.code.sandbox."
 )
 
-# System calls that fail with EPERM: those that the standard library does not need and an attack on the kernel might,
-# all sockets except socket pairs, and memory that no limit covers.
+# System calls that fail with EPERM: those that an attack on the kernel might need and the standard library does not,
+# all sockets except socket pairs, and memory that is not covered by any limit.
 DENIED_CALLS = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init finit_module fsconfig
     fsmount fsopen fspick init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load
@@ -95,7 +95,7 @@ class _Comparison(ctypes.Structure):
 
 @functools.cache
 def seccomp_filter() -> bytes:
-    """The filter for `bwrap --seccomp`. System calls of another architecture than this machine's kill the program.
+    """The filter for `bwrap --seccomp`. System calls of any other architecture kill the program.
 
     Raises:
         RuntimeError: libseccomp is not installed.

@@ -2,7 +2,7 @@ r"""Parses the structure of a final answer, and decides whether an answer matche
 
     answers_match(parse_answer("x = 1 or x = 2"), parse_answer("2, 1"))  ->  True
 
-This module takes apart lists, tuples, sets, intervals, equations and inequalities. What remains are numbers
+This module splits lists, tuples, sets, intervals, equations and inequalities into numbers
 (`grpo_ext.rewards.math.number`), expressions (`grpo_ext.rewards.math.expression`) and phrases.
 
 - A bare list and a set are unordered; a tuple, a vector, `[...]` and an interval are ordered. A bare list also matches
@@ -12,7 +12,7 @@ This module takes apart lists, tuples, sets, intervals, equations and inequaliti
   step must hold. If the gold answer is an equation, a constant factor is allowed; but `5x = 25` does not match `x = 5`.
 - `x > 5` is `(5,\infty)`. A union of intervals is a list of them.
 - If the gold answer is a number, the answer must be one too: unevaluated arithmetic does not match.
-- Phrases are compared without case and white space.
+- Phrases are compared ignoring case and white space.
 """
 
 import re
@@ -62,7 +62,7 @@ class Relation:
 
     Attributes:
         name: left side of `name = value = ...`, or the unknown of a solved inequality; "" if there is none.
-        values: the other parts of the chain; of a solved inequality, its interval.
+        values: the other parts of the chain; for a solved inequality, its interval.
         sides: (left, sign, right) if the relation has exactly two sides.
     """
 
@@ -75,7 +75,7 @@ ParsedAnswer = Number | str | Collection | Relation
 
 
 def parse_answer(text: str) -> ParsedAnswer | None:
-    """The structure of a final answer, whose expressions are still text; None if it is empty, too long or too deep."""
+    """The structure of a final answer, with expressions left as text; None if it is empty, too long or too deep."""
     if len(text) > MAX_CHARACTERS:
         return None
     text = normalize(text)
@@ -83,7 +83,7 @@ def parse_answer(text: str) -> ParsedAnswer | None:
 
 
 def is_parseable(answer: ParsedAnswer | None) -> bool:
-    """Whether every part can be interpreted, as those of a gold answer must be."""
+    """Whether every part can be interpreted, as is required of a gold answer."""
     if isinstance(answer, Collection):
         return all(map(is_parseable, answer.items))
     if isinstance(answer, Relation):
@@ -100,7 +100,7 @@ def is_parseable(answer: ParsedAnswer | None) -> bool:
 
 
 def is_fully_evaluated(answer: ParsedAnswer) -> bool:
-    """Whether the answer consists of numbers in lowest terms and of names, so that nothing is left to compute."""
+    """Whether the answer consists only of names and numbers in lowest terms, so that nothing is left to compute."""
     if isinstance(answer, Collection):
         return all(map(is_fully_evaluated, answer.items))
     if isinstance(answer, Relation):
@@ -180,7 +180,7 @@ def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a left side names what was asked for (x, x_1, a+b, f(2)) instead of being solved for (-x, 5x, x^2)."""
+    """Whether a left side names what was asked for (x, x_1, a+b, f(2)) and is not still to be solved (-x, 5x, x^2)."""
     bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\([^()]*\)", "", text)
     return bool(re.search(r"[^\W\d_]", bare)) and not re.search(r"^-|\d|\^|\\sqrt", bare)
 
@@ -234,5 +234,5 @@ def _matches_relation(gold: Relation, answer: ParsedAnswer) -> bool:
         return False
     unknowns = re.sub(r"\\[A-Za-z]+", "", gold.sides[0] + gold.sides[2]).replace(name, "", 1)
     if name and not re.search(r"[A-Za-z]", unknowns):
-        return False  # asked for x = 5, and 5x = 25 is unsolved
+        return False  # the gold answer is x = 5, and 5x = 25 is unsolved
     return relations_match(gold.sides, answer.sides)

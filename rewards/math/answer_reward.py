@@ -9,13 +9,13 @@ r"""The math reward: 1.0 if the final answer of a completion matches the gold an
 - several candidates: `5 or 6`, `5, 6` (of several `\boxed{}`, the last one counts)
 - unevaluated arithmetic if the gold answer is a number: `737+844`, `48/2`, `2^{10}`
 - an unsolved equation, or a chain with a wrong step: `5x = 25` for x = 5, `x = 5 = 6`
-- a copied question: an expression that is in the prompt word for word, unless the gold answer is written the same way
+- a copied question: an expression taken from the prompt word for word, unless the gold answer is written the same way
 
 Known limits:
 
 - Units are not compared: 5 km equals 5 m.
-- Upper and lower case letters are the same variable.
-- A bare list is unordered: write the gold answer as (1, 2, 3) if the order counts.
+- Upper-case and lower-case letters are the same variable.
+- A bare list is unordered: write the gold answer as (1, 2, 3) if the order matters.
 - Products of three or more bare letters, such as `xyz`, are compared as words.
 - Unions of intervals must be split in the same way.
 - Equations are equal up to a constant factor only: xy = 1 is not y = 1/x.
@@ -35,7 +35,7 @@ from grpo_ext.rewards.math.answer import ParsedAnswer, answers_match, is_fully_e
 from grpo_ext.rewards.math.final_answer import extract_final_answer
 from grpo_ext.rewards.math.latex import normalize
 
-MAX_PROMPT_CHARACTERS = 4000  # at the end of a prompt, searched for a copied question
+MAX_PROMPT_CHARACTERS = 4000  # only the end of a prompt is searched for a copied question
 
 _TOKEN = re.compile(r"\\?[A-Za-z]+|\d+|\S")
 _OPERATOR = re.compile(r"[-+*/^=<>]|\\(?:frac|sqrt|cdot|times|le|ge)")
@@ -50,7 +50,7 @@ class MathAnswerReward:
     """
 
     strict: bool = False
-    # See `grpo_ext.rewards.workers.pool`. Only a process of its own reliably bounds the run time of Math-Verify.
+    # See `grpo_ext.rewards.workers.pool`. Only a separate process reliably bounds the run time of Math-Verify.
     scores_independently: ClassVar[bool] = True
 
     @property
@@ -76,8 +76,8 @@ class MathAnswerReward:
             columns: other columns of the data set, unused.
 
         Returns:
-            One score per completion: 1.0 right, 0.0 wrong or without a final answer, None if the gold answer cannot be
-            parsed (see `check_gold`).
+            One score per completion: 1.0 if right, 0.0 if wrong or without a final answer, None if the gold answer
+            cannot be parsed (see `check_gold`).
 
         Raises:
             ValueError: the arguments differ in length.
@@ -110,13 +110,13 @@ def check_gold(answer: Sequence[object]) -> None:
         answer: the column `answer` of the data set.
 
     Raises:
-        ValueError: some cannot be parsed; the message names their rows.
+        ValueError: some gold answers cannot be parsed; the message names their rows.
     """
     bad = [row for row, gold in enumerate(answer) if _parse_gold(_extract_gold(gold)) is None]
     if bad:
         shown = ", ".join(f"row {row}: {str(answer[row])[:60]!r}" for row in bad[:5])
         raise ValueError(
-            f"{len(bad)} of {len(answer)} gold answers cannot be read, counted from 0: {shown}"
+            f"{len(bad)} of {len(answer)} gold answers cannot be parsed (rows are counted from 0): {shown}"
             f"{', ...' if len(bad) > 5 else ''}. Valid: a number, an expression in LaTeX, a list or up to five words, "
             f"bare or marked as the last \\boxed{{...}}, <answer>...</answer> or #### ... of a solution."
         )
@@ -136,7 +136,7 @@ def _parse_gold(gold: str) -> ParsedAnswer | None:
 
 @lru_cache(maxsize=4096)  # the completions of a group share their gold answer
 def _parse_readable_gold(gold: str) -> ParsedAnswer:
-    """Raises for an unreadable one, so that it is not cached: a busy machine may only have run out of time."""
+    """Raises if it cannot be parsed, so that the failure is not cached: it may be a timeout on a busy machine."""
     answer = parse_answer(gold)
     if answer is None or not is_parseable(answer):
         raise ValueError(gold)
@@ -144,7 +144,7 @@ def _parse_readable_gold(gold: str) -> ParsedAnswer:
 
 
 def _is_copied_from_prompt(answer: str, gold: str, prompt: str) -> bool:
-    """Whether an answer with an operator is in the prompt as a whole, not as a part of a longer expression."""
+    """Whether an answer with an operator occurs in the prompt, and not as part of a longer expression."""
     copied, known, asked = (_TOKEN.findall(normalize(text)) for text in (answer, gold, prompt[-MAX_PROMPT_CHARACTERS:]))
     if copied == known or not any(map(_OPERATOR.fullmatch, copied)):
         return False

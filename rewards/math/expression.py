@@ -6,9 +6,9 @@ Math-Verify compares with sympy's `simplify` and `solve`, whose run time has no 
 their values agree to 20 digits at eight fixed pseudo-random points. This is fast, and no rounded number passes. Only
 sets are compared by Math-Verify.
 
-Some input is rejected before it is parsed: what grows beyond measure (towers of powers, factorials of large numbers)
-and what would have to be computed (integrals, sums, limits). So little depends on the time limit, which works in the
-main thread only.
+Some input is rejected before it is parsed: expressions that can grow without bound (towers of powers, factorials of
+large numbers) and those that would have to be computed (integrals, sums, limits). So little depends on the time limit,
+which works only in the main thread.
 """
 
 import logging
@@ -33,9 +33,9 @@ from grpo_ext.rewards.workers.deadline import DeadlineExceeded, run_with_deadlin
 
 Expression: TypeAlias = sympy.Basic | sympy.MatrixBase
 
-# Time limit for parsing, and another one for comparing, in the main thread. Both usually take milliseconds.
+# Time limit in the main thread, for parsing and again for comparing. Both usually take milliseconds.
 TIME_LIMIT_SECONDS = 2.0
-MAX_BITS = 2**14  # of any number that evaluating an expression may meet
+MAX_BITS = 2**14  # of any number that can occur while an expression is evaluated
 MAX_PARSER_STATES = 20_000  # cached by Math-Verify's parser; ordinary answers need about 2,000
 
 _SUPPORTED_COMMANDS = (
@@ -96,8 +96,8 @@ def relations_match(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
 
 
 def _cached_if_in_time(parse: Callable[[str], Expression | None]) -> Callable[[str], Expression | None]:
-    """The function with a cache, since the completions of a group share their gold answer. None if it raises
-    DeadlineExceeded, which is not cached: a busy machine may be in time at the next attempt."""
+    """Cache the function, since the completions of a group share their gold answer. It returns None on
+    DeadlineExceeded, which is not cached: on a busy machine the next attempt may be in time."""
     cached = lru_cache(maxsize=4096)(parse)
 
     @wraps(parse)
@@ -124,7 +124,7 @@ def parse_expression(text: str) -> Expression | None:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\d*)\.(\d+)", lambda d: rf"\frac{{{int(d[1] + d[2])}}}{{{10 ** len(d[2])}}}", text)
     text = re.sub(r"(?<![_\d])(\d+)\s*\(", r"\1\\cdot(", text)
-    if len(PSParser.sharedContextCache.cache) > MAX_PARSER_STATES:  # it never evicts any
+    if len(PSParser.sharedContextCache.cache) > MAX_PARSER_STATES:  # the parser never evicts any
         PSParser.sharedContextCache = PredictionContextCache()
         PSParser.decisionsToDFA = [DFA(state, number) for number, state in enumerate(PSParser.atn.decisionToState)]
 
@@ -151,7 +151,7 @@ def _is_safe_to_parse(text: str) -> bool:
 
 
 def _is_small_exponent(rest: str) -> bool:
-    """Whether the exponent at the start of `rest` contains at most two powers, all small; not so in 9^{9^{9^9}}."""
+    """Whether the exponent at the start of `rest` contains at most two powers, all small, unlike in 9^{9^{9^9}}."""
     inside = rest[: next((place for place, depth in enumerate(bracket_depths(rest)) if depth == 0), None)]
     powers = inside.count("^")
     if "!" in inside or re.match(r"-?\w+\s*\^", rest):
@@ -160,7 +160,7 @@ def _is_small_exponent(rest: str) -> bool:
 
 
 def _magnitude_bits(expression: Expression) -> float:
-    """Approximate log2 of the largest number that evaluating can meet. Values substituted for symbols are below 3."""
+    """Approximate log2 of the largest number that evaluation can reach. Values substituted for symbols are below 3."""
     if isinstance(expression, sympy.MatrixBase):
         return max(map(_magnitude_bits, expression.flat()), default=0)
     if isinstance(expression, sympy.Rational):
@@ -202,8 +202,8 @@ def _agree_to_20_digits(left: mpmath.mpc, right: mpmath.mpc) -> bool:
 def _evaluate_at_points(expressions: Sequence[sympy.Expr]) -> list[list[mpmath.mpc]]:
     """The values of all expressions, one row per point.
 
-    Points at which a value is not finite are dropped. So are points with a complex value, unless hardly any would
-    remain.
+    Points with a value that is not finite are dropped. So are points with a complex value, unless hardly any points
+    would remain.
     """
     expressions = [e.xreplace({f: sympy.Symbol(str(f)) for f in e.atoms(AppliedUndef)}) for e in expressions]
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols} - {"i"})

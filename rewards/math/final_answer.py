@@ -36,7 +36,7 @@ def extract_final_answer(text: str, *, boxed_only: bool = False) -> str | None:
 
     Args:
         text: a completion or a gold solution, of any length.
-        boxed_only: accept no marker but `\\boxed{...}`.
+        boxed_only: accept no marker other than `\\boxed{...}`.
     """
     text = text[-TAIL_CHARACTERS:].rpartition("</think>")[2]
     boxed = _last_boxed(text)
@@ -56,7 +56,7 @@ def extract_final_answer(text: str, *, boxed_only: bool = False) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    opened: list[int] = []  # start of the content of each open brace; -1 if it is not that of a \boxed
+    opened: list[int] = []  # start of the content of each open brace; -1 if the brace is not that of a \boxed
     begin, end = -1, -1
     for brace in _BRACE.finditer(text):
         if brace.group().startswith("\\boxed"):

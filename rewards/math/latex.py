@@ -72,7 +72,7 @@ _REPLACEMENTS = [
 
 
 def normalize(text: str) -> str:
-    """The text in the one notation that `parse_number` and `parse_expression` understand.
+    """Rewrite a text in the notation that `parse_number` and `parse_expression` understand.
 
     Args:
         text: short, such as a final answer or the end of a prompt.

@@ -80,7 +80,7 @@ class Number:
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that a normalized text states, or None if it is anything else.
+    """The number that a normalized text states, or None if it does not state one.
 
     Args:
         text: normalized by `grpo_ext.rewards.math.latex.normalize`, and as short as a final answer.
@@ -93,7 +93,7 @@ def parse_number(text: str) -> Number | None:
     top, bottom = part["top"] or part["top2"], part["bottom"] or part["bottom2"]
     if top:
         if int(bottom) == 0 or (int(bottom) > 1 and int(top) % int(bottom) == 0):
-            return None  # a division by zero, or an unevaluated one: 48/2
+            return None  # a division by zero, or an unevaluated division: 48/2
         value = int(part["whole"] or part["whole2"] or 0) + Fraction(int(top), int(bottom))
         in_lowest_terms = Fraction(int(top), int(bottom)).denominator == int(bottom)
     elif part["bare_power"]:

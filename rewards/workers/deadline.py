@@ -2,9 +2,9 @@
 
     run_with_deadline(2.0, lambda: sympy.simplify(expression))  ->  its result, or DeadlineExceeded after 2 seconds
 
-The limit is a timer signal. It works in the main thread of a POSIX process only, and it cannot interrupt a single long
+The limit is a timer signal. It works only in the main thread of a POSIX process, and it cannot interrupt a single long
 operation in C, such as a power of huge integers. Callers must reject such inputs first. Only a separate process bounds
-everything: see `grpo_ext.rewards.workers.pool`.
+every call: see `grpo_ext.rewards.workers.pool`.
 """
 
 import signal
@@ -17,19 +17,19 @@ Result = TypeVar("Result")
 
 
 class DeadlineExceeded(BaseException):
-    """The call took too long. A BaseException, since libraries catch any `Exception` inside a computation and go on."""
+    """The call took too long. A BaseException, since libraries catch any `Exception` in a computation and carry on."""
 
 
 def run_with_deadline(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return `function()`; without a limit outside of the main thread, or if the system has no interval timers.
+    """Return `function()`. No limit applies outside the main thread, or if the system has no interval timers.
 
     Args:
         seconds: time limit, above 0.
         function: called without arguments.
 
     Raises:
-        DeadlineExceeded: the call took longer. It is raised again every 0.1 s in case the call swallows it, and in
-            place of whatever the call then returns or raises.
+        DeadlineExceeded: the call took longer. It is raised again every 0.1 s in case the call swallows it, and
+            replaces whatever the call then returns or raises.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return function()

@@ -3,18 +3,18 @@
     safe = isolated(math_answer_reward, timeout_s=10.0)
     safe(completions=["#### 4", "#### 5"], answer=["4", "4"])  ->  [1.0, 0.0]
 
-A reward that declares `scores_independently = True` gets one completion at a time, in several workers: a failure costs
-one completion. Any other reward gets whole calls, in one worker of its own that keeps the state of the reward between
-them: it may compare completions and remember earlier ones. A failure then costs the whole call.
+A reward that declares `scores_independently = True` gets one completion at a time, in several workers, and a failure
+costs one completion. Any other reward gets whole calls, in a dedicated worker that keeps the reward's state between
+calls: it may compare completions and remember earlier ones. A failure then costs the whole call.
 
-What is different from a call in the training process:
+Differences from a call in the training process:
 
-- The worker gets a copy of the reward, with everything that it refers to, at the first call. What the training process
-  changes later is not seen there, and what the reward changes outside itself stays there. A worker that has to be
-  replaced starts with the copy of the first call again, and so does a run that is resumed.
+- At the first call, the worker gets a copy of the reward and of everything that it refers to. Later changes in the
+  training process do not reach the worker, and objects that the reward changes are changed only in the worker. A
+  replaced worker starts from that copy again, and a resumed run from a new one.
 - `trainer_state` has the fields of transformers' `TrainerState`, without `log_history`.
-- `random` is reseeded for each task, and so are numpy and torch if the reward has imported them before: by the seed
-  of the run, the step and the row. So a run that is repeated or resumed draws the same numbers.
+- For each task, `random` is reseeded from the seed of the run, the step and the row, and so are numpy and torch if the
+  reward has imported them by then. A repeated or resumed run therefore draws the same numbers.
 - The working directory is that of the training process. What a reward prints appears in its terminal, and log records
   go to its loggers. TRL's `log_extra` and `log_metric` work.
 """
@@ -51,7 +51,7 @@ _keys = itertools.count()
 
 @dataclass
 class FailureCounts:
-    """How many completions were scored so far, and how many of them failed.
+    """How many completions have been scored so far, and how many of them failed.
 
     Attributes:
         completions: all of them, including those that failed.
@@ -80,16 +80,16 @@ def isolated(
     Args:
         reward: a reward function with TRL's signature, `f(completions, **columns)`, that returns one number or None per
             completion. It is sent to its workers by cloudpickle at the first call.
-        timeout_s: seconds per completion, above 0, from when a worker calls the reward, to within 0.2 s. A whole call
-            gets this time for each of its completions. Recommended: ten times what the slowest completion takes.
+        timeout_s: seconds per completion, above 0, measured from the call of the reward and enforced to within 0.2 s. A
+            whole call gets this time for each of its completions. Recommended: ten times that of the slowest one.
         workers: number of processes that score completions one by one, 1 or more; rewards with the same number share
             them. None (recommended) means one per core of this training process, at most 4, for a reward with
-            `scores_independently = True`, and else one worker that gets whole calls.
+            `scores_independently = True`, and otherwise one worker that gets whole calls.
         on_error: "none" scores a failed completion None, which excludes it from its group; "raise" raises an error.
         batched: True sends whole calls to one worker, False one completion at a time to several. None (recommended)
             means True, unless the reward declares `scores_independently = True` or `workers` is given.
-        seed: of the random numbers that the reward draws. None (recommended) means that of the run with
-            GRPOExtTrainer, and 0 with another trainer.
+        seed: seed of the random numbers that the reward draws. None (recommended) means the seed of the run with
+            GRPOExtTrainer, and 0 with other trainers.
 
     Raises:
         ValueError: `timeout_s` or `workers` not above 0, `workers` with `batched=True`, an unknown `on_error`, or an
@@ -103,8 +103,8 @@ def isolated(
         raise ValueError(f"on_error={on_error!r} is unknown. Valid: 'none', 'raise'.")
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
         raise ValueError(
-            f"Reward {callable_name(reward)!r} is asynchronous: TRL awaits it in the training process. Leave isolated "
-            f"out, or isolate a function that waits for it: asyncio.run(...)."
+            f"Reward {callable_name(reward)!r} is asynchronous: TRL awaits it in the training process. Pass it "
+            f"without isolated(...), or isolate a function that runs it with asyncio.run(...)."
         )
     if batched is None:
         batched = workers is None and not declares(reward, "scores_independently")
@@ -112,11 +112,11 @@ def isolated(
 
 
 class IsolatedReward:
-    """A reward in worker processes; made by `isolated`.
+    """A reward in worker processes, created by `isolated`.
 
     Attributes:
-        failures: counts since the start. Each call logs its own as `rewards/NAME/timeouts|crashes|errors`.
-        seed: of the random numbers that the reward draws; None for 0.
+        failures: counts since the start. Each call logs its own counts as `rewards/NAME/timeouts|crashes|errors`.
+        seed: seed of the random numbers that the reward draws; None means 0.
         pool: the workers.
     """
 
@@ -175,14 +175,14 @@ class IsolatedReward:
             answers = self.pool.run(tasks, sent.reward, self._timeout_s * size)
         except SetupError as error:
             raise RuntimeError(
-                f"Reward {self.__name__!r} cannot be set up in a worker: {error}. Call it in the training process: "
-                f"neither isolated(...) nor reward_workers."
+                f"Reward {self.__name__!r} cannot be set up in a worker: {error}. Call it in the training process, "
+                f"without isolated(...) and reward_workers."
             ) from error
         if self._batched and self.pool.replaced > sent.replaced:
             sent.replaced = self.pool.replaced
             logger.warning(
-                f"The worker of reward {self.__name__!r} has ended, and a new one takes its place: what the reward has "
-                f"remembered since its first call is lost."
+                f"The worker of reward {self.__name__!r} has ended and was replaced: the state that the reward has "
+                f"accumulated since its first call is lost."
             )
         results = [self._collect(answer, completions[rows]) for answer, rows in zip(answers, slices, strict=True)]
         if log_extra is not None:
@@ -205,7 +205,7 @@ class IsolatedReward:
             self._on_error, self.failures, self._recent_failures = saved
 
     def start(self) -> None:
-        """Start the workers, without waiting for them; the first call would do so."""
+        """Start the workers without waiting for them, instead of at the first call."""
         self.pool.start()
 
     def close(self) -> None:
@@ -220,9 +220,9 @@ class IsolatedReward:
                     pickled = cloudpickle.dumps(self._reward)
                 except Exception as error:  # an object may raise anything when it is pickled
                     raise ValueError(
-                        f"Reward {self.__name__!r} cannot be sent to a worker: {error!r}. It refers to something that "
-                        f"lives in the training process, for example the trainer, an open file or a lock. Call it "
-                        f"there, as TRL does: neither isolated(...) nor reward_workers. Or let it refer to less."
+                        f"Reward {self.__name__!r} cannot be sent to a worker: {error!r}. It refers to an object of "
+                        f"the training process, for example the trainer, an open file or a lock. Remove the reference, "
+                        f"or call the reward in the training process, without isolated(...) and reward_workers."
                     ) from error
                 self._sent = _Sent(next(_keys), pickled, self.pool.epoch, self.pool.replaced)
             return self._sent
@@ -234,7 +234,7 @@ class IsolatedReward:
             bad = next((name for name, values in arguments.items() if not _can_be_pickled(values)), "?")
             raise ValueError(
                 f"Argument {bad!r} of reward {self.__name__!r} cannot be sent to a worker: {error!r}. Remove the "
-                f"column, or call the reward in the training process: neither isolated(...) nor reward_workers."
+                f"column, or call the reward in the training process, without isolated(...) and reward_workers."
             ) from error
 
     def _log_extra(self, log_extra: Callable[[str, list[Any]], None], results: list[WorkerResult]) -> None:
@@ -261,28 +261,28 @@ class IsolatedReward:
         return WorkerResult([None] * count)
 
     def _record_failure(self, completions: list[Any], how: str) -> RuntimeError | None:
-        """The error to raise, if `on_error` says so or too many completions have failed lately."""
+        """The error to raise if `on_error` is "raise" or too many recent completions failed, else None."""
         self._recent_failures.extend([True] * len(completions))
         failed, recent = sum(self._recent_failures), len(self._recent_failures)
         shown = repr(str(completions[0])[:SHOWN_CHARACTERS])
         what, advice = f"Reward {self.__name__!r} {how} on the completion {shown}", ""
         if len(completions) > 1:
             what = f"Reward {self.__name__!r} {how} on {len(completions)} completions, the first being {shown}"
-            advice = " If its score of a completion depends on the row alone, say so by scores_independently = True: "
-            advice += "then only one of them is lost."
+            advice = " If the score of a completion depends on its row alone, set scores_independently = True on it: a "
+            advice += "failure then costs only one completion."
         if self._on_error == "raise":
-            return RuntimeError(f"{what}. Fix the reward, or pass on_error='none' to leave such answers out.{advice}")
+            return RuntimeError(f"{what}. Fix the reward, or pass on_error='none' to exclude such completions.{advice}")
         if failed > max(MIN_FAILURES, MAX_FAILURE_RATE * recent):
             return RuntimeError(
-                f"{what}, and so or similarly on {failed} of the last {recent} answers. A run would learn from noise: "
-                f"fix the reward, or raise timeout_s={self._timeout_s:g} if it is only slow.{advice}"
+                f"{what}. It failed on {failed} of the last {recent} completions, so the run would learn from noise: "
+                f"fix the reward, or increase timeout_s={self._timeout_s:g} if it is just slow.{advice}"
             )
         return None
 
 
 @dataclass
 class _Sent:
-    """The reward as its workers have it: its key there, its pickle, and the state of the pool at that time."""
+    """The reward as it was sent to its workers: its key, its pickle, and the state of the pool at that time."""
 
     key: int
     reward: bytes
@@ -298,7 +298,7 @@ def callable_name(reward: Callable[..., Any]) -> str:
 
 
 def declares(reward: Callable[..., Any], name: str) -> bool:
-    """Whether a reward, or the function inside a `functools.partial`, has this attribute, and it is true.
+    """Whether a reward, or the function inside a `functools.partial`, sets this attribute to a true value.
 
     - `scores_independently`: the score of a completion depends on its row alone, and a call has no side effects: rows
       may be scored one by one, in any order, and the reward may be tried before a run.
@@ -339,7 +339,7 @@ def _can_be_pickled(value: Any) -> bool:
 
 
 def slice_columns(columns: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """These rows of each column; values that are no column are passed whole."""
+    """These rows of each column; values that are not columns are passed whole."""
     count = len(columns["completions"])
     return {
         name: values[rows] if isinstance(values, list) and len(values) == count else values

@@ -1,10 +1,10 @@
-"""Worker processes, and pools of them, which run tasks of `worker.py` side by side, each in bounded time.
+"""Worker processes, and pools of them, which run tasks of `worker.py` in parallel, each in bounded time.
 
 A worker that ends while it is idle costs nothing: the next task starts another one. A worker that ends or exceeds the
-time limit inside a call costs this task.
+time limit during a call costs that task.
 
 Workers live until `close()`, or until this process ends in any way. They do not import the main module again: a script
-that loads a model costs nothing, and the reward may be a function of that script.
+that loads a model does not load it twice, and the reward may still be a function of that script.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from loky.backend import get_context
 from grpo_ext.rewards.workers.worker import END, Answer, Failure, Started, Task, WorkerResult, serve
 
 WORKER_NAME = "reward_worker"  # in the command line of the process
-TICK_SECONDS = 0.2  # how often a process that keeps its connection open is asked whether it is alive
+TICK_SECONDS = 0.2  # how often a process that keeps its connection open is checked for being alive
 END_SECONDS = 5.0  # how long an idle worker may take to end by itself, for example to write out its files
 MAX_LOST_STARTS = 3  # workers in a row that end before they call the reward
 
@@ -37,7 +37,7 @@ class Worker:
 
     Attributes:
         connection: to the process.
-        keys: of the rewards that it has received.
+        keys: keys of the rewards that it has received.
     """
 
     def __init__(self) -> None:
@@ -77,10 +77,10 @@ class Worker:
             self.connection.send_bytes(END)
 
     def end(self, seconds: float = 0.0) -> int | None:
-        """Wait so long for the process to end, then kill it, with the processes that it has started.
+        """Wait up to `seconds` for the process to end, then kill it and the processes that it has started.
 
         Returns:
-            Its exit code; negative for the number of a signal.
+            Its exit code, or minus the number of the signal that ended it.
         """
         self._process.join(seconds)
         if self._process.is_alive():
@@ -102,11 +102,11 @@ class _Running:
 
 
 class WorkerPool:
-    """A number of workers, which start when they are first needed.
+    """A fixed number of workers, which start when they are first needed.
 
     Attributes:
-        epoch: how often the pool has been closed; a worker of a later epoch knows nothing of the earlier ones.
-        replaced: how many workers have ended by themselves, or were killed.
+        epoch: how often the pool has been closed; the workers of an epoch know nothing of earlier ones.
+        replaced: how many workers ended by themselves or were killed.
     """
 
     def __init__(self, size: int):
@@ -131,9 +131,9 @@ class WorkerPool:
         """Run tasks of one reward, and return their results in order.
 
         Args:
-            tasks: without the reward.
+            tasks: the tasks, without the reward.
             reward: the reward, pickled by cloudpickle, for workers that do not have it.
-            timeout_s: seconds for each task, from when the reward is called.
+            timeout_s: seconds per task, from the call of the reward.
 
         Raises:
             SetupError: the reward cannot be set up in a worker.
@@ -187,7 +187,7 @@ class WorkerPool:
                     if running.deadline is not None:
                         results[running.index] = Failure("crashes", f"ended its process with exit code {code}")
                         continue
-                    waiting.appendleft(running.index)  # it was not called: another worker can do it
+                    waiting.appendleft(running.index)  # its reward was not called: another worker can run it
                     lost_starts += 1
                     if lost_starts == MAX_LOST_STARTS:
                         raise SetupError(Failure("setup", f"{lost_starts} workers ended with exit code {code}"))
@@ -231,7 +231,7 @@ class SetupError(RuntimeError):
 
 
 def shared_pool(size: int) -> WorkerPool:
-    """The pool of this many workers, which all rewards that score completions independently share."""
+    """The pool with this number of workers, shared by all rewards that score completions independently."""
     with _lock:
         pool = _shared_pools.get(size)
         if pool is None:
@@ -240,7 +240,7 @@ def shared_pool(size: int) -> WorkerPool:
 
 
 def start_pools(pools: Iterable[WorkerPool]) -> None:
-    """Start the workers of these pools side by side, without waiting for them."""
+    """Start the workers of these pools in parallel, without waiting for them."""
     for pool in dict.fromkeys(pools):
         pool.start()
 
@@ -257,7 +257,7 @@ _lock = threading.Lock()
 
 
 def _end_workers(workers: list[Worker], busy: dict[Worker, _Running], process_id: int) -> None:
-    """End idle workers in their own time, and busy ones at once."""
+    """Let idle workers end by themselves, within END_SECONDS, and end busy ones at once."""
     if process_id != os.getpid():
         return
     idle = [worker for worker in workers if worker not in busy]
@@ -272,7 +272,7 @@ def _end_workers(workers: list[Worker], busy: dict[Worker, _Running], process_id
     busy.clear()
 
 
-@atexit.register  # after that of multiprocessing, so called before it: that one waits for every child
+@atexit.register  # registered after that of multiprocessing, which waits for every child, so called before it
 def _end_all() -> None:
     for pool in list(_pools):
         _end_workers(pool._workers, pool._busy, pool._process_id)

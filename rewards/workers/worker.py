@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when its parent ends
 PARENT_POLL_SECONDS = 1.0
-END = b""  # in place of a task: the worker ends
+END = b""  # sent in place of a task to end the worker
 
 
 class RunState(SimpleNamespace):
@@ -32,8 +32,8 @@ class RunState(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"trainer_state.{name} is not sent to a worker. Call this reward in the training process, where TRL's own "
-            f"trainer_state is passed: neither isolated(...) nor reward_workers."
+            f"trainer_state.{name} is not sent to a worker. Call this reward in the training process, without "
+            f"isolated(...) and reward_workers: there it gets TRL's own trainer_state."
         )
 
 
@@ -42,13 +42,13 @@ class Task:
     """One call of a reward.
 
     Attributes:
-        key: of the reward.
+        key: key of the reward.
         reward: the reward, pickled by cloudpickle; None if this worker has it already.
         arguments: keyword arguments of the reward, pickled by cloudpickle.
         logs: whether to pass `log_extra` and `log_metric` as well.
-        seed: of `random`, and of numpy and torch if this worker has imported them.
+        seed: seed of `random`, and of numpy and torch if this worker has imported them.
         folder: the working directory of the training process.
-        log_levels: sent with the reward: those of the loggers of the training process, by name; "" is the root logger.
+        log_levels: the levels of the training process's loggers by name, "" for the root logger; sent with the reward.
     """
 
     key: int
@@ -62,7 +62,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Started:
-    """The reward is being called: what comes before, such as its imports, does not count as its time."""
+    """The reward is about to be called. What comes before, such as its imports, does not count towards its time."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Failure:
     """Why a task has no result.
 
     Attributes:
-        kind: "setup" if the reward or its arguments could not be unpickled; the reward was not called then.
+        kind: "setup" if the reward or its arguments could not be unpickled, and so the reward was not called.
         how: what the reward did, as a predicate, such as "raised KeyError('answer')".
         trace: the traceback in the worker; "" if there is none.
     """
@@ -99,12 +99,12 @@ Answer = Started | WorkerResult | Failure | logging.LogRecord
 
 
 def serve(connection: Connection, parent: int, start_method: str | None) -> None:
-    """Work on the tasks that arrive, until `END`.
+    """Process incoming tasks until `END`.
 
     Args:
-        connection: to the training process.
+        connection: connection to the training process.
         parent: process id of the training process; this process never outlives it.
-        start_method: of `multiprocessing` there, for rewards that start processes.
+        start_method: start method of `multiprocessing` in the training process, for rewards that start processes.
     """
     _prepare_process(parent, start_method)
     lock, rewards = threading.Lock(), {}
@@ -128,20 +128,21 @@ def serve(connection: Connection, parent: int, start_method: str | None) -> None
         _seed(task.seed)
         send(Started())
         answer = _call(rewards[task.key], arguments, logs=task.logs)
-        sys.stdout.flush()  # a worker that is ended would lose it
+        sys.stdout.flush()  # it would be lost if the worker were killed
         sys.stderr.flush()
         send(answer)
 
 
 def _prepare_process(parent: int, start_method: str | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a call into C at once; a Python handler would wait for it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends even a call into C at once; a Python handler would wait for it
     if hasattr(os, "setsid"):
-        os.setsid()  # a group of its own, which ends together with the processes that a reward has started
+        os.setsid()  # its own group, which can be killed together with the processes that a reward has started
     if sys.platform == "linux":  # works even if a call that never returns holds the GIL
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    multiprocessing.set_start_method(start_method, force=True)  # loky's own cannot start other kinds of processes
+    # loky's own method cannot start other kinds of processes
+    multiprocessing.set_start_method(start_method, force=True)
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -162,7 +163,7 @@ class _SendRecords(QueueHandler):
 
 
 def _follow(task: Task) -> None:
-    """Take over the working directory and the log levels of the training process."""
+    """Adopt the working directory and the log levels of the training process."""
     os.chdir(task.folder)
     for name, level in task.log_levels.items():
         logging.getLogger(name or None).setLevel(level)
@@ -191,13 +192,13 @@ def _call(reward: Callable[..., Any], arguments: dict[str, Any], *, logs: bool) 
             raise ValueError(f"{len(scores)} scores for {expected} completion{'s' if expected > 1 else ''}")
         result = WorkerResult([_as_number(score) for score in scores], extra, metrics)
         pickle.dumps(result)
-    except BaseException as error:  # SystemExit, too: it ends the task, not the worker
+    except BaseException as error:  # including SystemExit, which ends the task, not the worker
         return Failure("errors", f"raised {error!r}", traceback.format_exc())
     return result
 
 
 def _as_number(score: Any) -> float | None:
-    """The score as TRL would read it: it takes everything that is a number to `float`, but no text."""
+    """The score as TRL reads it: `float` of anything but text."""
     if isinstance(score, str | bytes):
         raise TypeError(f"{score!r} is not a score; valid: a number, or None")
     return None if score is None else float(score)

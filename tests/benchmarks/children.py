@@ -1,4 +1,4 @@
-"""Measured runs in fresh processes: one at a time, watched, and killed where they take too much memory."""
+"""Run measurements in new processes: one at a time, monitored, and killed if they use too much memory."""
 
 import argparse
 import json
@@ -21,20 +21,22 @@ POLL_S = 0.1
 INTERRUPTED = 130  # exit status
 GIB = 2**30
 TAIL_LINES = 15
-RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # glibc: whatever is larger goes back when it is freed
+RETURN_AT_ONCE = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**20)
+}  # glibc: larger blocks go back to the system when they are freed
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "MemoryError")
 
 
 @dataclass(frozen=True)
 class Children:
-    """How children are run.
+    """Settings of the child processes.
 
     Attributes:
         script: the program that answers `--child SPEC` with JSON on its last line.
-        threads: of each child.
+        threads: CPU threads per child.
         limit_gib: resident host memory above which a child is killed and counts as not fitting.
         path: folders in front of the child's import path.
-        exact_memory: give freed tensors back at once, so that resident memory is what is in use; steps get slower.
+        exact_memory: return freed tensors to the system at once, so that resident memory is in use; steps get slower.
     """
 
     script: Path
@@ -70,7 +72,7 @@ class Children:
         }
 
     def _watch(self, process: subprocess.Popen[bytes], label: str) -> str | None:
-        """Wait for the end; the reason for killing it, if any."""
+        """Wait for the process to end; return the reason for killing it, if any."""
         start = time.monotonic()
         with self.console.status(label) as status:
             while process.poll() is None:
@@ -117,22 +119,22 @@ def _text(file: IO[str]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """How often and on what to run, for every benchmark."""
+    """Add the options that all benchmarks have."""
     parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps; default 3")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those; default 1")
+    parser.add_argument("--warmup", type=int, default=1, help="warm-up steps before those; default 1")
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
     parser.add_argument(
         "--memory-limit",
         type=float,
         default=default_limit_gib(),
         metavar="GIB",
-        help="host memory at which a run counts as not fitting; default: 85%% of the machine's",
+        help="host memory above which a run is killed and counts as not fitting; default: 85%% of the machine's",
     )
     parser.add_argument(
         "--exact-memory",
         action="store_true",
-        help="on Linux, peaks that repeat more closely, for steps that are slower",
+        help="on Linux, more reproducible peaks at the cost of slower steps",
     )
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"default {out}")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"JSON file of the results; default {out}")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)

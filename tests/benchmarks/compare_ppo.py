@@ -1,11 +1,12 @@
-"""A step of the PPO trainer that TRL had in 1.5 against a step of grpo_ext: seconds and peak memory.
+"""Compare a step of the PPO trainer of TRL 1.5 with a step of grpo_ext: seconds and peak memory.
 
     python tests/benchmarks/compare_ppo.py
 
-Same prompts, eight rows a step, the same number of sampled tokens a row, no recomputation, one pass over the rows. PPO
-has a value and a reward model of the policy's size, grpo_ext neither; the value model is trained whole, as that trainer
-does it. Its policy is measured with LoRA, where the reference is the policy without the adapter, and whole, with a
-reference model. TRL 1.5.0 is downloaded once, into a folder of its own that only PPO's process sees.
+Both have the same prompts, eight rows per step, the same number of sampled tokens per row, no recomputation, and one
+pass over the rows. PPO has a value model and a reward model of the policy's size; grpo_ext has neither. That trainer
+trains the whole value model. Its policy is measured with LoRA, with the adapter turned off as the reference, and with
+all weights trained, with a reference model. TRL 1.5.0 is downloaded once, into a separate folder that only the process
+of PPO sees.
 """
 
 import argparse
@@ -27,7 +28,7 @@ PPO_VARIANTS = ("lora", "whole")
 
 
 def main() -> int:
-    """The exit status: 1 where a run failed for another reason than memory, 130 after Ctrl-C."""
+    """Return the exit status: 1 if a run failed for a reason other than memory, 130 after Ctrl-C."""
     arguments = _parser().parse_args()
     if arguments.child:
         print("\n" + json.dumps(_measure(json.loads(arguments.child))))
@@ -51,7 +52,7 @@ def main() -> int:
             file.add(run | children.run(spec, label))
             console.print(f"{label}: {outcome(file.runs[-1])}", markup=False, highlight=False)
     except KeyboardInterrupt:
-        console.print("interrupted; what was measured before is kept")
+        console.print("interrupted; the results so far are kept")
         status = INTERRUPTED
     console.print(_table(file.runs))
     console.print(f"all numbers: {arguments.out}")
@@ -70,7 +71,7 @@ def _sides(workload: Workload, *, is_tiny: bool) -> list[tuple[str, str, dict[st
 
 
 def _measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """In the child: each side imports the TRL that it was written for."""
+    """Measure one side, in the child: each side imports its own version of TRL."""
     if "policy" in spec:
         import ppo_side
 
@@ -89,7 +90,7 @@ def _install_old_trl(console: Console) -> None:
 
 
 def ratios(runs: list[Run]) -> list[dict[str, Any]]:
-    """Each variant of PPO over each of ours; above 1 ours is faster, or smaller."""
+    """Each variant of PPO divided by each of ours: above 1, ours is faster or smaller."""
     return [
         {
             "workload": ppo["workload"],
@@ -112,11 +113,11 @@ def _with_weights(run: Run) -> float:
 
 def _table(runs: list[Run]) -> Table:
     table = Table(
-        "workload", "side", "variant", title="Median step, and peak memory beside and with the models' weights"
+        "workload", "side", "variant", title="Median step time, and peak memory without and with the models' weights"
     )
     for name in ("step (s)", "peak (MiB)", "with weights (MiB)"):
         table.add_column(name, justify="right")
-    for name in ("ours is faster by", "smaller by", "with weights by"):
+    for name in ("ours is faster by", "is smaller by", "with weights by"):
         table.add_column(f"{name}, default", justify="right")
     compared = {(row["workload"], row["ppo"]): row for row in ratios(runs) if row["ours"] == "default"}
     for run in runs:

@@ -1,13 +1,13 @@
-"""Whole GRPO steps of stock TRL and of grpo_ext side by side: seconds per phase, and peak memory beside the weights.
+"""Compare whole GRPO steps of stock TRL and of grpo_ext: seconds per phase, and peak memory excluding the weights.
 
     python tests/benchmarks/compare_trl.py --quick            # a first look: two small workloads, one step each
     python tests/benchmarks/compare_trl.py                    # every workload and variant
     python tests/benchmarks/compare_trl.py --only W1 --steps 5
-    python tests/benchmarks/compare_trl.py --scale-g          # against the number of completions a prompt
+    python tests/benchmarks/compare_trl.py --scale-g          # for growing numbers of completions per prompt
 
-The model is SmolLM2-135M's shape with random weights in float32 and LoRA r=16 on every linear layer; prompts and
-lengths of completions are the same on both sides. Every variant runs in a process of its own, on the GPU where there is
-one. Ratios take stock TRL at its best: its fastest variant for time, its smallest for memory.
+The model has the shape of SmolLM2-135M, with random weights in float32 and LoRA r=16 on every linear layer. Prompts and
+completion lengths are the same on both sides. Every variant runs in its own process, on the GPU if there is one. Ratios
+compare with stock TRL at its best: with its fastest variant for time, and with its smallest for memory.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from report import BenchFile, failures, outcome, ratios, ratios_table, runs_tabl
 from rich.console import Console
 from workloads import FULL, QUICK, SCALE, SMOLLM2_135M, TINY, Workload, tiny
 
-Settings = Callable[[Workload], dict[str, Any]]  # fields of the trainer's config, beside the common ones
+Settings = Callable[[Workload], dict[str, Any]]  # fields of the trainer's config, in addition to the common ones
 
-SMALL_CHUNK = 64  # tokens, and so the length of the segments that a prompt is read in
+SMALL_CHUNK = 64  # tokens, also of the segments in which a prompt is prefilled
 
 # Without settings: all rows in one micro-batch, gradient checkpointing off.
 STOCK: dict[str, Settings] = {
@@ -41,12 +41,12 @@ OURS: dict[str, Settings] = {
 }
 VARIANTS = {"stock": STOCK, "ours": OURS}
 QUICK_VARIANTS = {"stock": ("all rows", "1 row, checkpointing"), "ours": ("default",)}
-# Of these, the first that fits.
+# Tried in this order, until one fits.
 SCALE_VARIANTS = {"stock": ("all rows", "1 row"), "ours": ("default", "one row at a time")}
 
 
 def main() -> int:
-    """The exit status: 1 where a run failed for another reason than memory, 130 after Ctrl-C."""
+    """Return the exit status: 1 if a run failed for a reason other than memory, 130 after Ctrl-C."""
     arguments = _parser().parse_args()
     if arguments.child:
         from grpo_side import measure
@@ -63,7 +63,7 @@ def main() -> int:
     try:
         (_scale if arguments.scale_g else _compare)(arguments, children, file, shape)
     except KeyboardInterrupt:
-        console.print("interrupted; what was measured before is kept")
+        console.print("interrupted; the results so far are kept")
         status = INTERRUPTED
     if arguments.scale_g:
         console.print(scale_table(file.runs))
@@ -128,7 +128,9 @@ def _run(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small workloads, one step, no warm-up")
-    parser.add_argument("--scale-g", action="store_true", help="S=512, C=64, G from 2 to 64, and the share of peak")
+    parser.add_argument(
+        "--scale-g", action="store_true", help="S=512, C=64, G from 2 to 64, and the share of the machine's peak"
+    )
     parser.add_argument("--only", type=_names(*FULL), help="workloads, such as W1,W4; default: all")
     parser.add_argument("--sides", type=_names(*VARIANTS), default=list(VARIANTS), help="stock, ours, or stock,ours")
     parser.add_argument("--variants", type=lambda text: text.split("/"), help="such as '1 row/default'; default: all")
@@ -141,7 +143,7 @@ def _names(*valid: str) -> Callable[[str], list[str]]:
         names = text.split(",")
         for name in names:
             if name not in valid:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(valid)}")
+                raise argparse.ArgumentTypeError(f"unknown: {name!r}; valid: {', '.join(valid)}")
         return names
 
     return parse

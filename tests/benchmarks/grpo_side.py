@@ -1,4 +1,4 @@
-"""One measured run, in a process of its own: stock TRL's GRPO trainer or ours on a workload."""
+"""One measured run, in its own process: stock TRL's GRPO trainer or ours on a workload."""
 
 import tempfile
 from typing import Any
@@ -19,16 +19,16 @@ LOGGED = ("loss", "grad_norm", "reward", "kl", "completions/mean_length")
 
 
 def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """Cheap, the same on both sides, and different within a group: a number made of the ids."""
+    """A number computed from the ids: cheap, the same on both sides, and different within a group."""
     return [sum(ids) % 1009 / 1009 for ids in completion_ids]
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train some steps and say what they took.
+    """Train for some steps, and return their time and memory.
 
     Args:
-        spec: `side` ("stock" or "ours"), `workload`, `shape` of the model, `settings` (fields of the config beside the
-            common ones), `warmup` and `steps`, `scale` (measure the machine and count operations too).
+        spec: `side` ("stock" or "ours"), `workload`, `shape` of the model, `settings` (fields of the config in addition
+            to the common ones), `warmup` and `steps`, `scale` (also measure the machine and count operations).
     """
     workload = Workload.from_dict(spec["workload"])
     steps = spec["warmup"] + spec["steps"]
@@ -113,4 +113,4 @@ def _trainer(spec: dict[str, Any], workload: Workload, steps: int, folder: str) 
 def _require_lengths(mean_lengths: list[float], workload: Workload, steps: int) -> None:
     expected = sum(workload.completions) / workload.rows
     if len(mean_lengths) != steps or any(abs(mean - expected) > 0.01 for mean in mean_lengths):
-        raise RuntimeError(f"completions had mean lengths {mean_lengths}, not {expected} in each of {steps} steps")
+        raise RuntimeError(f"mean completion lengths are {mean_lengths}; expected {expected} in each of {steps} steps")

@@ -1,4 +1,4 @@
-"""Seconds and peak memory per phase of an optimizer step, measured from outside of any GRPO trainer.
+"""Measure seconds and peak memory per phase of an optimizer step, from outside any GRPO trainer.
 
 sample      `_generate`
 reference   `_get_per_token_logps_and_entropies` without gradients
@@ -47,7 +47,7 @@ class CudaPeak:
 
 
 class KernelPeak:
-    """Linux keeps the high-water mark of resident memory, and resets it when asked."""
+    """Resident memory, whose high-water mark is kept by Linux and reset on request."""
 
     def now(self) -> int:
         return self._status("VmRSS")
@@ -64,7 +64,7 @@ class KernelPeak:
 
 
 class SampledPeak:
-    """Resident memory read by a thread, where the kernel does not count it."""
+    """Resident memory polled by a thread, if the kernel does not keep the high-water mark."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -87,7 +87,7 @@ class SampledPeak:
 
 
 def peak_meter() -> Peak:
-    """The best meter of this machine."""
+    """The best meter for this machine."""
     if torch.cuda.is_available():
         return CudaPeak()
     try:
@@ -100,7 +100,7 @@ def peak_meter() -> Peak:
 
 
 def release_free_memory() -> None:
-    """Give back what Python and the allocator hold for nothing, so that a baseline is what is really in use."""
+    """Return unused memory of Python and the allocator to the system, so that a baseline is memory in use."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -112,7 +112,7 @@ def synchronize() -> None:
 
 
 def matmul_flops() -> float:
-    """Floating-point operations a second of the best of a few large float32 multiplications."""
+    """Floating-point operations per second in the fastest of a few large float32 multiplications."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device)
     seconds = []
@@ -128,11 +128,11 @@ def matmul_flops() -> float:
 class StepMeter(TrainerCallback):
     """Seconds and peak bytes per phase of every optimizer step; `watch(trainer)` before `trainer.train()`.
 
-    With `count_flops`, the first step also counts the operations of its update, as torch sees them (`FlopCounterMode`):
-    2 x m x n x k for every matrix multiplication; attention itself only on a GPU. With a frozen base that amounts to
-    2 x parameters x tokens forward, as much again for the gradients of the activations, nothing for those of the
-    weights (but for LoRA's own), and another forward for what is recomputed, over the tokens that really pass. Counting
-    slows that step down, so it must be a warm-up.
+    With `count_flops`, the first step also counts the operations of its update with torch's `FlopCounterMode`:
+    2 x m x n x k per matrix multiplication, and attention itself only on a GPU. With a frozen base, this is
+    2 x parameters x tokens for the forward pass, the same for the gradients of the activations, nothing for those of
+    the weights (except LoRA's), and another forward pass for what is recomputed, over the tokens that are computed.
+    Counting slows the step down, so it must be a warm-up step.
     """
 
     def __init__(self, peak: Peak, *, count_flops: bool):
@@ -175,7 +175,7 @@ class StepMeter(TrainerCallback):
         return timed
 
     def _turn(self, phase: str | None) -> None:
-        """Book what the phase that ends took, and begin the next one."""
+        """Record the time and memory of the current phase, and begin the next one."""
         synchronize()
         now = time.perf_counter()
         if self._phase is not None:

@@ -1,4 +1,4 @@
-"""Random models of one shape, a tokenizer for them, and completions of lengths known beforehand. No TRL in here."""
+"""Random models of one shape, a tokenizer for them, and completions of prescribed lengths. Does not import TRL."""
 
 import random
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import (
 )
 from workloads import EOS, FIRST_WORD, PAD, Workload
 
-SMALL_B = 0.1  # PEFT's random B times this: the policy differs from its reference, but not wildly
+SMALL_B = 0.1  # factor for PEFT's random B: the policy differs from its reference, but not wildly
 
 
 def causal_lm(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
@@ -26,7 +26,7 @@ def causal_lm(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
 
 
 def scorer(shape: dict[str, Any], seed: int) -> LlamaForSequenceClassification:
-    """A value or reward model: the same backbone with one number a token."""
+    """A value or reward model: the same backbone with one number per token."""
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
 
@@ -50,7 +50,7 @@ def shrink_b(model: nn.Module) -> None:
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One word an id, `w2 w3 ...`: every id decodes, and text of n words is exactly n tokens."""
+    """One word per id, `w2 w3 ...`: every id can be decoded, and text of n words has exactly n tokens."""
     words = {"<pad>": PAD, "</s>": EOS} | {f"w{i}": i for i in range(FIRST_WORD, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -67,7 +67,7 @@ def prompt_ids(workload: Workload, steps: int, vocabulary: int, seed: int) -> li
 
 
 class FixedLengths(LogitsProcessor):
-    """Row i gets EOS as its token number `lengths[i]`, not before; a pad is never sampled."""
+    """Row i gets EOS as token number `lengths[i]`, and not before; padding is never sampled."""
 
     def __init__(self, prompt_width: int, lengths: tuple[int, ...]):
         self.prompt_width, self.lengths = prompt_width, torch.tensor(lengths)
@@ -82,7 +82,7 @@ class FixedLengths(LogitsProcessor):
 
 
 def force_lengths(lm: LlamaForCausalLM, lengths: tuple[int, ...]) -> None:
-    """Let every `lm.generate` sample completions of these lengths; all its other arguments pass through."""
+    """Make every `lm.generate` sample completions of these lengths; its arguments are passed on."""
     generate = lm.generate
 
     def fixed(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One measured run, in a process of its own: the PPO trainer of TRL 1.5 on a workload with one prompt a step."""
+"""One measured run, in its own process: the PPO trainer of TRL 1.5 on a workload with one prompt per step."""
 
 import tempfile
 import time
@@ -10,7 +10,7 @@ from datasets import Dataset
 from meters import Peak, peak_meter, release_free_memory, synchronize
 from models import causal_lm, force_lengths, prompt_ids, random_lora, scorer, shrink_b, word_tokenizer
 from transformers import TrainerCallback
-from trl.experimental.ppo import PPOConfig, PPOTrainer  # left TRL after 1.5
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # removed from TRL after 1.5
 from workloads import Workload
 
 SEED = 1
@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 class WholeSteps(TrainerCallback):
-    """Seconds and peak bytes from the end of one step to the end of the next: this trainer does not announce begins."""
+    """Seconds and peak bytes from the end of one step to the end of the next: this trainer has no begin event."""
 
     def __init__(self, peak: Peak):
         self.peak = peak
@@ -39,11 +39,11 @@ class WholeSteps(TrainerCallback):
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train some steps and say what they took.
+    """Train for some steps, and return their time and memory.
 
     Args:
         spec: `policy` ("lora": an adapter, with the adapter off as the reference; "whole": all weights, and a reference
-            model), `workload`, `shape`, `warmup` and `steps`. Value and reward model are whole in both cases.
+            model), `workload`, `shape`, `warmup` and `steps`. Value and reward models never have an adapter.
     """
     workload = Workload.from_dict(spec["workload"])
     peak = peak_meter()
@@ -57,7 +57,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         trainer.train()
     early_ends = [row["val/num_eos_tokens"] for row in trainer.state.log_history if "val/num_eos_tokens" in row]
     if early_ends != [0] * (spec["warmup"] + spec["steps"]):
-        raise RuntimeError(f"EOS tokens in the responses of each step: {early_ends}; there must be none, in every step")
+        raise RuntimeError(
+            f"numbers of EOS tokens in the responses of each step: {early_ends}; expected 0 in every step"
+        )
     return {
         "seconds": [{"step": seconds} for seconds in meter.seconds[spec["warmup"] :]],
         "peak_mib": {"step": (max(meter.highest[spec["warmup"] :]) - before) / MIB},

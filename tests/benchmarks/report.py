@@ -1,4 +1,4 @@
-"""What the runs amount to: medians, ratios against stock at its best, tables, and the JSON file."""
+"""Summarize runs: medians, ratios to stock TRL at its best, tables, and the JSON file."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ from rich.table import Table
 PACKAGES = ("grpo-ext", "trl", "torch", "transformers", "peft", "accelerate")
 COLUMNS = ("step", "sample", "reference", "update")
 
-Run = dict[str, Any]  # workload, title, side, variant, and what `Children.run` gave
+Run = dict[str, Any]  # workload, title, side, variant, and the result of `Children.run`
 
 
 def fits(run: Run) -> bool:
@@ -29,21 +29,21 @@ def seconds(run: Run, phase: str) -> float:
 
 
 def peak_mib(run: Run) -> float:
-    """Highest over the phases, beside what was resident before training."""
+    """Peak over all phases, excluding what was resident before training."""
     return max(run["result"]["peak_mib"].values())
 
 
 def outcome(run: Run) -> str:
-    """One line about a run that ended."""
+    """One line about a finished run."""
     if fits(run):
-        return f"{seconds(run, 'step'):.2f} s a step, {peak_mib(run):.0f} MiB beside the weights"
+        return f"{seconds(run, 'step'):.2f} s per step, {peak_mib(run):.0f} MiB excluding the weights"
     if "does_not_fit" in run:
         return f"does not fit: {run['does_not_fit']}"
     return "failed: " + " | ".join(run["failed"])
 
 
 def ratios(runs: list[Run]) -> list[dict[str, Any]]:
-    """For each variant of ours, stock's fastest step and stock's smallest peak over its own; above 1 ours is better."""
+    """Stock's fastest step and smallest peak, divided by those of each of our variants: above 1, ours is better."""
     rows = []
     for workload in dict.fromkeys(run["workload"] for run in runs):
         there = [run for run in runs if run["workload"] == workload and fits(run)]
@@ -71,7 +71,7 @@ def ratios(runs: list[Run]) -> list[dict[str, Any]]:
 
 def runs_table(runs: list[Run]) -> Table:
     table = Table(
-        "workload", "side", "variant", title="Seconds (median of steps) and peak memory beside the weights (MiB)"
+        "workload", "side", "variant", title="Seconds (median of steps) and peak memory excluding the weights (MiB)"
     )
     for name in (*COLUMNS, "peak", "sample", "reference", "update"):
         table.add_column(name, justify="right")
@@ -87,7 +87,7 @@ def runs_table(runs: list[Run]) -> Table:
 
 
 def ratios_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Stock at its best over ours: above 1 ours is faster, or smaller")
+    table = Table(title="Stock at its best divided by ours: above 1, ours is faster or smaller")
     for name in ("workload", "ours", "step", "reference + update", "memory", "stock's fastest", "stock's smallest"):
         table.add_column(name, justify="right" if name in ("step", "reference + update", "memory") else "left")
     for row in rows:
@@ -97,7 +97,7 @@ def ratios_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def share_of_peak(run: Run) -> float | None:
-    """What the update reaches of the machine's matrix-multiply peak."""
+    """The share of the machine's matrix-multiplication peak that the update reaches."""
     result = run["result"]
     if not result["update_flops"]:
         return None
@@ -105,7 +105,7 @@ def share_of_peak(run: Run) -> float | None:
 
 
 def scale_table(runs: list[Run]) -> Table:
-    table = Table("workload", "side", "variant", title="Against G")
+    table = Table("workload", "side", "variant", title="By group size G")
     for name in ("step (s)", "reference + update (s)", "peak (MiB)", "update GFLOP", "share of matmul peak"):
         table.add_column(name, justify="right")
     for run in runs:
@@ -137,7 +137,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 class BenchFile:
-    """The JSON file, written again after every run, so that an interruption loses nothing."""
+    """The JSON file, rewritten after every run so that an interruption loses no results."""
 
     def __init__(self, path: Path, threads: int, model: dict[str, Any], summary: Callable[[list[Run]], Any]):
         self.runs: list[Run] = []

@@ -1,4 +1,4 @@
-"""What the benchmarks run: workloads as exact lengths, and the shape of the model. No torch: parents stay light."""
+"""Workloads of the benchmarks as exact lengths, and the shape of the model. No torch, so that parents stay small."""
 
 import math
 import random
@@ -33,7 +33,7 @@ TINY = SMOLLM2_135M | {
     "head_dim": 32,
 }
 RAGGED_SEED = 53  # its 32 draws have mean 64.25 after the clip, minimum 6, maximum 256
-TINY_PROMPT, TINY_COMPLETION = 16, 8  # a tiny run divides lengths by these
+TINY_PROMPT, TINY_COMPLETION = 16, 8  # divisors of the lengths in a tiny run
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """What it is, for a table: `W1: 1 x S=512, G=8, C=64`."""
+        """Description for a table: `W1: 1 x S=512, G=8, C=64`."""
         spans = [
             "-".join(map(str, sorted({min(lengths), max(lengths)}))) for lengths in (self.prompts, self.completions)
         ]
@@ -83,14 +83,14 @@ def uniform(name: str, prompt: int, completion: int, generations: int) -> Worklo
 
 
 def ragged(name: str) -> Workload:
-    """Four prompts of 128-384 tokens; completions drawn once, log-normal around a mean of 64, clipped to [1, 256]."""
+    """Four prompts of 128-384 tokens; completion lengths are log-normal around a mean of 64, clipped to [1, 256]."""
     draw, sigma = random.Random(RAGGED_SEED), 1.0
     lengths = (draw.lognormvariate(math.log(64) - sigma**2 / 2, sigma) for _ in range(4 * 8))
     return Workload(name, (128, 213, 299, 384), tuple(min(256, max(1, round(length))) for length in lengths))
 
 
 def tiny(workload: Workload) -> Workload:
-    """The same proportions in seconds, to try the program itself."""
+    """The same proportions at a size that takes seconds, to try out the benchmark itself."""
     return replace(
         workload,
         prompts=tuple(max(1, length // TINY_PROMPT) for length in workload.prompts),

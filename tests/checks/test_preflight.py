@@ -84,7 +84,7 @@ REFUSED = [
             "reward": math_answer_reward,
             "columns": {"answer": ["4", "nobody could say what this is in the end", "5", "6"]},
         },
-        "1 of 4 gold answers cannot be read, counted from 0: row 1: 'nobody",
+        r"1 of 4 gold answers cannot be parsed \(rows are counted from 0\): row 1: 'nobody",
     ),
 ]
 

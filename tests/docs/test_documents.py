@@ -1,4 +1,4 @@
-"""The documents: the paths, links and commands in them exist, and the code of the README runs."""
+"""The documents: their paths, links and commands exist, and the code of the README runs."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ def test_paths_and_commands_of_the_documents_exist(document):
 
 
 def test_python_of_the_readme_runs(tmp_path):
-    """As printed, one after the other, with the embedded model in place of the reader's own."""
+    """As printed, in order, with the embedded model in place of one from the Hub."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = (
         "\n".join(blocks)
@@ -58,7 +58,7 @@ def embedded():
 
 
 def test_the_stage_of_the_contributors_guide_works(build, small_model, monkeypatch):
-    """As printed, with one line in the list of stages and one field in the config."""
+    """As printed, together with one line in the list of stages and one field in the config."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     names = {}
     exec(code, names)

@@ -1,4 +1,4 @@
-"""The project's frame: the top level, what make installs, and the order in which packages import each other."""
+"""The structure of the project: the top level, what make installs, and the order in which packages are imported."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def test_accelerate_configs_say_when_to_use_them():
 
 
 def test_an_old_python_gets_one_line(tmp_path):
-    """`make` with a Python before 3.11 says so before it installs anything."""
+    """With a Python before 3.11, `make` says so before it installs anything."""
     old = tmp_path / "python3.9"
     old.write_text(
         f"#!/bin/sh\nexec {sys.executable} -c "
@@ -44,12 +44,12 @@ def test_an_old_python_gets_one_line(tmp_path):
     done = subprocess.run(["make", "math", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-    assert said == ["grpo-ext needs Python 3.11 or newer, this is 3.9.1. Try: make PYTHON=python3.11"]
+    assert said == ["grpo-ext needs Python 3.11 or newer; this is 3.9.1. Try: make PYTHON=python3.11"]
 
 
 def test_nothing_is_installed_twice(tmp_path):
-    """make has nothing to install after an installation that is newer than the package files, and installs again
-    after one of them changed."""
+    """make installs nothing if the installation is newer than the package files, and installs again if one of them
+    has changed."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
         os.utime(tmp_path / name, (1_000_000, 1_000_000))
@@ -69,7 +69,7 @@ def test_nothing_is_installed_twice(tmp_path):
 
 
 def test_packages_import_downwards_only():
-    """The contracts of [tool.importlinter] in pyproject.toml: layers of grpo_ext, and what the rewards do without."""
+    """The contracts of [tool.importlinter] in pyproject.toml: layers of grpo_ext, and imports forbidden to rewards."""
     lint_imports = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

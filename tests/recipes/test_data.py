@@ -44,7 +44,7 @@ def test_other_formats_and_column_names(tmp_path, tokenizer, suffix):
     frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
     problems = load_problems(str(path), tokenizer)
     assert problems.train[0].keys() == {"prompt", "answer", "level"}
-    assert problems.train[0]["prompt"].endswith("+1=?")  # a prompt is a prompt: as it is
+    assert problems.train[0]["prompt"].endswith("+1=?")  # a column named `prompt` is used as it is
     assert isinstance(problems.train[0]["answer"], str)
 
 
@@ -53,7 +53,7 @@ def test_a_folder_with_a_test_file_keeps_it_apart(tmp_path, tokenizer):
     write(tmp_path / "data" / "test.jsonl", [*ROWS[:2], {"question": "0+0=?", "answer": "0"}])
     problems = load_problems(str(tmp_path / "data"), tokenizer)
     assert len(problems.heldout) == 3
-    assert len(problems.train) == 48  # the two that the test file shares
+    assert len(problems.train) == 48  # without the two that are in the test file
     assert problems.note == "3 problems of split 'test'; 2 training rows with the same prompt were left out"
 
 
@@ -71,14 +71,14 @@ def with_template(tokenizer, end):
     ("end", "chat", "is_messages"),
     [
         ("eos", "auto", True),
-        ("<|im_end|>", "auto", False),  # Qwen2.5 base: the template ends turns with what does not end its text
+        ("<|im_end|>", "auto", False),  # Qwen2.5 base: the template ends turns with a token that does not end its text
         ("", "auto", False),
         ("<|im_end|>", "true", True),
         ("eos", "false", False),
     ],
 )
 def test_chat_or_base_is_told_by_the_end_of_a_turn(tmp_path, tokenizer, caplog, end, chat, is_messages):
-    """A base model that ships a chat template got system and user turns that it never ends."""
+    """Otherwise a base model that ships a chat template would get system and user turns, which it never ends."""
     own = with_template(tokenizer, tokenizer.eos_token if end == "eos" else end)
     row = load_problems(write(tmp_path / "d.jsonl", ROWS), own, chat=chat).train[0]
     if is_messages:
@@ -103,14 +103,14 @@ def test_end_tokens_of_the_generation_config_count(tmp_path, tokenizer):
 
 
 def test_no_template_warning_for_plain_prompts_of_a_base_model(tokenizer):
-    """The README's example on a base model was told to use the chat template that the model does not know."""
+    """Otherwise a base model with plain prompts would be told to use a chat template that it was not trained on."""
     for end, warned in (("<|im_end|>", False), (tokenizer.eos_token, True)):
         found = warnings_of_template(with_template(tokenizer, end), "Question: 1+1=?", {}, {tokenizer.eos_token_id})
         assert bool(found) == warned
 
 
 def test_messages_of_the_data(tmp_path, tokenizer):
-    """A chat model gets them as they are, a base model their text; several turns are no question for it."""
+    """A chat model gets them as they are, a base model only their text, so several turns are an error."""
     turns = [{"role": "user", "content": "hi"}]
     path = write(tmp_path / "m.jsonl", [{"prompt": turns, "answer": "1"}] * 10)
     assert load_problems(path, with_template(tokenizer, tokenizer.eos_token)).heldout[0]["prompt"] == turns
@@ -137,7 +137,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_usual_shapes_need_no_flags(tmp_path, tokenizer, shape):
-    """Each was refused for the names of its columns, or its answers became the text of a list."""
+    """Otherwise each would be rejected for its column names, or its answers would become the text of a list."""
     row, prompt, answer = SHAPES[shape]
     rows = load_problems(write(tmp_path / "d.jsonl", [row(i) for i in range(30)]), tokenizer).train
     found = {(r["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:"), r["answer"]) for r in rows}
@@ -167,7 +167,7 @@ CODE = {
 
 @pytest.mark.parametrize("shape", CODE)
 def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
-    """Data without an answer column was refused, and tests that cannot be read were not called by their name."""
+    """Data without an answer column is accepted, and unsupported tests are reported by the name of their format."""
     row, refused = CODE[shape]
     rows = [
         {name: f"{text}{i}" if name != "test" and isinstance(text, str) else text for name, text in row.items()}
@@ -202,7 +202,7 @@ HOLES = {
 @pytest.mark.parametrize("hole", HOLES)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rows_that_cannot_be_judged(tmp_path, tokenizer, hole, split):
-    """`str()` made the gold answers "None" and "['256']" of them, and a model was paid for writing None."""
+    """`str()` would turn them into the gold answers "None" and "['256']", and reward a model for writing None."""
     change, reason = HOLES[hole]
     is_list = hole in ("several", "none")
     rows = [{"question": f"{i}?", "answer": [str(i)] if is_list else str(i)} for i in range(30)]
@@ -224,7 +224,7 @@ def test_rows_that_cannot_be_judged(tmp_path, tokenizer, hole, split):
 
 
 def test_numbers_from_a_spreadsheet(tmp_path, tokenizer):
-    """pandas makes floats of whole numbers if some are missing, and NaN of these."""
+    """If some numbers are missing, pandas turns these into NaN and the whole numbers into floats."""
     frame = pandas.DataFrame({"question": [f"{i}?" for i in range(30)], "answer": [None, *range(1, 30)]})
     frame.to_parquet(tmp_path / "d.parquet")
     problems = load_problems(str(tmp_path / "d.parquet"), tokenizer, unreadable_gold="drop")
@@ -265,7 +265,7 @@ def test_files_and_folders(tmp_path, tokenizer, name):
 
 
 def test_folders_of_save_to_disk(tmp_path, tokenizer):
-    """`datasets` asks for `load_from_disk`, which a flag cannot call."""
+    """For these, `datasets` asks for `load_from_disk`, which a flag cannot call."""
     rows = Dataset.from_list(THIRTY)
     rows.save_to_disk(tmp_path / "one")
     rows.train_test_split(test_size=5, seed=0).save_to_disk(tmp_path / "both")
@@ -280,7 +280,7 @@ def test_folders_of_save_to_disk(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("prompts", [1, 2, 10])
 def test_few_prompts_in_many_rows(tmp_path, tokenizer, prompts):
-    """The copies of held-out prompts emptied the training data: "The training data has no rows"."""
+    """Removing the copies of held-out prompts must not empty the training data."""
     rows = [{"question": f"Write a haiku {i % prompts}.", "answer": "1"} for i in range(30)]
     problems = load_problems(write(tmp_path / "d.jsonl", rows), tokenizer)
     shared = questions(problems.train) & questions(problems.heldout)
@@ -314,7 +314,7 @@ def test_bad_data_is_named(tmp_path, tokenizer):
 
 
 def test_the_name_on_the_hub_stays_with_the_rows(monkeypatch, tokenizer, tmp_path):
-    """For the card of a run; `datasets` itself keeps `gsm8k` of `openai/gsm8k`."""
+    """For the model card of a run; `datasets` itself keeps only `gsm8k` of `openai/gsm8k`."""
     splits = load_dataset("json", data_files={"train": write(tmp_path / "d.jsonl", ROWS)})
     monkeypatch.setattr("grpo_ext.data.files.load_dataset", lambda name, config: splits)
     problems = load_problems("openai/gsm8k", tokenizer, config="main")
@@ -322,7 +322,7 @@ def test_the_name_on_the_hub_stays_with_the_rows(monkeypatch, tokenizer, tmp_pat
 
 
 def test_the_first_config_of_the_hub_is_named(monkeypatch, tokenizer, tmp_path):
-    """It was taken silently, and the banner did not say which one."""
+    """If it is chosen by default, the banner must say so."""
     splits = load_dataset("json", data_files={"train": write(tmp_path / "d.jsonl", ROWS)})
     monkeypatch.setattr("grpo_ext.data.files.load_dataset", lambda name, config: splits)
     monkeypatch.setattr("grpo_ext.data.files.get_dataset_config_names", lambda name: ["main", "socratic"])

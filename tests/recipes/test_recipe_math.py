@@ -1,4 +1,4 @@
-"""`recipes/math.py` as a user starts it: every way of launching it, what it leaves behind, and that it learns."""
+"""`recipes/math.py` as users run it: every way of launching it, the files that it writes, and that it learns."""
 
 import json
 import random
@@ -47,16 +47,17 @@ def lines_of(path):
     ids=lambda value: value if isinstance(value, str) else " ".join(Path(part).name for part in value),
 )
 def test_every_way_of_launching_it(tmp_path, folder, command):
-    """Where Python's own `math` is a shared object, a script named math.py in the first folder of sys.path becomes
-    `math` for every other module, and `import random` dies. The tests below start it by `python` from both folders."""
+    """If Python's own `math` is a shared object, a script named math.py in the first folder of sys.path would become
+    `math` for every other module, and `import random` would fail. The tests below start it with `python` from both
+    folders."""
     code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
 
 
 def test_spawned_workers(tmp_path):
-    """A spawned child starts with the current folder first on its path and imports the script again; both from
-    inside recipes/, data-loader workers and two processes."""
+    """A spawned child starts with the current folder first on its path, and imports the script again. Here the folder
+    is recipes/, and the children are data-loader workers."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import multiprocessing as m\nm.set_start_method('spawn', force=True)\n"
@@ -68,7 +69,7 @@ def test_spawned_workers(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Each takes its half of the rollouts and of the held-out problems; the report is given once."""
+    """Each process takes half of the rollouts and of the held-out problems, and results are printed once."""
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
     code, output = launch(command, cwd=ROOT / "recipes", OMP_NUM_THREADS="1")
     assert code == 0, output
@@ -79,12 +80,14 @@ def test_two_processes(tmp_path):
     assert [(row["step"], len(row["groups"])) for row in rollouts] == [(1, 2), (2, 2)]
     for group in (group for row in rollouts for group in row["groups"]):
         assert len(group["answers"]) == 8
-        assert int(group["gold"]) == sum(map(int, re.findall(r"\d+", group["prompt"])))  # not of the other process
+        assert int(group["gold"]) == sum(
+            map(int, re.findall(r"\d+", group["prompt"]))
+        )  # not the gold answer of the other process
         for answer in group["answers"]:
             assert answer["rewards"]["math_answer_reward"] == float(answer["found"] == group["gold"])
 
 
-def test_what_a_run_says_and_leaves(tmp_path):
+def test_what_a_run_prints_and_writes(tmp_path):
     """Banner, samples and verdict; adapter, card, checkpoints, metrics, picture and summary."""
     code, output = launch([sys.executable, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
     assert code == 0, output
@@ -135,7 +138,7 @@ def test_what_a_run_says_and_leaves(tmp_path):
     ],
 )
 def test_own_data_on_a_4bit_base_or_without_adapter(tmp_path, capsys, monkeypatch, flags, banner):
-    """The flags of a real task: a model by name, problems in a file, NF4; and a full fine-tune."""
+    """The flags of a real task: a model by name, problems in a file, and NF4 or a full fine-tune."""
     rows = [{"question": f"{i}+{i}=?", "solution": f"twice {i}\n#### {2 * i}"} for i in range(100, 160)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = ["--model_name_or_path", str(TINY_MODEL), "--dataset_name", str(tmp_path / "problems.jsonl")]
@@ -163,7 +166,7 @@ def test_flags_and_config_files(tmp_path, capsys):
 
 
 def test_offline_a_hub_name_gives_one_sentence(tmp_path):
-    """SystemExit, which has no stack trace, whether the model or the data cannot be had."""
+    """SystemExit, which prints no stack trace, if the model or the data set cannot be fetched."""
     with pytest.raises(SystemExit, match="Data set 'openai/gsm8k' is not a local path and could not be fetched"):
         recipe.main(["--model_name_or_path", str(TINY_MODEL), "--dataset_name", "openai/gsm8k"])
     with pytest.raises(SystemExit, match="Model 'nobody/nothing' is not a local path and could not be fetched"):
@@ -171,7 +174,7 @@ def test_offline_a_hub_name_gives_one_sentence(tmp_path):
 
 
 def test_a_picture_that_fails_does_not_end_the_run(tmp_path, caplog):
-    """Here both names are taken by folders: the adapter and the summary are there all the same."""
+    """Here folders occupy both names; the adapter and the summary are written all the same."""
     for name in ("report.html", "curves.png"):
         (tmp_path / name / "taken").mkdir(parents=True)
     recipe.main([*TWO_STEPS, "--output_dir", str(tmp_path)])
@@ -181,7 +184,7 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, caplog):
 
 
 def test_a_resumed_recipe_reports_from_its_start(tmp_path):
-    """What was found before training is that of the first session; the report and the log are those of one run."""
+    """The evaluation before training is kept from the first session, and report and log are those of one run."""
     flags = [*TWO_STEPS, "--max_steps", "3", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
     recipe.main(flags)
 
@@ -209,8 +212,8 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_learns(tmp_path):
-    """By sequence-level GRPO alone, with beta > 0; then a fresh process loads the adapter with plain
-    PEFT on the base and finds the same accuracy."""
+    """With sequence-level GRPO alone and beta > 0. Then a fresh process loads the adapter with plain PEFT and finds the
+    same accuracy."""
     flags = ["--seed", "1", "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
     code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # other tests run at the same time
     assert code == 0, output
@@ -247,7 +250,7 @@ print("accuracy", right / len(rows))
 
 @pytest.mark.slow
 def test_shuffled_rewards_teach_nothing(tmp_path):
-    """The same run with each batch's rewards in random order: what it gains would not come from the rewards."""
+    """The same run with the rewards of each batch in random order: any gain would not come from the rewards."""
     flags = ["--output_dir", str(tmp_path), "--max_steps", "15", "--disable_tqdm", "True", "--report_to", "none"]
     script_args, args, model_args = recipe.parse(flags)
     tokenizer = load_tokenizer(model_args)
@@ -276,5 +279,5 @@ def test_shuffled_rewards_teach_nothing(tmp_path):
 
     before = accuracy()
     trainer.train()
-    assert trainer.state.global_step == 15  # the real run is above 0.9 by then
+    assert trainer.state.global_step == 15  # the real run has passed 0.9 by then
     assert accuracy() < before + 0.1

@@ -1,4 +1,4 @@
-"""All recipes but `recipes/math.py` as a user starts them, with two steps each, and the data that they bring."""
+"""All recipes except `recipes/math.py` as users run them, for two steps each, and the data that comes with them."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubble
 
 
 def started(tmp_path, folder, command):
-    """Run two steps; returns the output and the summary."""
+    """Run two steps; return the output and the summary."""
     code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
@@ -61,20 +61,20 @@ def test_coding_as_a_module(tmp_path):
 
 
 def test_guess_a_number(tmp_path, monkeypatch, capsys):
-    """The preset of the game, with the embedded model, which has no chat template, in place of a chat model."""
+    """The preset of the game, with the embedded model in place of a chat model. It has no chat template."""
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     monkeypatch.setenv("COLUMNS", "160")
     preset = ["--config", str(RECIPES / "guess_number.yaml"), "--model_name_or_path", str(RECIPES / "tiny_math/model")]
     dialogue.main([*preset, *TWO_STEPS, "--max_turns", "3", "--output_dir", str(tmp_path)])
     output = capsys.readouterr().out
-    assert "80 problems; held out: 20 numbers of 100" in output
+    assert "80 problems; held out: 20 of 100 numbers" in output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])
 def test_every_recipe_drops_its_folder_from_the_path(recipe):
-    """As the recipe for mathematics does, which test_recipe_math.py starts in every way: without it, `import math`
-    finds math.py in the folder of the script."""
+    """Like recipes/math.py, which test_recipe_math.py starts in every way: otherwise `import math` would find math.py
+    in the folder of the script."""
 
     def guard(path):
         lines = path.read_text().splitlines()
@@ -87,7 +87,7 @@ def test_every_recipe_drops_its_folder_from_the_path(recipe):
 
 @pytest.mark.parametrize("preset", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_presets_hold_flags_that_exist(preset, tmp_path):
-    """A misspelt line of a preset for a GPU would stop a run that nobody starts here."""
+    """A misspelt key in a GPU preset would stop runs that no test starts."""
     recipe = {
         "guess_number": dialogue.DialogueArguments,
         "tiny_dialogue": dialogue.DialogueArguments,
@@ -110,7 +110,7 @@ def test_presets_hold_flags_that_exist(preset, tmp_path):
 
 @needs_sandbox
 def test_every_gold_program_is_right():
-    """And none of them is right for another problem, so that the tests tell programs apart."""
+    """And each is wrong for the next problem, so the tests tell programs apart."""
     rows = [json.loads(line) for line in (RECIPES / "tiny_coding.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["entry_point"] for row in rows}) == 40
     columns = {name: [row[name] for row in rows] for name in ("entry_point", "inputs", "outputs")}
@@ -124,7 +124,7 @@ def test_every_gold_program_is_right():
 
 
 def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
-    """Only the tests name the function; a problem whose tests the reward cannot read is left out."""
+    """Only the tests name the function. Problems with tests that the reward does not support are left out."""
     rows = [
         {"prompt": f"Write a function to add {i}.", "code": "...", "test_list": [f"assert plus(1) == {i + 1}"]}
         for i in range(50)
@@ -135,12 +135,12 @@ def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
     problems = load_problems(str(path), tokenizer, prompt_format=coding.PROMPT_FORMAT)
     judged = coding.judged(problems)
     assert len(judged.train) + len(judged.heldout) == 49
-    assert judged.note.endswith("; 1 problems whose tests cannot be judged were left out")
+    assert judged.note.endswith("; 1 problems with unsupported tests were left out")
     number = judged.train[0]["prompt"].partition("add ")[2].partition(".")[0]
     test = f"Your program must pass this test:\nassert plus(1) == {int(number) + 1}"
     assert judged.train[0]["prompt"] == f"Write a function to add {number}.\n{test}"
     (tmp_path / "none.jsonl").write_text("".join(json.dumps(rows[7] | {"prompt": str(i)}) + "\n" for i in range(9)))
-    with pytest.raises(SystemExit, match="No problem has tests that can be judged"):
+    with pytest.raises(SystemExit, match="No problem has tests that the reward supports"):
         coding.judged(load_problems(str(tmp_path / "none.jsonl"), tokenizer))
 
 

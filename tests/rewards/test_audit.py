@@ -13,11 +13,11 @@ from tests.tools.paths import TINY_DATA
 
 ROWS = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(3, 7) for b in (2, 10)]
 EXPLOITS = {
-    "gold answers, changed",
+    "altered gold answers",
     "empty answers",
     "always the same answer",
-    "the prompt copied",
-    "very long, no answer",
+    "copied prompt",
+    "long text without an answer",
     "several candidates",
 }
 
@@ -51,16 +51,16 @@ def found(reward, rows=ROWS, **settings):
     ],
 )
 def test_what_it_finds(reward, failed):
-    assert found(reward) - {"wrong, with more words"} == failed
-    assert ("wrong, with more words" in found(reward)) is (reward is pays_for_length)
+    assert found(reward) - {"padded wrong answers"} == failed
+    assert ("padded wrong answers" in found(reward)) is (reward is pays_for_length)
 
 
-def test_changed_answers_are_not_the_gold():
+def test_altered_answers_differ_from_the_gold():
     """Numbers differ in one digit; words are replaced by those of another row."""
     rows = [{"prompt": "?", "answer": text} for text in ("105", "east", "west")]
     checks, _ = audit(always_right, rows, forms=["{}"])
-    (changed,) = (check for check in checks if check.name == "gold answers, changed")
-    number, east, west = (completion for completion, _ in changed.failed)
+    (altered,) = (check for check in checks if check.name == "altered gold answers")
+    number, east, west = (completion for completion, _ in altered.failed)
     assert len(number) == 3
     assert sum(a != b for a, b in zip(number, "105", strict=True)) == 1
     assert east in ("105", "west")
@@ -81,8 +81,8 @@ def test_chat_prompts_get_chat_answers():
     ("changes", "message"),
     [
         ({"rows": ROWS[:1]}, "two or more rows with the column 'answer'; got 1"),
-        ({"gold": "solution"}, "column 'solution'; got 8 with: answer, prompt"),
-        ({"forms": ["the answer"]}, r"forms=\['the answer'\] need a '\{\}' each"),
+        ({"gold": "solution"}, "column 'solution'; got 8 with the columns: answer, prompt"),
+        ({"forms": ["the answer"]}, r"forms=\['the answer'\]: each form needs a '\{\}'"),
     ],
 )
 def test_refusals(changes, message):

@@ -1,4 +1,4 @@
-"""The time limit of a call: it is raised, raised again if the call swallows it, and leaves no timer behind."""
+"""The time limit of a call: it raises, raises again if the call swallows the exception, and leaves no timer behind."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from tests.tools.waiting import becomes
 
 
 def spin(seconds, *, swallow=False):
-    """Computes for some seconds, and swallows every exception as libraries do."""
+    """Computes for some seconds, and swallows exceptions as libraries do."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -34,7 +34,7 @@ def test_a_call_in_time_returns_its_result_and_leaves_no_timer():
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_call_that_takes_longer_is_stopped(swallow):
-    """sympy catches every Exception, and sometimes more, so a limit that is raised only once is no limit."""
+    """sympy catches every Exception, and sometimes more, so raising only once would not enforce the limit."""
     assert not issubclass(DeadlineExceeded, Exception)
     with pytest.raises(DeadlineExceeded):
         run_with_deadline(0.2, lambda: spin(30, swallow=swallow))
@@ -53,7 +53,7 @@ def test_an_alarm_of_the_user_still_rings():
 
 
 def test_off_the_main_thread_the_call_runs_without_a_limit():
-    """Python allows no signal handlers there, but the reward must still work."""
+    """Python allows signal handlers only in the main thread, but the reward must still work."""
     results = []
     thread = threading.Thread(target=lambda: results.append(run_with_deadline(0.05, lambda: spin(0.2))))
     thread.start()

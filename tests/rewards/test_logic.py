@@ -55,12 +55,12 @@ def test_splits_share_no_question():
     assert len(set(questions)) == 80
     assert logic_problems("chain_sum", train=60, heldout=20, seed=3, **small) == (train, heldout)
     assert logic_problems("chain_sum", train=60, heldout=20, seed=400, **small)[1] != heldout
-    with pytest.raises(ValueError, match=r"'chain_sum' gave \d+ different questions among 1200; 500 \+ 100 were asked"):
+    with pytest.raises(ValueError, match=r"'chain_sum' generated \d+ distinct questions out of 1200; 500 \+ 100 are"):
         logic_problems("chain_sum", train=500, heldout=100, **small)
 
 
 def test_rows_are_strings_and_make_a_data_set(monkeypatch):
-    """Offline: no socket is opened. Each column has one type, whatever the metadata of a task are."""
+    """Offline: no connection is opened. Each column has one type, whatever the metadata of a task."""
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network"))
     tasks = ("chain_sum", "graph_color", "sudoku")
     rows = [row for task in tasks for row in logic_problems(task, train=2, heldout=0)[0]]
@@ -72,8 +72,8 @@ def test_rows_are_strings_and_make_a_data_set(monkeypatch):
 
 @pytest.mark.parametrize("task", slow_but(TASKS, ["chain_sum", "countdown", "knights_knaves", "rubiks_cube"]))
 def test_every_task_gives_its_gold_answer_the_full_score_and_survives_hostile_ones(task, tmp_path, monkeypatch):
-    """Metadata that JSON cannot hold would score right answers as wrong. A scorer that executes the model's text would
-    leave a file here, or never return."""
+    """If JSON did not preserve the metadata, right answers would score as wrong. A scorer that executes the model's
+    text would leave a file here, or never return."""
     monkeypatch.chdir(tmp_path)
     rows, _ = logic_problems(task, train=2, heldout=0, seed=5)
     for row in rows:
@@ -128,15 +128,15 @@ def test_partial_scores_are_kept():
     ("task", "answer"),
     [("complex_arithmetic", "nan"), ("number_sorting", "[NaN, NaN]"), ("coin_flip", "1e9999999")],
 )
-def test_what_is_no_number_earns_nothing(task, answer):
-    """NaN would be as good as the right number for a scorer that takes the smaller of two scores."""
+def test_what_is_not_a_number_earns_nothing(task, answer):
+    """A scorer that takes the smaller of two scores would accept NaN as the right number."""
     rows, _ = logic_problems(task, train=5, heldout=0)
     for row in rows:
         count = row["answer"].count(",") + 1
         assert score(row, answer.replace("NaN, NaN", ", ".join(["NaN"] * count))) == 0.0
 
 
-def test_the_options_of_the_task_are_those_of_its_scorer():
+def test_the_scorer_gets_the_options_of_the_task():
     """decimal_arithmetic tolerates an error of one unit in the last decimal place, whose number is an option."""
     for places, forgiven in ((1, 1.0), (4, 0.0)):
         options = {"min_num_decimal_places": places, "max_num_decimal_places": places}
@@ -147,12 +147,12 @@ def test_the_options_of_the_task_are_those_of_its_scorer():
 def test_bad_data_is_reported():
     with pytest.raises(ValueError, match=r"has no task 'chain_sums'.*chain_sum, "):
         logic_problems("chain_sums", train=1, heldout=0)
-    with pytest.raises(ValueError, match="'simple_integration' is not offered: its scorer runs the model's text"):
+    with pytest.raises(ValueError, match="'simple_integration' is not supported: its scorer runs the model's text"):
         logic_problems("simple_integration", train=1, heldout=0)
-    with pytest.raises(ValueError, match=r"'chain_sum' does not take .*terms"):
+    with pytest.raises(ValueError, match=r"'chain_sum' does not accept the options .*terms"):
         logic_problems("chain_sum", train=1, heldout=0, terms=3)
     for metadata in ("", "{}", "[]", '"x"', '{"config": {}}', None):
-        with pytest.raises(ValueError, match="Metadata of 'chain_sum' are not those of logic_problems"):
+        with pytest.raises(ValueError, match="The metadata of 'chain_sum' do not come from logic_problems"):
             logic_reward(["7"], answer=["7"], task=["chain_sum"], metadata=[metadata])
     with pytest.raises(ValueError, match="has no task 'nothing'"):
         logic_reward(["7"], answer=["7"], task=["nothing"], metadata=['{"config": {}, "metadata": {}}'])

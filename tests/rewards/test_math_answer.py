@@ -21,7 +21,7 @@ from tests.tools.waiting import PATIENCE
 
 RIGHT, WRONG, UNSCORED = 1.0, 0.0, None
 
-TIMEOUT = 10.0  # seconds that a worker has for a completion by default
+TIMEOUT = 10.0  # default time limit of a worker, in seconds per completion
 CASES = [
     # LOCATION OF THE FINAL ANSWER
     # \boxed: the last complete one, with nested braces
@@ -145,8 +145,8 @@ CASES = [
     ("#### 3 1/2", "3.5", RIGHT),
     ("#### 3½", "3.5", RIGHT),
     ("#### -3 1/2", "-3.5", RIGHT),
-    ("#### 3 1/2", "1.5", WRONG),  # no product
-    ("#### 5 6", "11", WRONG),  # no sum
+    ("#### 3 1/2", "1.5", WRONG),  # not a product
+    ("#### 5 6", "11", WRONG),  # not a sum
     # percentages: 50% is a half, and also the 50 of "how many percent?"
     (r"\boxed{50\%}", "0.5", RIGHT),
     ("#### 50%", "50", RIGHT),
@@ -193,7 +193,7 @@ CASES = [
     (r"\boxed{5\pi}", "5", WRONG),
     ("#### 5 m", "500", WRONG),
     ("#### apples", "5", WRONG),
-    # words that change the value are no units
+    # words that change the value are not units
     ("#### 5 million", "5000000", RIGHT),
     ("#### $2.5 million", "2,500,000", RIGHT),
     ("#### 5万", "50000", RIGHT),
@@ -221,7 +221,7 @@ CASES = [
     ("#### 1.5e3", "15000", WRONG),
     ("#### -", "0", WRONG),
     #
-    # UNEVALUATED ARITHMETIC IS NO NUMBER
+    # UNEVALUATED ARITHMETIC IS NOT A NUMBER
     ("#### 737+844", "1581", WRONG),
     (r"\boxed{2+3}", "5", WRONG),
     (r"\boxed{6 \times 7}", "42", WRONG),
@@ -236,7 +236,7 @@ CASES = [
     (r"\boxed{2(3)}", "6", WRONG),
     (r"\boxed{1.5/2}", "0.75", WRONG),
     (r"\boxed{(1+1, 2)}", "(2,2)", WRONG),
-    # unless that is what the gold answer is
+    # unless the gold answer is unevaluated as well
     (r"\boxed{2^{10}}", "2^{10}", RIGHT),
     (r"\boxed{1024}", "2^{10}", RIGHT),
     (r"\boxed{1025}", "2^{10}", WRONG),
@@ -255,7 +255,7 @@ CASES = [
     (r"\boxed{\frac{n(n+1)}{2}}", "n(n+1)/2", RIGHT),
     (r"\boxed{2xyz}", "2zyx", RIGHT),
     (r"\boxed{5c}", "5c", RIGHT),
-    (r"\boxed{5}", "5c", WRONG),  # no unit
+    (r"\boxed{5}", "5c", WRONG),  # not a unit
     (r"\boxed{2x + 3t}", "2x+3", WRONG),
     (r"\boxed{2.5x}", r"\frac{5}{2}x", RIGHT),
     (r"\boxed{x²}", "x^2", RIGHT),
@@ -280,8 +280,8 @@ CASES = [
     (r"\boxed{\frac{22}{7}}", r"\pi", WRONG),
     (r"\boxed{0.3333333333}", r"\frac{\sqrt{4}}{6}", WRONG),
     (r"\boxed{0.5}", r"\frac{\sqrt{4}}{4}", RIGHT),
-    (r"\boxed{0.1x}", r"\frac{x}{10}", RIGHT),  # exact, too
-    (r"\boxed{6+\sqrt{2}}", r"2(3)+\sqrt{2}", RIGHT),  # no mixed number
+    (r"\boxed{0.1x}", r"\frac{x}{10}", RIGHT),  # also exact
+    (r"\boxed{6+\sqrt{2}}", r"2(3)+\sqrt{2}", RIGHT),  # not a mixed number
     (r"\boxed{? \frac{1}{2}}", r"\frac{\sqrt{4}}{4}", WRONG),  # the piece that can be read is not the answer
     # functions and constants
     (r"\boxed{\sin x}", "sin(x)", RIGHT),
@@ -316,7 +316,7 @@ CASES = [
     (r"\boxed{A, B}", "A", WRONG),
     (r"\boxed{\text{East}}", "east", RIGHT),
     (r"\boxed{east}", r"\text{east}", RIGHT),
-    (r"\boxed{seat}", r"\text{east}", WRONG),  # no product of letters
+    (r"\boxed{seat}", r"\text{east}", WRONG),  # not a product of letters
     (r"\boxed{\text{no solution}}", "No solution", RIGHT),
     ("答案是星期三。", "星期三", RIGHT),
     ("答案是星期二。", "星期三", WRONG),
@@ -324,7 +324,7 @@ CASES = [
     (r"\boxed{yes and no}", "yes", WRONG),
     #
     # LISTS, TUPLES, SETS, INTERVALS
-    # a bare list has no order
+    # a bare list is unordered
     (r"\boxed{1, 2}", "1,2", RIGHT),
     (r"\boxed{2, 1}", "1, 2", RIGHT),
     (r"\boxed{1 \text{ and } 2}", "1,2", RIGHT),
@@ -339,7 +339,7 @@ CASES = [
     (r"\boxed{\pm 5}", "5, -5", RIGHT),
     (r"\boxed{1 \pm \sqrt{2}}", r"1-\sqrt2, 1+\sqrt2", RIGHT),
     (r"\boxed{\pm 5}", "5", WRONG),
-    # a tuple has
+    # a tuple is ordered
     (r"\boxed{(1,2)}", "(1,2)", RIGHT),
     (r"\boxed{(1, 2)}", r"\left(1,2\right)", RIGHT),
     (r"\boxed{(2,1)}", "(1,2)", WRONG),
@@ -350,7 +350,7 @@ CASES = [
     (r"\boxed{(2,3),(0,1)}", "(0,1),(2,3)", RIGHT),
     (r"\boxed{(5)}", "5", RIGHT),
     (r"\boxed{(1,2),}", "(1,2)", RIGHT),
-    # a list without brackets passes for a tuple in its order
+    # a list without brackets matches a tuple in the same order
     (r"\boxed{1,2}", "(1,2)", RIGHT),
     (r"\boxed{2,1}", "(1,2)", WRONG),
     (r"\boxed{1 \text{ or } 2}", "(1,2)", WRONG),
@@ -397,7 +397,7 @@ CASES = [
     (r"\boxed{x=1, y=2}", "y=2, x=1", RIGHT),
     (r"\boxed{x=1, y=2}", "(1,2)", RIGHT),
     (r"\boxed{x=2, y=1}", "(1,2)", WRONG),
-    # values without names stand in the order of the names
+    # values without names are in the order of the names
     (r"\boxed{(1,2)}", "y=2, x=1", RIGHT),
     (r"\boxed{1, 2}", "x=1, y=2", RIGHT),
     (r"\boxed{(2,1)}", "y=2, x=1", WRONG),
@@ -424,7 +424,7 @@ CASES = [
     (r"\boxed{25}", "x^2+y^2=25", WRONG),
     (r"\boxed{y = 2x+4}", "y=2x+3", WRONG),
     (r"\boxed{f(x) = x+1}", "f(x)=1+x", RIGHT),
-    # an equation that contains the gold answer, or says nothing, is not solved
+    # an equation that merely implies the gold answer, or says nothing, is not solved
     (r"\boxed{5x=25}", "x=5", WRONG),
     (r"\boxed{2x-5=5}", "5", WRONG),
     (r"\boxed{x-5=0}", "x=5", WRONG),
@@ -454,7 +454,7 @@ CASES = [
     (r"\boxed{y < 2x+1}", "y>2x+1", WRONG),
     (r"\boxed{3<4}", "1<2", WRONG),
     #
-    # SEVERAL CANDIDATES ARE NO ANSWER
+    # SEVERAL CANDIDATES ARE NOT AN ANSWER
     (r"\boxed{1 or 2}", "2", WRONG),
     (r"\boxed{5, 6}", "5", WRONG),
     (r"\boxed{5, 6}", "6", WRONG),
@@ -482,13 +482,13 @@ CASES = [
     (r"\boxed{0..9}", "5", WRONG),
     (r"\boxed{\text{the number is 5}}", "5", WRONG),
     #
-    # THE GOLD ANSWER, AS DATA SETS WRITE IT
+    # GOLD ANSWERS AS DATA SETS WRITE THEM
     ("#### 72", "Natalia sold 48/2 = 24 clips in May.\n#### 72", RIGHT),
     (r"\boxed{7}", r"We add them and get $\boxed{7}$.", RIGHT),
     ("#### 7", "The answer is 7.", RIGHT),
     ("#### 7", "$7$", RIGHT),
     ("#### 7", r"\[7\]", RIGHT),
-    # gold that cannot be parsed: the completion cannot be scored
+    # if the gold answer cannot be parsed, the completion cannot be scored
     ("#### 1", "", UNSCORED),
     ("#### 1", " ", UNSCORED),
     ("#### 1", "no number here?", UNSCORED),
@@ -506,9 +506,10 @@ CASES = [
 
 TOWER = "9^{9^{9^{9}}}"
 
-# What a model may write to break the reward, against a number and an expression. All of it must score 0.0, quickly.
+# Text by which a model might break the reward, scored against gold answers of several kinds. All of it must score 0.0,
+# quickly.
 HOSTILE = [
-    # numbers that no memory holds
+    # numbers that do not fit into memory
     rf"\boxed{{{TOWER}}}",
     r"\boxed{9^9^9^9}",
     rf"\boxed{{e^{{-{TOWER}}}}}",
@@ -600,7 +601,7 @@ HOSTILE = [
     r"\boxed{\text{True}}",
 ]
 
-# The question, what the model makes of it, the gold answer. A copied question is no answer.
+# The question, the model's answer, the gold answer and the score. A copied question is not an answer.
 COPIES = [
     ("Simplify $(x+1)^2-x^2$.", "(x+1)^2-x^2", "2x+1", WRONG),
     ("Simplify $(x+1)^2-x^2$.", "1+2x", "2x+1", RIGHT),
@@ -609,13 +610,13 @@ COPIES = [
     ("Factor x^2+5x+6.", "(x+3)(x+2)", "(x+2)(x+3)", RIGHT),
     ("Expand (x+2)(x+3)", "(x+2)(x+3)", "x^2+5x+6", WRONG),
     ("Let y = 2x+1. What is y?", "2x+1", "1+2x", WRONG),
-    ("Let y = 12x+1.", "2x+1", "1+2x", RIGHT),  # a part of something longer
+    ("Let y = 12x+1.", "2x+1", "1+2x", RIGHT),  # part of a longer expression
     ("Let y = 2x+1-z.", "2x+1", "1+2x", RIGHT),
     ("Let y = z-2x+1.", "2x+1", "1+2x", RIGHT),
     ("Reduce 6/8.", "6/8", "3/4", WRONG),
     ("Reduce 6/8.", "3/4", "3/4", RIGHT),
-    ("What is half of 1? Write 1/2 or 0.5.", "1/2", "0.5", RIGHT),  # there is nothing left to do
-    ("Which is smaller, 2x+1 or 2x+2?", "2x+1", "2x+1", RIGHT),  # the gold answer is written so
+    ("What is half of 1? Write 1/2 or 0.5.", "1/2", "0.5", RIGHT),  # there is nothing left to compute
+    ("Which is smaller, 2x+1 or 2x+2?", "2x+1", "2x+1", RIGHT),  # the gold answer is written the same way
     ("Is it (A) x=5 or (B) x=6?", "x=5", "5", RIGHT),
     ([{"role": "user", "content": "Factor x^2-1."}], "x^2-1", "(x+1)(x-1)", WRONG),
 ]
@@ -628,8 +629,8 @@ def test_table(completion, gold, reward):
 
 @pytest.mark.slow
 def test_the_table_is_bounded_off_the_main_thread():
-    """Our time limit is a signal, which works in the main thread only. In other threads no text may take longer than a
-    worker would have for it, or a training run hangs on one completion."""
+    """Our time limit is a signal, which works only in the main thread. In other threads, no text may take longer than
+    the time limit of a worker, or a training run would hang on one completion."""
     rows = [(completion, gold) for completion, gold, _ in CASES]
     rows += [(completion, gold) for completion in HOSTILE for gold in ("42", "x^2+1")]
     seconds, failures = [], []
@@ -669,8 +670,8 @@ def test_hostile_text_earns_nothing(gold):
 
 
 @pytest.mark.parametrize(("prompt", "answer", "gold", "reward"), COPIES)
-def test_a_copied_question_is_no_answer(prompt, answer, gold, reward):
-    """Symbolic equality alone would reward the question itself, and a model would find that at once."""
+def test_a_copied_question_is_not_an_answer(prompt, answer, gold, reward):
+    """Symbolic equality alone would reward the question itself, and a model would soon exploit that."""
     assert math_answer_reward([rf"\boxed{{{answer}}}"], answer=[gold], prompts=[prompt]) == [reward]
 
 
@@ -715,7 +716,7 @@ def test_chat_completions_and_trl_columns():
         math_answer_reward([chat, chat], answer=["42"])
 
 
-def test_it_has_a_name_and_can_be_pickled():
+def test_rewards_have_names_and_can_be_pickled():
     for reward, name in (
         (math_answer_reward, "math_answer_reward"),
         (MathAnswerReward(strict=True), "strict_math_answer_reward"),
@@ -726,7 +727,7 @@ def test_it_has_a_name_and_can_be_pickled():
 
 @pytest.mark.parametrize("module", ["grpo_ext.rewards", "grpo_ext.rewards.logic"])
 def test_rewards_import_no_heavy_packages(module):
-    """Workers import them, and so does anyone who scores texts without a trainer."""
+    """Workers import these modules, and so does anyone who scores text without a trainer."""
     heavy = {"torch", "trl", "transformers", "loky"}
     code = f"import sys, {module}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -734,12 +735,12 @@ def test_rewards_import_no_heavy_packages(module):
 
 
 def test_a_timeout_does_not_last(monkeypatch):
-    """A gold answer that a busy machine did not parse in time once was unreadable for the whole run, in this worker
-    only: rewards of a group depended on which worker had scored it."""
+    """If a failure to parse a gold answer in time were cached, the answer would be unreadable for the rest of the run,
+    but only in this worker: the rewards of a group would depend on which worker scored it."""
     gold, answer = r"\frac{71x^2+1}{3}", r"#### (71x^2+1)/3"
     monkeypatch.setattr(expression, "TIME_LIMIT_SECONDS", 1e-6)
     assert math_answer_reward([answer], answer=[gold]) == [None]
-    with pytest.raises(ValueError, match="1 of 1 gold answers cannot be read"):
+    with pytest.raises(ValueError, match="1 of 1 gold answers cannot be parsed"):
         check_gold([gold])
     monkeypatch.setattr(expression, "TIME_LIMIT_SECONDS", 60.0)
     assert math_answer_reward([answer], answer=[gold]) == [RIGHT]

@@ -1,5 +1,5 @@
-"""Rewards in worker processes: scores are right and in order, whatever a completion does to its worker, and no process
-is left behind."""
+"""Rewards in worker processes: scores are correct and in order, whatever a completion does to its worker, and no
+process is left behind."""
 
 import functools
 import gc
@@ -91,8 +91,8 @@ def test_a_failure_costs_one_completion(safe, text, kind):
 
 @pytest.mark.slow
 def test_batched_calls(safe, new_workers):
-    """A reward may compare completions and remember them, so it has one worker. A failure costs the call, and the
-    message says how to make it cost one completion."""
+    """A reward may compare completions and remember them, so it has one worker. A failure costs the whole call, and the
+    message says how to limit the cost to one completion."""
     reward = safe(compared, workers=None)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
@@ -106,10 +106,11 @@ def test_batched_calls(safe, new_workers):
 
 
 def test_too_many_failures_stop_the_run(safe):
-    """Five failures are always tolerated. The sixth of eleven completions stops the run, with its name and a sample."""
+    """Five failures are always tolerated. The sixth, out of eleven completions, stops the run. The message names the
+    reward and shows a completion."""
     reward = safe()
     assert reward(completions=["raise"] * 5 + ["fine"] * 5)[5:] == [4.0] * 5
-    with pytest.raises(RuntimeError, match=r"'obey' raised KeyError.* 'raise'.* 6 of the last 11 answers"):
+    with pytest.raises(RuntimeError, match=r"'obey' raised KeyError.* 'raise'.* 6 of the last 11 completions"):
         reward(completions=["raise"])
     reward = safe()
     reward(completions=["fine"] * 150)
@@ -151,7 +152,7 @@ def test_invalid_settings_are_refused(settings, message):
 
 @pytest.mark.slow
 def test_off_the_main_thread(safe, new_workers):
-    """Also after that thread has ended: workers must not end with the thread that started them."""
+    """Workers must not end with the thread that started them."""
     reward, got = safe(), []
     for _ in range(2):
         thread = threading.Thread(target=lambda: got.append(reward(completions=["a", "hang", "abc"])))
@@ -167,7 +168,7 @@ def test_off_the_main_thread(safe, new_workers):
 
 @pytest.mark.slow
 def test_overhead(safe):
-    """Below one millisecond per completion, excluding the reward itself, once the machine is free for a second."""
+    """Less than one millisecond per completion, excluding the reward itself, on a machine that is idle for a second."""
     reward = safe(timeout_s=20.0)
     reward(completions=["warm up"])
     assert becomes(lambda: seconds_of(reward, ["a"] * 1000) < 1.0)
@@ -191,7 +192,7 @@ def seconds_of(reward, completions):
 
 @pytest.mark.slow
 def test_in_training(build, small_model, safe):
-    """Columns, logs and state come from TRL, and failures are in the metrics."""
+    """Columns, logs and state come from TRL, and failures appear in the metrics."""
     reward = safe(logged, timeout_s=20.0)
     columns = {"answer": ["a", "b", "c", "d"]}
     trainer = build(small_model, peft_config=random_lora(), reward=reward, columns=columns)
@@ -209,9 +210,8 @@ def test_in_training(build, small_model, safe):
 
 @pytest.mark.slow
 def test_every_reward_in_workers(build, small_model, new_workers):
-    """`reward_workers=N`: a reward that scores independently runs in N workers that such rewards share, any other one
-    gets whole calls in one worker, where it keeps its state. With `runs_in_process` it stays. Workers end with the
-    training."""
+    """`reward_workers=N`: rewards that score independently share N workers. Any other reward gets whole calls in one
+    worker, where it keeps its state. With `runs_in_process` it stays in this process. Workers end with the training."""
 
     def here(completions, **columns):
         return [float(os.getpid())] * len(completions)
@@ -238,7 +238,7 @@ def test_every_reward_in_workers(build, small_model, new_workers):
 
 
 def test_which_rewards_are_isolated():
-    """A plain function in a worker would see a copy of the program, in which no callback ever changes anything."""
+    """By default a plain function stays here: in a worker it would see a copy of the program that never changes."""
 
     def plain(completions, **columns):
         return [1.0] * len(completions)
@@ -262,8 +262,8 @@ def test_which_rewards_are_isolated():
 
 
 def test_a_worker_stays_small(safe):
-    """To unpickle transformers' own `TrainerState`, every worker imported torch: six seconds and 290 MB for a reward of
-    one line."""
+    """Unpickling transformers' own `TrainerState` would import torch in every worker: six seconds and 290 MB for a
+    one-line reward."""
     state = TrainerState(global_step=3, max_steps=12, log_history=[{"reward": 1.0}] * 1000)
     reward = safe(report_on, workers=None)
     assert reward(completions=["modules", "step"], trainer_state=state) == [0.0, 0.25]
@@ -272,7 +272,7 @@ def test_a_worker_stays_small(safe):
 
 
 def test_random_numbers_repeat(safe):
-    """By seed, step and row, whatever ran before: a resumed run draws what the run would have drawn."""
+    """They depend on seed, step and row alone: a resumed run draws the numbers of an uninterrupted one."""
 
     def drawn(reward, step, rows=3):
         return reward(completions=["random"] * rows, trainer_state=TrainerState(global_step=step))
@@ -317,15 +317,15 @@ RETURNED = {
 
 @pytest.mark.parametrize("kind", RETURNED)
 def test_return_types(safe, kind):
-    """Whatever TRL takes from a reward, it gets through a worker."""
+    """Every return type that TRL accepts also works through a worker."""
     to = RETURNED[kind]
     reward = safe(lambda completions, **columns: to([float(len(text)) for text in completions]), workers=None)
     assert reward(completions=["a", "bcd"]) == [None if kind == "with None" else 1.0, 3.0]
 
 
 @pytest.mark.parametrize("wrong", ["1.0", b"2", [1.0], 1j])
-def test_what_is_no_score(safe, wrong):
-    """TRL refuses texts, although `float` would read them."""
+def test_what_is_not_a_score(safe, wrong):
+    """TRL rejects text, although `float` would parse it."""
     with pytest.raises(RuntimeError, match="TypeError"):
         safe(lambda completions, **columns: [wrong], workers=None, on_error="raise")(completions=["a"])
 
@@ -334,7 +334,7 @@ def test_what_is_no_score(safe, wrong):
 
 
 def test_what_cannot_be_sent_is_named_at_the_call(safe):
-    """A reward may be picklable until the trainer exists, and reach it afterwards."""
+    """A reward may be picklable only until the trainer exists, because it refers to the trainer afterwards."""
     holder = {}
 
     def judge(completions, **columns):
@@ -342,7 +342,9 @@ def test_what_cannot_be_sent_is_named_at_the_call(safe):
 
     reward = safe(judge, workers=None)
     holder["trainer"] = threading.Lock()
-    with pytest.raises(ValueError, match=r"Reward 'judge' cannot be sent to a worker: .*Call it there, as TRL does"):
+    with pytest.raises(
+        ValueError, match=r"Reward 'judge' cannot be sent to a worker: .*call the reward in the training process"
+    ):
         reward(completions=["a"])
     with pytest.raises(ValueError, match=r"Argument 'image' of reward 'obey' cannot be sent to a worker"):
         safe()(completions=["a"], image=[threading.Lock()])
@@ -358,23 +360,23 @@ def test_what_cannot_be_sent_is_named_at_the_call(safe):
 
 
 def test_an_idle_worker_may_be_killed(safe, new_workers, caplog):
-    """The system ends processes when memory is short. That costs a new worker, and what a reward remembered in it."""
+    """The system kills processes when memory is short. That costs a new worker, and the state that the reward had."""
     reward, remembers = safe(), safe(Remembering(), workers=None)
     for _ in range(2):
         assert reward(completions=["a", "abc"]) == [1, 3]
         assert remembers(completions=["a", "b"]) == [1.0, 2.0]
-        assert not [record for record in caplog.records if "remembered" in record.message]
+        assert not [record for record in caplog.records if "has ended" in record.message]
         for worker in new_workers():
             os.kill(worker, signal.SIGKILL)
         assert becomes(lambda: not new_workers())
         if _ == 0:
-            remembers.close()  # a new beginning without a loss
+            remembers.close()  # new workers, but no state is lost unexpectedly
     assert remembers(completions=["c"]) == [1.0]
     assert "The worker of reward 'Remembering' has ended" in caplog.text
 
 
 def test_independent_rewards_share_workers(safe, new_workers):
-    """Three rewards on four cores were twelve processes, each with sympy in its memory."""
+    """Otherwise three rewards on four cores would be twelve processes, each with sympy in memory."""
     for reward in (safe(), safe(process_id), safe(report_on)):
         reward(completions=["random"] * 4)
     assert len(new_workers()) == 2
@@ -382,7 +384,7 @@ def test_independent_rewards_share_workers(safe, new_workers):
 
 @pytest.mark.parametrize("ending", ["end", "refused", "raised", "dropped"])
 def test_workers_end_with_the_run(build, small_model, new_workers, ending):
-    """Three refused runs in a notebook left three workers behind, with a gigabyte of memory."""
+    """Otherwise three refused runs in a notebook would leave three workers behind, with a gigabyte of memory."""
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -428,7 +430,7 @@ def reward(completions, **columns):
 
 print("imported", __name__, flush=True)
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with SIGINT ignored
     safe = isolated(reward, timeout_s=100_000.0, workers=2)
     assert safe(completions=["a", "bc"]) == [1.0, 2.0]
     print("ready", flush=True)
@@ -444,7 +446,7 @@ def workers_of(process):
 def is_worker(process):
     try:
         return any(WORKER_NAME in part for part in process.cmdline())
-    except psutil.NoSuchProcess:  # or a zombie: it has ended meanwhile
+    except psutil.NoSuchProcess:  # or a zombie: it has just ended
         return False
 
 
@@ -455,8 +457,8 @@ def is_alive(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_orphans(tmp_path, ending):
-    """Ctrl-C, SIGTERM and SIGKILL, while every worker is inside a call that no signal interrupts. The reward is a
-    function of the script, which its workers must not import again."""
+    """Ctrl-C, SIGTERM and SIGKILL while every worker is inside a call that no signal interrupts. The reward is a
+    function of the script, which workers must not import again."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -27,8 +27,8 @@ def fenced(program: str, language: str = "python") -> str:
     return f"```{language}\n{program}\n```"
 
 
-# Searches for the expected values, three even numbers of which one is negative, wherever it can: objects in memory, its
-# input, files.
+# Searches for the expected values, three even numbers of which one is negative, wherever it can: in memory, in its
+# input and in files.
 SEARCHES = """
 import gc, marshal, os
 def found_in(thing, depth=0):
@@ -85,7 +85,7 @@ def double(x): return 0
 """
 
 DOUBLES = [
-    # location of the program
+    # where the program is
     (GOOD, RIGHT),
     (fenced(GOOD), RIGHT),
     (fenced(GOOD, "py"), RIGHT),
@@ -100,7 +100,7 @@ DOUBLES = [
     ([{"role": "assistant", "content": fenced(GOOD)}], RIGHT),
     ([{"role": "assistant", "content": "no"}, {"role": "assistant", "content": GOOD}], RIGHT),
     (f"{fenced(GOOD)}\n{fenced('def double(x): return x')}", WRONG),
-    # other right programs
+    # other correct programs
     ("from functools import partial\nfrom operator import mul\ndouble = partial(mul, 2)", RIGHT),
     ("class A:\n  def __call__(self, x): return x + x\ndouble = A()", RIGHT),
     ("def double(x):\n  print('doubling', x, flush=True)\n  return x + x", RIGHT),
@@ -133,7 +133,7 @@ DOUBLES = [
     ("```python\n```", WRONG),
     ("The answer is to add x to itself.", WRONG),
     ("def double(x) return 2 * x", WRONG),
-    (f"```python\n{GOOD[:-5]}", WRONG),  # cut off in the program
+    (f"```python\n{GOOD[:-5]}", WRONG),  # cut off inside the program
     ("def double(x): return 2 * x\0", WRONG),
     ("def double(x): return '\ud800'", WRONG),
     ("(" * 50_000, WRONG),
@@ -188,11 +188,11 @@ def doubles() -> list[float | None]:
 
 @pytest.mark.parametrize("row", range(len(DOUBLES)))
 def test_what_a_program_earns(row, doubles):
-    """If a wrong program scores, the model learns to cheat. If a right one does not, it learns nothing."""
+    """If a wrong program scores, the model learns to cheat. If a correct one does not, it learns nothing."""
     assert doubles[row] == DOUBLES[row][1]
 
 
-# What a function returns, the expected value in the column `outputs`, and the score.
+# The returned value, the expected value in the column `outputs`, and the score.
 VALUES = [
     # numbers compare as in Python, floats within 1e-9 of their size
     ("1.0", 1, RIGHT),
@@ -248,7 +248,7 @@ VALUES = [
     ("{'a': 1}", {"a": 2}, WRONG),
     ("{'a': 1, 'b': 1}", {"a": 1}, WRONG),
     ("[1, object()]", [1, None], WRONG),
-    # colliding numbers, which take minutes to fill a set outside
+    # numbers with colliding hashes: building a set of them outside the sandbox would take minutes
     ("{n * (2**61 - 1) for n in range(10**4)}", {1}, WRONG),
 ]
 
@@ -264,7 +264,7 @@ def values() -> list[float | None]:
 
 @pytest.mark.parametrize("row", range(len(VALUES)))
 def test_which_values_are_equal(row, values):
-    """Data sets write values in many ways, and a channel that loses a type would make some rows unsolvable."""
+    """Data sets write values in many ways, and losing a type on the way out would make some rows unsolvable."""
     assert values[row] == VALUES[row][2]
 
 
@@ -295,7 +295,7 @@ ASSERTS = [
 
 
 def test_asserts_of_data_sets():
-    """Each supported form of a test must tell a right program from a wrong one."""
+    """Each supported form of a test must tell a correct program from a wrong one."""
     tests = [[line] for line, _, _ in ASSERTS]
     reward = ProgramReward(limits=Limits(seconds=10))
     right = reward([right for _, right, _ in ASSERTS], test_list=tests)
@@ -322,17 +322,17 @@ def test_asserts_of_data_sets():
         "assert max_height(Node(1)) == 3",
         "assert abs(f(1) - 'a') < 1",
         "assert math.isclose(f(1), 'a')",
-        "assert f(1) == {frozenset({1})}",  # could never pass, see rewards.code.cases
+        "assert f(1) == {frozenset({1})}",  # could never pass, see grpo_ext.rewards.code.cases
         "assert True",
     ],
 )
 def test_an_unsupported_test_is_an_error(line):
     """Scoring it 0 would tell the model that every program is wrong. The message must name the test."""
-    with pytest.raises(ValueError, match="cannot be judged") as error:
+    with pytest.raises(ValueError, match="is not supported") as error:
         program_reward(["def f(x): return 2"], test_list=[["assert f(1) == 2", line]])
     assert repr(line) in str(error.value)
     assert "completion 0" in str(error.value)
-    with pytest.raises(ValueError, match="cannot be judged"):
+    with pytest.raises(ValueError, match="is not supported"):
         assert_case(line)
 
 
@@ -342,14 +342,14 @@ def test_an_unsupported_test_is_an_error(line):
         ({"answer": ["1"]}, "the data set has: answer"),
         ({}, "the data set has: none"),
         ({"stdin": [["1"]]}, "needs the columns"),
-        ({"test_list": [[]]}, "one or more tests"),
+        ({"test_list": [[]]}, "a list of one or more tests"),
         ({"test_list": ["assert f(1) == 2"]}, "Expecting value"),  # neither a list nor JSON text of one
         ({"stdin": [["1", "2"]], "stdout": [["1"]]}, "shorter"),
         ({"entry_point": ["f"], "inputs": [[[1], [2]]], "outputs": [[1]]}, "shorter"),
-        ({"entry_point": ["f"], "inputs": [[1]], "outputs": [[1]]}, "arguments are a list"),
-        ({"entry_point": ["f("], "inputs": [[[1]]], "outputs": [[1]]}, "called by its name"),
-        ({"entry_point": ["f"], "inputs": [[[object]]], "outputs": [[1]]}, "no plain data"),
-        ({"entry_point": ["f"], "inputs": [[[1]]], "outputs": [[object]]}, "no plain data"),
+        ({"entry_point": ["f"], "inputs": [[1]], "outputs": [[1]]}, "must be a list"),
+        ({"entry_point": ["f("], "inputs": [[[1]]], "outputs": [[1]]}, "must be a name or an expression"),
+        ({"entry_point": ["f"], "inputs": [[[object]]], "outputs": [[1]]}, "not plain data"),
+        ({"entry_point": ["f"], "inputs": [[[1]]], "outputs": [[object]]}, "not plain data"),
     ],
 )
 def test_wrong_columns_are_an_error(columns, message):
@@ -387,7 +387,7 @@ def test_programs_that_read_their_input():
 
 
 def test_which_white_space_counts():
-    """Programming contests ignore it at the end of a line and of the output, and nowhere else."""
+    """Like programming contests, ignore white space at the end of lines and of the output, and nowhere else."""
     outputs = ["1\n2", "1 \n2\t\n\n", "1\n\n2", " 1\n2", "1 2", "\n1\n2"]
     programs = [f"print({output!r}, end='')" for output in outputs]
     stdin, stdout = [[""]] * len(outputs), [["1\n2\n"]] * len(outputs)
@@ -399,8 +399,8 @@ def test_an_empty_program_scores_zero():
     assert program_reward(["", "pass"], stdin=[["1"]] * 2, stdout=[[""]] * 2) == [WRONG, RIGHT]
 
 
-def test_the_share_of_passed_tests():
-    """Each test counts, including those before a time-out, an exit or an error."""
+def test_the_fraction_of_passed_tests():
+    """Each test counts, including those that passed before a timeout, an exit or an error."""
     reward = ProgramReward(share=True, limits=Limits(seconds=2))
     programs = [
         GOOD,
@@ -417,7 +417,7 @@ def test_the_share_of_passed_tests():
 
 
 def test_all_tests_of_a_program_share_one_deadline():
-    """Tests that each take the whole limit would hold up the training a thousand times as long."""
+    """If each test had the whole limit to itself, a program could block the training for a thousand times as long."""
     started = time.monotonic()
     for share in (False, True):
         reward = ProgramReward(share=share, limits=Limits(seconds=1))
@@ -426,14 +426,14 @@ def test_all_tests_of_a_program_share_one_deadline():
 
 
 def test_each_call_has_its_own_arguments():
-    """A function that changes its argument must not change that of the next test."""
+    """A function that changes its argument must not affect the next test."""
     shared = [3, 1, 2]
     columns = {"entry_point": ["f"], "inputs": [[[shared], [shared]]], "outputs": [[3, 3]]}
     assert program_reward(["def f(x):\n  x.append(0)\n  return len(x) - 1"], **columns) == [RIGHT]
 
 
 def test_each_method_call_has_a_new_object():
-    """Data sets in the style of LeetCode have `Solution().solve` as the entry point."""
+    """LeetCode-style data sets have `Solution().solve` as the entry point."""
     solution = (
         "class Solution:\n  def __init__(self): self.n = 0\n  def add(self, x):\n    self.n += x\n    return self.n"
     )
@@ -442,7 +442,7 @@ def test_each_method_call_has_a_new_object():
 
 
 def test_lists_may_be_json_text():
-    """A column of a data set has one type, so arguments of mixed types are given as text."""
+    """A column of a data set has one type, so arguments of mixed types are given as JSON text."""
     columns = {
         "entry_point": ["f"],
         "inputs": ['[[1, "a"], [{"k": null}, 2.5]]'],
@@ -463,14 +463,14 @@ def test_rows_of_other_tasks_are_not_scored():
     assert program_reward(programs, **columns) == [RIGHT, WRONG, UNSCORED, UNSCORED]
 
 
-def test_only_one_kind_of_tests_counts():
-    """If a row has several kinds, the one that the documentation lists first counts."""
+def test_only_one_kind_of_test_counts():
+    """If a row has several kinds of tests, the one that the documentation lists first is used."""
     columns = {"test_list": [["assert f() == 1"]], "stdin": [["1"]], "stdout": [["1"]]}
     assert program_reward(["print(input())"], **columns) == [RIGHT]
 
 
 def test_extract_program_is_linear_in_the_text():
-    """A model repeats itself; a search that backtracks over it would stop the training."""
+    """Models repeat themselves; a search that backtracks over the repetitions would stall the training."""
     started = time.process_time()
     for text in ("```python\n" * 20_000, "```" * 100_000, " " * 200_000 + "`", "\n ```" * 50_000):
         extract_program(text)
@@ -478,7 +478,7 @@ def test_extract_program_is_linear_in_the_text():
 
 
 def test_without_the_sandbox():
-    """Running without the sandbox, if it is allowed explicitly, gives the same scores."""
+    """Running without the sandbox, which must be allowed explicitly, gives the same scores."""
     reward = ProgramReward(allow_unsandboxed=True)
     columns = {name: [value] * 2 for name, value in DOUBLE.items()}
     assert reward([GOOD, "def double(x): return x"], **columns) == [RIGHT, WRONG]

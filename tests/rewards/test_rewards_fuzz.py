@@ -1,7 +1,7 @@
-"""Twenty thousand mutated completions through every reward: no exception, no time-out, no memory leak.
+"""Twenty thousand mutated completions through every reward: no exception, no timeout, no memory leak.
 
-To test another reward, add a line to REWARDS. Programs are processes, so only every 40th completion is run as one; all
-of them with EVERY_PROGRAM=1 in the environment, which takes tens of minutes.
+To test another reward, add a line to REWARDS. Programs run as processes, so `program_reward` gets only every 40th
+completion. With EVERY_PROGRAM=1 in the environment it gets all of them, which takes tens of minutes.
 """
 
 import math
@@ -21,15 +21,15 @@ from grpo_ext.rewards import ProgramReward, coherence_reward, format_reward, len
 from grpo_ext.rewards.code.sandbox import Limits
 from grpo_ext.rewards.logic import logic_problems, logic_reward
 
-EXAMPLES, DIFFERENT = 23_000, 20_000  # hypothesis tries some texts twice
+EXAMPLES, DIFFERENT = 23_000, 20_000  # hypothesis generates some texts twice
 # CPU time per completion; an expression may take 2 s to parse and 2 s to compare.
 SECONDS = 5.0
-# Memory that the whole test may add to the process. 117 to 209 were observed, most of it by hypothesis itself: without
-# it, three times as many texts add 22 through `math_answer_reward`, less with each thousand, and 3 through
-# `logic_reward`.
+# Memory that the whole test may add to the process. 117 to 209 MB were observed, most of it used by hypothesis itself:
+# without hypothesis, three times as many texts add 22 MB with `math_answer_reward`, less with each thousand, and 3 MB
+# with `logic_reward`.
 MEGABYTES = 300
 
-# Half of them are numbers, which are compared without sympy.
+# Half of these are numbers, which are compared without sympy.
 GOLDS = ["42", r"x^2+1", "1,016", r"2\sqrt{3}", "50%", r"e^{-x^2/2}", "-7.5", r"\mathbb{R}\setminus\{0\}"]
 GOLDS += ["3", r"(-\infty,5]", r"\frac{1}{2}", "y=2x+1", "1000", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"]
 TASKS = "chain_sum countdown coin_flip number_sorting rubiks_cube rush_hour propositional_logic spiral_matrix".split()
@@ -37,7 +37,7 @@ PROBLEMS = [logic_problems(task, train=1, heldout=0)[0][0] for task in TASKS]
 
 
 class Case(NamedTuple):
-    """A reward, the columns for its n-th completion, and the share of completions that it scores: one of `every`."""
+    """A reward, the columns for its n-th completion, and how many completions it gets: one in `every`."""
 
     reward: Callable[..., list[float | None]]
     columns: Callable[[int], dict[str, Any]]
@@ -51,7 +51,7 @@ REWARDS = [
     Case(math_answer_reward, lambda n: {"answer": GOLDS[n % len(GOLDS)], "prompts": "Simplify x^2+1 and 6/8."}),
     Case(logic_reward, lambda n: {key: PROBLEMS[n % len(PROBLEMS)][key] for key in ("answer", "task", "metadata")}),
 ]
-# Each of its programs is a process in a sandbox.
+# Each program is a process in a sandbox.
 if shutil.which("bwrap") or os.environ.get("CI") == "true":
     DOUBLE = {"entry_point": "double", "inputs": [[1], [-3]], "outputs": [2, -6]}
     REWARDS.append(
@@ -140,7 +140,7 @@ def score_seconds(case: Case, number: int, completion: str) -> float:
 
 
 def cpu_seconds() -> float:
-    """What this process and its children, the programs, have computed for, whatever else the machine does."""
+    """CPU time of this process and of its children, the programs, independent of other load on the machine."""
     return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
@@ -149,7 +149,7 @@ def peak_megabytes() -> float:
 
 
 def test_mutated_completions():
-    """A reward must score any completion quickly: one exception would end a run of hours."""
+    """A reward must score any completion quickly: one exception would end a run that has taken hours."""
     before, seen = peak_megabytes(), set()
     slowest = {case.reward.__name__: (0.0, "") for case in REWARDS}
 

@@ -50,8 +50,7 @@ except Exception as error:
     print("stopped", repr(error))
 """
 
-# A test checks that each of these succeeds without the sandbox. The fixture `outside` gives values for the names in
-# braces.
+# Each of these must succeed without the sandbox. The fixture `outside` has the values of the names in braces.
 ESCAPES = {
     # files of the machine, the user and the project
     "users": "return open('/etc/passwd').read()",
@@ -78,13 +77,13 @@ ESCAPES = {
     "a unix socket": "socket.socket(socket.AF_UNIX).connect('{folder}/socket')",
     "an abstract socket": "socket.socket(socket.AF_UNIX).connect(chr(0) + '{abstract}')",
     "the kernel's network interface": "return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
-    # memory that no limit covers
+    # memory that is not covered by any limit
     "files in memory": "return os.memfd_create('x')",
     "shared memory": "return checked(libc.shmctl(checked(libc.shmget(0, 4096, 0o1600)), 0, None))",
     "shared memory as a file": "file = open('/dev/shm/{abstract}', 'w'); os.remove(file.name); return file",
 }
 
-# Without the sandbox these would do harm, or they need root.
+# These would do harm without the sandbox, or need root.
 HARMFUL = {
     # files
     "passwords": "return open('/etc/shadow').read()",
@@ -159,14 +158,14 @@ def test_without_the_sandbox_the_attempts_succeed(name, outside):
 
 
 def test_denied_system_calls_fail_with_eperm():
-    """Each call of the list, by its number. Without the filter most would fail with another error, or succeed."""
+    """Each call of the list, by its number. Without the filter, most would succeed or fail with another error."""
     library = CDLL("libseccomp.so.2")
     numbers = {
         name: library.seccomp_syscall_resolve_name(name.encode()) for name in sandbox_policy.DENIED_CALLS.split()
     }
     numbers = {
         name: number for name, number in numbers.items() if number >= 0
-    }  # negative: not a call of this architecture
+    }  # negative: this architecture has no such call
     assert len(numbers) > 50
     outcome = run_program(f"""
 import ctypes, errno
@@ -229,7 +228,7 @@ for number in range(256):
     except OSError: pass
 """
 
-# What a program does, how it ends, and what it writes. None accepts anything.
+# The program, how it ends, and what it writes. None accepts anything.
 BEHAVIOURS = [
     # ordinary programs
     ("print(input()[::-1])", OK, b"cba\n"),
@@ -300,13 +299,13 @@ BEHAVIOURS = [
 
 @pytest.mark.parametrize(("program", "status", "stdout"), BEHAVIOURS, ids=range(len(BEHAVIOURS)))
 def test_behaviours(program, status, stdout):
-    """None of these does harm, hangs or raises. Each ends as it should, and keeps what it wrote until then."""
+    """None of these does harm, hangs or raises. Each ends as expected, and its output until then is kept."""
     started = time.monotonic()
     outcome = run_program(program, stdin=b"abc", limits=SHORT if status in (TIMEOUT, None) else Limits(seconds=20))
     assert status is None or outcome.status == status
     assert stdout is None or outcome.stdout == stdout
     assert len(outcome.stdout) <= 2**20
-    assert time.monotonic() - started < 300  # the end of a program that sleeps was not waited for
+    assert time.monotonic() - started < 300  # nobody waited for the end of a sleeping program
 
 
 def running(word: str) -> Path | None:
@@ -331,8 +330,8 @@ os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.s
 
 
 def run_that_is_seen(pool: ThreadPoolExecutor, program: str, word: str, **options: bool) -> Future[Outcome]:
-    """A run of the program, while a process whose command line ends with the word is there; on a busy machine, where
-    Python takes longer to start than the first limit allows, of a later try."""
+    """Start the program until a process whose command line ends with the word is seen, and return that run. On a busy
+    machine, Python may take longer to start than the first limit allows, so later attempts have longer limits."""
     for seconds in (3, 30, 300):
         run = pool.submit(run_program, program, limits=Limits(seconds=seconds), **options)
         while not run.done():
@@ -343,7 +342,7 @@ def run_that_is_seen(pool: ThreadPoolExecutor, program: str, word: str, **option
 
 @pytest.mark.parametrize("parent", ["os._exit(0)", "os.wait()"])
 def test_nothing_is_left_running(parent):
-    """Daemons must end with the program that started them, or at its deadline. Otherwise they would pile up."""
+    """Daemons must end with the program that started them, or at its deadline. Otherwise they would accumulate."""
     word = uuid.uuid4().hex
     with ThreadPoolExecutor() as pool:
         program = STAYS.format(parent=parent, word=word)
@@ -355,7 +354,7 @@ def test_nothing_is_left_running(parent):
 
 
 def test_the_sandbox_seen_from_outside():
-    """Some layers are behind others, so no attempt from inside would show that they are missing."""
+    """Some layers are hidden behind others, so no attempt from inside would show that one is missing."""
     word = uuid.uuid4().hex
     with ThreadPoolExecutor() as pool:
         pool.submit(run_program, STAYS.format(parent="os.wait()", word=word), limits=Limits(seconds=PATIENCE))
@@ -374,7 +373,7 @@ def test_the_sandbox_seen_from_outside():
 
 
 def test_programs_end_with_the_training():
-    """If a training is killed, its programs must end too, since nobody enforces their deadline any more."""
+    """If the training is killed, its programs must end too, since nothing enforces their deadline then."""
     word = uuid.uuid4().hex
     program = STAYS.format(parent="os.wait()", word=word)
     training = "from grpo_ext.rewards.code.sandbox import *; "
@@ -423,10 +422,10 @@ def test_starting_takes_less_than_50_ms():
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="needs root and a system Python")
-def test_anyone_but_root_gets_a_user_namespace():
-    """Bubblewrap gets other options there, which tests that run as root would never use."""
+def test_other_users_than_root_get_a_user_namespace():
+    """For them bubblewrap gets other options, which tests that run as root would never use."""
     programs = ["import os; print(os.getuid())", COUNTS_FORKS, ATTEMPT.replace("{attempt}", HARMFUL["unmounting"])]
-    # Imported while still root: TMPDIR and the checkout may be in folders that no other user may enter.
+    # Imported while still root: other users may not be able to enter the folders of TMPDIR and of the checkout.
     script = f"""import os
 from grpo_ext.rewards.code.sandbox import run_program
 os.chdir("/")
@@ -446,7 +445,7 @@ for program in {programs}: print(run_program(program).stdout)"""
 
 
 def test_root_becomes_an_unused_user():
-    """A program started by root must not own any file or process of the machine, so its user id is otherwise unused."""
+    """A program started by root must not own any file or process of the machine, so it gets an unused user id."""
     user = int(run_program("import os; assert os.getuid() == os.getgid(); print(os.getuid())").stdout)
     assert user == 65534 or 61184 <= user < 65520
     script = (
@@ -458,7 +457,7 @@ def test_root_becomes_an_unused_user():
 
 
 def test_refused_without_bubblewrap(monkeypatch):
-    """If something is not installed, programs must not run unprotected, and the message says what to type."""
+    """If bubblewrap is not installed, programs must not run unprotected, and the message says what to install."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RuntimeError, match=r"bwrap was not found: install bubblewrap \(apt install bubblewrap\), or"):
         run_program("print(1)")
@@ -476,7 +475,7 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch, tmp_path):
 
 
 def test_what_remains_without_the_sandbox(monkeypatch):
-    """`allow_unsandboxed` still guarantees an empty environment, a new working directory, limits and an end."""
+    """`allow_unsandboxed` still guarantees an empty environment, a new working directory, limits and termination."""
     monkeypatch.setenv("SECRET", "1")
     program = "import os; print('SECRET' in os.environ, os.listdir(), os.getcwd())"
     outcome = run_program(program, allow_unsandboxed=True)

@@ -17,7 +17,7 @@ from grpo_ext.rewards import (
 from tests.tools.training import log_of
 
 FORMATS = [
-    # text, the score, the score with partial credit (thirds: two tags and the whole)
+    # text, score, score with partial credit (thirds: two tags and the complete format)
     ("<think>6*7</think><answer>42</answer>", 1, 1),
     ("\n<think>\n6*7\n</think>\n\n<answer> 42 </answer> \n", 1, 1),
     ("<think>a < b</think><answer><b>42</b></answer>", 1, 1),  # other tags are text
@@ -85,7 +85,7 @@ def test_length_in_characters_for_text_without_spaces():
         ("因为今天下雨，我带伞。", 0.2),
         ("因为今天下雨，所以我带伞。", 0.4),
         ("因为下雨，所以带伞；然而忘了，但是无妨。", 0.8),
-        ("因为下雨，因为刮风", 0.4),  # each occurrence counts: four connectives alone could never earn the whole
+        ("因为下雨，因为刮风", 0.4),  # each occurrence counts: four connectives once each would never earn 1.0
         ("因为" * 5, 1.0),
         ("因为" * 6, 1.0),
     ],
@@ -107,8 +107,8 @@ def test_coherence_with_latin_words_and_other_weights():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FormatReward(tags=()), r"tags=\(\); valid: one or more different names"),
-        (lambda: FormatReward(tags=("a", "a")), "different names"),
+        (lambda: FormatReward(tags=()), r"tags=\(\); valid: one or more distinct names"),
+        (lambda: FormatReward(tags=("a", "a")), "distinct names"),
         (lambda: FormatReward(tags=("<a>",)), "such as"),
         (lambda: LengthReward(target=0), "target=0; valid: a length above 0"),
         (lambda: LengthReward(unit="tokens"), "unit='tokens'; valid: 'words', 'characters'"),

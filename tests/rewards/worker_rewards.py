@@ -1,4 +1,4 @@
-"""Rewards of test_pool.py, in a module that a worker imports quickly."""
+"""Rewards for test_pool.py, in a module that workers import quickly."""
 
 import math
 import multiprocessing
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def obey(completions, **columns):
-    """Does what the completion says; otherwise scores its length."""
+    """Does what the completion says, or scores its length."""
     (text,) = completions
     match text:
         case "hang":
@@ -36,7 +36,7 @@ def obey(completions, **columns):
 
 
 def compared(completions, **columns):
-    """1.0 for completions longer than all before them, in this call or an earlier one; "hang" hangs."""
+    """1.0 for the longest completions of a call that are longer than all those of earlier calls; "hang" hangs."""
     scores = []
     for text in completions:
         if text == "hang":
@@ -80,7 +80,7 @@ class Counting:
 
 
 class Remembering:
-    """Scores a completion by its number in the life of this object."""
+    """Scores a completion by its number among all completions that this object has scored."""
 
     def __init__(self):
         self.seen = 0
@@ -91,7 +91,7 @@ class Remembering:
 
 
 def report_on(completions, **columns):
-    """What the completion asks for."""
+    """Scores a completion by the value that it asks for."""
     answers = []
     for text in completions:
         match text:

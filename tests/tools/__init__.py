@@ -1,1 +1,1 @@
-"""What several tests share, one module per subject; fixtures are in tests/conftest.py."""
+"""Helpers that several tests share, one module per subject; fixtures are in tests/conftest.py."""

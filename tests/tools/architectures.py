@@ -79,7 +79,7 @@ ARCHITECTURES = {
 # Parts of these always run in float32: the scans of mamba and delta-rule layers, and experts on a CPU.
 IN_FLOAT32 = ("falcon_h1", "granitemoehybrid", "qwen3_moe", "qwen3_next", "qwen3_5_text")
 
-# Each with each implementation of attention that it has: gemma2 has no sdpa.
+# Each architecture with each attention implementation that it has: gemma2 has no sdpa.
 ATTENTIONS = [
     (architecture, attention)
     for architecture in ARCHITECTURES
@@ -89,14 +89,14 @@ ATTENTIONS = [
 
 
 def random_model(architecture, attention="eager", dtype=None):
-    """With an adapter, in float64 unless `dtype` says otherwise; experts run in float32 only on a CPU."""
+    """A random model with an adapter, in float64 unless `dtype` is given. On a CPU, experts run only in float32."""
     name, changes = ARCHITECTURES[architecture]
     config = getattr(transformers, f"{name}Config")(**TINY | changes)
     config._attn_implementation = attention
     torch.manual_seed(0)
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name.removesuffix('Text')}ForCausalLM")
     lm = getattr(transformers, class_name)(config)
-    for parameter in lm.parameters():  # flat initial weights would make every distribution alike
+    for parameter in lm.parameters():  # with the small initial weights, all distributions would be alike
         parameter.data += 0.05 * torch.randn_like(parameter)
     add_fused_lm_head(lm, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     install_shared_scoring(lm)

@@ -10,11 +10,11 @@ def slow_but(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
     """Cases for `pytest.mark.parametrize`: all of them, each marked slow unless it is among `quick`.
 
     Raises:
-        ValueError: a quick case is none of the cases, so that a renamed case does not leave the quick lane unseen.
+        ValueError: a quick case is not among the cases, so that a renamed case does not silently become slow.
     """
     cases, quick = list(cases), list(quick)
     if unknown := [case for case in quick if case not in cases]:
-        raise ValueError(f"{unknown} are none of the cases {cases}")
+        raise ValueError(f"{unknown} are not among the cases {cases}")
     return [case if case in quick else slow(case) for case in cases]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 CLEAR = Path("/proc/self/clear_refs")
-# Environment of the measuring process. Freed blocks above 64 kB go back to the system, so resident memory is live
+# Environment of the measuring process. Freed blocks above 64 kB are returned to the system, so resident memory is live
 # memory.
 RETURN_FREED = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
 

@@ -1,11 +1,11 @@
-"""Metrics files of two runs, compared."""
+"""Compare the metrics files of two runs."""
 
 import json
 from pathlib import Path
 
 from grpo_ext.report.run_reader import read_metrics
 
-# Of the log: what depends on the machine and on how busy it is.
+# Logged values that depend on the machine and on its load.
 TIMES = (
     "time/",
     "step_time",
@@ -19,7 +19,7 @@ TIMES = (
 
 
 def comparable(path: Path) -> list[str]:
-    """The lines of a metrics file, sorted, without times; texts, so that null equals null."""
+    """The lines of a metrics file, with sorted keys and without times; as text, so that null equals null."""
     rows = [
         {k: v for k, v in row.items() if not k.removeprefix("eval_").startswith(TIMES)} for row in read_metrics(path)
     ]

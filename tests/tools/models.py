@@ -1,4 +1,4 @@
-"""Small models with random weights, LoRA with a random B, and 4-bit quantisation."""
+"""Small models with random weights, LoRA with a random B, and 4-bit quantization."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ NF4 = BitsAndBytesConfig(
 
 
 def random_lora(**changes: Any) -> LoraConfig:
-    """LoRA with a random B: with B = 0, as it starts by default, every gradient of A is 0 and KL and ratio trivial."""
+    """LoRA with a random B: with the default B = 0, every gradient of A is 0, and KL and ratio are trivial."""
     return LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         | {"init_lora_weights": False, "lora_dropout": 0.0}
@@ -40,6 +40,6 @@ def small_shape(tokenizer: Any) -> dict[str, Any]:
 
 
 def small_llama(tokenizer: Any) -> LlamaForCausalLM:
-    """Random weights, the same every time."""
+    """A llama with random weights, the same every time."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer)))

@@ -1,4 +1,4 @@
-"""Programs that tests start: one as a user does, or a script of the tests in two processes."""
+"""Start programs: a command as a user would, or a test script in two processes."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ DDP = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mi
 
 
 def launch(command: list[str], cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
-    """Run a command of the user: its exit code and its output, both streams in the order of a terminal."""
+    """Run a command as a user would; return its exit code and its output, both streams as in a terminal."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment}
     env.pop("PYTHONSAFEPATH", None)
     done = subprocess.run(
@@ -31,13 +31,13 @@ def launch(command: list[str], cwd: Path = ROOT, **environment: str) -> tuple[in
 
 
 def in_two_processes(script: str, folder: Path, *more: str, options: str | list[str] = DDP) -> None:
-    """Run a script of the tests in two processes on the CPU; what they say is in `folder/log`.
+    """Run a test script in two processes on the CPU, with their output in `folder/log`.
 
-    `--multi_gpu` is the launcher of several processes, whatever device the script asks for: `--cpu` starts just one.
+    `--multi_gpu` launches several processes, whatever device the script uses; `--cpu` would start just one.
 
     Args:
         more: arguments of the script, after the folder.
-        options: of `accelerate launch`; a list has one entry per machine, all of them launched side by side.
+        options: options of `accelerate launch`; a list has one entry per machine, all launched at the same time.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     commands = [

@@ -6,12 +6,12 @@ PROMPTS = ["Question: 1+2=?\nAnswer:", "Question: 30+41=?\nAnswer:", "2+2=", "Qu
 
 
 def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
-    """A reward that random text spreads over: the share of digits among its characters."""
+    """The share of digits among the characters: a reward that varies between random texts."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
 def half_dead(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """`share_of_digits`, but two of the four prompts always earn the same."""
+    """`share_of_digits`, except that two of the four prompts always earn the same."""
     scores = share_of_digits(completions)
     return [0.5 if prompt in PROMPTS[:2] else score for prompt, score in zip(prompts, scores, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Rows to score, prompts to sample from, scores by TRL's own path, and gradients of scores."""
+"""Rows to score, prompts to sample from, scores from TRL's own path, and gradients of scores."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tests.tools.architectures import PAD, TEMPERATURE
 
 
 def padded_batch(prompt_lengths=(150, 90), lengths=((12, 7, 1, 9), (5, 12, 0, 3)), seed=1):
-    """[prompt | completion] as TRL pads them: prompts on the left, completions on the right."""
+    """Rows [prompt | completion] as TRL pads them: prompts on the left, completions on the right."""
     generator = torch.Generator().manual_seed(seed)
     S, C = max(prompt_lengths), max(max(group) for group in lengths)
     ids, mask = [], []
@@ -26,8 +26,8 @@ def padded_batch(prompt_lengths=(150, 90), lengths=((12, 7, 1, 9), (5, 12, 0, 3)
 
 
 def score_by_trl(model, ids, mask, C):
-    """TRL's own scoring, row by row without padding on the left. With it, eager attention in float64 would turn padded
-    positions into NaN, and models with absolute positions would see shifted ones."""
+    """TRL's own scoring, row by row without left padding. With left padding, eager attention in float64 would turn
+    padded positions into NaN, and models with absolute positions would see shifted ones."""
     outputs = []
     for row_ids, row_mask in zip(ids, mask, strict=True):
         kept = torch.cat([row_mask[:-C], torch.ones_like(row_mask[-C:])]).bool()

@@ -1,4 +1,4 @@
-"""What trainers of the tests are given, and what is read from them and compared."""
+"""Settings of the trainers in the tests, and functions that read and compare their results."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ import torch
 
 from tests.tools.models import random_lora
 
-# Of every trainer in the tests: on the CPU in float32, quiet, one log line per step, nothing saved.
+# For every trainer in the tests: on the CPU in float32, quiet, one log line per step, nothing saved.
 SETTINGS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 3,
 }
 
-# Of stock TRL and ours alike, whose defaults differ.
+# For stock TRL and ours alike, since their defaults differ.
 COMMON = {"loss_type": "grpo", "scale_rewards": "group", "beta": 0.1, "temperature": 0.8, "entropy_coef": 0.01}
 COMMON |= {"disable_dropout": True, "max_grad_norm": 0.5, "num_iterations": 2, "max_steps": 4}
 COMMON |= {"optim": "sgd", "learning_rate": 0.5}
@@ -34,7 +34,7 @@ def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def log_of(trainer: Any, name: str) -> list[float]:
-    """What was logged under this name, step by step."""
+    """The values logged under this name, in order."""
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
@@ -51,7 +51,7 @@ def count_draws(trainer: Any) -> list[int]:
 
 
 def tokens_of_the_policy(inputs: dict[str, Any], tokenizer: Any, not_sampled: re.Pattern[str]) -> torch.Tensor:
-    """1 on the tokens that the model sampled, shape (B, C): all of a completion but what the pattern matches."""
+    """A mask of shape (B, C), 1 on sampled tokens: all of a completion except what the pattern matches."""
     mask_BC = inputs["completion_mask"].clone()
     found = 0
     for row, ids in enumerate(inputs["completion_ids"]):
@@ -65,7 +65,7 @@ def tokens_of_the_policy(inputs: dict[str, Any], tokenizer: Any, not_sampled: re
 
 
 def record_updates(trainer: Any) -> dict[int, Any]:
-    """The tokens and advantages of every micro-step of the run, by micro-step, filled while it trains."""
+    """Tokens and advantages of every micro-step of the run, by micro-step; filled during training."""
     seen, compute_loss = {}, trainer.compute_loss
 
     def watched(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ def texts_of(trainer: Any, part: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def train_on_a_copy(build, model, trainer, watch=None, **settings):
-    """A trainer after training with COMMON settings, and its adapter before; `watch` gets the trainer in between."""
+    """A trainer after training with COMMON settings, and its adapter before; `watch` is given the untrained trainer."""
     trainer = build(copy.deepcopy(model), trainer=trainer, **COMMON | {"peft_config": random_lora()} | settings)
     start = adapter_of(trainer)
     if watch is not None:
@@ -95,7 +95,7 @@ def train_on_a_copy(build, model, trainer, watch=None, **settings):
 
 
 def assert_same_training(ours, stock):
-    """Adapter, loss and every metric that both log, but for times; ours on shared prompts."""
+    """Compare adapter, loss and all metrics that both log, except times; ours must have shared its prompts."""
     assert ours.shares_prompts
     for name, value in adapter_of(stock).items():
         torch.testing.assert_close(adapter_of(ours)[name], value, atol=1e-5, rtol=1e-4, msg=name)

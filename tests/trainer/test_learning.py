@@ -114,7 +114,7 @@ def test_a_study_through_its_command_line(tmp_path, capsys, monkeypatch):
     assert picture.exists()
     with pytest.raises(SystemExit):
         study.main(["--arms", "tokens"])
-    assert "'tokens' is none of document, token, stock" in capsys.readouterr().err
+    assert "there is no arm 'tokens'; valid: sequence, token, stock" in capsys.readouterr().err
 
 
 def test_arms_of_the_study():
@@ -127,7 +127,7 @@ def test_arms_of_the_study():
         changes[arm] = {name: value for name, (by_default, value) in of_both.items() if value != by_default}
     alone = {"beta": 0.0, "entropy_coef": 0.0}
     assert changes == {
-        "document": {},
+        "sequence": {},
         "token": {"loss_type": "grpo", "scale_rewards": "group"},
         "stock": {"loss_type": "grpo", "scale_rewards": "group"},
         "exact": {"kl_estimator": "exact"},
@@ -140,8 +140,8 @@ def test_arms_of_the_study():
 def test_the_table_of_a_study():
     """Worked out by hand: two seeds of 100 answers are 200; the median of the steps to 0.9, and a run without."""
     curves = {
-        ("document", 0): {0: 20, 5: 90, 10: 98},
-        ("document", 1): {0: 40, 5: 60, 10: 92},
+        ("sequence", 0): {0: 20, 5: 90, 10: 98},
+        ("sequence", 1): {0: 40, 5: 60, 10: 92},
         ("token", 0): {0: 20, 5: 30, 10: 89},
     }
     points = []
@@ -152,5 +152,5 @@ def test_the_table_of_a_study():
     first, second = table(points).splitlines()[2:]
     # Wilson intervals of 60 and 190 of 200
     change = "0.30 [0.24, 0.37] -> 0.95 [0.91, 0.97]"
-    assert first == f"| the document's objective (k3) | 2 | {change} | {change} | 7.5 | 1.50 |"
+    assert first == f"| sequence-level GRPO (k3) | 2 | {change} | {change} | 7.5 | 1.50 |"
     assert second.endswith("| more than 10 | 1.00 |")

@@ -2,7 +2,7 @@
 
     python -c <this file> SOURCE READY USER RLIMIT_AS=536870912 RLIMIT_CORE=0 ...
 
-SOURCE is the file descriptor of the program's text. READY is the one to which a byte is written when the setup is done.
+SOURCE is the file descriptor of the program's text. READY is the one that receives a byte when the setup is done.
 USER is the user id to switch to, or 0 to keep the current one.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally added by the module `site`, which is disabled
     sys.argv[:] = ["program.py"]
     program = sys.modules["__main__"] = type(sys)("__main__")
-    os.write(ready, b"1")  # an error before this byte is the sandbox's, one after it the program's
+    os.write(ready, b"1")  # an error before this byte is the sandbox's; after it, the program's
     os.close(ready)
     exec(compile(source, "program.py", "exec", dont_inherit=True), vars(program))
 

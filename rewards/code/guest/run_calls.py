@@ -2,8 +2,8 @@
 
 Standard input: `marshal` of {"source": str, "mark": str, "calls": [bytes, ...]}; each call is `marshal` of (function,
 arguments, keywords, wrappers).
-Standard output: one line per call, which is the mark and the value encoded by `encode_value`. Only the mark is printed
-if the call raised or its value is not plain data.
+Standard output: one line per call, the mark followed by the value encoded by `encode_value`. If the call raised or its
+value is not plain data, the line is only the mark.
 
 The expected values never enter the sandbox.
 """
@@ -19,7 +19,7 @@ def main() -> None:
     """Load the program from standard input, make its calls, and print their values."""
     job = marshal.loads(sys.stdin.buffer.read())
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of the program itself is no result
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the program's own output is not a result
     program = sys.modules["solution"] = type(sys)("solution")
     exec(compile(job["source"], "solution.py", "exec", dont_inherit=True), vars(program))
     for call in job["calls"]:
@@ -65,7 +65,7 @@ def encode_value(value: object) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         kind = "list" if isinstance(value, list) else "tuple" if isinstance(value, tuple) else "set"
         return _encode_items(kind, map(encode_value, value))
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def _encode_items(kind: str, items: Iterable[str]) -> str:
