@@ -72,7 +72,7 @@ def test_two_processes(tmp_path):
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
     code, output = launch(command, cwd=ROOT / "recipes", OMP_NUM_THREADS="1")
     assert code == 0, output
-    assert "2 prompts x 8 answers = 16 completions" in output
+    assert "16 completions (2 prompts x 8)" in output
     assert output.count("held-out pass@1: ") == 2  # greedy and sampled
     assert json.loads((tmp_path / "summary.json").read_text())["pass_at_1_after"]["n"] == 8
     rollouts = lines_of(tmp_path / "completions.jsonl")
@@ -92,11 +92,11 @@ def test_what_a_run_says_and_leaves(tmp_path):
     for text in (
         "recipes/tiny_math/model, 0.87M parameters in float32",
         "163,840 parameters",
-        "the same backbone with the adapter off, no second model; beta = 0.1",
-        "1 prompts x 8 answers = 8 completions",
+        "the same backbone with the adapter off (no second model); beta = 0.1",
+        "8 completions (1 prompt x 8)",
         "steps      2, learning rate 0.001",
         "held out: 8 problems of split 'test'",
-        "loss is not progress in GRPO",
+        "The loss does not measure progress in GRPO",
         "reward=",
         "pass@1=",
         "Held-out problems, greedy answers",
