@@ -43,6 +43,7 @@ from grpo_ext.report.heldout_file import SHOWN_PROBLEMS, HeldoutFile, append_eva
 from grpo_ext.report.page import write_page
 from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.run_files import draw_or_warn
+from grpo_ext.report.run_settings import redact
 from grpo_ext.report.summary import accuracy_lines, build_summary, write_summary
 from grpo_ext.rewards.completion import text_of
 from grpo_ext.trainer import GRPOExtTrainer
@@ -248,7 +249,7 @@ def train_and_report(
     """
     args = trainer.args
     heldout = problems.heldout.to_list()
-    base_model = _short_name(trainer.model.config.name_or_path)
+    base_model = str(redact(trainer.model.config.name_or_path))
     measure = partial(
         evaluate,
         trainer.accelerator.unwrap_model(trainer.model),
@@ -322,9 +323,3 @@ def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation)
         ]
         table.add_row(Text(text_of(problem["prompt"])[-300:].strip()), *answers)
     show(table)
-
-
-def _short_name(name_or_path: str) -> str:
-    """A Hub id as it is; a local folder relative to the current one if it is inside it."""
-    path = Path(name_or_path)
-    return str(path.relative_to(Path.cwd())) if path.is_dir() and path.is_relative_to(Path.cwd()) else name_or_path

@@ -28,6 +28,8 @@ from grpo_ext.report.run_files import SETTINGS_FILE
 ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
 REPLACED_FIELDS = ("accelerator_config",)  # transformers replaces their values with objects of its own
 REDACTED = "(hidden)"
+COMMAND = "grpo-ext"
+PACKAGES = Path(__file__).resolve().parents[2]  # the checkout or site-packages
 
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|password|passwd|secret|key|credentials?)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/@\s]+(?=@)")
@@ -92,21 +94,27 @@ def command_line() -> str:
     """The command that repeats this run, to be typed in its working folder."""
     hidden = False
     arguments = []
-    for argument in [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]:
+    for argument in sys.argv[1:]:
         flag, equals, value = argument.partition("=")
         arguments.append(REDACTED if hidden else f"{flag}={redact(value, flag)}" if equals else str(redact(argument)))
         hidden = bool(not equals and argument.startswith("-") and _SECRET_NAME.search(argument))
+    program = Path(sys.argv[0])
+    if program.stem == COMMAND:
+        return shlex.join([COMMAND, *arguments])
     launcher = "python"
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` sets it
         launcher = "accelerate launch"
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{launcher} {shlex.join(arguments)}"
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and module.origin == str(program):  # started with -m
+        return f"{launcher} -m {shlex.join([module.name.removesuffix('.__main__'), *arguments])}"
+    return f"{launcher} {shlex.join([str(redact(str(program.resolve()))), *arguments])}"
 
 
 def _short_path(path: str) -> str:
-    """Relative to the current folder or to the home folder if it is inside one of them; else only its last part."""
-    for folder, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+    """Relative to the current folder, the home folder or the one that holds this package; else only its last part."""
+    for folder, prefix in ((Path.cwd(), ""), (PACKAGES, ""), (Path.home(), "~/")):
         if Path(path).is_relative_to(folder):
             return f"{prefix}{Path(path).relative_to(folder)}"
     return f".../{Path(path).name}"

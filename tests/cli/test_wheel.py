@@ -1,107 +1,193 @@
-"""The wheel, installed without a checkout: packages with their data files, and the commands."""
+"""What is installed: the wheel, the wheel of the sdist, and the editable installation; each without the checkout."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.tools.paths import ROOT
+from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
 from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+NAMES_OF_USERS = ("rewards", "recipes", "data", "config", "tests")
+
+
+def build(project: Path, folder: Path, *targets: str) -> list[Path]:
+    """The distributions of a project, built with the backend that is installed here, without a network."""
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
+    for target in targets:
+        command += ["--target", target]
+    built = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return sorted(folder.glob("grpo_ext-*"))
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built with the backend that is installed here, without a network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
-    built = subprocess.run(build, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("grpo_ext-*.whl")
+    (path,) = build(ROOT, tmp_path_factory.mktemp("wheel"), "wheel")
     return path
 
 
 @pytest.fixture(scope="module")
-def elsewhere(wheel, tmp_path_factory):
-    """`elsewhere("grpo-ext", "--help")`: what a program of a fresh environment prints, from another folder. The
-    environment has the wheel, and its dependencies from here."""
-    venv, cwd = tmp_path_factory.mktemp("venv"), tmp_path_factory.mktemp("elsewhere")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-    python = str(venv / "bin" / "python")
-    install = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--no-deps"]
-    installed = subprocess.run([*install, "--no-index", str(wheel)], capture_output=True, text=True)
-    assert installed.returncode == 0, installed.stderr
-    (site,) = venv.glob("lib/python*/site-packages")
-    assert list(site.glob("grpo_ext-*.dist-info"))
-    # Only now, so that pip does not find the package of the checkout there; .pth files in it are not followed.
-    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+def environment(tmp_path_factory) -> Callable[..., Path]:
+    """`environment(*arguments of pip install)`: the programs of a fresh environment that has the package, and its
+    dependencies from here."""
 
-    def run(program: str, *arguments: str) -> str:
-        command = [str(venv / "bin" / program), *arguments]
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def make(*arguments: str) -> Path:
+        venv = tmp_path_factory.mktemp("venv")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+        install = [*PIP, "--python", str(venv / "bin" / "python"), "install", "--no-deps", "--no-index", *arguments]
+        installed = subprocess.run(install, capture_output=True, text=True)
+        assert installed.returncode == 0, installed.stderr
+        (site,) = venv.glob("lib/python*/site-packages")
+        assert list(site.glob("grpo_ext-*.dist-info"))
+        # Only now, so that pip does not find the package of the checkout there; .pth files in it are not followed.
+        packages = "\n".join(path for path in sys.path if path.endswith("-packages"))
+        (site / "dependencies.pth").write_text(f"{packages}\n")
+        return venv / "bin"
 
-    return run
+    return make
 
 
-def files_of(package: str) -> set[str]:
-    """All that lies in a package of the checkout, but for what Python made."""
-    return {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+@pytest.fixture(scope="module")
+def installed(wheel, environment) -> Path:
+    return environment(str(wheel))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(installed, tmp_path_factory):
+    """`elsewhere("grpo-ext", "--help")`: what a program of the environment prints, in a folder whose modules have the
+    names that a user's own may have, and stop every program that imports them."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name in NAMES_OF_USERS:
+        (folder / f"{name}.py").write_text(f"raise SystemExit('the {name}.py of the user')\n")
+    return lambda program, *arguments: run(installed / program, *arguments, cwd=folder)
+
+
+def run(program: Path, *arguments: str, cwd: Path) -> str:
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    command = [str(program), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Name and bytes of every file of the package in a wheel."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def test_everything_is_in_it(wheel):
-    """The templates of the report, the scripts that run inside the sandbox, the marks that the packages are typed; no
-    tests, recipes or weights."""
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == files_of("grpo_ext") | files_of("rewards")
-    assert {"grpo_ext/report/template/page.html", "rewards/code/guest/launch.py", "rewards/py.typed"} <= names
+    """All of three folders of the checkout, under one name: templates, scripts of the sandbox, presets, and the
+    embedded model with its problems. Nothing else, and no other top-level module."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    tracked = {
+        name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and not (ROOT / name).is_symlink()
+    }
+    ours = {name for name in tracked if name.startswith("grpo_ext/")}
+    ours |= {f"grpo_ext/{name}" for name in tracked if name.startswith(("rewards/", "recipes/"))}
+    assert set(contents(wheel)) == ours
+    assert {"grpo_ext/py.typed", "grpo_ext/recipes/tiny_math/model/model.safetensors"} <= ours
+
+
+def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
+    """hatchling leaves out one of two paths to a folder: of a linked folder, the sdist held nothing."""
+    (sdist,) = build(ROOT, tmp_path / "sdist", "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (again,) = build(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "wheel", "wheel")
+    assert contents(again) == contents(wheel)
+
+
+def test_an_editable_installation_has_the_same_names(environment, tmp_path):
+    """With the checkout on its path, `import rewards` found our folder, or hid a package that a user had installed."""
+    programs = environment("--no-build-isolation", "--editable", str(ROOT))
+    look = f"""if True:
+        import importlib.util
+        from grpo_ext.recipes import math
+        from grpo_ext.rewards import logic, math_answer_reward
+        assert not [name for name in {NAMES_OF_USERS!r} if importlib.util.find_spec(name)]
+        print(math.__file__, math_answer_reward(["#### 3"], answer=["3"]))
+    """
+    file, score = run(programs / "python", "-c", look, cwd=tmp_path).split()
+    assert (file, score) == (str(ROOT / "grpo_ext" / "recipes" / "math.py"), "[1.0]")
+
+
+def test_names_of_users_disturb_nothing(elsewhere):
+    """A `rewards.py` beside the user's script hid our package of that name, and then `import grpo_ext` failed."""
+    look = """if True:
+        import grpo_ext
+        from grpo_ext.rewards import math_answer_reward, isolated
+        reward = isolated(math_answer_reward)
+        print(grpo_ext.__file__, reward(completions=["#### 3", "#### 4"], answer=["3", "3"]))
+    """
+    file, scores = elsewhere("python", "-c", look).split(maxsplit=1)
+    assert "site-packages" in file
+    assert str(ROOT) not in file
+    assert scores == "[1.0, 0.0]\n"
 
 
 @pytest.mark.skipif(
     shutil.which("bwrap") is None and os.environ.get("CI") != "true", reason="bwrap is missing: apt install bubblewrap"
 )
-def test_rewards_elsewhere(elsewhere):
+def test_programs_elsewhere(elsewhere):
     """A sandbox that starts its scripts from the checkout starts nothing here."""
     look = """if True:
-        import json
-        import grpo_ext.rewards as rewards
+        from grpo_ext.rewards import program_reward
         right, wrong = (f"```python\\ndef f(x):\\n    return x + {n}\\n```" for n in (1, 2))
         calls = {"entry_point": ["f"] * 2, "inputs": [[[1], [2]]] * 2, "outputs": [[2, 3]] * 2}
-        print(json.dumps([
-            rewards.__file__,
-            rewards.math_answer_reward(completions=["#### 3", "#### 4"], answer=["3", "3"]),
-            rewards.program_reward(prompts=["", ""], completions=[right, wrong], **calls),
-        ]))
+        print(program_reward(prompts=["", ""], completions=[right, wrong], **calls))
     """
-    file, answers, programs = json.loads(elsewhere("python", "-c", look))
-    assert "site-packages" in file
-    assert str(ROOT) not in file
-    assert (answers, programs) == ([1.0, 0.0], [1.0, 0.0])
+    assert elsewhere("python", "-c", look) == "[1.0, 0.0]\n"
 
 
-def test_commands_elsewhere(elsewhere, build, tiny_model, tmp_path):
-    """Modules that find a file by the checkout, or import from it, work there and nowhere else."""
-    assert "audit" in elsewhere("grpo-ext", "--help")
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"question": f"{n}+1?", "answer": str(n + 1)}) + "\n" for n in range(8)))
-    assert "8 rows" in elsewhere("grpo-ext", "audit", "--data", str(problems))
+def test_training_elsewhere(elsewhere, installed, tmp_path):
+    """The embedded run, in a folder that also holds a `math.py`, which every module of Python would import there."""
+    for name in (*NAMES_OF_USERS, "math", "random"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the {name}.py of the user')\n")
+    short = ["--max_steps", "2", "--max_eval_prompts", "8", "--eval_steps", "1", "--output_dir", "run"]
+    output = run(installed / "grpo-ext", "train", "math", *short, cwd=tmp_path)
+    assert "held-out pass@1: " in output.splitlines()[-1]
+    assert str(ROOT) not in output
+    assert {"adapter_model.safetensors", "report.html"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert settings["command"].startswith("grpo-ext train math --max_steps 2")
 
-    trainer = build(tiny_model)
-    trainer.train()
-    report = Path(trainer.args.output_dir, "report.html")
-    assert not report.exists()
-    assert str(report) in elsewhere("grpo-ext", "report", trainer.args.output_dir).replace("\n", "")
-    assert "<html" in report.read_text(encoding="utf-8")
+    elsewhere("grpo-ext", "report", str(tmp_path / "run"))
+    assert "256 rows" in elsewhere("grpo-ext", "audit", "--data", str(TINY_DATA / "test.jsonl"))
+
+
+def test_two_processes_elsewhere(installed, tmp_path):
+    short = ["--max_steps", "1", "--max_eval_prompts", "8", "--per_device_train_batch_size", "8"]
+    two = "launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no".split()
+    launcher = [str(installed / "python"), "-m", "accelerate.commands.accelerate_cli", *two, "--dynamo_backend", "no"]
+    command = [*launcher, "-m", "grpo_ext.recipes.math", *short, "--use_cpu", "--output_dir", "run"]
+    output = run(Path(command[0]), *command[1:], cwd=tmp_path)
+    assert "held-out pass@1: " in output.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+
+
+def test_the_example_of_the_readme_elsewhere(elsewhere, tmp_path):
+    """As printed, with the embedded model and its problems in place of those of the Hub."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "trainer.train()" in code)
+    replaced = {
+        '"Qwen/Qwen2.5-0.5B"': repr(str(TINY_MODEL)),
+        'load_dataset("openai/gsm8k", "main", split="train")': f'load_dataset({str(TINY_DATA)!r}, split="train")',
+        '"gsm8k-lora"': f"{str(tmp_path)!r}, max_steps=1, max_completion_length=8",
+    }
+    for printed, here in replaced.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    elsewhere("python", "-c", code)
+    assert (tmp_path / "metrics.jsonl").exists()

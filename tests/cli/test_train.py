@@ -1,0 +1,65 @@
+"""`grpo-ext train`: which recipe it starts, with which flags, and what it refuses before anything is loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from grpo_ext.cli import main
+from grpo_ext.recipe import RecipeArguments, parse_arguments
+from tests.tools.paths import ROOT, TINY_MODEL
+
+ROWS = {
+    "math": {"question": "1+{}?", "answer": "{}"},
+    "coding": {"text": "Write f, the successor of x.", "test_list": ["assert f({}) == {} + 1"], "code": "{}"},
+}
+needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is missing: apt install bubblewrap")
+SHORT = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 8 --max_eval_prompts 4 --use_cpu".split()
+
+
+@pytest.mark.parametrize("recipe", ["math", pytest.param("coding", marks=needs_sandbox)])
+def test_the_columns_choose_the_recipe(tmp_path, capsys, recipe):
+    """MBPP has a `code` column, which other data sets use for the answer of a problem: tests of programs win."""
+    rows = [json.dumps(ROWS[recipe]).replace("{}", str(n)) for n in range(12)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    data = str(tmp_path / "problems.jsonl")
+    main(["train", data, "--model", str(TINY_MODEL), *SHORT, "--dry_run", "--output_dir", str(tmp_path / "run")])
+    output = capsys.readouterr().out.replace("\n", "")
+    assert f"recipe {recipe}: '{data}' has" in output
+    assert "dry run: the checks are through" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["maths"], r"'maths' is neither a recipe \(math, coding, logic, dialogue\) nor a file"),
+        (["someone/problems"], "which model\\? For example: grpo-ext train someone/problems --model "),
+        (["{data}"], "which model\\? For example: grpo-ext train .*csv --model "),
+        (["math", "--config", "gpu_9gb.yaml"], "gpu_9gb.yaml: there is no such file. Presets.*gpu_8gb.yaml"),
+    ],
+    ids=["neither", "Hub data without a model", "file without a model", "no such preset"],
+)
+def test_what_is_refused(tmp_path, arguments, message):
+    (tmp_path / "problems.csv").write_text("question,answer\n1+1?,2\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        main(["train", *(text.format(data=tmp_path / "problems.csv") for text in arguments)])
+
+
+def test_an_error_of_the_training_keeps_its_traceback(tmp_path):
+    """Other commands print an error as one line, which would hide the place of a fault in a reward or a callback."""
+    (tmp_path / "problems.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4, encoding="utf-8")
+    data = ["--dataset_name", str(tmp_path / "problems.jsonl"), "--answer_column", "no_such_column"]
+    with pytest.raises(ValueError, match="no_such_column"):
+        main(["train", "math", *data, "--model", str(TINY_MODEL), "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_preset_is_found_by_its_name(tmp_path, monkeypatch):
+    """From any folder; a file of the user with the same name is preferred, and flags win over both."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--config=gpu_8gb.yaml", "--seed", "7"]
+    parse = lambda: parse_arguments(flags, "math", str(ROOT / "recipes"), embedded="", arguments=RecipeArguments)  # noqa: E731
+    _, args, model_args = parse()
+    assert (args.seed, model_args.load_in_4bit) == (7, True)
+    (tmp_path / "gpu_8gb.yaml").write_text(f"model_name_or_path: {TINY_MODEL}\ndataset_name: x\nseed: 3\n")
+    _, args, model_args = parse()
+    assert (args.seed, model_args.model_name_or_path) == (7, str(TINY_MODEL))
