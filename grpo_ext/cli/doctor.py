@@ -219,7 +219,7 @@ def disk(name: str, folder: Path, remedy: str) -> Finding:
 def hub() -> Finding:
     """Whether the Hub responds and accepts the saved token."""
     if constants.is_offline_mode():
-        text = "offline, because HF_HUB_OFFLINE is set: only files that are already on disk can be used"
+        text = "offline, because HF_HUB_OFFLINE is set: only files on disk can be used"
         return Finding("Hub", "yellow", text, "unset HF_HUB_OFFLINE")
     token = get_token()
     try:
@@ -227,10 +227,7 @@ def hub() -> Finding:
             f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token or False), timeout=HUB_TIMEOUT_S
         )
     except Exception as error:  # the type depends on the HTTP client of this version of huggingface_hub
-        text = (
-            f"{constants.ENDPOINT} does not respond ({type(error).__name__}): only files that are already on disk can "
-            f"be used"
-        )
+        text = f"{constants.ENDPOINT} does not respond ({type(error).__name__}): only files on disk can be used"
         return Finding("Hub", "yellow", text, "check the network; export HF_HUB_OFFLINE=1 avoids the wait")
     if answer.status_code == 200:
         return Finding("Hub", "green", f"logged in as {answer.json()['name']}")
