@@ -175,7 +175,7 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, caplog):
     for name in ("report.html", "curves.png"):
         (tmp_path / name / "taken").mkdir(parents=True)
     recipe.main([*TWO_STEPS, "--output_dir", str(tmp_path)])
-    assert f"Once that is mended: grpo-ext report {tmp_path}" in caplog.text
+    assert f"Once this is fixed, run: grpo-ext report {tmp_path}" in caplog.text
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
 
