@@ -115,7 +115,7 @@ class GRPOExtConfig(GRPOConfig):
         reward_timeout: seconds, above 0; 10 by default. For a reward in worker processes, its time limit per
             completion; the limit of a whole call is this times the number of its completions. For a reward in the
             training process, where a call cannot be interrupted, the time after which a running call is reported in the
-            log. Recommended: ten times what the slowest completion takes.
+            log. Recommended: ten times the time of the slowest completion.
         reward_workers: number of worker processes for reward functions, 0 or more. None (default) calls every reward
             function in the training process, as TRL does, except for those that declare `scores_independently = True`
             (`math_answer_reward` and `logic_reward` do). Those get one completion at a time in up to four workers, at
@@ -280,7 +280,7 @@ class GRPOExtConfig(GRPOConfig):
         default=10.0,
         metadata={
             "help": "Seconds, above 0: time limit per completion in worker processes; in the training process, the "
-            "time after which a running call is reported. Recommended: ten times what the slowest completion takes."
+            "time after which a running call is reported. Recommended: ten times the time of the slowest completion."
         },
     )
     reward_workers: int | None = field(

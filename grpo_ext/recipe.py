@@ -85,8 +85,8 @@ class RecipeArguments(ScriptArguments):
     chat: str = field(
         default="auto",
         metadata={
-            "help": "Whether prompts become chat messages. 'auto' (recommended): they do if the chat template ends a "
-            "turn with an end-of-sequence token of the model, which base models that merely ship a template lack.",
+            "help": "Whether prompts become chat messages. 'auto' (recommended): if the chat template ends a turn with "
+            "an end-of-sequence token of the model. A base model that merely ships a template gets plain prompts.",
             "choices": ["auto", "true", "false"],
         },
     )
@@ -265,7 +265,7 @@ def train_and_report(
     show_banner(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
     trainer.preflight()
     if args.dry_run:
-        show("dry run: all checks passed, nothing was trained")
+        show("dry run: all checks passed; nothing was trained")
         return {}
     resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
     before = None

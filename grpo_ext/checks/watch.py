@@ -111,7 +111,7 @@ class Watch(TrainerCallback):
                 f"{what}, and DeepSpeed has already applied the update. Its batch is in {folder}. Lower learning_rate "
                 f"(now {args.learning_rate:g}), and resume from the last checkpoint."
             )
-        what = f"{what}. The update is skipped, its batch is in {folder}"
+        what = f"{what}. The update is skipped, and its batch is in {folder}"
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"{what}; it is the third one in a row. Lower learning_rate (now {args.learning_rate:g}), use bf16 "

@@ -117,7 +117,7 @@ def test_an_update_that_is_not_finite_is_left_out(build, small_model, caplog):
     assert (moved(0, 1), moved(1, 2), moved(2, 3)) == (True, False, True)
     assert all(value.isfinite().all() for value in adapters[3].values())
     (said,) = warnings_of(caplog)
-    assert "Step 2: the loss or its gradient is not finite. The update is skipped, its batch is in" in said
+    assert "Step 2: the loss or its gradient is not finite. The update is skipped, and its batch is in" in said
     assert log_of(trainer, "nonfinite/skipped") == [1.0, 1.0]
     folder = Path(trainer.args.output_dir, "nonfinite", "step-2")
     saved = load_file(folder / "rollout-0.safetensors")
