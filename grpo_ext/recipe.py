@@ -312,7 +312,7 @@ def _record(trainer: GRPOExtTrainer, heldout: list[Problem], evaluation: Evaluat
 
 def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation) -> None:
     """Print the first few held-out problems with their greedy completions before and after; right ones are green."""
-    table = Table(title="Held-out problems, greedy answers", title_justify="left", show_lines=True)
+    table = Table(title="Held-out problems, greedy completions", title_justify="left", show_lines=True)
     for column in ("problem", "before", "after"):
         table.add_column(column, overflow="fold")
     for i, problem in enumerate(heldout[:SHOWN_PROBLEMS]):

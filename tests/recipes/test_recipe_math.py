@@ -99,7 +99,7 @@ def test_what_a_run_says_and_leaves(tmp_path):
         "The loss does not measure progress in GRPO",
         "reward=",
         "pass@1=",
-        "Held-out problems, greedy answers",
+        "Held-out problems, greedy completions",
     ):
         assert text in output
     assert "Traceback" not in output
