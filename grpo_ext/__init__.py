@@ -1,4 +1,4 @@
-"""GRPO for one consumer GPU: a plugin for TRL with LoRA/QLoRA on one frozen backbone.
+"""GRPO on one GPU: a plugin for TRL that trains a LoRA or QLoRA adapter.
 
 The names below are imported on first use, so `import grpo_ext` loads neither torch nor TRL.
 """
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # so that the next access does not call this function
     return value
 
 

@@ -23,7 +23,7 @@ from grpo_ext.refusals import (
 
 logger = logging.getLogger(__name__)
 
-# The fields of TRL whose default is another one here, with the default of this project, and with TRL's.
+# The fields of TRL with another default in this project: the default here, and TRL's.
 DEFAULTS: dict[str, Any] = {
     "loss_type": "grpo_sequence",
     "scale_rewards": "population",
@@ -45,83 +45,95 @@ class GRPOExtConfig(GRPOConfig):
     are TRL's defaults already):
         loss_type: `"grpo_sequence"` is sequence-level GRPO, with one probability ratio per completion, see
             `grpo_ext/losses/sequence_grpo.py`. `"grpo"` and every other loss of TRL is computed by TRL itself. None
-            (default) for "grpo_sequence", or for TRL's default if an option is set that acts on single tokens
+            (default) selects "grpo_sequence", or TRL's default if an option that acts on single tokens is set
             (`use_adaptive_entropy`, `top_entropy_quantile`, `importance_sampling_level`,
-            `vllm_importance_sampling_mode`).
-        scale_rewards: `"population"` divides by the population standard deviation of the group. `"group"`, `"batch"`
-            and `"none"` are TRL's. None (default) for "population", or for "group" if `multi_objective_aggregation` is
-            "normalize_then_sum".
-        temperature: sampling temperature, above 0; 0.8 by default.
-        beta: weight of the KL to the starting model, 0 or more; 0.1 by default. 0 turns the reference off. With LoRA,
-            the reference needs no second model.
-        learning_rate: peak learning rate; 1e-5 by default. LoRA usually needs more than full fine-tuning. Recommended:
-            1e-5 to 1e-4 for models of 0.5B to 7B.
-        entropy_coef: weight of the entropy bonus, 0 or more; 0.01 by default.
-        max_grad_norm: maximum norm of the gradient; 0.5 by default.
-        disable_dropout: True by default, so that sampling and update give the same log-probs to the same tokens.
-        bf16, use_cpu: without an accelerator, the run is on the CPU in float32; on a GPU without bfloat16, in fp16.
+            `vllm_importance_sampling_mode`). Recommended: None; `"dapo"` if a rollout serves several updates in 16
+            bits.
+        scale_rewards: how rewards are normalised to advantages. `"population"` divides by the population standard
+            deviation of the group. `"group"`, `"batch"` and `"none"` are TRL's. None (default) selects "population",
+            or "group" if `multi_objective_aggregation` is "normalize_then_sum". Recommended: None.
+        temperature: sampling temperature, above 0; 0.8 by default. Recommended: 0.8 to 1.0.
+        beta: weight of the KL to the starting model, in units of advantage per nat, 0 or more; 0.1 by default. 0 turns
+            the reference off. With LoRA, the reference needs no second model. Recommended: 0.1; 0 to save the reference
+            pass.
+        learning_rate: peak learning rate, above 0; 1e-5 by default. LoRA usually needs more than full fine-tuning.
+            Recommended: 1e-5 to 1e-4 for LoRA on models of 0.5B to 7B.
+        entropy_coef: weight of the entropy bonus, in units of advantage per nat, 0 or more; 0.01 by default. 0 turns
+            the bonus off. Recommended: 0.01; 0 with `dead_groups="skip"`.
+        max_grad_norm: maximum norm of the gradient; larger gradients are scaled down to it. 0 turns clipping off; 0.5
+            by default. Recommended: 0.5 to 1.0.
+        disable_dropout: True (default) sets every dropout to 0, including LoRA's, so that sampling and update give the
+            same log-probs to the same tokens. Recommended: True.
+        bf16, use_cpu: chosen to fit the device unless they are set. Without an accelerator, the run is on the CPU in
+            float32; on a GPU without bfloat16, in fp16. Recommended: leave both unset.
 
     Added fields:
-        share_prompt: True by default. Every prompt is prefilled once for all of its completions, in sampling and in
-            scoring (policy, old policy and reference). False uses TRL's plain path. If sharing cannot be exact, TRL's
-            path is used as well, and the log says why.
+        share_prompt: True (default) prefills every prompt once for all of its completions, in sampling and in scoring
+            (policy, old policy and reference). False uses TRL's plain path. If sharing cannot be exact, TRL's path is
+            used as well, and the log says why. Recommended: True.
         chunk_tokens: maximum number of tokens with an autograd graph at any one time in the update, 1 or more. A row
             counts with its prompt, because attention copies the prompt's KV cache per row. A chunk has at least one
             row. Passes without gradients use chunks of up to eight times that size. None (default) for no limit; if
-            `gradient_checkpointing` is on, rows are then processed one at a time instead. Recommended: None if a step
-            fits into memory, else the prompt and completion tokens of as many rows as fit. The result is the same for
-            every value.
+            `gradient_checkpointing` is on, rows are then processed one at a time instead. The result is the same for
+            every value. Recommended: None if a step fits into memory, else the prompt and completion tokens of as many
+            rows as fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
-            `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. Recommended: "k3". "exact" has no sampling noise
-            and costs one more pass of the completions through the LM head. TRL's `use_bias_correction_kl` (on) keeps
-            its meaning.
+            `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
+            pass of the completions through the LM head. TRL's `use_bias_correction_kl` keeps its meaning. Recommended:
+            "k3".
         log_kl: False by default. True logs `kl` even if `beta` is 0; this costs one reference pass per rollout.
+            Recommended: False; True to watch, with `beta=0`, how far the policy moves.
         dead_groups: what to do with groups whose completions all earned the same reward. `"keep"` (default). `"skip"`
             excludes them from the update if they carry no gradient: `beta`, `entropy_coef` and the weight of a
             load-balancing loss are 0. `"resample"` replaces them with groups of other prompts (as in DAPO,
-            arXiv:2503.14476, section 3.2). Recommended: "skip" if it applies: same adapter in less time. "resample" if
-            `frac_dead_groups` is above 0.5 and sampling is cheap compared with the update.
-        max_resample_rounds: maximum resampling rounds per rollout, 1 or more; 3 by default. Each round samples a group
-            for every group that is still dead.
-        num_generations_max: None (default), or more than `num_generations`. Prompts whose completions all earned the
-            same reward get more completions, up to this number, without another prefill. The `num_generations` whose
-            rewards differ most are trained on (max-variance down-sampling, PODS, arXiv:2504.13818), with advantages
-            from the mean and standard deviation of all. The gradient is then no longer an unbiased estimate of that of
-            the mean reward. Rare completions get more weight than their share: one right completion of 32 has an
-            advantage of 5.6, and 7 of its 31 rivals represent all of them. Prompts that the model almost never, or
-            almost always, solves get updates that they would not get with `num_generations`. Recommended: None; two to
-            four times `num_generations` if most groups are all wrong.
+            arXiv:2503.14476, section 3.2). Recommended: "skip" if it applies, which gives the same adapter in less
+            time; "resample" if `frac_dead_groups` is above 0.5 and sampling is cheap compared with the update.
+        max_resample_rounds: maximum number of resampling rounds per rollout with `dead_groups="resample"`, 1 or more;
+            3 by default. Each round samples a group for every group that is still dead. Recommended: 3.
+        num_generations_max: maximum number of completions per prompt, more than `num_generations`; None (default) for
+            no extra completions. Prompts whose completions all earned the same reward get more completions, up to this
+            number, without another prefill. The `num_generations` whose rewards differ most are trained on
+            (max-variance down-sampling, PODS, arXiv:2504.13818), with advantages from the mean and standard deviation
+            of all. The gradient is then no longer an unbiased estimate of that of the mean reward. Rare completions get
+            more weight than their share: one right completion of 32 has an advantage of 5.6, and 7 of its 31 rivals
+            represent all of them. Prompts that the model almost never, or almost always, solves get updates that they
+            would not get with `num_generations` completions. Recommended: None; two to four times `num_generations` if
+            most groups are all wrong.
         temperature_schedule: `"constant"` (default); `"linear"`, from `temperature` before the first step to
             `temperature_end` before the last; or `"entropy"`, a controller that keeps the mean token entropy near
-            `temperature_entropy_target`, within half and twice `temperature`. Recommended: "constant"; the others if
-            completions become alike too early in a run.
-        temperature_end: final temperature of the linear schedule, above 0, for example 1.0. None by default.
-        temperature_entropy_target: target of the entropy schedule in nats per token, above 0. None by default.
-            Recommended: close to the `entropy` that a run logs in its first steps.
-        replay_fraction: 0 to 1, 0 by default. Maximum share of a rollout's groups that are replayed: mixed groups of
-            recent steps take the places of dead ones. Each is reused once, with its log-probs at sampling as the old
-            policy. Recommended: 0; 0.25 to 0.5 if sampling takes most of a step and half of the groups are dead.
-        replay_max_age: optimizer steps, 1 or more; 4 by default. Older groups are not replayed, nor are groups with a
-            completion whose probability has changed by more than a factor of e.
-        reward_timeout: seconds, above 0; 10 by default. For a reward in worker processes, the time that it may take per
-            completion; a whole call has this time for each of its completions. For a reward in the training process,
-            which nothing can end, the time after which a call is reported in the log while it runs. Recommended: ten
-            times what the slowest completion takes.
-        reward_workers: None (default) calls every reward function in the training process, as TRL does, except for
-            those that declare `scores_independently = True` (`math_answer_reward` and `logic_reward` do): they get one
-            completion at a time in up to four worker processes, at most one per core, so that a hang or a crash costs
-            one completion. 1 or more runs every reward function in workers: those that declare it in this number,
-            which they share, any other one with whole calls in a worker of its own, which has a copy of the reward and
-            keeps its state. 0 runs none in workers. Recommended: None; `isolated(reward)` of `rewards` for a single
-            reward that may hang or crash (`rewards/workers/pool.py`).
+            `temperature_entropy_target`, with a temperature between half and twice `temperature`. Recommended:
+            "constant"; the others if completions become alike too early in a run.
+        temperature_end: final temperature of the linear schedule, above 0; None (default) for the other schedules.
+            Recommended: above `temperature`, for example 1.0.
+        temperature_entropy_target: target of the entropy schedule in nats per token, above 0; None (default) for the
+            other schedules. Recommended: close to the `entropy` that a run logs in its first steps.
+        replay_fraction: maximum share of a rollout's groups that are replayed, 0 to 1; 0 by default. Mixed groups of
+            recent steps replace dead ones. Each is reused once, with its log-probs at sampling as the old policy.
+            Recommended: 0; 0.25 to 0.5 if sampling takes most of a step and half of the groups are dead.
+        replay_max_age: maximum age of a replayed group in optimizer steps, 1 or more; 4 by default. Groups with a
+            completion whose probability has changed by more than a factor of e are not replayed either. Recommended: 4.
+        reward_timeout: seconds, above 0; 10 by default. For a reward in worker processes, its time limit per
+            completion; the limit of a whole call is this times the number of its completions. For a reward in the
+            training process, where a call cannot be interrupted, the time after which a running call is reported in the
+            log. Recommended: ten times the time of the slowest completion.
+        reward_workers: number of worker processes for reward functions, 0 or more. None (default) calls every reward
+            function in the training process, as TRL does, except for those that declare `scores_independently = True`
+            (`math_answer_reward` and `logic_reward` do). Those get one completion at a time in up to four workers, at
+            most one per core, so that a hang or a crash costs one completion. 1 or more runs every reward function in
+            workers: those that declare it share this number of workers; any other one runs whole calls in a worker of
+            its own, which has a copy of the reward and keeps its state. 0 runs none in workers. Recommended: None;
+            `isolated(reward)` of `grpo_ext.rewards` for a single reward that may hang or crash
+            (`rewards/workers/pool.py`).
         max_prompt_tokens: maximum length of a prompt in tokens, 1 or more; None (default) for the model's own limit.
             Recommended: twice the usual length, because a single prompt of 3,000 tokens can exhaust the memory.
-        overlong_prompts: what to do with longer prompts. `"error"` (default), or `"drop"`, which removes these rows and
-            prints their number. Prompts are never truncated, because that would change the question.
-        guards: True by default. Settings, data, prompts and rewards are checked before the first step, a step of the
-            largest shape is run as a test (`grpo_ext/checks/preflight.py`), and the run is watched (`checks/watch.py`).
-            False for test suites and for experiments that break these rules on purpose.
-        dry_run: False by default. True stops after these checks: `train()` returns without a step.
+        overlong_prompts: what to do with prompts of more than `max_prompt_tokens`: `"error"` (default), or `"drop"`,
+            which removes these rows and logs their number. Prompts are never truncated, because that would change the
+            question. Recommended: "error"; "drop" once you know what is removed.
+        guards: True (default) checks settings, data, prompts and rewards before the first step, runs a step of the
+            largest shape as a test (`grpo_ext/checks/preflight.py`), and watches the run (`checks/watch.py`).
+            Recommended: True; False for test suites and for experiments that break these rules on purpose.
+        dry_run: False by default. True stops after these checks: `train()` returns without a step. Recommended: True
+            once before a long run.
         kl_stop: nats per token, above 0. If the KL to the reference (metric `kl`) exceeds it, the run saves and ends.
             None (default) for no limit. Needs `beta` above 0 or `log_kl`. Recommended: None; 0.5 for long unattended
             runs.
@@ -133,104 +145,186 @@ class GRPOExtConfig(GRPOConfig):
     loss_type: str = field(
         default=None,  # type: ignore[assignment]  # resolved in __post_init__
         metadata={
-            "help": "'grpo_sequence' (sequence-level GRPO; default unless another option needs a loss of TRL) or a "
-            f"loss of TRL: {', '.join(TRL_LOSS_TYPES)}."
+            "help": "Loss: 'grpo_sequence' (sequence-level GRPO, one ratio per completion; default unless another "
+            f"option needs a loss of TRL) or a loss of TRL: {', '.join(TRL_LOSS_TYPES)}. Recommended: the default; "
+            "'dapo' if a rollout serves several updates in 16 bits."
         },
     )
     scale_rewards: str = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "'population' (standard deviation of the population; default unless another option needs a value "
-            f"of TRL) or one of TRL's: {', '.join(TRL_SCALE_REWARDS)}."
+            "help": "Normalisation of rewards: 'population' (divide by the group's population standard deviation; "
+            "default unless another option needs a value of TRL) or one of TRL's: "
+            f"{', '.join(TRL_SCALE_REWARDS)}. Recommended: the default."
         },
     )
-    temperature: float = field(default=DEFAULTS["temperature"], metadata={"help": "Sampling temperature, above 0."})
+    temperature: float = field(
+        default=DEFAULTS["temperature"],
+        metadata={"help": "Sampling temperature, above 0. Recommended: 0.8 to 1.0."},
+    )
     beta: float = field(
         default=DEFAULTS["beta"],
-        metadata={"help": "Weight of the KL towards the starting model; 0 switches the reference off."},
+        metadata={
+            "help": "Weight of the KL to the starting model, in advantage per nat, 0 or more; 0 turns the reference "
+            "off. Recommended: 0.1; 0 to save the reference pass."
+        },
     )
     learning_rate: float = field(
         default=DEFAULTS["learning_rate"],
-        metadata={"help": "Peak learning rate. LoRA: 1e-5 to 1e-4 for 0.5B-7B models."},
+        metadata={"help": "Peak learning rate, above 0. Recommended: 1e-5 to 1e-4 for LoRA on models of 0.5B to 7B."},
     )
     entropy_coef: float = field(
-        default=DEFAULTS["entropy_coef"], metadata={"help": "Weight of the entropy bonus; 0 switches it off."}
+        default=DEFAULTS["entropy_coef"],
+        metadata={
+            "help": "Weight of the entropy bonus, in advantage per nat, 0 or more; 0 turns it off. Recommended: 0.01; "
+            "0 with dead_groups='skip'."
+        },
     )
     max_grad_norm: float = field(
-        default=DEFAULTS["max_grad_norm"], metadata={"help": "Gradients are scaled down to this norm."}
+        default=DEFAULTS["max_grad_norm"],
+        metadata={
+            "help": "Maximum norm of the gradient; larger gradients are scaled down to it; 0 turns clipping off. "
+            "Recommended: 0.5 to 1.0."
+        },
     )
     disable_dropout: bool = field(
         default=DEFAULTS["disable_dropout"],
-        metadata={"help": "Set every dropout, LoRA's too, to 0: sampling and update then see the same model."},
+        metadata={
+            "help": "Set every dropout to 0, including LoRA's, so that sampling and update see the same model. "
+            "Recommended: true."
+        },
     )
     share_prompt: bool = field(
-        default=True, metadata={"help": "Read every prompt once for all of its completions; False: TRL's plain path."}
+        default=True,
+        metadata={
+            "help": "Prefill every prompt once for all of its completions; false uses TRL's plain path. Recommended: "
+            "true."
+        },
     )
     chunk_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens that carry a graph at once in the update, for example 4096; None for no bound."},
+        metadata={
+            "help": "Maximum number of tokens with an autograd graph at any one time in the update, 1 or more; unset "
+            "for no limit. Recommended: unset if a step fits into memory, else for example 4096."
+        },
     )
     kl_estimator: str = field(
         default="k3",
-        metadata={"help": f"KL to the reference in 'grpo_sequence' and 'grpo': {', '.join(KL_ESTIMATORS)}."},
+        metadata={
+            "help": "Estimator of the KL to the reference, for 'grpo_sequence' and 'grpo': "
+            f"{', '.join(KL_ESTIMATORS)}. Recommended: k3."
+        },
     )
     dead_groups: str = field(
         default="keep",
-        metadata={"help": f"Groups whose answers all earned the same reward: {', '.join(DEAD_GROUPS)}."},
+        metadata={
+            "help": "What to do with groups whose completions all earned the same reward: "
+            f"{', '.join(DEAD_GROUPS)}. Recommended: skip if beta and entropy_coef are 0, else keep."
+        },
     )
     max_resample_rounds: int = field(
-        default=3, metadata={"help": "With dead_groups='resample', draw dead groups anew at most so many times."}
+        default=3,
+        metadata={
+            "help": "Maximum number of resampling rounds per rollout with dead_groups='resample', 1 or more. "
+            "Recommended: 3."
+        },
     )
     num_generations_max: int | None = field(
         default=None,
         metadata={
-            "help": "Draw up to so many answers where num_generations all earned the same reward, for example 32."
+            "help": "Maximum number of completions of a prompt whose completions all earned the same reward, more than "
+            "num_generations; unset for no extra completions. Recommended: unset; two to four times num_generations "
+            "if most groups are all wrong."
         },
     )
     temperature_schedule: str = field(
         default="constant",
-        metadata={"help": f"How the temperature moves in the run: {', '.join(TEMPERATURE_SCHEDULES)}."},
+        metadata={
+            "help": f"Schedule of the sampling temperature: {', '.join(TEMPERATURE_SCHEDULES)}. Recommended: constant; "
+            "the others if completions become alike too early in a run."
+        },
     )
     temperature_end: float | None = field(
-        default=None, metadata={"help": "Temperature before the last step, above 0, for the linear schedule."}
+        default=None,
+        metadata={
+            "help": "Final temperature of the linear schedule, above 0. Recommended: above temperature, for example "
+            "1.0."
+        },
     )
     temperature_entropy_target: float | None = field(
-        default=None, metadata={"help": "Nats a token, above 0, for the entropy schedule."}
+        default=None,
+        metadata={
+            "help": "Target of the entropy schedule in nats per token, above 0. Recommended: close to the entropy that "
+            "a run logs in its first steps."
+        },
     )
     log_kl: bool = field(
-        default=False, metadata={"help": "Log the KL where beta is 0, too, for one reference pass a rollout."}
+        default=False,
+        metadata={
+            "help": "Log the KL even if beta is 0; costs one reference pass per rollout. Recommended: false; true to "
+            "watch, with beta=0, how far the policy moves."
+        },
     )
     replay_fraction: float = field(
         default=0.0,
-        metadata={"help": "Share of a rollout's groups, 0 to 1, that may be mixed groups of recent steps."},
+        metadata={
+            "help": "Maximum share of a rollout's groups, 0 to 1, in which mixed groups of recent steps replace dead "
+            "ones. Recommended: 0; 0.25 to 0.5 if sampling takes most of a step and half of the groups are dead."
+        },
     )
     replay_max_age: int = field(
-        default=4, metadata={"help": "Optimizer steps after which a group is not replayed any more."}
+        default=4,
+        metadata={"help": "Maximum age of a replayed group in optimizer steps, 1 or more. Recommended: 4."},
     )
     reward_timeout: float = field(
         default=10.0,
-        metadata={"help": "Seconds, above 0: limit per completion in worker processes; other calls are reported then."},
+        metadata={
+            "help": "Seconds, above 0: time limit per completion in worker processes; in the training process, the "
+            "time after which a running call is reported. Recommended: ten times the time of the slowest completion."
+        },
     )
     reward_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Run every reward function in worker processes, for example 2; 0: none. Default: only those that "
-            "declare scores_independently, in up to 4."
+            "help": "Number of worker processes for reward functions, for example 2; 0 for none. Unset: up to 4, for "
+            "the rewards that declare scores_independently. Recommended: unset."
         },
     )
 
     max_prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; longer ones are an error, or left out."}
+        default=None,
+        metadata={
+            "help": "Maximum length of a prompt in tokens, 1 or more; unset for the model's own limit. Recommended: "
+            "twice the usual length."
+        },
     )
     overlong_prompts: str = field(
-        default="error", metadata={"help": f"Prompts above max_prompt_tokens: {', '.join(OVERLONG_PROMPTS)}."}
+        default="error",
+        metadata={
+            "help": f"What to do with prompts of more than max_prompt_tokens: {', '.join(OVERLONG_PROMPTS)}. "
+            "Recommended: error; drop once you know what is removed."
+        },
     )
     guards: bool = field(
-        default=True, metadata={"help": "Check before the first step, rehearse the largest one, and watch the run."}
+        default=True,
+        metadata={
+            "help": "Check the run before its first step, test a step of the largest shape, and watch the training. "
+            "Recommended: true."
+        },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Stop after the checks and the rehearsal."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Stop after the checks and the test step, without training. Recommended: true once before a long "
+            "run."
+        },
+    )
     kl_stop: float | None = field(
-        default=None, metadata={"help": "Nats a token, above 0: end and save where the KL is larger."}
+        default=None,
+        metadata={
+            "help": "Nats per token, above 0: save and end the run if the KL to the reference exceeds it; unset for no "
+            "limit. Recommended: unset; 0.5 for long unattended runs."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -251,19 +345,19 @@ class GRPOExtConfig(GRPOConfig):
             if option is not None:
                 name, value, _ = option
                 logger.warning(
-                    f"{name}={value!r} acts on single tokens: loss_type is TRL's default, {self.loss_type!r}."
+                    f"{name}={value!r} acts on single tokens, so loss_type is TRL's default, {self.loss_type!r}."
                 )
         if self.scale_rewards is None:
             sums = self.multi_objective_aggregation == "sum_then_normalize"
             self.scale_rewards = DEFAULTS["scale_rewards"] if sums else TRL_DEFAULTS["scale_rewards"]
             if not sums:
                 logger.warning(
-                    f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward by "
-                    f"itself: scale_rewards is TRL's default, {self.scale_rewards!r}."
+                    f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward on "
+                    f"its own, so scale_rewards is TRL's default, {self.scale_rewards!r}."
                 )
 
     def changed_defaults(self) -> list[str]:
-        """The settings of this config that have a default of this project and not TRL's, each as text with both."""
+        """The fields that have this project's default instead of TRL's, each as text with both values."""
         changed = [
             f"{name}={value!r} (TRL: {TRL_DEFAULTS[name]!r})"
             for name, value in DEFAULTS.items()

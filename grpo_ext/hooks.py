@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def replaced(trainer: object, **hooks: Any) -> Iterator[None]:
-    """A context in which these hooks or attributes of the trainer take the places of its own."""
+    """A context in which the trainer has these hooks or attributes instead of its own."""
     own = {name: vars(trainer)[name] for name in hooks if name in vars(trainer)}
     vars(trainer).update(hooks)
     try:

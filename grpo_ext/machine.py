@@ -25,7 +25,7 @@ def device_name(device: "torch.device") -> str:
 
 
 def memory_in_use(device: "torch.device") -> str:
-    """Memory that this process uses now: allocated on the GPU, with the size of the card, or resident on a CPU."""
+    """Memory that this process uses: allocated on the GPU, with the size of the card, or resident on a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -35,7 +35,7 @@ def memory_in_use(device: "torch.device") -> str:
 
 
 def peak_memory_mb(device: "torch.device") -> float:
-    """Peak memory of this process so far, in MB (10^6 bytes): allocated on the GPU, or resident on a CPU."""
+    """Peak memory of this process, in MB (10^6 bytes): allocated on the GPU, or resident on a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -45,5 +45,5 @@ def peak_memory_mb(device: "torch.device") -> float:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide what a run computes: {"torch": "2.8.0", ...}."""
+    """Installed versions of the packages that determine what a run computes: {"torch": "2.8.0", ...}."""
     return {package: version(package) for package in PACKAGES}

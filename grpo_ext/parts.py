@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-STAGES = (ExtendGroups, Resample, Replay)  # in this order: each draws through those before it
+STAGES = (ExtendGroups, Resample, Replay)  # the order matters: each stage samples through the ones before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a trainer holds; `dialogue` and `watch` are None if the run has no dialogue or no guards."""
+    """The parts of a trainer; `dialogue` and `watch` are None if the run has no dialogue or no guards."""
 
     phases: PhaseTimer
     temperature: TemperatureControl
@@ -70,16 +70,16 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerHooks:
-    """What the parts may call on their trainer: bound methods, so that a copy of the trainer calls its own.
+    """The methods of the trainer that its parts may call: bound, so that a copy of the trainer calls its own.
 
     Attributes:
         record: adds a value to a metric.
-        total_rewards: the reward of each row from those of the reward functions, shape (..., F) -> (...).
-        score: log-probs of completions under the policy as it is now, with their mask, shapes (B, C).
-        dataset: the training data.
-        step: optimizer steps so far.
-        train_metrics: the metrics of training since the last log.
-        micro_batches: those of the rollout that is in use.
+        total_rewards: total reward of each row from the values of the reward functions, shape (..., F) -> (...).
+        score: log-probs of completions under the current policy, and their mask, shapes (B, C).
+        dataset: returns the training data.
+        step: returns the number of optimizer steps so far.
+        train_metrics: returns the training metrics since the last log.
+        micro_batches: returns the micro-batches of the current rollout.
     """
 
     record: Record
@@ -94,10 +94,10 @@ class TrainerHooks:
 def build_parts(
     trainer: "GRPOExtTrainer", tokenizer: PreTrainedTokenizerBase, hooks: TrainerHooks, *, has_reference: bool
 ) -> Parts:
-    """The parts of a trainer that TRL has built.
+    """Build the parts of a trainer whose TRL constructor has run.
 
     Raises:
-        ValueError: settings that this model, or the others, do not allow; the message says what to type.
+        ValueError: a setting does not work with this model or with another setting; the message says what to type.
     """
     args, accelerator = trainer.args, trainer.accelerator
     scorer = _prepare_scoring(trainer)
@@ -155,7 +155,7 @@ def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler, hooks:
 
 
 def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
-    """Prepares the models for shared scoring; if that is impossible, the log says why."""
+    """Prepare the models for shared scoring; if that is impossible, the log says why."""
     model, args = trainer.model, trainer.args
     disable_4bit_repacking(model)  # before anything runs
     reason = (
@@ -165,17 +165,17 @@ def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
     )
     shares_prompts = args.share_prompt and reason is None
     if reason is not None:
-        logger.warning(f"Prompts are not shared between completions, TRL's plain path is taken: {reason}.")
+        logger.warning(f"Prompts are not shared between completions, so TRL's plain path is taken: {reason}.")
     if shares_prompts:
         if args.gradient_checkpointing:
-            logger.info("Gradient checkpointing is replaced by scoring in chunks, with the same result.")
+            logger.info("Scoring in chunks replaces gradient checkpointing, with the same result.")
         if args.torch_compile:
             logger.warning(
-                "torch_compile=True has no effect on shared prompts, whose shapes change from call to call. Use "
-                "share_prompt=False to compile TRL's plain path."
+                "torch_compile=True has no effect on shared prompts, because their shapes change from call to call. "
+                "Use share_prompt=False to compile TRL's plain path."
             )
         install_shared_scoring(base_of(model), is_compiled=args.torch_compile)
-        if trainer.ref_model is not None:  # accelerate has prepared it, DeepSpeed by an engine around it
+        if trainer.ref_model is not None:  # wrapped by accelerate, or by an engine of DeepSpeed
             reference = base_of(trainer.accelerator.unwrap_model(trainer.ref_model))
             install_shared_scoring(reference, is_compiled=args.torch_compile)
     config, adapts_head = base_of(model).config.get_text_config(), has_head_adapter(model)
@@ -190,7 +190,7 @@ def _prepare_scoring(trainer: "GRPOExtTrainer") -> Scorer:
 
 
 def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> CompletionSampler:
-    """Shared sampling, if the model and the settings allow it; else the log says why."""
+    """The sampler: on shared prompts if the model and the settings allow it; otherwise the log says why not."""
     stop_strings: list[str] = []
     is_shared = False
     if trainer.samples_by_generate:
@@ -200,7 +200,7 @@ def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer, tokenizer: PreTrainedTok
         reason = why_sampling_unsupported(*configs)
         is_shared = scorer.shares_prompts and reason is None
         if scorer.shares_prompts and reason is not None:
-            logger.warning(f"Prompts are not shared in sampling, transformers' own loop is taken: {reason}.")
+            logger.warning(f"Prompts are not shared in sampling, so transformers' own loop is taken: {reason}.")
         refusals.refuse_stop_strings(stop_strings, samples_shared=is_shared, tools=bool(trainer.tools))
     return CompletionSampler(
         is_shared=is_shared,

@@ -1,9 +1,9 @@
-"""What all recipes share: flags -> problems and trainer -> a run -> its verdict as the last line.
+"""Shared by all recipes: flags -> problems and trainer -> a run -> its result as the last line.
 
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
-that `--config` names; flags win. A file of `--config` that does not exist is looked for in the folder of the recipes,
-which `$RECIPES` in the name of a model or data set stands for, too, and
-`--num_generations auto` is resolved before the run (`memory/auto_group_size.py`). A run, in this order,
+given by `--config`; flags take precedence. If that file does not exist, it is searched in the folder of the recipes. In
+the name of a model or data set, `$RECIPES` is replaced with this folder. `--num_generations auto` is resolved before
+the run (`memory/auto_group_size.py`). A run
 
 1. prints the banner, and runs the checks and a step of the largest shape;
 2. measures held-out accuracy, and keeps the result for sessions that resume the run;
@@ -51,44 +51,50 @@ from grpo_ext.trainer import GRPOExtTrainer
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """What every recipe adds to TRL's script arguments (`dataset_name`, `dataset_config`, splits)."""
+    """The arguments that every recipe adds to those of TRL's scripts (`dataset_name`, `dataset_config`, splits)."""
 
     max_eval_prompts: int = field(
-        default=256, metadata={"help": "Held-out problems to evaluate on, at most; 256 give an interval of +-0.06."}
+        default=256,
+        metadata={
+            "help": "Maximum number of held-out problems, 1 or more. 256 (recommended) give an interval of +-0.06."
+        },
     )
     prompt_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the question; a dot goes into a dict (extra.question). By default the usual names."
+            "help": "Column of the question, with dots for the keys of a dict (extra.question). Unset: recognised by "
+            "name (prompt, question, problem, ...)."
         },
     )
     answer_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the gold answer; a dot goes into a dict (reward_model.ground_truth). By default the "
-            "usual names."
+            "help": "Column of the gold answer, with dots for the keys of a dict (reward_model.ground_truth). Unset: "
+            "recognised by name (answer, final_answer, solution, ...)."
         },
     )
     unreadable_gold: str = field(
         default="error",
         metadata={
-            "help": "Rows without a question, or whose gold answer is missing or cannot be read: 'error' names them "
-            "and ends the run (recommended for data of your own), 'drop' leaves them out, and the banner counts them.",
+            "help": "What to do with rows without a question, or whose gold answer is missing or unreadable: 'error' "
+            "lists them and ends the run (recommended for your own data); 'drop' leaves them out, and the banner "
+            "gives their number.",
             "choices": ["error", "drop"],
         },
     )
     chat: str = field(
         default="auto",
         metadata={
-            "help": "Whether prompts become chat messages. 'auto' (recommended): if the end of a turn in the chat "
-            "template is an end-of-sequence token of the model, unlike in base models that merely ship one.",
+            "help": "Whether prompts become chat messages. 'auto' (recommended): if the chat template ends a turn with "
+            "an end-of-sequence token of the model. A base model that merely ships a template gets plain prompts.",
             "choices": ["auto", "true", "false"],
         },
     )
     eval_samples: int = field(
         default=0,
         metadata={
-            "help": "Answers sampled per held-out problem before and after training, for pass@k; 0: greedy only."
+            "help": "Number of completions sampled per held-out problem before and after training, for pass@k, 0 or "
+            "more; 0 for greedy accuracy only. Recommended: 8."
         },
     )
 
@@ -100,7 +106,7 @@ Arguments = TypeVar("Arguments", bound=RecipeArguments)
 
 
 def prepare_process() -> None:
-    """Quiet libraries, and keep the folder of the recipes off the path of child processes."""
+    """Silence libraries, and keep the folder of the recipes off the import path of child processes."""
     os.environ["PYTHONSAFEPATH"] = "1"
     quiet_libraries()
 
@@ -108,13 +114,13 @@ def prepare_process() -> None:
 def parse_arguments(
     argv: list[str], recipe: str, folder: str, *, embedded: str, arguments: type[Arguments]
 ) -> tuple[Arguments, GRPOExtConfig, PolicyConfig]:
-    """The arguments of a run; those of the embedded run if `argv` names neither a model, data nor a config file.
+    """The arguments of a run: those of the embedded run if `argv` names no model, no data and no config file.
 
     Args:
-        recipe: its name.
-        folder: of the recipes.
+        recipe: name of the recipe.
+        folder: folder of the recipes.
         embedded: name of the YAML file of the embedded run, in that folder.
-        arguments: what the recipe adds to the flags.
+        arguments: dataclass with the recipe's own flags.
     """
     folder = str(Path(folder).resolve())
     parser = TrlParser((arguments, GRPOExtConfig, PolicyConfig))
@@ -124,7 +130,7 @@ def parse_arguments(
     argv = _with_preset(argv, folder)
     settings = parse_flags(parser, argv)
     if not (settings.model_name_or_path and settings.dataset_name):
-        parser.error("give both --model_name_or_path and --dataset_name, or neither for the embedded run")
+        parser.error("give both --model_name_or_path and --dataset_name, or neither of them for the embedded run")
     with _config_in_ascii(with_group_size(argv, settings, folder=folder)) as flags:
         script_args, args, model_args = parser.parse_args_and_config(flags)
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
@@ -133,7 +139,7 @@ def parse_arguments(
 
 
 def _with_preset(argv: list[str], folder: str) -> list[str]:
-    """The flags, with the path of a preset in place of its name: `--config gpu_8gb.yaml`, wherever it is typed.
+    """The flags, with the name of a preset replaced by its path: `--config gpu_8gb.yaml`, at any place.
 
     Raises:
         SystemExit: there is no such file.
@@ -152,7 +158,7 @@ def _with_preset(argv: list[str], folder: str) -> list[str]:
 
 @contextmanager
 def _config_in_ascii(argv: list[str]) -> Iterator[list[str]]:
-    """The flags with a copy of the file of `--config`, which TRL reads in the encoding of the locale."""
+    """The flags, with the file of `--config` replaced by an ASCII copy: TRL reads it in the encoding of the locale."""
     flags = list(argv)
     with TemporaryDirectory() as folder:
         if "--config" in flags:
@@ -171,10 +177,10 @@ def build_problems(
     prompt_format: PromptFormat = DEFAULT_FORMAT,
     reads_gold: Callable[[str], bool] | None = None,
 ) -> Problems:
-    """The problems that these arguments name; `reads_gold` as for `data.load_problems`.
+    """The problems that these arguments name; for `reads_gold`, see `data.load_problems`.
 
     Raises:
-        SystemExit, ValueError: as `data.load_problems`.
+        SystemExit, ValueError: see `data.load_problems`.
     """
     return load_problems(
         script_args.dataset_name,
@@ -201,7 +207,7 @@ def build_trainer(
     model_args: PolicyConfig,
     **arguments: Any,
 ) -> GRPOExtTrainer:
-    """The trainer for these arguments; `arguments` are further ones of GRPOExtTrainer."""
+    """The trainer for these arguments; `arguments` are further arguments of GRPOExtTrainer."""
     args.model_init_kwargs = model_init_kwargs(model_args, args)
     return GRPOExtTrainer(
         model=model_args.model_name_or_path,
@@ -231,15 +237,15 @@ def train_and_report(
     """Train, measure held-out accuracy, and write the report.
 
     Args:
-        trainer: built, not yet trained.
-        problems: the held-out rows are evaluated; they must not be trained on.
-        reward: what `evaluate` grades held-out answers with: a reward function that gives 1.0 for a right answer.
+        trainer: must not be trained yet.
+        problems: the held-out rows are evaluated and must not be among the training rows.
+        reward: passed to `evaluate` to grade held-out completions: a reward function that gives 1.0 to a right one.
         recipe: name of the recipe, for the summary.
-        eval_samples: answers sampled per held-out problem before and after training; 0 for greedy accuracy only.
+        eval_samples: completions sampled per held-out problem before and after training; 0 for greedy accuracy only.
         evaluate: `evaluation.complete.evaluate`, or a function that takes the same arguments.
 
     Returns:
-        The contents of `summary.json`; empty if `dry_run` ends the run before its first step.
+        The contents of `summary.json`; empty if `dry_run` ended the run before its first step.
     """
     args = trainer.args
     heldout = problems.heldout.to_list()
@@ -259,13 +265,13 @@ def train_and_report(
     show_banner(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
     trainer.preflight()
     if args.dry_run:
-        show("dry run: the checks are through, nothing was trained")
+        show("dry run: all checks passed; nothing was trained")
         return {}
     resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
     before = None
     if resumed:
         before = load_initial_evaluation(args.output_dir, problems=len(heldout), samples=eval_samples)
-    if before is None:  # the policy is still the one that training starts from
+    if before is None:  # the policy is still the starting policy
         with DistributedBackend(trainer.accelerator).gather_params(list(trainer.model.parameters())):
             before = measure(samples=eval_samples, description="held-out accuracy before")
         if trainer.accelerator.is_main_process:
@@ -273,7 +279,7 @@ def train_and_report(
     during = partial(measure, samples=min(eval_samples, 1))
     record = partial(_record, trainer, heldout)
     trainer.add_callback(BestAdapter(trainer))
-    trainer.add_callback(HeldoutFile())  # starts the file that the next one adds to
+    trainer.add_callback(HeldoutFile())  # starts the file that the next callback appends to
     trainer.add_callback(HeldOutAccuracy(before, during, record))
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resumed)
@@ -285,13 +291,13 @@ def train_and_report(
     if trainer.accelerator.is_main_process:
         write_summary(args.output_dir, summary)
         draw_or_warn(draw_curves, args.output_dir)
-    trainer.save_model()  # with a card that shows both; pushes it if asked to
+    trainer.save_model()  # with a card that shows both; also pushes to the Hub if push_to_hub is on
     if trainer.accelerator.is_main_process:
         _show_samples(heldout, before, after)
         show(f"adapter, report.html, curves.png, metrics.jsonl and summary.json are in {args.output_dir}")
         best = read_best(args.output_dir)
         if best and best["pass@1"] > after.greedy.value:
-            show(f"the best adapter, of step {best['step']} with held-out pass@1 {best['pass@1']:.2f}, is in its best/")
+            show(f"the best adapter (step {best['step']}, held-out pass@1 {best['pass@1']:.2f}) is in its folder best/")
         show(accuracy_lines(summary))
     return summary
 
@@ -305,8 +311,8 @@ def _record(trainer: GRPOExtTrainer, heldout: list[Problem], evaluation: Evaluat
 
 
 def _show_samples(heldout: list[Problem], before: Evaluation, after: Evaluation) -> None:
-    """Print the first few held-out problems with the greedy answers before and after; right ones are green."""
-    table = Table(title="Held-out problems, greedy answers", title_justify="left", show_lines=True)
+    """Print the first few held-out problems with their greedy completions before and after; right ones are green."""
+    table = Table(title="Held-out problems, greedy completions", title_justify="left", show_lines=True)
     for column in ("problem", "before", "after"):
         table.add_column(column, overflow="fold")
     for i, problem in enumerate(heldout[:SHOWN_PROBLEMS]):

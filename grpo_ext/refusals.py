@@ -1,6 +1,6 @@
-"""Settings that cannot be trained as requested, each refused with what was received, what is valid, and what to type.
+"""Refuse settings that cannot be trained as requested; each message gives the value received and a valid one.
 
-`refuse_impossible` runs before a model is loaded; the functions below it run once the trainer is built.
+`refuse_impossible` runs before a model is loaded. The public functions below it run once the trainer is built.
 """
 
 import math
@@ -19,7 +19,7 @@ UNTRUNCATED = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repet
 
 
 def refuse_impossible(config: Any) -> None:
-    """Raise ValueError if a `GRPOExtConfig` requests something that cannot be done."""
+    """Raise ValueError if the settings of a `GRPOExtConfig` cannot be combined."""
     _require("loss_type", config.loss_type, ("grpo_sequence", *TRL_LOSS_TYPES))
     _require("scale_rewards", config.scale_rewards, ("population", *TRL_SCALE_REWARDS))
     _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
@@ -28,7 +28,7 @@ def refuse_impossible(config: Any) -> None:
     _require("overlong_prompts", config.overlong_prompts, OVERLONG_PROMPTS)
     if config.scale_rewards == "population" and config.multi_objective_aggregation != "sum_then_normalize":
         raise ValueError(
-            f"scale_rewards='population' normalises the summed reward, so it has no meaning with "
+            f"scale_rewards='population' normalises the summed reward, so it cannot be combined with "
             f"multi_objective_aggregation={config.multi_objective_aggregation!r}. Use 'sum_then_normalize', or "
             f"scale_rewards='group'."
         )
@@ -36,7 +36,7 @@ def refuse_impossible(config: Any) -> None:
         raise ValueError(f"chunk_tokens={config.chunk_tokens} must be at least 1, for example 4096, or None.")
     if config.chunk_tokens is not None and not config.share_prompt:
         raise ValueError(
-            f"chunk_tokens={config.chunk_tokens} bounds shared scoring, but share_prompt=False asks for TRL's plain "
+            f"chunk_tokens={config.chunk_tokens} limits shared scoring, but share_prompt=False selects TRL's plain "
             f"path. Use share_prompt=True, or chunk_tokens=None."
         )
     if config.max_resample_rounds < 1:
@@ -49,14 +49,15 @@ def refuse_impossible(config: Any) -> None:
     _refuse_replay(config)
     if config.enable_jit_checkpoint:
         raise ValueError(
-            "enable_jit_checkpoint=True saves in the middle of a step, from where a run cannot be resumed exactly. Use "
-            "save_steps: a run that is killed goes on from its last checkpoint."
+            "enable_jit_checkpoint=True saves in the middle of a step, and a run cannot be resumed exactly from there. "
+            "Use save_steps: a run that was killed resumes from its last checkpoint."
         )
     if config.reward_timeout <= 0:
         raise ValueError(f"reward_timeout={config.reward_timeout} must be above 0 seconds, for example 10.")
     if config.reward_workers is not None and config.reward_workers < 0:
         raise ValueError(
-            f"reward_workers={config.reward_workers} must be 0 (the training process itself) or more, for example 2."
+            f"reward_workers={config.reward_workers} must be 0 (the training process itself) or more, for example 2, "
+            f"or None."
         )
     _refuse_guards(config)
 
@@ -65,8 +66,8 @@ def refuse_words(config: Any) -> None:
     """Refuse `num_generations="auto"` outside of a recipe, before TRL computes with it."""
     if isinstance(config.num_generations, str):
         raise ValueError(
-            f"num_generations={config.num_generations!r} must be a number of 2 or more, for example 8. `auto` is known "
-            f"to recipes alone, as a flag or a line of their YAML; for your own script ask `grpo-ext plan`."
+            f"num_generations={config.num_generations!r} must be a number of 2 or more, for example 8. Only recipes "
+            f"accept `auto`, as a flag or in their YAML file. For your own script, run `grpo-ext plan`."
         )
 
 
@@ -74,22 +75,25 @@ def _refuse_guards(config: Any) -> None:
     if config.max_prompt_tokens is not None and config.max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens={config.max_prompt_tokens} must be 1 or more, for example 512, or None.")
     if config.dry_run and not config.guards:
-        raise ValueError("dry_run=True runs the checks that guards=False leaves out. Use guards=True.")
+        raise ValueError("dry_run=True runs the checks that guards=False turns off. Use guards=True.")
     if config.kl_stop is not None and config.kl_stop <= 0:
-        raise ValueError(f"kl_stop={config.kl_stop} must be above 0 nats a token, for example 0.5, or None.")
+        raise ValueError(f"kl_stop={config.kl_stop} must be above 0 nats per token, for example 0.5, or None.")
     if config.kl_stop is not None and config.beta == 0.0 and not config.log_kl:
         raise ValueError(
-            f"kl_stop={config.kl_stop} needs a KL to watch, and beta=0 has none. Use log_kl=True, or kl_stop=None."
+            f"kl_stop={config.kl_stop} needs a KL to watch, and with beta=0 there is none. Use log_kl=True, or "
+            f"kl_stop=None."
         )
     if config.kl_stop is not None and not config.guards:
-        raise ValueError(f"kl_stop={config.kl_stop} is one of the guards, and guards=False. Use guards=True.")
+        raise ValueError(
+            f"kl_stop={config.kl_stop} is one of the guards, and guards=False turns it off. Use guards=True."
+        )
 
 
 def explain_batch(config: Any) -> str | None:
     """The error in `num_generations` or the rollout batch, if there is one. Called after TRL has derived the batch."""
     group, rollout = config.num_generations, config.generation_batch_size
     if group < 2:
-        return f"num_generations={group} leaves nothing to compare. Use 2 or more; 8 is usual."
+        return f"num_generations={group} gives a completion nothing to be compared with. Use 2 or more; 8 is usual."
     steps = config.steps_per_generation
     if rollout is None or steps is None or rollout % group == 0:
         return None
@@ -105,7 +109,8 @@ def explain_batch(config: Any) -> str | None:
 
 
 def token_option(config: Any) -> tuple[str, Any, str] | None:
-    """The first option that acts on single tokens: its name, its value, and what a loss of whole completions allows."""
+    """The first option set that acts on single tokens: its name, its value, and the value that a sequence-level loss
+    allows."""
     neutral = {"importance_sampling_level": "token", "top_entropy_quantile": 1.0, "use_adaptive_entropy": False}
     for name, valid in neutral.items():
         if getattr(config, name) != valid:
@@ -121,7 +126,7 @@ def _refuse_token_options(config: Any) -> None:
     if option is not None:
         name, received, valid = option
         raise ValueError(
-            f"{name}={received!r} acts on single tokens, and loss_type='grpo_sequence' takes one ratio per completion. "
+            f"{name}={received!r} acts on single tokens, but loss_type='grpo_sequence' has one ratio per completion. "
             f"Use {name}={valid}, or one of TRL's losses, such as loss_type='grpo'."
         )
 
@@ -129,17 +134,18 @@ def _refuse_token_options(config: Any) -> None:
 def _refuse_kl_estimators(config: Any) -> None:
     if config.kl_estimator != "k3" and config.loss_type not in ("grpo_sequence", "grpo"):
         raise ValueError(
-            f"kl_estimator={config.kl_estimator!r} is for loss_type='grpo_sequence' and 'grpo'; "
-            f"loss_type={config.loss_type!r} has TRL's own KL. Use kl_estimator='k3'."
+            f"kl_estimator={config.kl_estimator!r} works with loss_type='grpo_sequence' and 'grpo' only; "
+            f"loss_type={config.loss_type!r} uses TRL's own KL. Use kl_estimator='k3'."
         )
     if config.kl_estimator == "k1" and config.beta != 0.0 and not config.use_bias_correction_kl:
         raise ValueError(
-            f"kl_estimator='k1' with beta={config.beta} and use_bias_correction_kl=False would not hold the policy: "
-            f"the gradient of that term is zero in the mean. Use use_bias_correction_kl=True, or kl_estimator='k2'."
+            f"kl_estimator='k1' with beta={config.beta} and use_bias_correction_kl=False would not keep the policy "
+            f"close to the reference: the expected gradient of that term is zero. Use use_bias_correction_kl=True, or "
+            f"kl_estimator='k2'."
         )
     if config.kl_estimator == "exact" and not config.share_prompt:
         raise ValueError(
-            "kl_estimator='exact' is computed by shared scoring, but share_prompt=False asks for TRL's plain path. "
+            "kl_estimator='exact' is computed by shared scoring, but share_prompt=False selects TRL's plain path. "
             "Use share_prompt=True, or kl_estimator='k3'."
         )
 
@@ -153,16 +159,18 @@ def _refuse_temperatures(config: Any) -> None:
             raise ValueError(f"temperature_schedule={schedule!r} needs {name} above 0, got {value}.")
         if schedule != of and value is not None:
             raise ValueError(
-                f"{name}={value} is for temperature_schedule={of!r}, got {schedule!r}. Set that, or leave it out."
+                f"{name}={value} needs temperature_schedule={of!r}, got {schedule!r}. Set that schedule, or leave "
+                f"{name} out."
             )
     if schedule == "entropy" and config.use_adaptive_entropy:
         raise ValueError(
-            "temperature_schedule='entropy' and use_adaptive_entropy=True would both steer the entropy. Use one."
+            "temperature_schedule='entropy' and use_adaptive_entropy=True would both control the entropy. Use one of "
+            "them."
         )
     if schedule != "constant" and not config.share_prompt:
         raise ValueError(
             f"temperature_schedule={schedule!r} needs share_prompt=True: TRL's plain scoring, share_prompt=False, "
-            f"knows one temperature only."
+            f"supports only one temperature."
         )
 
 
@@ -177,13 +185,14 @@ def _refuse_growth(config: Any) -> None:
         )
     if config.scale_rewards != "population":
         raise ValueError(
-            f"num_generations_max={most} takes mean and deviation from all answers that were drawn, and "
-            f"scale_rewards={config.scale_rewards!r} is TRL's, over the rows alone. Use scale_rewards='population'."
+            f"num_generations_max={most} needs the mean and standard deviation of all sampled completions, but "
+            f"scale_rewards={config.scale_rewards!r} is computed by TRL, from the trained completions only. Use "
+            f"scale_rewards='population'."
         )
     if not config.share_prompt:
         raise ValueError(
-            f"num_generations_max={most} draws on prompts that shared sampling keeps, but share_prompt=False asks for "
-            f"TRL's plain path. Use share_prompt=True, or num_generations_max=None."
+            f"num_generations_max={most} needs the KV caches that shared sampling keeps, but share_prompt=False "
+            f"selects TRL's plain path. Use share_prompt=True, or num_generations_max=None."
         )
 
 
@@ -197,14 +206,14 @@ def _refuse_replay(config: Any) -> None:
     if not config.share_prompt:
         raise ValueError(
             f"replay_fraction={config.replay_fraction} needs the log-probs of shared sampling, but share_prompt=False "
-            f"asks for TRL's plain path. Use share_prompt=True, or replay_fraction=0."
+            f"selects TRL's plain path. Use share_prompt=True, or replay_fraction=0."
         )
     sampling = {name: getattr(config, name) for name in UNTRUNCATED} | (config.generation_kwargs or {})
     for name, valid in UNTRUNCATED.items():
         if sampling[name] not in valid:
             raise ValueError(
-                f"replay_fraction={config.replay_fraction} takes log-probs over the whole vocabulary for those that "
-                f"answers were drawn with, and {name}={sampling[name]} changes these. Use {name}={valid[0]}, or "
+                f"replay_fraction={config.replay_fraction} needs completions that were sampled from the whole "
+                f"vocabulary, and {name}={sampling[name]} changes that distribution. Use {name}={valid[0]}, or "
                 f"replay_fraction=0."
             )
 
@@ -215,9 +224,9 @@ def _require(name: str, received: str, valid: tuple[str, ...]) -> None:
 
 
 def refuse_interleaved(option: str, interleaved: Sequence[str]) -> None:
-    """Stages of a rollout (`rollout/collect.py`) together with what TRL interleaves with sampling."""
+    """A stage of a rollout (`rollout/collect.py`) with anything that TRL interleaves with sampling, such as tools."""
     for name in interleaved:
-        raise ValueError(f"{option} does not work with {name}. Leave one of them out.")
+        raise ValueError(f"{option} does not work with {name}. Use one of them.")
 
 
 def refuse_extension(config: Any, *, samples_shared: bool) -> None:
@@ -225,15 +234,16 @@ def refuse_extension(config: Any, *, samples_shared: bool) -> None:
     option = f"num_generations_max={config.num_generations_max}"
     if not samples_shared:
         raise ValueError(
-            f"{option} draws on prompts that shared sampling keeps, and here it is off (the log says why, or "
-            f"use_vllm). Use num_generations_max=None."
+            f"{option} needs the KV caches that shared sampling keeps, and shared sampling is off in this run "
+            f"(because of use_vllm, or for the reason in the log). Use num_generations_max=None."
         )
     rows = config.per_device_train_batch_size * config.steps_per_generation
     if rows % config.num_generations:
         raise ValueError(
-            f"{option} needs whole groups in each process, got {rows} rows a rollout (per_device_train_batch_size="
-            f"{config.per_device_train_batch_size} x steps_per_generation={config.steps_per_generation}) and "
-            f"num_generations={config.num_generations}. Choose them so that the rows are a multiple of it."
+            f"{option} needs whole groups in each process, got {rows} completions per rollout "
+            f"(per_device_train_batch_size={config.per_device_train_batch_size} x steps_per_generation="
+            f"{config.steps_per_generation}), which is not a multiple of num_generations={config.num_generations}. "
+            f"Change one of the three."
         )
 
 
@@ -241,8 +251,8 @@ def refuse_streamed_resampling(*, is_streamed: bool) -> None:
     """`dead_groups="resample"` on a dataset that cannot be indexed."""
     if is_streamed:
         raise ValueError(
-            "dead_groups='resample' draws prompts at random, and a streamed data set (IterableDataset) has none "
-            "to choose from. Load it whole, or use dead_groups='keep' or 'skip'."
+            "dead_groups='resample' picks prompts at random, and rows of a streamed data set (IterableDataset) cannot "
+            "be picked. Load the data set into memory or from disk, or use dead_groups='keep' or 'skip'."
         )
 
 
@@ -250,8 +260,8 @@ def refuse_replay_without_logps(config: Any, *, samples_shared: bool) -> None:
     """`replay_fraction` without the log-probs of shared sampling."""
     if not samples_shared:
         raise ValueError(
-            f"replay_fraction={config.replay_fraction} needs the log-probs of shared sampling, and here it is off "
-            f"(the log says why, or use_vllm). Use replay_fraction=0."
+            f"replay_fraction={config.replay_fraction} needs the log-probs of shared sampling, which is off in this "
+            f"run (because of use_vllm, or for the reason in the log). Use replay_fraction=0."
         )
 
 
@@ -265,8 +275,8 @@ def replayed_groups(config: Any) -> int:
     allowed = int(config.replay_fraction * groups + 1e-9)  # 0.29 * 100 is less than 29
     if allowed == 0:
         raise ValueError(
-            f"replay_fraction={config.replay_fraction} of {groups} groups a rollout is none. Use at least "
-            f"{1 / groups:.2g}, or larger rollouts."
+            f"replay_fraction={config.replay_fraction} of {groups} groups per rollout is less than one group. Use at "
+            f"least {1 / groups:.2g}, or larger rollouts."
         )
     return allowed
 
@@ -275,13 +285,13 @@ def refuse_moving_temperature(config: Any, *, shares_prompts: bool) -> None:
     """A `temperature_schedule` on TRL's plain scoring."""
     if config.temperature_schedule != "constant" and not shares_prompts:
         raise ValueError(
-            f"temperature_schedule={config.temperature_schedule!r} needs shared prompts, and here they are not "
-            f"(the log says why): TRL's plain scoring knows one temperature only. Use 'constant'."
+            f"temperature_schedule={config.temperature_schedule!r} needs shared prompts, and prompts are not shared in "
+            f"this run (the log says why). TRL's plain scoring supports only one temperature. Use 'constant'."
         )
 
 
 def refuse_temperature_change(config: Any, old: float, new: float, *, shares_prompts: bool) -> None:
-    """`trainer.temperature` was changed while the run goes on, and the change cannot act."""
+    """`trainer.temperature` was changed during the run, and the change cannot take effect."""
     if config.temperature_schedule != "constant":
         raise ValueError(
             f"trainer.temperature was changed from {old:g} to {new:g}, but temperature_schedule="
@@ -290,9 +300,10 @@ def refuse_temperature_change(config: Any, old: float, new: float, *, shares_pro
         )
     if not shares_prompts:
         raise ValueError(
-            f"trainer.temperature was changed from {old:g} to {new:g}, but prompts are not shared (the log says why, "
-            f"or share_prompt=False), and TRL's plain scoring knows one temperature only. Use share_prompt=True with a "
-            f"model and settings that allow it, or leave the temperature as it is."
+            f"trainer.temperature was changed from {old:g} to {new:g}, but prompts are not shared (because of "
+            f"share_prompt=False, or for the reason in the log), and TRL's plain scoring supports only one "
+            f"temperature. Use share_prompt=True with a model and settings that allow it, or leave the temperature "
+            f"unchanged."
         )
 
 
@@ -309,13 +320,13 @@ def refuse_exact_kl(*, shares_prompts: bool, shares_head: bool) -> None:
     """`kl_estimator="exact"` without shared scoring, or with two LM heads."""
     if not shares_prompts:
         raise ValueError(
-            "kl_estimator='exact' is computed where prompts are shared, and here they are not (the log says why, "
-            "or share_prompt=False). Use kl_estimator='k3'."
+            "kl_estimator='exact' needs shared prompts, and prompts are not shared in this run (because of "
+            "share_prompt=False, or for the reason in the log). Use kl_estimator='k3'."
         )
     if not shares_head:
         raise ValueError(
-            "kl_estimator='exact' needs one LM head for policy and reference, and here it is trained. Train an "
-            "adapter that leaves it frozen (pass peft_config), or use kl_estimator='k3'."
+            "kl_estimator='exact' needs one LM head for policy and reference, but this run trains the head. Train an "
+            "adapter that leaves the head frozen (pass peft_config), or use kl_estimator='k3'."
         )
 
 
@@ -323,48 +334,50 @@ def refuse_reference_sync(config: Any, *, is_sharded: bool, why_unmixable: str |
     """`sync_ref_model` with an adapter that cannot be mixed into the reference."""
     if is_sharded:
         raise ValueError(
-            "sync_ref_model mixes adapters that are in one piece, and here parameters are sharded (FSDP, ZeRO-3). "
+            "sync_ref_model cannot mix sharded adapters, and parameters are sharded in this run (FSDP, ZeRO-3). "
             "Use sync_ref_model=False, or accelerate_configs/multi_gpu.yaml."
         )
     if why_unmixable is not None and config.ref_model_mixup_alpha < 1.0:
         raise ValueError(
-            f"ref_model_mixup_alpha={config.ref_model_mixup_alpha} mixes what adapters add to linear layers, "
-            f"and this adapter cannot be mixed: {why_unmixable}. Use ref_model_mixup_alpha=1.0, which copies it."
+            f"ref_model_mixup_alpha={config.ref_model_mixup_alpha} mixes the updates that adapters add to linear "
+            f"layers, and this adapter cannot be mixed: {why_unmixable}. Use ref_model_mixup_alpha=1.0, which copies "
+            f"it."
         )
 
 
 def refuse_head_adapter(reason: str | None, *, shares_prompts: bool) -> None:
-    """LoRA on the LM head that would be left out of scoring."""
+    """LoRA on the LM head that scoring would ignore."""
     if reason is None and not shares_prompts:
         reason = (
-            "it is where prompts are shared, and here they are not (the log says why, or share_prompt=False). Use "
-            "share_prompt=True with a model and settings that allow it"
+            "it needs shared prompts, and prompts are not shared in this run (because of share_prompt=False, or for "
+            "the reason in the log). Use share_prompt=True with a model and settings that allow it"
         )
     if reason is not None:
         raise ValueError(
-            f"An adapter on the LM head cannot be trained here: {reason}, or leave the head out of target_modules."
+            f"An adapter on the LM head cannot be trained in this run: {reason}, or leave the head out of "
+            f"target_modules."
         )
 
 
 def refuse_stop_strings(stop_strings: list[str], *, samples_shared: bool, tools: bool) -> None:
-    """Stop strings with a sampler that does not know them."""
+    """Stop strings with a sampler that does not support them."""
     if stop_strings and (tools or not samples_shared):
         raise ValueError(
-            f"stop_strings={stop_strings} need shared sampling without tools: use share_prompt=True with "
+            f"stop_strings={stop_strings} need shared sampling without tools. Use share_prompt=True with "
             f"a model and settings that allow it (see the warning above, if any), or leave stop_strings out."
         )
 
 
 def refuse_dialogue(*, samples_shared: bool, tools: bool) -> None:
-    """`rollout_func=Dialogue(...)` without shared sampling, or with something else that plays the turns."""
+    """`rollout_func=Dialogue(...)` without shared sampling, or with something else that runs the turns."""
     if not samples_shared:
         raise ValueError(
-            "Dialogue goes on from states that shared sampling keeps, and here it is off (the log says why, or "
-            "share_prompt=False, use_vllm, use_transformers_continuous_batching). Let prompts be shared, or use "
-            "TRL's environment_factory, which does without."
+            "Dialogue continues from the KV caches that shared sampling keeps, and shared sampling is off in this run "
+            "(because of share_prompt=False, use_vllm or use_transformers_continuous_batching, or for the reason in "
+            "the log). Turn it on, or use TRL's environment_factory, which does not need it."
         )
     if tools:
         raise ValueError(
-            "Dialogue does not work with tools or environment_factory: each plays the turns by itself. Leave one "
-            "of them out."
+            "Dialogue does not work with tools or environment_factory: each of them runs the turns itself. Use one "
+            "of them."
         )

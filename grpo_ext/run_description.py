@@ -1,6 +1,6 @@
-"""A run in plain words: the lines of the banner, some of which also go into the model card.
+"""Describe a run in plain words: the lines of the banner, some of which are also in the model card.
 
-{"model": "Qwen/Qwen2.5-0.5B, 494.03M parameters in bfloat16", "one step": "8 prompts x 8 answers = 64 ...", ...}
+{"model": "Qwen/Qwen2.5-0.5B, 494.03M parameters in bfloat16", "one step": "64 completions (8 prompts x 8), ...", ...}
 """
 
 from trl import GRPOTrainer
@@ -13,8 +13,8 @@ def describe_run(trainer: GRPOTrainer, *, model_name: str, data: str) -> dict[st
     """The description, label -> text.
 
     Args:
-        trainer: built, not necessarily trained.
-        model_name: as it is shown to the user.
+        trainer: does not need to be trained yet.
+        model_name: the name shown to the user.
         data: the text for the label "data".
     """
     args = trainer.args
@@ -24,12 +24,16 @@ def describe_run(trainer: GRPOTrainer, *, model_name: str, data: str) -> dict[st
     rows = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     groups = rows / args.num_generations
     micro = args.per_device_train_batch_size
-    whole = "whole groups" if micro % args.num_generations == 0 else "not whole groups; a multiple of G is faster"
+    whole = (
+        "whole groups"
+        if micro % args.num_generations == 0
+        else f"not whole groups; a multiple of {args.num_generations} is faster"
+    )
     dtype = str(next(p.dtype for p in trainer.model.parameters() if not p.requires_grad or trainable == total))
     if args.beta == 0:
         reference = "none (beta = 0)"
     elif is_adapter:
-        reference = f"the same backbone with the adapter off, no second model; beta = {args.beta:g}"
+        reference = f"the same backbone with the adapter off (no second model); beta = {args.beta:g}"
     else:
         reference = f"a frozen second copy of the model (no adapter); beta = {args.beta:g}"
     return {
@@ -39,12 +43,13 @@ def describe_run(trainer: GRPOTrainer, *, model_name: str, data: str) -> dict[st
         "trains": f"{trainable:,} parameters ({100 * trainable / total:.2f}%)"
         + (", the adapter, in float32" if is_adapter else ", the whole model"),
         "reference": reference,
-        "one step": f"{groups:g} prompts x {args.num_generations} answers = {rows} completions of at most "
+        "one step": f"{rows} completions ({groups:g} prompt{'s' * (groups != 1)} x {args.num_generations}) of up to "
         f"{args.max_completion_length} tokens, in micro-batches of {micro} ({whole})",
         "steps": f"{planned_steps(trainer)}, learning rate {args.learning_rate:g}, {args.loss_type}, seed {args.seed}",
         "data": data,
         "memory": memory_in_use(trainer.accelerator.device),
-        "note": "loss is not progress in GRPO: it hovers around 0. Watch the reward and the held-out accuracy.",
+        "note": "The loss does not measure progress in GRPO: it stays near 0. Watch the reward and the held-out "
+        "accuracy.",
     }
 
 

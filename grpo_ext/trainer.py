@@ -1,6 +1,6 @@
 """`GRPOExtTrainer`: TRL's `GRPOTrainer`, each hook overridden once, in the order in which a step calls them.
 
-A step, and the parts (`parts.py`) that take over:
+The hooks of a step, and the parts (`parts.py`) that do their work:
 
     training_step
       _prepare_inputs                     once per rollout; its micro-batches keep siblings together
@@ -9,9 +9,9 @@ A step, and the parts (`parts.py`) that take over:
           _get_per_token_logps_...            old and reference log-probs on shared prompts: `old_logprobs`, `scorer`
           _calculate_rewards                  rewards
                                             -> advantages, group counts -> `watch`, `recorder`
-      compute_loss -> _compute_loss       sequence-level GRPO, or TRL's loss with the KL that is asked for
+      compute_loss -> _compute_loss       sequence-level GRPO, or TRL's loss with the chosen KL
         _get_per_token_logps_...            the policy's log-probs: `scorer`, `skipped_rows`
-    log, _save_checkpoint                 time per phase; checkpoints that are whole: `checkpoints`
+    log, _save_checkpoint                 time per phase; verified checkpoints: `checkpoints`
 """
 
 import copy
@@ -95,47 +95,49 @@ MULTIMODAL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-# What a rollout of TRL changes in place on the trainer.
+# Attributes of the trainer that a rollout of TRL changes in place.
 CHANGED_IN_PLACE = ("state", "generation_config", "_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
-# Columns of TRL's table of completions: of single values, and of one value per reward function or logged column.
+# TRL's table of completions: plain columns, and groups of columns with one column per reward function or logged name.
 LOGGED, LOGGED_BY_NAME = ("prompt", "completion", "advantages"), ("rewards", "extra")
 
 
 class GRPOExtTrainer(GRPOTrainer):
-    """TRL's `GRPOTrainer`, same constructor, with these differences and no others:
+    """TRL's `GRPOTrainer` with the same constructor and these differences only:
 
     - `loss_type="grpo_sequence"`: sequence-level GRPO (`losses/sequence_grpo.py`).
     - `scale_rewards="population"`: its group normalisation (`losses/advantages.py`).
-    - `share_prompt=True`: completions are sampled, and log-probs of every loss computed, with each prompt computed once
-      for all of its completions (`engine/`). If that cannot be exact, TRL's path is taken, and the log says why.
-    - LoRA on the LM head is trained, tied embeddings included (`model/lm_head_lora.py`).
+    - `share_prompt=True`: sampling and the log-probs of every loss compute each prompt once for all of its completions
+      (`engine/`). If that cannot be exact, TRL's path is taken, and the log says why.
+    - LoRA on the LM head is trained, including with tied embeddings (`model/lm_head_lora.py`).
     - `kl_estimator`, `log_kl`, and `sync_ref_model` with adapters (`losses/kl.py`, `model/reference.py`).
     - `num_generations_max`, `dead_groups="resample"`, `replay_fraction` (`rollout/stages/`); `dead_groups="skip"`
       (`losses/dead_groups.py`); `temperature_schedule` (`rollout/temperature.py`).
     - `rollout_func=Dialogue(...)`: dialogues with text environments (`rollout/dialogue.py`).
     - Stop strings in `generation_kwargs` work (TRL raises), and completions that end with one do not count as cut off.
     - Old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
-    - Rewards that declare `scores_independently = True`, as ours that parse answers do, run in worker processes; others
-      do if asked to (`rollout/reward_workers.py`). A reward that raises is named, and a call that takes long is
-      reported (`rollout/reward_watch.py`).
-    - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch on the run (`checks/`).
-    - Checkpoints that are whole, and exact resume (`checkpoints/`).
-    - Its own card; what is pushed to the Hub is chosen, and a failed push does not end a run (`report/`).
-    - The frozen base of an adapter is loaded in bfloat16 if the device has it, and adapters are kept in float32.
-    - `metrics.jsonl`, `completions.jsonl` and `run.json` in the output folder (`report/`); reward and accuracy on the
-      progress bar.
+    - Rewards that declare `scores_independently = True`, such as `math_answer_reward`, run in worker processes; others
+      do on request (`rollout/reward_workers.py`). An error names the reward that raised it, and a call that takes long
+      is reported (`rollout/reward_watch.py`).
+    - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch during the run (`checks/`).
+    - Checkpoints are verified, and a run resumes exactly (`checkpoints/`).
+    - The trainer writes its own model card, pushes a selection of files to the Hub, and survives a failed push
+      (`report/`).
+    - The frozen base of an adapter is loaded in bfloat16 if the device supports it, and adapters are kept in float32.
+    - `metrics.jsonl`, `completions.jsonl` and `run.json` are in the output folder (`report/`); the progress bar shows
+      reward and accuracy.
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
     per completion), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`, `frac_dead_groups`,
     `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`, `resampled_groups`,
     `replay/hit_rate|age|dropped_old|dropped_far`, `dialogue/turns|errors`, `sampling/logp_gap`, `temperature`,
     `time/generate|reward|reference|update` (seconds per optimizer step), `peak_memory_mb` (the largest so far).
-    `all_right` and `all_wrong` split the groups without differences at half of a perfect reward, which is taken to be
-    the sum of the reward weights (rewards that go up to 1.0), or the highest total seen in the run if that is higher.
+    A group whose rewards are all equal counts as `all_right` if they are at least half of a perfect reward, else as
+    `all_wrong`. A perfect reward is the sum of the reward weights (for rewards of up to 1.0), or the highest total seen
+    in the run if that is higher.
 
     Raises:
         TypeError: `args` is not a `GRPOExtConfig`.
-        ValueError: settings, data, rewards or a model that cannot be trained as asked; the message says what to type.
+        ValueError: the settings, data, rewards or model cannot be trained as requested; the message says what to type.
     """
 
     args: GRPOExtConfig
@@ -171,7 +173,7 @@ class GRPOExtTrainer(GRPOTrainer):
         elif not isinstance(args, GRPOExtConfig):
             raise TypeError(
                 f"GRPOExtTrainer needs args of type GRPOExtConfig, got {type(args).__name__}. "
-                f"GRPOExtConfig takes the same fields: replace the class name."
+                f"GRPOExtConfig has all of its fields: replace the class name."
             )
         changed = args.changed_defaults()
         if isinstance(model, str) and peft_config is not None and "dtype" not in (args.model_init_kwargs or {}):
@@ -203,7 +205,7 @@ class GRPOExtTrainer(GRPOTrainer):
         adapters = [*getattr(model, "peft_config", {}).values(), *([peft_config] if peft_config else [])]
         reference = ReferenceSetup.of(args, adapters)
 
-        # Hooks read these while TRL's constructor runs.
+        # TRL's constructor calls hooks that read these attributes.
         self._publisher = Publisher(args)
         self._rollout: RolloutInProgress | None = None
         self._unrecorded: RolloutInProgress | None = None
@@ -211,13 +213,14 @@ class GRPOExtTrainer(GRPOTrainer):
         self._train_sampler: Sampler | None = None
         self._timed_from_step: int | None = None
         self._resumed_losses = Losses()
-        self._highest_reward = 0.0  # the highest total that a completion has earned
+        self._highest_reward = 0.0  # the highest total reward of a completion so far
         with reference.shown_to_trl(args), hide_head_adapter(model) if adapters else nullcontext():
             super().__init__(**given)
         self.beta = args.beta
         if changed:
             logger.warning(
-                f"Defaults of grpo-ext: {', '.join(changed)}. GRPOExtConfig(..., **TRL_DEFAULTS) keeps TRL's objective."
+                f"These defaults differ from TRL's: {', '.join(changed)}. GRPOExtConfig(..., **TRL_DEFAULTS) keeps "
+                f"TRL's objective."
             )
         if self.samples_by_generate:
             ends = self.generation_config.eos_token_id
@@ -233,7 +236,8 @@ class GRPOExtTrainer(GRPOTrainer):
         )
         self.parts = build_parts(self, self._tokenizer, hooks, has_reference=reference.is_needed)
         self._may_have_reference = reference.is_needed or (bool(adapters) and args.kl_estimator != "exact")
-        # TRL takes an ending by a stop string for a cut one, in the metrics and in the mask; both are put right here.
+        # TRL counts a completion that ends with a stop string as cut off, in its metrics and in its mask. `_generate`
+        # corrects the metrics, and `_add_tensors` applies the mask.
         self._masks_cut = bool(self.parts.sampler.stop_strings) and self.mask_truncated_completions
         self.mask_truncated_completions = self.mask_truncated_completions and not self._masks_cut
         if reference.adapter_follows:
@@ -245,17 +249,17 @@ class GRPOExtTrainer(GRPOTrainer):
         facts = [fingerprint(self) if self.accelerator.is_main_process else None]
         self._checkpoints = Checkpoints(
             args=args,
-            fingerprint=broadcast_object_list(facts)[0],  # other processes may hold a part of the model only
+            fingerprint=broadcast_object_list(facts)[0],  # other processes may hold only a part of the model
             states=self.parts.states | {"trainer": TrainerProgress(self)},
             process=self.accelerator.process_index,
             wait=self.accelerator.wait_for_everyone,
             device=self.accelerator.device,
             reference=None if follower is None else self.accelerator.unwrap_model(follower),
         )
-        if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # it cannot mix dtypes (TRL #6089)
+        if not (args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3):  # cannot mix dtypes (TRL #6089)
             restore_adapter_in_float32(self.model, adapter_values)
         if args.scale_rewards == "population":
-            self.scale_rewards = "none"  # a value of TRL's, so that its rollout runs; ours replaces the result
+            self.scale_rewards = "none"  # a value that TRL's rollout accepts; `_normalise` replaces its result
         self._is_checked = self._has_tried_rewards = not args.guards
         self._reward_watch = RewardWatch(args.reward_timeout)
         close_with(self, self.reward_funcs)
@@ -266,7 +270,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self.add_callback(MetricsFile())
         show_one_progress(self, callbacks)
 
-    # What the parts and the code around a run may know
+    # Read by the parts and by the code that runs a trainer
 
     @property
     def shares_prompts(self) -> bool:
@@ -275,7 +279,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether prompts may hold images."""
+        """Whether prompts may contain images."""
         return self._is_vlm
 
     @property
@@ -285,21 +289,22 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @property
     def samples_by_generate(self) -> bool:
-        """Whether completions come from `generate` of transformers."""
+        """Whether completions come from transformers' `generate`."""
         own_rollout = self.rollout_func is not None and not isinstance(self.rollout_func, Dialogue)
         return not (self.use_vllm or self.use_transformers_continuous_batching or own_rollout)
 
     @property
     def card_tags(self) -> list[str]:
-        """TRL's tags of a model card."""
+        """TRL's tags for a model card."""
         return self._tag_names
 
     def preflight(self) -> None:
-        """Check the run, try its rewards and rehearse its largest step, once. `train` does so if nobody did; it tries
-        the rewards after `on_train_begin` of the callbacks.
+        """Check the run, try its rewards and run its worst-case step. Repeated calls do nothing.
+
+        `train` does the same if this was not called; it tries the rewards after the callbacks' `on_train_begin`.
 
         Raises:
-            ValueError, RuntimeError: as `try_rewards` and `before_training` in `checks/preflight.py`.
+            ValueError, RuntimeError: see `try_rewards` and `before_training` in `checks/preflight.py`.
         """
         if self._is_checked:
             return
@@ -318,7 +323,7 @@ class GRPOExtTrainer(GRPOTrainer):
         return try_rewards(self, state)
 
     def _planned_steps(self) -> int:
-        """`state.max_steps` of a run that has not begun; 0 if its data has no length."""
+        """The value that `state.max_steps` will have once the run starts; 0 if its data has no length."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         if not hasattr(self.train_dataset, "__len__"):
@@ -328,10 +333,10 @@ class GRPOExtTrainer(GRPOTrainer):
         return steps
 
     def find_checkpoint(self, wanted: Any) -> Path | None:
-        """The checkpoint that `train(resume_from_checkpoint=wanted)` resumes from; None if it begins at step 0.
+        """The checkpoint that `train(resume_from_checkpoint=wanted)` resumes from; None if it starts at step 0.
 
         Raises:
-            ValueError: no checkpoint that is asked for is whole, or it belongs to another run.
+            ValueError: the requested checkpoint is unfinished or damaged, or belongs to another run.
         """
         return self._checkpoints.find(wanted, self.train_dataset)
 
@@ -354,7 +359,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._checkpoints.refuse_foreign(folder)
         self._resumed_losses = Losses()
         evaluates_first = self.args.eval_on_start
-        self.args.eval_on_start = evaluates_first and folder is None  # the run did so when it began
+        self.args.eval_on_start = evaluates_first and folder is None  # a resumed run did so at its start
         try:
             return super().train(folder and str(folder), *args, **kwargs)
         finally:
@@ -375,14 +380,14 @@ class GRPOExtTrainer(GRPOTrainer):
         if checkpoint is None or is_foreign(Path(checkpoint)):
             return
         if self._train_sampler is not None:
-            for _ in range(int(self.state.epoch)):  # each pass over the data draws an order when it begins
+            for _ in range(int(self.state.epoch)):  # each pass over the data samples its order at its start
                 next(iter(self._train_sampler))
         self._checkpoints.load(Path(checkpoint))
         if self.parts.temperature.temperature != self.temperature:
             self._set_temperature(self.parts.temperature.temperature)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        losses, self._resumed_losses = self._resumed_losses, Losses()  # transformers begins at 0 in each session
+        losses, self._resumed_losses = self._resumed_losses, Losses()  # transformers starts at 0 in each session
         self._total_loss_scalar += losses.logged
         self._tr_loss += losses.unlogged
         if losses.last_logged_step is not None:
@@ -405,7 +410,8 @@ class GRPOExtTrainer(GRPOTrainer):
         return loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """TRL shuffles the rows of a rollout before it cuts micro-batches; here the rows of a prompt stay together."""
+        """As TRL's, except that the rows of a prompt stay together: TRL shuffles the rows of a rollout before it splits
+        them into micro-batches."""
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         parts = self._buffered_inputs
@@ -429,7 +435,7 @@ class GRPOExtTrainer(GRPOTrainer):
         outer, is_training = self._rollout, self.model.training
         self._rollout = current = RolloutInProgress(examples=inputs, is_training=is_training)
         try:
-            with self.parts.phases("reference"):  # what takes time here besides sampling and rewards
+            with self.parts.phases("reference"):  # sampling and rewards, timed inside, are not counted here
                 refusals.refuse_beta_without_reference(self.beta, may_have_reference=self._may_have_reference)
                 if is_training:
                     self._move_temperature()
@@ -451,8 +457,8 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @contextmanager
     def _hooks_heard(self, current: RolloutInProgress) -> Iterator[None]:
-        """A context in which TRL's rollout works on the rollout that stages collected, if there is one, and in which
-        what the outermost override of a hook returned flows on."""
+        """A context in which TRL's rollout uses the rollout that the stages collected, if there is one, and in which
+        `current` records what the outermost overrides of `_generate` and `_calculate_rewards` return."""
         generate, calculate_rewards = self._generate, self._calculate_rewards
 
         def generate_or_serve(prompts: list[Any]) -> tuple[Any, ...]:
@@ -480,8 +486,8 @@ class GRPOExtTrainer(GRPOTrainer):
             yield
 
     def _draw(self, examples: list[dict[str, Any]]) -> Rollout:
-        """Completions for these rows of this process, with the rewards of all processes. If the rows are not whole
-        groups, each counts as a group of its own."""
+        """Sample completions for these rows of this process, with the rewards of all processes. If the rows are not
+        whole groups, each row counts as a group of its own."""
         assert self._rollout is not None
         prompts = [example["prompt"] for example in examples]
         generated = self._generate(prompts)
@@ -518,14 +524,15 @@ class GRPOExtTrainer(GRPOTrainer):
         if not self.parts.sampler.is_shared:
             return generate(*args, **kwargs)
         lm = base_of(self.accelerator.unwrap_model(self.model))
-        with self.accelerator.autocast():  # as in scoring, so that both see the same model; TRL samples without
+        with self.accelerator.autocast():  # as in scoring, so that both see the same model; TRL samples without it
             completion_ids, logps, is_cut = self.parts.sampler.sample(lm, lambda: generate(*args, **kwargs))
         if self._rollout is not None:
             self._rollout.is_cut = is_cut
         return completion_ids, logps
 
     def play(self, dialogue: Dialogue) -> dict[str, list[Any]]:
-        """What TRL expects of a `rollout_func`: the dialogues of this rollout, with the column of `dialogue_reward`."""
+        """The dialogues of this rollout in the form that TRL expects of a `rollout_func`, with the column that
+        `dialogue_reward` reads."""
         assert self._rollout is not None
         assert self.parts.dialogue is not None
         output, self._rollout.is_cut = self.parts.dialogue(dialogue, self._rollout.examples, self._generate_turns)
@@ -536,8 +543,8 @@ class GRPOExtTrainer(GRPOTrainer):
         tokens, logps = self._generate_single_turn(histories, None, {}, self.num_generations)
         if logps is None:
             raise RuntimeError(
-                "Dialogue needs the log-probs of shared sampling, and an override of _generate_single_turn or "
-                "model.generate sampled in its place. Return log-probs, or remove the override."
+                "Dialogue needs the log-probs of shared sampling, but an override of _generate_single_turn or "
+                "model.generate sampled instead. Return log-probs, or remove the override."
             )
         return SampledCompletions(tokens=tokens, logps=logps, is_cut=self._is_cut(tokens, self._rollout.is_cut))
 
@@ -545,39 +552,39 @@ class GRPOExtTrainer(GRPOTrainer):
         watched = self._reward_watch.watched(self.reward_funcs, self.reward_func_names)
         with self.parts.phases("reward"), replaced(self, reward_funcs=watched):
             rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self._rollout is None and self.model.training:  # a subclass has its own rollout
+        if self._rollout is None and self.model.training:  # called from a subclass's own rollout
             self._unrecorded = RolloutInProgress(examples=inputs, is_training=True)
             self._unrecorded.scored(inputs, completion_ids_list, list(self._pending_extra_logs))
         return rewards_BF
 
     def _rows_of(self, generated: tuple[Any, ...], current: RolloutInProgress) -> SampledRows:
-        """What is known about the rows that `_generate` returned."""
+        """Describe the rows that `_generate` returned."""
         _, completion_ids, own_tokens_mask, _, logps, *_ = generated
         is_cut = current.is_cut
         if self.tools or is_cut is None or len(is_cut) != len(completion_ids):
-            is_cut = None  # tools, and overrides, may sample several times, other rows each time
+            is_cut = None  # tools and overrides may sample several times, with different rows each time
         return SampledRows(
             completion_ids=completion_ids,
             temperatures=[self.parts.temperature.temperature] * len(completion_ids),
-            # Nobody sampled the tokens between turns: TRL's pass computes the old log-probs of such rows.
+            # The tokens between turns were not sampled: TRL's pass computes the old log-probs of such rows.
             logps=logps if own_tokens_mask is None else None,
             is_cut=is_cut,
             is_replayed=[False] * len(completion_ids),
         )
 
     def _is_cut(self, completion_ids: list[list[int]], is_cut: list[bool] | None) -> list[bool]:
-        """Whether each row was cut off; if the sampler does not report it, judged by the last token, as TRL does."""
+        """Whether each row was cut off. If the sampler did not report it, the last token decides, as in TRL."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         return [ids[-1] not in ends for ids in completion_ids] if is_cut is None else is_cut
 
     def _share_cut(self, current: RolloutInProgress) -> float:
-        """The share of completions that were cut off among the rows of all processes."""
+        """The share of completions of all processes that were cut off."""
         is_cut = self._is_cut(current.completion_ids, current.is_cut)
         is_cut_B = self.accelerator.gather(torch.tensor(is_cut, device=self.accelerator.device))
         return is_cut_B.float().mean().item()
 
     def _add_tensors(self, output: dict[str, Any], current: RolloutInProgress) -> None:
-        """Add to TRL's tensors what the update of this trainer reads."""
+        """Add the tensors that this trainer's update needs to those of TRL."""
         device = self.accelerator.device
         if self._masks_cut:
             is_cut = self._is_cut(current.completion_ids, current.is_cut)
@@ -591,7 +598,7 @@ class GRPOExtTrainer(GRPOTrainer):
             output["is_replayed"] = torch.tensor(current.rows.is_replayed, device=device)
 
     def _normalise(self, output: dict[str, Any], current: RolloutInProgress) -> None:
-        """Count the groups, and put advantages by population in place of TRL's, from the rewards that TRL was given."""
+        """Count the kinds of groups, and replace TRL's advantages if `scale_rewards` is "population"."""
         assert current.rewards_BF is not None
         rewards_B, rollout = self._total_rewards(current.rewards_BF), current.rollout
         G = self.num_generations if current.is_training else self.num_generations_eval
@@ -609,7 +616,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._log_advantages(advantages_B)
 
     def _log_advantages(self, advantages_B: Tensor) -> None:
-        """The advantages of all processes, in place of those that TRL has logged."""
+        """Replace the advantages that TRL has logged, with those of all processes."""
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages_B))):
             logged.pop()
@@ -618,7 +625,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._record_metric("advantages/mean_abs", advantages_B.abs().mean().item())
 
     def _move_temperature(self) -> None:
-        """Set the temperature of the next rollout: the schedule's, or what a callback has set."""
+        """Set the temperature of the next rollout: the schedule's, or a value that a callback has set."""
         control, wanted = self.parts.temperature, self.temperature
         if wanted != control.temperature:
             refusals.refuse_temperature_change(
@@ -633,7 +640,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._set_temperature(wanted)
 
     def _set_temperature(self, temperature: float) -> None:
-        """Everywhere that a temperature is kept: this trainer, our sampler, transformers' and vLLM's."""
+        """Set the temperature of this trainer, and of the sampler of grpo-ext, transformers or vLLM."""
         self.temperature = temperature
         self.parts.sampler.set_temperature(temperature)
         if self.use_vllm:
@@ -657,7 +664,7 @@ class GRPOExtTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         parent, scoring_pass = super()._get_per_token_logps_and_entropies, self._scoring_pass(model)
         completion_ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
-        # What is known about rows holds for these rows only: an override may score others.
+        # `micro_batch` and `sampled` describe particular rows, and an override may score other ones.
         micro_batch = self._micro_batch if scoring_pass is ScoringPass.UPDATE else None
         if micro_batch is not None and not micro_batch.has_rows(completion_ids):
             micro_batch = None
@@ -716,7 +723,7 @@ class GRPOExtTrainer(GRPOTrainer):
         return scores
 
     def _after_update_pass(self, micro_batch: MicroBatch, scores: RequestScores) -> RequestScores:
-        """Let the parts see what an update scored, and fill in the rows that were skipped."""
+        """Pass the scores of an update to the parts, and fill in the rows that were skipped."""
         micro_batch.exact_kls_BC = scores.kls_BC
         if torch.is_grad_enabled() and scores.entropies_BC is not None:
             if micro_batch.skip_idle:
@@ -733,7 +740,7 @@ class GRPOExtTrainer(GRPOTrainer):
         return scores
 
     def _score_completions(self, completions: list[Completion]) -> tuple[Tensor, Tensor]:
-        """Log-probs of these completions under the policy as it is now, and their mask, shapes (B, C)."""
+        """Log-probs of these completions under the current policy, and their mask, shapes (B, C)."""
         assert self._rollout is not None
         ids_BT, mask_BT, C = pad_completions(completions, self._tokenizer.pad_token_id, self.accelerator.device)
         self._rollout.rows = SampledRows(
@@ -762,12 +769,12 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @contextmanager
     def _updating(self, inputs: dict[str, Any]) -> Iterator[MicroBatch]:
-        """A context in which scoring is that of an update of this micro-batch."""
+        """A context in which scoring is part of the update on this micro-batch."""
         outer = self._micro_batch
         if outer is not None and outer.inputs is inputs:
             yield outer
             return
-        # TRL reads once, in its constructor, whether there is an entropy bonus; a callback may have changed it since.
+        # TRL decides in its constructor whether there is an entropy bonus; a callback may have changed that since.
         self._entropy_bonus_enabled = self.entropy_coef != 0.0 or self.use_adaptive_entropy
         has_no_gradient = self.model.training and self._why_dead_groups_are_kept() is None
         micro_batch = MicroBatch(
@@ -795,7 +802,7 @@ class GRPOExtTrainer(GRPOTrainer):
         )
 
     def _sequence_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        """Sequence-level GRPO, divided by the micro-batches of the optimizer step."""
+        """The loss of sequence-level GRPO, divided by the number of micro-batches per optimizer step."""
         inputs, mask_BC, kl = micro_batch.inputs, micro_batch.mask_BC, self.parts.reference_kl
         logps_BC, entropies_BC, aux_loss = self._get_per_token_logps_and_entropies(
             model,
@@ -811,7 +818,7 @@ class GRPOExtTrainer(GRPOTrainer):
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
             delta=self.args.delta,
-            beta=self.beta if micro_batch.has_reference else 0.0,  # it acts on the rollouts that come
+            beta=self.beta if micro_batch.has_reference else 0.0,  # a changed beta applies from the next rollout on
             entropy_coef=self.entropy_coef,
         )
         loss, metrics = objective(
@@ -832,7 +839,7 @@ class GRPOExtTrainer(GRPOTrainer):
         return loss / self._accumulation()
 
     def _off_policy_mask(self, inputs: dict[str, Any], logps_BC: Tensor, mask_BC: Tensor) -> Tensor | None:
-        """What `off_policy_mask_threshold` keeps, shape (B, 1); None if it is not set."""
+        """The rows that `off_policy_mask_threshold` keeps, shape (B, 1); None if it is not set."""
         if self.off_policy_mask_threshold is None:
             return None
         old_logps_BC = inputs.get("old_per_token_logps", logps_BC.detach())
@@ -845,10 +852,10 @@ class GRPOExtTrainer(GRPOTrainer):
         )
 
     def _trl_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        """TRL's loss; if its own KL is not the one that is asked for, ours is added or logged."""
+        """TRL's loss; if the KL to use is not TRL's own, it is added or logged here."""
         kl, mask_BC = self.parts.reference_kl, micro_batch.mask_BC
         if not micro_batch.has_reference:
-            with self._beta(0.0):  # it acts on the rollouts that come
+            with self._beta(0.0):  # a changed beta applies from the next rollout on
                 return super()._compute_loss(model, micro_batch.inputs)
         if kl.estimator == "k3" and self.beta != 0.0:
             return super()._compute_loss(model, micro_batch.inputs)
@@ -862,12 +869,12 @@ class GRPOExtTrainer(GRPOTrainer):
         return loss + self.beta * kl.mean_over_rows(kl_BC, mask_BC) / self._accumulation()
 
     def _accumulation(self) -> int:
-        """What a loss is divided by: the trainer does not do so itself (`loss_is_scaled_for_ga`)."""
+        """The divisor of a loss, which transformers does not apply itself (`loss_is_scaled_for_ga`)."""
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
     @contextmanager
     def _beta(self, beta: float) -> Iterator[None]:
-        """A context in which TRL sees this weight of the KL."""
+        """A context in which TRL uses this weight of the KL."""
         own, self.beta = self.beta, beta
         try:
             yield
@@ -877,7 +884,7 @@ class GRPOExtTrainer(GRPOTrainer):
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # transformers divides by the steps of this session
+        if "train_loss" in logs:  # transformers averages over the steps of this session only
             total = self._resumed_losses.logged + self._resumed_losses.unlogged + self._total_loss_scalar
             logs["train_loss"] = total / max(self.state.global_step, 0.001)
         if self.model.training and self._timed_from_step is not None and "loss" in logs:
@@ -889,13 +896,13 @@ class GRPOExtTrainer(GRPOTrainer):
             super().log(logs, start_time)
 
     def log_alone(self, metrics: dict[str, float]) -> None:
-        """Log these values now, without closing the running means that TRL's `log` would flush with them, and without
-        taking the place of the step's own log."""
+        """Log these values immediately, without flushing the running means as TRL's `log` does, and without replacing
+        the step's own log."""
         is_due = self.control.should_log
         super(GRPOTrainer, self).log(metrics)
         self.control.should_log = is_due
 
-    # Checkpoints and what is published
+    # Checkpoints, model card, Hub
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -924,7 +931,7 @@ class GRPOExtTrainer(GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._publisher.pushes_checkpoints:
             self._draw_curves()
-            self.create_model_card()  # which shows them
+            self.create_model_card()  # shows the curves
         with self._publisher.publishing():
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -941,8 +948,8 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
-        """A context after which the attributes of this trainer are as they were, and in which nothing is sent to
-        trackers. Gradients, random numbers and the states of the parts are not restored."""
+        """A context that restores the attributes of this trainer at its end, and in which nothing is sent to trackers.
+        Gradients, random numbers and the states of the parts are not restored."""
         attributes, trackers = dict(self.__dict__), self.args.report_to
         self.args.report_to = []
         for name in CHANGED_IN_PLACE:
@@ -963,8 +970,8 @@ class GRPOExtTrainer(GRPOTrainer):
         max_new_tokens: Callable[[int], list[int]],
         rewards: Callable[[int], Tensor],
     ) -> dict[str, Any]:
-        """A rollout for these rows of the dataset that is given its prompts, limits of new tokens and rewards, each for
-        the number of rows that a call of the sampler has. No completion is masked for being cut off."""
+        """A rollout for these rows of the dataset with the given prompts, limits of new tokens and rewards. Each of the
+        three functions takes the number of rows of one call. No completion is masked for being cut off."""
         self.mask_truncated_completions = self._masks_cut = False
         generate = self._generate_single_turn
 
@@ -981,19 +988,19 @@ class GRPOExtTrainer(GRPOTrainer):
             return self._generate_and_score_completions(examples)
 
     def sample_completion(self, prompt_ids: list[int]) -> list[int]:
-        """Token ids of one completion."""
+        """Sample one completion of a prompt; both are token ids."""
         (completion_ids,), _ = self._generate_single_turn([prompt_ids], None, {}, self.num_generations)
         return completion_ids
 
-    # What the parts call
+    # Called by the parts
 
     def _record_metric(self, name: str, value: float) -> None:
-        """Add a value to a metric, which is averaged over a logging step."""
+        """Add a value to a metric, which is averaged until the next log."""
         is_training = self.model.training if self._rollout is None else self._rollout.is_training
         self._metrics["train" if is_training else "eval"][name].append(value)
 
     def _total_rewards(self, rewards_BF: Tensor) -> Tensor:
-        """The weighted sum of the rewards of each row, shape (..., F) -> (...)."""
+        """The weighted sum of each row's rewards, shape (..., F) -> (...)."""
         return combine_rewards(rewards_BF, self.reward_weights.to(rewards_BF.device))
 
     def _current_dataset(self) -> Any:
@@ -1016,7 +1023,7 @@ class Losses:
     Attributes:
         logged: their sum up to the last log.
         unlogged: their sum since then, in this process.
-        last_logged_step: the optimizer step of the last log; None if there is none to continue.
+        last_logged_step: the optimizer step of the last log; None in a new run.
     """
 
     logged: float = 0.0
@@ -1025,8 +1032,8 @@ class Losses:
 
 
 class TrainerProgress:
-    """What TRL and transformers carry from step to step and do not save themselves: the rollout that is in use and the
-    place in it, the table of completions, and the losses and metrics since the last log."""
+    """State that TRL and transformers carry from step to step but do not save: the current rollout and the position in
+    it, the table of completions, and the losses and metrics since the last log."""
 
     def __init__(self, trainer: GRPOExtTrainer):
         self._trainer = trainer

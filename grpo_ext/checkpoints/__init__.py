@@ -1,1 +1,1 @@
-"""Checkpoints: which ones are whole, whether they belong to this run, and the best adapter so far."""
+"""Checkpoints: which ones are complete, whether they belong to this run, and the best adapter so far."""

@@ -1,4 +1,4 @@
-"""Keep the adapter with the best held-out accuracy in `output_dir/best`, in addition to the last one.
+"""Keep the adapter with the best held-out accuracy in `output_dir/best`, in addition to the latest one.
 
 best/adapter_model.safetensors, best/adapter_config.json, best/best.json: {"step": 150, "pass@1": 0.62}
 """
@@ -18,7 +18,7 @@ EXCLUDED = ("ref", "training_args.bin")  # a reference adapter, and a pickle
 
 
 class BestAdapter(TrainerCallback):
-    """Saves the adapter if the logged held-out accuracy exceeds all before it, including the starting policy's."""
+    """Saves the adapter if its logged held-out accuracy exceeds all earlier ones, including the starting policy's."""
 
     def __init__(self, trainer: GRPOTrainer):
         self._trainer = trainer
@@ -28,7 +28,7 @@ class BestAdapter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Continue from the best adapter of a resumed run; delete one of a later step or of another run."""
+        """Continue with the best adapter of a resumed run; delete one from a later step or another run."""
         saved = read_best(args.output_dir)
         if saved and state.global_step and saved["step"] <= state.global_step:
             self._best = saved["pass@1"]

@@ -1,12 +1,12 @@
-"""Tell whole checkpoints from unfinished and damaged ones by a manifest of sizes and hashes.
+"""Tell complete checkpoints from unfinished and damaged ones by a manifest of sizes and hashes.
 
     checkpoint-20/
         adapter_model.safetensors, optimizer.pt, rng_state.pth, trainer_state.json, ...
         complete.json                   {"optimizer.pt": {"bytes": 9347, "sha256": "5d41..."}, ...}
 
-`complete.json`, the manifest, is renamed into place once everything else is on the disk. A folder without it was not
-finished; a folder that does not match it was damaged later. `run.json` is the first file of a checkpoint: a folder of
-transformers' Trainer that lacks it was written by another trainer, such as stock TRL, and is never deleted.
+`complete.json`, the manifest, is renamed into place once everything else is on the disk. A folder without it is
+unfinished; a folder that does not match it was damaged later. `run.json` is the first file written: a checkpoint
+without it comes from another trainer, such as stock TRL, and is never deleted.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 RUN_FILE, MANIFEST, REMOVED_PREFIX = "run.json", "complete.json", "removed-"
-# Values of `resume_from_checkpoint`, in lower case; a command line passes text.
+# Values of `resume_from_checkpoint`, in lower case; on a command line they are text.
 LAST, NONE = ("last", "true"), ("", "none", "false")
 
 logger = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ def find_checkpoint(wanted: str | bool | os.PathLike[str] | None, output_dir: st
     """The checkpoint to resume from; None to start at step 0.
 
     Args:
-        wanted: a folder; True, "true" or "last" for the last whole checkpoint in `output_dir` (others are skipped, with
-            a warning); None, False or "false" for none.
+        wanted: a folder; True, "true" or "last" for the last complete checkpoint in `output_dir` (others are skipped
+            with a warning); None, False or "false" for none.
 
     Raises:
-        ValueError: the requested folder is not whole, or `output_dir` has finished checkpoints and all are damaged. If
-            it has no finished one, the run was killed before its first, and "last" starts at step 0.
+        ValueError: the requested folder is unfinished or damaged, or all finished checkpoints in `output_dir` are
+            damaged. If none is finished, the run was killed before its first checkpoint, and "last" starts at step 0.
     """
     text = str(wanted).lower()
     if text in NONE:
@@ -45,9 +45,9 @@ def find_checkpoint(wanted: str | bool | os.PathLike[str] | None, output_dir: st
     folder = Path(str(wanted))
     reason = why_unusable(folder)
     if reason is not None:
-        others = list_checkpoints(folder) or list_checkpoints(folder.parent)  # perhaps it is the folder of a run
+        others = list_checkpoints(folder) or list_checkpoints(folder.parent)  # `folder` may be the folder of a run
         whole = [str(other) for other in others if why_unusable(other) is None]
-        instead = f"Use {whole[-1]}" if whole else "Start without resume"
+        instead = f"Use {whole[-1]}" if whole else "Start without resume_from_checkpoint"
         raise ValueError(f"resume_from_checkpoint='{folder}' cannot be resumed: {reason}. {instead}.")
     return folder
 
@@ -58,17 +58,20 @@ def _find_last(output_dir: Path) -> Path | None:
         reason = why_unusable(folder)
         if reason is None:
             return folder
-        logger.warning(f"{folder} is passed over: {reason}.")
+        logger.warning(f"{folder} is skipped: {reason}.")
         skipped[folder] = reason
     if any((folder / MANIFEST).exists() for folder in skipped):
         reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in skipped.items())
-        raise ValueError(f"No checkpoint in {output_dir} is whole. {reasons}. Restore one, or start without resume.")
-    logger.warning(f"There is no finished checkpoint in {output_dir}: the run begins at step 0.")
+        raise ValueError(
+            f"No checkpoint in {output_dir} is complete. {reasons}. Restore one, or start without "
+            f"resume_from_checkpoint."
+        )
+    logger.warning(f"There is no finished checkpoint in {output_dir}: the run starts at step 0.")
     return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders of checkpoints, whole or not, in the order of their steps."""
+    """Folders of checkpoints, complete or not, in the order of their steps."""
     found = [
         folder
         for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -88,8 +91,8 @@ def is_foreign(folder: Path) -> bool:
 
 
 def why_unusable(folder: Path) -> str | None:
-    """Why this folder cannot be resumed from, naming the file; None if every file is as it was written. Of a checkpoint
-    of another trainer only `trainer_state.json`, its last file, is read."""
+    """Why this folder cannot be resumed from, naming the file; None if every file is as it was written. In a checkpoint
+    of another trainer, only `trainer_state.json` is checked, the last file written."""
     if not folder.is_dir():
         return "there is no such folder"
     if is_foreign(folder):
@@ -102,7 +105,7 @@ def why_unusable(folder: Path) -> str | None:
         listed = json.loads((folder / MANIFEST).read_bytes())
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
-        return f"it was not written to its end (no {MANIFEST})"
+        return f"it is unfinished (no {MANIFEST})"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
     if not files:
@@ -112,9 +115,9 @@ def why_unusable(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, and {size} were written"
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if _sha256(path) != digest:
-            return f"{name} is not what was written (its hash differs)"
+            return f"{name} has changed since it was written (its hash differs)"
     return None
 
 
@@ -134,7 +137,7 @@ def seal(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint if it exists. It is renamed first: a half-deleted one must not look like a checkpoint."""
+    """Delete a checkpoint if it exists. Renamed first, so that a half-deleted one does not look like a checkpoint."""
     removed = folder.with_name(f"{REMOVED_PREFIX}{folder.name}")
     shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():

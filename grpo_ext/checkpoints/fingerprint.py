@@ -1,13 +1,13 @@
 """Fingerprint of a run: its model, adapter, data, and every setting that can change its trajectory.
 
     fingerprint(trainer)                {"base_model": "Qwen/Qwen2.5-0.5B", "weights": "9f86d081", "r": 16, ...}
-    first_difference(saved, now)        "Checkpoint was made with r=16; this run has r=32. Start without resume, ..."
+    first_difference(saved, now)        "The checkpoint was made with r=16; this run has r=32. Start without ..."
 
 It covers the fields that TRL and this project add to transformers' arguments, except `MAY_DIFFER`, and the fields of
-transformers in `COMPARED_TRAINING_ARGUMENTS`. It ignores the length of the run (`max_steps`, `num_train_epochs`), what
-is logged, saved, evaluated and published and where, and settings that only change rounding (`chunk_tokens`,
+transformers in `COMPARED_TRAINING_ARGUMENTS`. It ignores the length of the run (`max_steps`, `num_train_epochs`),
+logging, saving, evaluation and publishing, and settings that only change rounding (`chunk_tokens`,
 `gradient_checkpointing`, workers). If the length changes, schedules that depend on it (learning rate, temperature)
-continue as those of the new length.
+continue with the new length.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ COMPARED_TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "weight_decay"),
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"),
 )
-# Fields of `GRPOConfig` and `GRPOExtConfig` that do not change the trajectory, or only its rounding.
+# Fields of `GRPOConfig` and `GRPOExtConfig` that do not change the trajectory, except for rounding.
 MAY_DIFFER = {
     *("log_completions", "log_multimodal", "log_unique_prompts", "log_completions_hub_repo"),
     *("num_completions_to_print", "num_generations_eval", "trust_remote_code", "ds3_gather_for_generation"),
     *("chunk_tokens", "reward_workers", "reward_timeout", "guards", "dry_run", "kl_stop"),
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
     *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
-    "model_init_kwargs",  # their effect shows in the weights, the dtype and the config of the model
+    "model_init_kwargs",  # compared by their effect: the weights, the dtype and the config of the model
 }
-# Fields of an adapter's config: where its base was found, and bookkeeping of PEFT.
+# Fields of an adapter's config that do not define the adapter: the location of its base, and bookkeeping of PEFT.
 ADAPTER_MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 # Fields of a model's config that do not define the model.
 MODEL_MAY_DIFFER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -46,7 +46,7 @@ MAX_SHOWN = 120  # characters of a value in a message
 
 
 def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
-    """The fingerprint of a trainer that has not trained yet, as JSON values; the most telling facts come first."""
+    """The fingerprint of a trainer that has not trained yet, as JSON values, the most informative facts first."""
     model, args = trainer.model, trainer.args
     model_config = {
         k: v for k, v in model.config.to_dict().items() if k not in MODEL_MAY_DIFFER and "token_id" not in k
@@ -59,7 +59,7 @@ def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
         "dtype": str(base[0].dtype).removeprefix("torch."),
     }
     if hasattr(model, "peft_config"):
-        adapter = next(iter(model.peft_config.values())).to_dict()  # the others are references
+        adapter = next(iter(model.peft_config.values())).to_dict()  # any other adapter is a reference
         facts |= {name: adapter[name] for name in sorted(adapter, key=_r_first) if name not in ADAPTER_MAY_DIFFER}
     facts |= {"number of processes": args.world_size, "device": trainer.accelerator.device.type}
     facts |= {"train_dataset": _dataset_digest(trainer.train_dataset), "reward_funcs": trainer.reward_func_names}
@@ -75,16 +75,19 @@ def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """
     for name in saved:
         if name == "base_model" or name not in now or saved[name] == now[name]:
-            continue  # the name of the base model may change: the same weights can be in another place
+            continue  # the name of the base model may change: the same weights may have moved
         was, now_is = (f"{name}={_shown(*values)}" for values in ((saved[name], now[name]), (now[name], saved[name])))
         if name == "weights":
             was, now_is = (f"base_model={facts['base_model']} (weights {facts['weights']})" for facts in (saved, now))
-        return f"Checkpoint was made with {was}; this run has {now_is}. Start without resume, or restore {was}."
+        return (
+            f"The checkpoint was made with {was}; this run has {now_is}. Start without resume_from_checkpoint, or "
+            f"restore {was}."
+        )
     return None
 
 
 def _shown(value: Any, other: Any) -> str:
-    """A value for a message: the entries of a list that the other list lacks, cut to `MAX_SHOWN` characters."""
+    """A value as text of up to `MAX_SHOWN` characters; of two lists, only the entries that the other one lacks."""
     if isinstance(value, list) and isinstance(other, list):
         value = [entry for entry in value if entry not in other] or value
     text = str(value)
@@ -100,7 +103,7 @@ def _r_first(name: str) -> tuple[bool, str]:
 
 
 def _sample_digest(parameter: Tensor) -> str:
-    """Shape and hash of the first values; some of them differ between any two models."""
+    """Shape of a parameter and hash of its first values; two different models differ in some of them."""
     first = parameter.detach().flatten()[:SAMPLED_WEIGHTS].cpu().contiguous()
     return f"{tuple(parameter.shape)} {hashlib.sha256(first.view(torch.uint8).numpy().tobytes()).hexdigest()}"
 
@@ -118,5 +121,5 @@ def _digest(*parts: str) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Sets as sorted lists; for values that JSON cannot hold, such as images, the name of their type."""
+    """Sets become sorted lists; other values that JSON cannot hold, such as images, become the name of their type."""
     return sorted(value) if isinstance(value, set) else type(value).__name__

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole, and runs that continue from them as if they had never stopped.
+"""Complete checkpoints, and runs that continue from them as if they had never stopped.
 
-transformers and TRL save the model, the optimizer and their counters. A `Checkpoints` adds the fingerprint of the run
-(`fingerprint.py`), the state of every part that carries something from step to step (`state.py`), and the list of files
-that makes a checkpoint whole (`files.py`).
+transformers and TRL save the model, the optimizer and their counters. `Checkpoints` adds the fingerprint of the run
+(`fingerprint.py`), the state of every part that carries something from step to step (`state.py`), and the manifest that
+marks a checkpoint as complete (`files.py`).
 """
 
 import json
@@ -29,20 +29,20 @@ from grpo_ext.checkpoints.state import Stateful, has_states, load_states, save_s
 
 REFERENCE_FILE = "reference.safetensors"
 logger = get_logger(__name__)
-OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # in one piece, in shards of FSDP, of DeepSpeed
+OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # unsharded, sharded by FSDP, sharded by DeepSpeed
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        args: of the trainer.
+        args: arguments of the trainer.
         fingerprint: facts that identify the run.
-        states: what is carried from step to step, by name.
+        states: the parts that carry something from step to step, by name.
         process: index of this process.
         wait: returns when every process has called it.
-        device: of the tensors in `states`.
-        reference: a whole model that follows the policy (`sync_ref_model` without an adapter); None if there is none.
+        device: device of the tensors in `states`.
+        reference: a full model that follows the policy (`sync_ref_model` without an adapter); None if there is none.
     """
 
     def __init__(
@@ -61,21 +61,23 @@ class Checkpoints:
         self._reference = reference
 
     def find(self, wanted: Any, train_dataset: Any) -> Path | None:
-        """The checkpoint that `wanted` names; None to begin at step 0.
+        """The checkpoint that `wanted` names; None to start at step 0.
 
         Args:
-            wanted: a folder; True or "last" for the last checkpoint in `output_dir` that is whole.
+            wanted: a folder; True or "last" for the last complete checkpoint in `output_dir`.
+            train_dataset: the training data.
 
         Raises:
-            ValueError: the checkpoint is not whole (`files.py`), belongs to another run, or cannot be resumed.
+            ValueError: the checkpoint is unfinished or damaged (`files.py`), belongs to another run, or cannot be
+                resumed.
         """
         folder = files.find_checkpoint(wanted, self._args.output_dir)
         if folder is None:
             return None
         if files.is_foreign(folder):
             logger.warning(
-                f"{folder} was written by another trainer: it is resumed as TRL does, with the optimizer and the "
-                f"random state, and without the rest of a rollout that was in use."
+                f"{folder} was written by another trainer. It is resumed as in TRL: with the optimizer and the random "
+                f"state, but without the rest of an unfinished rollout."
             )
             return folder
         difference = first_difference(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), self._fingerprint)
@@ -83,19 +85,20 @@ class Checkpoints:
             raise ValueError(difference)
         if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
             raise ValueError(
-                f"{folder} holds no optimizer: it was made with save_only_model=True. Start without resume, and make "
-                f"checkpoints with save_only_model=False."
+                f"{folder} has no optimizer state: it was made with save_only_model=True. Start without "
+                f"resume_from_checkpoint, and use save_only_model=False for checkpoints that can be resumed."
             )
         if not has_states(folder, self._process):
             raise ValueError(
-                f"{folder} was made by an earlier version of grpo-ext, which keeps the state of a run in another form. "
-                f"Resume it with that version, or start without resume."
+                f"{folder} was made by an earlier version of grpo-ext, which saved the state of a run in another "
+                f"format. Resume it with that version, or start without resume_from_checkpoint."
             )
         epoch = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
         if isinstance(train_dataset, IterableDataset) and epoch >= 1:
             raise ValueError(
-                f"{folder} was made in pass {int(epoch) + 1} over a streamed data set, whose place cannot be found "
-                f"again. Load the data set whole, or resume from a checkpoint of the first pass."
+                f"{folder} was made in pass {int(epoch) + 1} over a streamed data set, and the position in it cannot "
+                f"be restored after the first pass. Load the data set without streaming, or resume from a checkpoint "
+                f"of the first pass."
             )
         return folder
 
@@ -103,7 +106,7 @@ class Checkpoints:
         """Refuse to train into a folder that holds checkpoints of another trainer, which this run would overwrite.
 
         Args:
-            resumed: the checkpoint that the run begins with; earlier ones are left as they are.
+            resumed: the checkpoint that the run starts from; earlier ones would not be overwritten.
 
         Raises:
             ValueError: there are such checkpoints, and this run saves its own.
@@ -114,25 +117,27 @@ class Checkpoints:
         if later and self._args.save_strategy != SaveStrategy.NO:
             names = ", ".join(folder.name for folder in later)
             raise ValueError(
-                f"output_dir='{output_dir}' holds {names} of another trainer, and this run would overwrite them or "
-                f"save its own among them. Use another output_dir, or resume_from_checkpoint=True to continue from "
-                f"{later[-1].name}."
+                f"output_dir='{output_dir}' has checkpoints of another trainer ({names}), and this run would overwrite "
+                f"them or save its own among them. Use another output_dir, or resume_from_checkpoint=True to continue "
+                f"from {later[-1].name}."
             )
 
     @contextmanager
     def writing(self, folder: Path) -> Iterator[None]:
-        """Inside, transformers writes its part of `folder`; afterwards the checkpoint is whole, or it is gone.
+        """A context in which transformers writes its part of `folder`; it ends with a complete checkpoint, or none.
 
         Raises:
-            OSError: the checkpoint could not be written; earlier ones are as they were.
+            OSError: the checkpoint could not be written; earlier ones are unchanged.
         """
         writes, limit = self._args.should_save, self._args.save_total_limit
         if files.is_foreign(folder):
-            raise FileExistsError(f"{folder} was written by another trainer, and is not overwritten.")
+            raise FileExistsError(
+                f"{folder} was written by another trainer and is not overwritten. Use another output_dir."
+            )
         if writes:
-            files.remove(folder)  # what a killed process may have left
+            files.remove(folder)  # a killed process may have left it unfinished
         self._wait()
-        self._args.save_total_limit = None  # transformers would delete before the new one is whole
+        self._args.save_total_limit = None  # transformers would delete old ones before the new one is complete
         try:
             if writes:
                 folder.mkdir(parents=True)
@@ -149,23 +154,23 @@ class Checkpoints:
                 files.remove(folder)
             free = shutil.disk_usage(folder.parent).free / 1e6
             raise OSError(
-                f"{folder} could not be written: {error} ({free:.0f} MB are free). Earlier checkpoints are as they "
-                f"were: make room, then run the same command with --resume_from_checkpoint last."
+                f"{folder} could not be written: {error} ({free:.0f} MB are free). Earlier checkpoints are unchanged. "
+                f"Make room, then run the same command with --resume_from_checkpoint last."
             ) from error
         finally:
             self._args.save_total_limit = limit
 
     def rotate(self, folder: Path, best: str | None) -> None:
-        """Delete the oldest checkpoints beyond `save_total_limit`, but neither `folder` nor the best one."""
+        """Delete the oldest checkpoints beyond `save_total_limit`, except `folder` and the best one."""
         if self._args.should_save:
             kept = {folder, *([Path(best)] if best else [])}
             files.rotate(folder.parent, self._args.save_total_limit, kept)
 
     def load(self, folder: Path) -> None:
-        """Restore every part that the checkpoint has a state of, and a reference that follows the policy.
+        """Restore the parts whose states are in the checkpoint, and a reference that follows the policy.
 
-        A part without one keeps its initial state: the watch of a run whose earlier session had `guards=False`, or a
-        part that carried nothing in the version that wrote the checkpoint.
+        The other parts keep their initial state: the watch, if the earlier session had `guards=False`, and a part that
+        had no state in the version that wrote the checkpoint.
         """
         states = load_states(folder, self._process, self._device)
         for name, part in self._states.items():

@@ -1,4 +1,4 @@
-"""What one optimizer step leaves to the next, as two files per process: JSON, and the tensors in it.
+"""Save the state that one optimizer step passes to the next, as two files per process: JSON, and the tensors in it.
 
 save_states(folder, 0, {"temperature": {"temperature": 0.8, ...}, "trainer": {"rollout": [{"advantages": tensor}]}})
 
@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 STATE_FILE, TENSORS_FILE = "state_{}.json", "state_{}.safetensors"
-TENSOR, ON_HOST = "__tensor__", "on_host"  # keys of the JSON object that stands for a tensor
+TENSOR, ON_HOST = "__tensor__", "on_host"  # keys of the JSON object that represents a tensor
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Carries something from step to step: JSON values and tensors, in dicts with string keys and in lists."""
+    """An object with state that is carried from step to step: JSON values and tensors, in dicts with string keys and in
+    lists."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -38,13 +39,13 @@ def save_states(folder: Path, process: int, states: Mapping[str, dict[str, Any]]
 
 
 def has_states(folder: Path, process: int) -> bool:
-    """Whether the file of this process was written by `save_states`, and not in an earlier format."""
+    """Whether the state file of this process has the current format."""
     states = json.loads((folder / STATE_FILE.format(process)).read_text(encoding="utf-8"))
     return all(isinstance(state, dict) for state in states.values())
 
 
 def load_states(folder: Path, process: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Read what `save_states` wrote; tensors that were not in host memory return to `device`."""
+    """Read the states that `save_states` wrote; tensors that were not in host memory are moved to `device`."""
     path = folder / TENSORS_FILE.format(process)
     tensors = load_file(path) if path.exists() else {}
     return _with_tensors(json.loads((folder / STATE_FILE.format(process)).read_text(encoding="utf-8")), tensors, device)

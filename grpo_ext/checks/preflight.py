@@ -1,8 +1,8 @@
-"""What is checked before the first step, so that a run fails in its first minute or not at all.
+"""The checks before the first step, so that a run fails in its first minute or not at all.
 
-`before_weights` needs the settings, the data, the tokenizer and the rewards; `before_training` the trainer, and
-rehearses a step; `try_rewards` calls the rewards that can be tried. What cannot work is an error that says what was
-received, what is valid and what to type; what is only unwise is a warning.
+`before_weights` checks settings, data, tokenizer and rewards before any weights are loaded. `try_rewards` calls the
+rewards that can be tried. `before_training` checks the built trainer and runs the worst-case step. A setting that
+cannot work raises an error with the value received, a valid one, and what to type. A merely unwise one gives a warning.
 """
 
 from collections.abc import Sequence
@@ -28,24 +28,24 @@ from grpo_ext.model.chat import text_tokenizer, tokenize_prompt
 
 logger = get_logger(__name__)
 
-KEPT_COLUMNS = ("prompt", "image", "images")  # by TRL, with remove_unused_columns=True
+KEPT_COLUMNS = ("prompt", "image", "images")  # columns that TRL keeps with remove_unused_columns=True
 SHOWN_CHARACTERS = 600
-SLOW_LORA = 5e-6  # a learning rate of full fine-tuning
+SLOW_LORA = 5e-6  # learning rates below this are for full fine-tuning
 FEW_GENERATIONS = 4
-LONG_COMPLETION = 50  # tokens, above which rounding in 16 bits may move the ratio of a whole completion out of its clip
+LONG_COMPLETION = 50  # tokens; rounding in 16 bits may push the ratio of a longer completion out of its clip range
 
 
 def before_weights(given: dict[str, Any]) -> Any:
-    """Check what can be checked before a model is loaded, and warn.
+    """Check everything that can be checked before a model is loaded.
 
     Args:
         given: the arguments of TRL's trainer, by name.
 
     Returns:
-        The training data, without prompts that are too long where `overlong_prompts="drop"`.
+        The training data, without overlong prompts if `overlong_prompts="drop"`.
 
     Raises:
-        ValueError: something cannot work.
+        ValueError: a setting, the data or a reward cannot work.
     """
     model, args, reward_funcs = given["model"], given["args"], given["reward_funcs"]
     data, peft_config = given.get("train_dataset"), given.get("peft_config")
@@ -72,42 +72,42 @@ def _check_settings(
     has_adapter = peft_config is not None or isinstance(model, PeftModel)
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which would copy the model to each of them for every step "
-            f"(DataParallel). Start one process a GPU with `accelerate launch --num_processes {args.n_gpu}`, or show "
-            f"one of them: CUDA_VISIBLE_DEVICES=0."
+            f"{args.n_gpu} GPUs are visible to one process, which would copy the model to each of them in every step "
+            f"(DataParallel). Start one process per GPU with `accelerate launch --num_processes {args.n_gpu}`, or make "
+            f"only one GPU visible: CUDA_VISIBLE_DEVICES=0."
         )
     if args.fp16 and args.use_cpu:
-        raise ValueError("fp16=True needs a GPU, and this run is on the CPU. Leave fp16 out, or use_cpu=False.")
+        raise ValueError("fp16=True needs a GPU, and this run is on the CPU. Leave fp16 out, or set use_cpu=False.")
     if is_quantized and not has_adapter:
         raise ValueError(
-            "A model in 4 or 8 bits cannot be trained itself. Give a peft_config to train an adapter on it, or load it "
-            "without quantization."
+            "A model in 4 or 8 bits cannot be trained itself. Give a peft_config to train an adapter on top of it, or "
+            "load it without quantization."
         )
     warnings, group = [], args.num_generations
     if group < FEW_GENERATIONS:
         odds = ", ".join(f"{p**group + (1 - p) ** group:.0%} at {p}" for p in (0.5, 0.8))
         warnings.append(
-            f"num_generations={group}: a group whose answers are all right or all wrong teaches nothing, and that many "
-            f"will be (by the share of right answers: {odds}). Use 8 where memory allows."
+            f"num_generations={group}: a group whose completions are all right or all wrong teaches nothing. Expected "
+            f"share of such groups, by the model's accuracy: {odds}. Use 8 if memory allows."
         )
     if has_adapter and args.learning_rate < SLOW_LORA:
         warnings.append(
-            f"learning_rate={args.learning_rate:g} is one of full fine-tuning; an adapter hardly moves with it. Use "
+            f"learning_rate={args.learning_rate:g} is typical of full fine-tuning and hardly moves an adapter. Use "
             f"1e-5 to 1e-4."
         )
     if _is_sequence_ratio_noisy(args):
         warnings.append(
-            f"loss_type='grpo_sequence' has one ratio per completion, the product of those of its tokens. In this run "
-            f"the old log-probs come from another forward than the new ones, so in 16 bits their rounding errors add "
-            f"up over up to max_completion_length={args.max_completion_length} tokens, and may be larger than "
-            f"epsilon={args.epsilon:g}. Use one update per rollout (num_iterations=1, gradient_accumulation_steps a "
-            f"multiple of steps_per_generation={args.steps_per_generation}, use_vllm=False), a loss with a ratio per "
-            f"token (loss_type='dapo'), or float32 (bf16=False, fp16=False)."
+            f"loss_type='grpo_sequence' has one ratio per completion, the product of the ratios of its tokens. In this "
+            f"run, old and new log-probs come from different forwards. In 16 bits, their rounding errors add up over "
+            f"as many as max_completion_length={args.max_completion_length} tokens and may exceed epsilon="
+            f"{args.epsilon:g}. Use one update per rollout (num_iterations=1, gradient_accumulation_steps a multiple "
+            f"of steps_per_generation={args.steps_per_generation}, use_vllm=False), a loss with one ratio per token "
+            f"(loss_type='dapo'), or float32 (bf16=False, fp16=False)."
         )
     dropout = getattr(peft_config, "lora_dropout", 0.0)
     if dropout and not args.disable_dropout:
         warnings.append(
-            f"lora_dropout={dropout} is live in sampling and in scoring: each sees another policy. Use "
+            f"lora_dropout={dropout} is on in sampling and in scoring, so each of them sees a different policy. Use "
             f"disable_dropout=True, or lora_dropout=0."
         )
     return warnings
@@ -124,7 +124,7 @@ def _is_sequence_ratio_noisy(args: GRPOConfig) -> bool:
 def _check_prompts(
     model: str | nn.Module, args: GRPOConfig, data: Dataset, tokenizer: Any
 ) -> tuple[Dataset, list[str]]:
-    """The data without prompts that are to be left out, and how many there were, where some were."""
+    """The data without the prompts to be left out, and a warning with their number if there are any."""
     options = {"trust_remote_code": args.trust_remote_code}
     if isinstance(model, str):
         options["revision"] = (args.model_init_kwargs or {}).get("revision") or "main"
@@ -134,7 +134,7 @@ def _check_prompts(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(get_config_model_id(config), **options)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return data, []  # a processor, of images too
+        return data, []  # a processor, for example of images
     template, warnings = args.chat_template_kwargs or {}, []
     if args.max_prompt_tokens is not None:
         limits = args.max_prompt_tokens, args.overlong_prompts
@@ -153,13 +153,13 @@ def _passed_on(args: GRPOConfig, columns: Sequence[str]) -> list[str]:
 
 
 def try_rewards(trainer: GRPOTrainer, state: TrainerState) -> dict[str, list[float | None]]:
-    """Call each reward that can be tried, as TRL does, with a whole group of completions of the first prompt.
+    """Call each reward that can be tried as TRL would: with a whole group of completions of the first prompt.
 
     Args:
-        state: that of the run.
+        state: state of the run.
 
     Returns:
-        Scores by the name of the reward; empty if only a rollout has what the rewards need.
+        Name of the reward -> its scores; empty if the rewards need data that only a rollout has.
 
     Raises:
         ValueError: a reward fails.
@@ -178,26 +178,26 @@ def try_rewards(trainer: GRPOTrainer, state: TrainerState) -> dict[str, list[flo
 
 
 def before_training(trainer: GRPOTrainer, scores: dict[str, list[float | None]]) -> None:
-    """Check the trainer as it was built, rehearse a step and print what it takes. If none can be rehearsed, the log
-    says why.
+    """Check the built trainer, run the worst-case step, and print its duration and peak memory. If that step cannot be
+    run, the log says why.
 
     Args:
-        scores: what `try_rewards` returned, to be printed; empty if it was not called yet.
+        scores: the result of `try_rewards`, to be printed; empty if it has not been called.
 
     Raises:
-        ValueError: nothing trains.
-        RuntimeError: the largest step does not fit into memory.
+        ValueError: no parameter is trainable.
+        RuntimeError: the worst-case step does not fit into memory.
     """
     if not trainable_parameters(trainer.model):
         raise ValueError(
-            "No trainable parameters. Your adapter was loaded frozen; pass is_trainable=True to "
-            "PeftModel.from_pretrained, or give peft_config."
+            "No trainable parameters. If your adapter was loaded frozen, pass is_trainable=True to "
+            "PeftModel.from_pretrained; if there is no adapter, give peft_config."
         )
     data, template = trainer.train_dataset, trainer.chat_template_kwargs
     tokenizer = text_tokenizer(trainer.processing_class)
     reason = why_not_run(trainer)
     if reason is not None:
-        logger.warning(f"No step is rehearsed before the run: {reason}.")
+        logger.warning(f"No worst-case step is run before training: {reason}.")
         return
     row, longest = check_prompts.find_longest(data, tokenizer, template)
     ends = set(trainer.eos_token_ids)
@@ -212,10 +212,10 @@ def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("largest step", f"{worst.seconds:.1f} s, {worst.peak_mb / 1000:.2f} GB at its peak")
+    table.add_row("worst-case step", f"{worst.seconds:.1f} s, peak memory {worst.peak_mb / 1000:.2f} GB")
     if scores:
         shown = ", ".join(f"{name}: {v if v is None else round(v, 3)}" for name, (v, *_) in scores.items())
-        table.add_row("rewards", f"{shown} for no answer")
+        table.add_row("rewards", f"{shown} (for a completion without an answer)")
     table.add_row("first prompt", Text(worst.prompt[-SHOWN_CHARACTERS:]))
-    table.add_row("an answer", Text(worst.completion[:SHOWN_CHARACTERS]))
+    table.add_row("a completion", Text(worst.completion[:SHOWN_CHARACTERS]))
     show(Panel(table, title="Before the first step", title_align="left", expand=False))

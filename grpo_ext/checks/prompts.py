@@ -1,4 +1,4 @@
-"""Check the prompts before a run: their number, their length, their tokens, and how an answer would end.
+"""Check the prompts before a run: their number, length and tokens, and whether completions would end.
 
 find_longest(data, tokenizer, {})  ->  (17, [151644, 872, ..., 198])      row and token ids of the longest prompt
 """
@@ -11,22 +11,22 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_ext.model.chat import end_of_turn, tokenize_prompt, why_not_chat
 
-# The longest prompt in tokens is searched among this many prompts with the most characters.
+# The longest prompt in tokens is searched among this many of the longest prompts in characters.
 CANDIDATES = 32
 
 
 def columns_of(data: Dataset) -> list[str]:
-    """The columns of the rows that TRL reads; `set_transform` may make them of others."""
+    """The columns of the rows as TRL reads them: `set_transform` may compute other columns than the stored ones."""
     return data.column_names if data.format["type"] is None else list(data[0])
 
 
 def values_of(data: Dataset, column: str) -> Sequence[Any]:
-    """A column of the rows that TRL reads; for a data set with `set_transform`, row by row."""
+    """A column of the rows as TRL reads them; with `set_transform`, read row by row."""
     return data[column][:] if data.format["type"] is None else [data[row][column] for row in range(len(data))]
 
 
 def check_has_prompts(columns: Sequence[str]) -> None:
-    """Check that there is a column that TRL takes as the prompt.
+    """Check that there is a column `prompt`, which TRL needs.
 
     Raises:
         ValueError: there is none.
@@ -34,8 +34,8 @@ def check_has_prompts(columns: Sequence[str]) -> None:
     if "prompt" not in columns:
         raise ValueError(
             f"The training data has no column 'prompt'; it has: {', '.join(columns)}. Rename the one that holds the "
-            f"prompts: dataset.rename_column({next(iter(columns), 'question')!r}, 'prompt'). Only an environment "
-            f"(environment_factory) may give prompts itself."
+            f"prompts: dataset.rename_column({next(iter(columns), 'question')!r}, 'prompt'). Only with "
+            f"environment_factory may the environment give the prompts."
         )
 
 
@@ -50,9 +50,9 @@ def check_count(prompts: int, rollout: int, num_generations: int) -> None:
         raise ValueError("The training data has no rows.")
     if prompts < needed:
         raise ValueError(
-            f"The training data has {prompts} prompts, and one rollout takes {needed} ({rollout} completions / "
-            f"num_generations={num_generations}). Add prompts, or lower per_device_train_batch_size, "
-            f"gradient_accumulation_steps or steps_per_generation."
+            f"The training data has only {prompts} prompt{'s' * (prompts != 1)}, and one rollout needs {needed} "
+            f"({rollout} completions / num_generations={num_generations}). Add prompts, or lower "
+            f"per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation."
         )
 
 
@@ -62,7 +62,7 @@ def without_overlong(
     """The data without prompts of more than `limit` tokens, and a message with their number (None if there are none).
 
     Args:
-        template: further arguments of the chat template.
+        template: additional arguments of the chat template.
         action: "drop" or "error", the value of `overlong_prompts`.
 
     Raises:
@@ -89,26 +89,26 @@ def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: di
 
 
 def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int) -> None:
-    """Check that the model knows these tokens, and has positions for them and `new_tokens` more.
+    """Check that these tokens are in the model's vocabulary, and that it has positions for them and `new_tokens` more.
 
     Args:
-        config: of the model.
+        config: the model's config.
 
     Raises:
-        ValueError: a token is not in its vocabulary, or the longest prompt and answer exceed its positions.
+        ValueError: a token is not in the vocabulary, or the longest prompt and completion exceed the positions.
     """
     text_config = config.get_text_config()
     largest = max([*longest, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0])
     if largest >= text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer has a token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model knows "
-            f"{text_config.vocab_size} tokens. Take the tokenizer of this model, or resize its embeddings."
+            f"The tokenizer has a token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has "
+            f"only {text_config.vocab_size} tokens. Use the tokenizer of this model, or resize its embeddings."
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and len(longest) + new_tokens > positions:
         raise ValueError(
-            f"The longest prompt has {len(longest)} tokens; with max_completion_length={new_tokens} that is more than "
-            f"the model's {positions} positions. Lower max_completion_length, or leave long prompts out: "
+            f"The longest prompt has {len(longest)} tokens; with max_completion_length={new_tokens} this exceeds the "
+            f"model's {positions} positions. Lower max_completion_length, or leave out long prompts: "
             f"max_prompt_tokens={max(1, positions - new_tokens)}, overlong_prompts='drop'."
         )
 
@@ -120,21 +120,21 @@ def warnings_of_template(
 
     Args:
         prompt: a prompt of the data.
-        ends: ids of the tokens that end an answer.
+        ends: ids of the tokens that end a completion.
     """
     if isinstance(prompt, str):
         if why_not_chat(tokenizer, ends, **template) is not None:
             return []  # a base model, which may ship a template
         return [
-            "The prompts are plain text, and the tokenizer has a chat template, which they do not go through. For a "
-            "chat model, make each prompt a list of messages: [{'role': 'user', 'content': ...}]."
+            "The prompts are plain text, so they bypass the chat template of the tokenizer. For a chat model, make "
+            "each prompt a list of messages: [{'role': 'user', 'content': ...}]."
         ]
     after = end_of_turn(tokenizer, **template) or ""
     ids = tokenizer(text=after, add_special_tokens=False)["input_ids"]
     if not ids or ends.intersection(ids):
         return []
     return [
-        f"The chat template ends a turn with {after!r}, which holds none of the tokens that end an answer "
-        f"({', '.join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ends))))}): answers would run on to "
-        f"max_completion_length. Set eos_token of the tokenizer, or eos_token_id of the model's generation config."
+        f"The chat template ends a turn with {after!r}, which contains no token that ends a completion "
+        f"({', '.join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ends))))}), so completions would run to "
+        f"max_completion_length. Set the tokenizer's eos_token, or eos_token_id in the model's generation config."
     ]

@@ -2,9 +2,9 @@
 
 Without these checks, a reward that needs a missing column would fail only after the first rollout.
 
-Columns and arguments are checked without a call. Called are only the rewards that declare `scores_independently = True`
-(ours do): the score of a completion depends on its row alone, and a call has no side effects. Any other reward may
-count its calls, keep what it is given or ask a service that costs money, so the first one that calls it is TRL.
+Columns and arguments are checked without a call. Only rewards that declare `scores_independently = True` are called:
+the score of a completion depends on its row alone, and a call has no side effects. Any other reward may count its
+calls, keep its arguments or use a paid service, so it is called by TRL only.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from grpo_ext.checks.prompts import columns_of, values_of
 from grpo_ext.rewards import MathAnswerReward, check_gold
 from grpo_ext.rewards.workers.pool import IsolatedReward, declares
 
-# What TRL passes to a reward by name, in addition to the columns of the data.
+# Arguments that TRL passes to a reward by name, in addition to the columns of the data.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 WITHHELD_COLUMNS = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on
 EXAMPLE_COMPLETION = "A first answer, to see what the reward returns."
@@ -56,8 +56,8 @@ def check_signatures(reward_funcs: Sequence[Any], columns: Sequence[str]) -> Non
         if inspect.Parameter.VAR_KEYWORD not in kinds and not known - {"environments"} <= set(parameters):
             taken = ", ".join(parameters)
             raise ValueError(
-                f"Reward {name!r} takes ({taken}) only, and TRL gives every column and more by name. Let it take the "
-                f"rest as well: def {name}({taken}, **columns)."
+                f"Reward {name!r} accepts only ({taken}), but TRL passes every column and more by name. Let it accept "
+                f"the rest as well: def {name}({taken}, **columns)."
             )
 
 
@@ -65,7 +65,7 @@ def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
     """Check that a reward that parses mathematics can parse the gold answers.
 
     Raises:
-        ValueError: it cannot parse some; the message gives their rows.
+        ValueError: some cannot be parsed; the message gives their rows.
     """
     if "answer" in columns_of(data) and any(
         isinstance(inspect.unwrap(reward), MathAnswerReward) for reward in filter(callable, reward_funcs)
@@ -81,20 +81,20 @@ def call_once(
     completion_ids: list[int],
     state: TrainerState,
 ) -> dict[str, list[float | None]]:
-    """Call each reward that can be tried as TRL does: with a whole group of completions of one prompt.
+    """Call each reward that can be tried as TRL would: with a whole group of completions of one prompt.
 
     Args:
-        reward_funcs: as TRL takes them.
-        row: of the data, as TRL passes it on, with a `prompt`.
-        completions: their number, 1 or more; all are `EXAMPLE_COMPLETION`.
+        reward_funcs: the reward functions, as passed to TRL.
+        row: a row of the data with a `prompt` and the columns that TRL passes on.
+        completions: number of completions, 1 or more; all are `EXAMPLE_COMPLETION`.
         completion_ids: the token ids of `EXAMPLE_COMPLETION`.
-        state: that of the run; each reward gets a copy of it.
+        state: state of the run; each reward gets a copy of it.
 
     Returns:
-        Scores by the name of the reward.
+        Name of the reward -> its scores.
 
     Raises:
-        ValueError: a reward raises, or does not return a number or None per completion.
+        ValueError: a reward raises, or does not return one number or None per completion.
     """
     prompt = row["prompt"]
     completion: Any = EXAMPLE_COMPLETION
@@ -120,7 +120,7 @@ def call_once(
             ) from error
         if len(returned) != completions:
             raise ValueError(
-                f"Reward {name!r} returned {returned!r} for {completions} completions; valid: one score for each."
+                f"Reward {name!r} returned {returned!r} for {completions} completions; valid: one score per completion."
             )
         for score in returned:
             if score is not None and not _is_number(score):
@@ -141,7 +141,7 @@ def _call(reward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 @contextmanager
 def _keeping_random_state() -> Iterator[None]:
-    """A context after which Python, numpy and torch draw the numbers that they would have drawn before it."""
+    """A context that restores the random state of Python, numpy and torch at its end."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
@@ -156,7 +156,7 @@ def _is_function(reward: Any) -> bool:
 
 
 def _parameters(reward: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters that TRL's call meets: those of a decorator, not of the function in it; None if unknown."""
+    """The parameters that TRL's call binds to: a decorator's own, not those of the function in it; None if unknown."""
     if isinstance(reward, IsolatedReward):
         reward = reward.__wrapped__
     try:
@@ -174,4 +174,4 @@ def _is_number(score: Any) -> bool:
 
 
 def _ignore(*args: object) -> None:
-    """Takes the place of TRL's logging callbacks."""
+    """Replaces TRL's logging callbacks."""

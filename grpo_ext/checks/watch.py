@@ -1,12 +1,12 @@
-"""What is watched while a run goes on. Each message names what happened, the likely reason, and what to do.
+"""Watches a run during training. Each message gives the event, its likely cause, and what to do.
 
-- The KL at the first step is not 0: the reference is not the starting policy. Stops.
-- No trainable parameter moved in an update that had a gradient. Stops.
-- A loss or gradient that is not finite: the update is skipped and its batch saved; the third one in a row stops.
+- The KL at the first step is not 0, so the reference is not the starting policy: the run stops.
+- No trainable parameter moved in an update that had a gradient: the run stops.
+- A loss or gradient is not finite: the update is skipped and its batch saved. The third one in a row stops the run.
 - The KL is above `kl_stop`: the run saves and ends.
-- Nearly every answer was cut off in five rollouts in a row, or every group dead in twenty: warns, once.
+- Nearly every completion was cut off in five rollouts in a row, or every group was dead in twenty: one warning.
 
-Rewards that fail are watched where they run, in `rewards/workers/pool.py`.
+Failing rewards are watched where they run, in `rewards/workers/pool.py`.
 """
 
 import json
@@ -28,15 +28,15 @@ logger = get_logger(__name__)
 MAX_SKIPPED_IN_A_ROW = 3
 CUT_SHARE, CUT_ROLLOUTS = 0.9, 5
 DEAD_ROLLOUTS = 20
-# Nats per token: what a KL of 0 may be measured as, by rounding in float32 and with autocast.
+# Nats per token: the largest value that rounding may give to a KL of 0, in float32 and with autocast.
 ZERO_KL, ZERO_KL_AUTOCAST = 1e-3, 1e-2
-PART = 2**20  # values of a parameter that are looked at together
+PART = 2**20  # values of a parameter that are summed at a time
 
 
 class Watch(TrainerCallback):
-    """Watches one trainer, which calls `after_rollout` and `after_loss`; everything else comes by the callbacks.
+    """Watches one trainer, which calls `after_rollout` and `after_loss`; transformers calls the rest as callbacks.
 
-    Its counts are in checkpoints: a run that is resumed stops and warns when the run without a break would.
+    Its counts are in checkpoints, so a resumed run stops and warns exactly when an uninterrupted one would.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Watch(TrainerCallback):
         micro_batches: Callable[[], list[dict[str, Any]]],
     ):
         self._trainer, self._train_metrics, self._micro_batches = trainer, train_metrics, micro_batches
-        self._marks: Tensor | None = None  # of the trainable parameters before the first update
+        self._marks: Tensor | None = None  # sums of the trainable parameters before the first update
         self._had_gradient = False
-        self._rate = 0.0  # of the update that is due
+        self._rate = 0.0  # learning rate of the coming update
         self._is_bad = torch.zeros((), device=trainer.accelerator.device)  # whether a loss of this step was not finite
         self._reset_counts()
 
@@ -70,22 +70,22 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember where the parameters begin."""
+        """Remember the initial values of the parameters."""
         if state.global_step == 0:
             self._reset_counts()
         self._marks = _marks(self._trainer)
 
     def after_loss(self, loss: Tensor) -> None:
-        """Take note of the loss of a micro-batch."""
+        """Record whether the loss of a micro-batch is finite."""
         self._is_bad = torch.maximum(self._is_bad, (~loss.detach().isfinite()).float())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave out an update that is not finite, on all processes alike.
+        """Skip an update that is not finite, on all processes together.
 
         Raises:
-            RuntimeError: it is the third one in a row, or DeepSpeed has made it already.
+            RuntimeError: it is the third one in a row, or DeepSpeed has already applied it.
         """
         trainer, step = self._trainer, state.global_step + 1
         self._rate = max(group["lr"] for group in trainer.optimizer.param_groups)
@@ -93,7 +93,7 @@ class Watch(TrainerCallback):
         norms = self._norms([local_shard(p.grad) for p in parameters if p.grad is not None])
         self._had_gradient = bool(norms.any())
         is_bad = self._is_bad
-        if not args.fp16:  # there, transformers' scaler looks for overflows itself, and expects some
+        if not args.fp16:  # in fp16, the gradient scaler checks for overflows itself, and expects some
             is_bad = torch.maximum(is_bad, (~norms.isfinite().all()).float())
         self._is_bad = torch.zeros_like(self._is_bad)
         if not trainer.accelerator.reduce(is_bad).item():
@@ -108,28 +108,28 @@ class Watch(TrainerCallback):
         what = f"Step {step}: the loss or its gradient is not finite"
         if trainer.is_deepspeed_enabled:
             raise RuntimeError(
-                f"{what}, and DeepSpeed has made the update. Its batch is in {folder}. Lower learning_rate (now "
-                f"{args.learning_rate:g}), and resume from the last checkpoint."
+                f"{what}, and DeepSpeed has already applied the update. Its batch is in {folder}. Lower learning_rate "
+                f"(now {args.learning_rate:g}), and resume from the last checkpoint."
             )
-        what = f"{what}. The update is skipped, its batch is in {folder}"
+        what = f"{what}. The update is skipped, and its batch is in {folder}"
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
-                f"{what}; it is the third one in a row. Lower learning_rate (now {args.learning_rate:g}), use bf16 in "
-                f"place of fp16, or look for weights or rewards that are not finite in that batch."
+                f"{what}; it is the third one in a row. Lower learning_rate (now {args.learning_rate:g}), use bf16 "
+                f"instead of fp16, or look for weights or rewards that are not finite in that batch."
             )
         logger.warning(f"{what}; the run stops at the third one in a row.")
 
     def _norms(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of each gradient on this process; with DeepSpeed, which keeps gradients to itself, that of all."""
+        """The norm of each gradient on this process; with DeepSpeed, which hides them, only their total norm."""
         if self._trainer.is_deepspeed_enabled:
             return self._is_bad.new_tensor([float(self._trainer.model_wrapped.get_global_grad_norm() or 0.0)])
         return torch.stack(torch._foreach_norm(gradients)) if gradients else self._is_bad.new_zeros(1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look at the KL, and at the first update.
+        """Check the KL, and whether the first update moved a parameter.
 
         Raises:
-            RuntimeError: the reference is not the starting policy, or nothing moved.
+            RuntimeError: the reference is not the starting policy, or no parameter moved.
         """
         metrics = self._train_metrics()
         if self._skipped:
@@ -149,17 +149,17 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _starts_at_reference(self, args: TrainingArguments) -> bool:
-        """Whether the policy is the reference before the first update: neither noise nor a virtual prompt is added."""
+        """Whether the policy equals the reference before the first update: it has no noise and no virtual prompt."""
         adapters = getattr(self._trainer.model, "peft_config", {}).values()
         return not args.neftune_noise_alpha and not any(adapter.is_prompt_learning for adapter in adapters)
 
     def _check_first_kl(self, kl: float, args: TrainingArguments) -> None:
         if abs(kl) > (ZERO_KL_AUTOCAST if args.bf16 or args.fp16 else ZERO_KL):
             raise RuntimeError(
-                f"KL at step 0 is {kl:.3g} nats per token, should be 0: the reference is not the starting policy (an "
-                f"adapter that changes the model before its first update, such as init_lora_weights=False? dropout? "
-                f"merged weights?). Start from an adapter that leaves the model as it is, or use beta=0; guards=False "
-                f"trains in spite of this."
+                f"KL at step 0 is {kl:.3g} nats per token, should be 0: the reference is not the starting policy. "
+                f"Likely causes: an adapter that changes the model before its first update, such as "
+                f"init_lora_weights=False; dropout; merged weights. Start from an adapter that does not change the "
+                f"model, or use beta=0. guards=False trains anyway."
             )
 
     def _check_moved(self, step: int) -> None:
@@ -170,47 +170,47 @@ class Watch(TrainerCallback):
             return
         if torch.equal(self._marks, _marks(trainer)):
             raise RuntimeError(
-                f"Step {step}: no trainable parameter moved in an update that had a gradient. Is learning_rate (now "
-                f"{trainer.args.learning_rate:g}) too small for the precision of the weights, or does the "
-                f"optimizer hold other parameters than the model?"
+                f"Step {step}: no trainable parameter moved in an update that had a gradient. Check whether "
+                f"learning_rate (now {trainer.args.learning_rate:g}) is too small for the precision of the weights, "
+                f"and whether the optimizer has the parameters of this model."
             )
         self._marks = None
 
     def after_rollout(self, metrics: dict[str, list[float]], cut: float) -> None:
-        """Look at a rollout.
+        """Check a rollout.
 
         Args:
-            metrics: its own are the last of each list.
-            cut: the share of its completions that were cut off. The metric of that name is of whatever was sampled
-                last, which may be a few rows that a stage added.
+            metrics: training metrics; the last value of each list belongs to this rollout.
+            cut: share of its completions that were cut off. The metric of that name describes the last sampling, which
+                may be a few rows that a stage added.
         """
         step, args = self._trainer.state.global_step + 1, self._trainer.args
         latest = {name: values[-1] for name, values in metrics.items() if values}
         self._cut_in_a_row = self._cut_in_a_row + 1 if cut > CUT_SHARE else 0
         if self._cut_in_a_row == CUT_ROLLOUTS:
             logger.warning(
-                f"Step {step}: {cut:.0%} of completions were cut at {args.max_completion_length} tokens, in the fifth "
-                f"rollout in a row, and the mean reward is {latest['reward']:.3g}. Raise max_completion_length "
-                f"(finished answers had up to {latest['completions/max_terminated_length']:.0f} tokens), or ask for "
-                f"short ones."
+                f"Step {step}: {cut:.0%} of completions were cut off at {args.max_completion_length} tokens, with more "
+                f"than {CUT_SHARE:.0%} in {CUT_ROLLOUTS} rollouts in a row; the mean reward is {latest['reward']:.3g}. "
+                f"Raise max_completion_length (finished completions had up to "
+                f"{latest['completions/max_terminated_length']:.0f} tokens), or ask for shorter ones in the prompt."
             )
         is_dead = latest.get("frac_dead_groups", 0.0) == 1.0
         self._dead_in_a_row = self._dead_in_a_row + 1 if is_dead else 0
         if self._dead_in_a_row == DEAD_ROLLOUTS:
             right = latest["frac_groups/all_right"]
             advice = (
-                "The model solves these problems already: take harder ones."
+                "The model already solves these problems: use harder ones."
                 if right > 0.5
-                else "There is nothing right to learn from: take easier problems, a better model, a larger "
-                "num_generations, or num_generations_max; and check the reward with `grpo-ext audit`."
+                else "There is no right completion to learn from: use easier problems, a better model, a larger "
+                "num_generations, or num_generations_max, and check the reward with `grpo-ext audit`."
             )
             logger.warning(
-                f"Step {step}: in {DEAD_ROLLOUTS} rollouts in a row every group had equal rewards ({right:.0%} of them "
-                f"all right in the last), so the rewards taught nothing. {advice}"
+                f"Step {step}: in {DEAD_ROLLOUTS} rollouts in a row every group had equal rewards ({right:.0%} of the "
+                f"last groups were all right), so the rewards taught nothing. {advice}"
             )
 
     def _save_batch(self, step: int) -> Path:
-        """The rollout of this step as it went into the update: `rollout-PROCESS.safetensors`, `settings.json`."""
+        """Save the rollout that this step's update used: `rollout-PROCESS.safetensors`, `settings.json`."""
         trainer = self._trainer
         folder = Path(trainer.args.output_dir, "nonfinite", f"step-{step}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,13 +230,13 @@ class Watch(TrainerCallback):
 
 
 def _marks(trainer: GRPOTrainer) -> Tensor:
-    """Two sums over what this process has of each trainable parameter, in float64: equal as long as nothing moves, and
-    hardly ever otherwise. No parameter is copied as a whole."""
+    """Two sums over this process's shard of each trainable parameter, in float64. They are equal as long as nothing
+    moves, and hardly ever otherwise. No parameter is copied as a whole."""
     return torch.stack([_sums(local_shard(p).detach()) for p in trainable_parameters(trainer.model).values()])
 
 
 def _sums(values: Tensor) -> Tensor:
-    """The sum of the values and that of their magnitudes, in float64."""
+    """The sum of the values and the sum of their magnitudes, in float64."""
     sums = torch.zeros(2, dtype=torch.float64, device=values.device)
     for part in values.flatten().split(PART):
         part = part.double()

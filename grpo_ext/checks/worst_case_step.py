@@ -1,15 +1,15 @@
-"""One step of the largest shape before the first one: what would run out of memory at step 300 does so now.
+"""One step of the largest shape before training: a run that would exceed its memory at step 300 fails immediately.
 
 Every prompt of the rollout is as long as the longest one, and no two of them are equal, because equal prompts are
 computed once. Every completion has `max_completion_length` tokens, or one fewer, so that rows leave the batch at
 different times:
 
     a rollout, with its reference pass    rows / G prompts, extended to `num_generations_max` if the run extends groups
-    another one, if the run replays       its first group is dead, and gives way to one of the rollout before
-    loss and gradients                    of the micro-batch with the most prompts, next to the states of the optimizer
+    a second one, if the run replays      its first group is dead and is replaced by one of the first rollout
+    loss and gradients                    of the micro-batch with the most prompts, in addition to the optimizer states
 
-Left out are rounds of resampling, which sample no more than the rollout itself, and dialogues, whose prompts only their
-environment knows. Rewards are not called. It leaves no gradients, metrics or random state behind.
+It leaves out resampling rounds, which sample no more than the rollout itself, and dialogues, whose prompts only their
+environment knows. Rewards are not called. Gradients, metrics and random state are restored afterwards.
 """
 
 import copy
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstCase:
-    """What the step took, in seconds and in MB at its peak; the first prompt and a completion, special tokens shown."""
+    """Duration in seconds and peak memory in MB of the step; a prompt and a completion with their special tokens."""
 
     seconds: float
     peak_mb: float
@@ -44,13 +44,14 @@ class WorstCase:
 
 
 def why_not_run(trainer: "GRPOExtTrainer") -> str | None:
-    """The reason why the step cannot be run, or would be seen by a program of the user's; None if it can."""
+    """The reason why the step cannot be run without side effects in the user's programs; None if it can."""
     reasons = {
-        "rollout_func draws the answers": trainer.rollout_func is not None,
+        "rollout_func samples the completions": trainer.rollout_func is not None,
         "tools and environments would be called": bool(trainer.tools) or trainer.environment_factories is not None,
-        "prompts hold images": trainer.is_multimodal,
-        "parameters are not in one piece before the run": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        "answers are drawn by vLLM, which reserves its memory itself": trainer.use_vllm,
+        "prompts contain images": trainer.is_multimodal,
+        "FSDP or DeepSpeed prepares the model when training starts": trainer.is_fsdp_enabled
+        or trainer.is_deepspeed_enabled,
+        "vLLM samples the completions and reserves its own memory": trainer.use_vllm,
         "the data has no length": not hasattr(trainer.train_dataset, "__len__"),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -62,12 +63,12 @@ def run_worst_case_step(
     """Run one step of the largest shape, and sample one completion to show.
 
     Args:
-        row: of the dataset.
+        row: row of the dataset that the rollout repeats.
         longest: token ids of the longest prompt.
-        first: token ids of the prompt that is completed.
+        first: token ids of the prompt of the shown completion.
 
     Raises:
-        RuntimeError: the step does not fit into memory; the message says what makes it smaller.
+        RuntimeError: the step does not fit into memory; the message says which settings make it smaller.
     """
     args = trainer.args
     rows = args.generation_batch_size // args.world_size
@@ -86,14 +87,14 @@ def run_worst_case_step(
             f"{args.per_device_train_batch_size} in the update, with the longest prompt and "
             f"max_completion_length={args.max_completion_length}. Lower chunk_tokens (now {args.chunk_tokens}), "
             f"max_completion_length, max_prompt_tokens (now {args.max_prompt_tokens}), or per_device_train_batch_size "
-            f"with more gradient_accumulation_steps. `grpo-ext plan` says what fits."
+            f"with more gradient_accumulation_steps. `grpo-ext plan` shows what fits."
         ) from error
     decode = text_tokenizer(trainer.processing_class).decode
     return WorstCase(seconds=seconds, peak_mb=peak, prompt=decode(first), completion=decode(completion))
 
 
 def _rollout(trainer: "GRPOExtTrainer", examples: list[dict[str, Any]], longest: list[int]) -> dict[str, Tensor]:
-    """TRL's own rollout in training mode, with the stages of the run; the last one if there are two."""
+    """Run TRL's rollout in training mode, with the stages of the run; returns the last one if there are two."""
     stages = tuple(stage for stage in trainer.parts.stages if not isinstance(stage, Resample))
     trainer.parts = replace(trainer.parts, stages=stages)
     trainer.model.train()
@@ -115,7 +116,7 @@ def _roll_out(
     sampled = 0  # completions of each prompt so far
 
     def prompt_ids(rows: int) -> list[list[int]]:
-        """The longest prompt, with another first token for each group of rows; a replayed group has none of them."""
+        """The longest prompt, with a different first token for each group of rows and for the second rollout."""
         first = prompts if with_dead_group else 0
         groups = (first + row // -(-rows // prompts) for row in range(rows))
         return [[(longest[0] + group) % vocabulary, *longest[1:]] for group in groups]
@@ -124,7 +125,7 @@ def _roll_out(
         return [max(1, trainer.max_completion_length - row % 2) for row in range(rows)]
 
     def rewards(rows: int) -> Tensor:
-        """Groups stay dead until they cannot be extended further, and the first one for good if that is asked for."""
+        """Rewards that keep groups dead until they cannot be extended further; the first stays dead on request."""
         nonlocal sampled
         width = -(-rows // prompts)
         sampled += width
@@ -141,7 +142,7 @@ def _roll_out(
 
 
 def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor]) -> None:
-    """Loss and gradients of the micro-batch with the most prompts."""
+    """Compute loss and gradients of the micro-batch with the most prompts."""
     args = trainer.args
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -161,7 +162,7 @@ def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _without_a_trace(trainer: "GRPOExtTrainer") -> Iterator[None]:
-    """Afterwards the trainer, the states of its parts, the gradients and torch's random state are as they were."""
+    """A context that restores the trainer, the states of its parts, and torch's random state, and drops gradients."""
     states = {name: copy.deepcopy(part.state_dict()) for name, part in trainer.parts.states.items()}
     device = trainer.accelerator.device
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]

@@ -23,13 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_data_arguments(parser, split="train")
     parser.add_argument(
-        "--reward", default="grpo_ext.rewards:math_answer_reward", help="module:name; default: %(default)s"
+        "--reward",
+        default="grpo_ext.rewards:math_answer_reward",
+        help="the reward function as module:name; default: %(default)s",
     )
     parser.add_argument(
-        "--form", action="append", help="how, {} standing for it; again for others; default: '#### {}' ..."
+        "--form",
+        action="append",
+        help="how a right completion states its answer, with {} for the answer; repeat it for more forms; default: "
+        "'#### {}' and other usual forms",
     )
-    parser.add_argument("--rows", type=int, default=50, help="of the data, drawn with --seed; default: 50")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=50, help="number of rows to test, picked with --seed; default: 50")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the rows and of the wrong answers; default: %(default)s"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,20 +62,20 @@ def run(options: argparse.Namespace) -> None:
     checks, seconds = audit(reward, rows, forms=options.form or ANSWER_FORMS, seed=options.seed)
     _show(checks, seconds, f"{options.reward} on {len(rows)} rows of {options.data}")
     if any(check.is_fatal and check.failed for check in checks):
-        sys.exit("Gold answers do not earn 1.0: with this reward, or this data, a run would learn the wrong thing.")
+        sys.exit("Gold answers do not earn 1.0: a run with this reward on this data would learn the wrong thing.")
 
 
 def _show(checks: "list[Check]", seconds: "Timing", title: str) -> None:
     table = Table(title=title, title_justify="left")
-    for column in ("answers", "should earn", "earn, in the mean", "others"):
+    for column in ("completions", "expected score", "mean score", "unexpected"):
         table.add_column(column)
     for check in checks:
         judged = [score for score in check.scores if score is not None]
         mean = f"{sum(judged) / len(judged):.2f}" if judged else "not judged"
-        others = Text(f"{len(check.failed)} of {len(check.scores)}", "red") if check.failed else Text("none", "green")
-        table.add_row(Text(check.name), check.expected, mean, others)
+        failed = Text(f"{len(check.failed)} of {len(check.scores)}", "red") if check.failed else Text("none", "green")
+        table.add_row(Text(check.name), check.expected, mean, failed)
     show(table)
     for check in checks:
         for completion, score in check.failed[:1]:
             show(f"{check.name}: {completion[-SHOWN_CHARACTERS:]!r} earned {score}")
-    show(f"{seconds.mean * 1000:.2f} ms an answer in the mean, {seconds.slowest * 1000:.0f} ms at most")
+    show(f"time per completion: mean {seconds.mean * 1000:.2f} ms, maximum {seconds.slowest * 1000:.0f} ms")

@@ -1,6 +1,6 @@
-"""`grpo-ext doctor`: what this machine has for a run, what is missing, and what to type.
+"""`grpo-ext doctor`: what a run needs on this machine, what is missing, and what to type.
 
-A red line stops every run. A yellow line means that some runs do not start, or are slower.
+A red line means that no run works. A yellow line means that some runs do not start, or are slower.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from grpo_ext.console.terminal import show
 from grpo_ext.machine import GIB, device_name
 
 SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-LOW_DISK_GB, MIN_DISK_GB = 10, 1  # of free disk: a small model and a few checkpoints need more; every run needs more
+LOW_DISK_GB, MIN_DISK_GB = 10, 1  # free: a small model with a few checkpoints needs the first, any run the second
 HUB_TIMEOUT_S = 3
 MARKS = {"green": "ok", "yellow": "look", "red": "stop"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: green if all is well, else with a remedy, what to type."""
+    """One line of the table: green if all is well, else with a remedy: what to type."""
 
     name: str
     colour: Literal["green", "yellow", "red"]
@@ -43,7 +43,7 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no arguments."""
+    """Add nothing: the command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,11 +58,11 @@ def run(options: argparse.Namespace) -> None:
         table.add_row(Text(MARKS[finding.colour], finding.colour), finding.name, text)
     show(table)
     if any(finding.colour == "red" for finding in findings):
-        sys.exit("A red line stops every run: type what stands beside it, then run grpo-ext doctor again.")
+        sys.exit("No run works until the red lines are fixed: do what they say, then run grpo-ext doctor again.")
 
 
 def examine() -> Iterator[Finding]:
-    """Every line, in order."""
+    """Examine the machine; yields the lines of the table in order."""
     yield python()
     yield packages()
     yield device()
@@ -105,7 +105,7 @@ def packages() -> Finding:
             "packages", "red", text, "pip install " + " ".join(f'"{one.name}{one.specifier}"' for one, _ in wrong)
         )
     shown = ", ".join(f"{name} {_version(name)}" for name in SHOWN_PACKAGES)
-    return Finding("packages", "green", f"all {len(needed)} in the ranges that are tested: {shown}")
+    return Finding("packages", "green", f"all {len(needed)} are in the tested ranges: {shown}")
 
 
 def _version(name: str) -> str:
@@ -124,7 +124,7 @@ def device() -> Finding:
         memory = psutil.virtual_memory()
         free = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GB free"
         text = f"no GPU; {device_name(torch.device('cpu'))}, {free}"
-        return Finding("device", "yellow", text, "nvidia-smi; where it shows a card, install a PyTorch with CUDA")
+        return Finding("device", "yellow", text, "nvidia-smi; if it shows a card, install PyTorch with CUDA")
     here = torch.accelerator.current_accelerator()
     assert here is not None
     text = device_name(here)
@@ -144,7 +144,7 @@ def precision() -> Finding:
     if is_torch_bf16_gpu_available():
         return Finding("precision", "green", "bfloat16")
     return Finding(
-        "precision", "yellow", "no bfloat16 on this card, runs take float16", "nothing: it is chosen by itself"
+        "precision", "yellow", "no bfloat16 on this card: runs use float16", "nothing to do: it is chosen automatically"
     )
 
 
@@ -158,7 +158,7 @@ def four_bits() -> Finding:
         layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(here)
         with torch.no_grad():
             works = bool(layer(torch.ones(1, 64, device=here)).isfinite().all())
-        why = "the layer gives numbers that are not finite"
+        why = "its output is not finite"
     except (RuntimeError, OSError, ImportError, NotImplementedError, AttributeError) as error:
         works, why = False, str(error).partition("\n")[0]
     if works:
@@ -167,25 +167,26 @@ def four_bits() -> Finding:
 
 
 def sandbox() -> Finding:
-    """Whether programs that a model wrote can be run, as code rewards do."""
+    """Whether model-written programs can be run, as code rewards require."""
     from grpo_ext.rewards.code.sandbox import run_program
 
     try:
         outcome = run_program("print(6 * 7)")
     except (RuntimeError, OSError) as error:
         why = str(error).partition("\n")[0]
-        remedy = "see whether this container or kernel allows user namespaces"
+        remedy = "check whether this container or kernel allows user namespaces"
         for package in ("bubblewrap", "libseccomp2"):
             if f"install {package}" in why:
                 why, remedy = f"{package} is not installed", f"apt install {package}"
         return Finding("sandbox", "yellow", f"rewards that run programs do not work; others do: {why}", remedy)
     if outcome.stdout != b"42\n":
-        return Finding("sandbox", "yellow", f"a program in it ended as {outcome.status!r}", "python -c 'print(6 * 7)'")
-    return Finding("sandbox", "green", "a program runs in it")
+        text = f"a test program ended with status {outcome.status!r}"
+        return Finding("sandbox", "yellow", text, "python -c 'print(6 * 7)'")
+    return Finding("sandbox", "green", "a test program runs in it")
 
 
 def reward_workers() -> Finding:
-    """Whether a reward can run in a worker process, and how to ask for that."""
+    """Whether a reward can run in a worker process, and how to request that."""
     from grpo_ext.rewards import isolated, length_reward
 
     reward = isolated(length_reward, workers=1, on_error="raise", timeout_s=60.0)
@@ -197,12 +198,14 @@ def reward_workers() -> Finding:
         return Finding("reward workers", "yellow", f"a worker process does not start: {why}", remedy)
     finally:
         reward.close()
-    text = "they start; a reward that hangs: `from grpo_ext.rewards import isolated`, reward_funcs=isolated(REWARD)"
+    text = (
+        "they start; for a reward that may hang: reward_funcs=isolated(REWARD), from grpo_ext.rewards import isolated"
+    )
     return Finding("reward workers", "green", text)
 
 
 def disk(name: str, folder: Path, remedy: str) -> Finding:
-    """Free space on the disk of this folder, which need not exist yet."""
+    """Free space on the disk of this folder, which does not need to exist yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free / GIB
     text = f"{free:.1f} GB free in {folder}"
@@ -214,20 +217,20 @@ def disk(name: str, folder: Path, remedy: str) -> Finding:
 
 
 def hub() -> Finding:
-    """Whether the Hub answers, and accepts the saved token."""
+    """Whether the Hub responds and accepts the saved token."""
     if constants.is_offline_mode():
-        text = "offline, as HF_HUB_OFFLINE asks: only what is on disk already"
+        text = "offline, because HF_HUB_OFFLINE is set: only files on disk can be used"
         return Finding("Hub", "yellow", text, "unset HF_HUB_OFFLINE")
     token = get_token()
     try:
         answer = get_session().get(
             f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(token=token or False), timeout=HUB_TIMEOUT_S
         )
-    except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
-        text = f"{constants.ENDPOINT} does not answer ({type(error).__name__}): only what is on disk already"
-        return Finding("Hub", "yellow", text, "check the network; export HF_HUB_OFFLINE=1 spares the waiting")
+    except Exception as error:  # the type depends on the HTTP client of this version of huggingface_hub
+        text = f"{constants.ENDPOINT} does not respond ({type(error).__name__}): only files on disk can be used"
+        return Finding("Hub", "yellow", text, "check the network; export HF_HUB_OFFLINE=1 avoids the wait")
     if answer.status_code == 200:
         return Finding("Hub", "green", f"logged in as {answer.json()['name']}")
     if token is None:
-        return Finding("Hub", "yellow", "it answers; not logged in, so no gated models and no push", "hf auth login")
-    return Finding("Hub", "yellow", f"it answers, and refuses the saved token ({answer.status_code})", "hf auth login")
+        return Finding("Hub", "yellow", "it responds; not logged in, so no gated models and no push", "hf auth login")
+    return Finding("Hub", "yellow", f"it responds, but rejects the saved token ({answer.status_code})", "hf auth login")

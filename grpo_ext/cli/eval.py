@@ -1,8 +1,8 @@
 """`grpo-ext eval --model NAME --data problems.jsonl`: how many problems a model solves, with or without an adapter.
 
-It measures as a run does: the prompts of `grpo_ext.data`, greedy answers for pass@1, samples for pass@k, 95% intervals.
-Of a test split, it takes the problems that a run with the same seed held out. Data with one split is taken whole: a run
-on it trained on most of these problems.
+It measures as a run does: the prompts of `grpo_ext.data`, greedy completions for pass@1, samples for pass@k, 95%
+intervals. From a test split, it takes the problems that a run with the same seed held out. From data with one split, it
+takes rows of the whole data: a run on this data has trained on most of them.
 
 {"model": "Qwen/Qwen2.5-0.5B", "pass_at_1": {"value": 0.31, "low": 0.26, "high": 0.37, "n": 256}, "k": 0, ...}
 """
@@ -32,36 +32,54 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--model", required=True, help="a Hub name or a folder")
-    parser.add_argument("--adapter", help="of that model: the output folder of a run, or a Hub name")
+    parser.add_argument("--adapter", help="an adapter for this model: the output folder of a run, or a Hub name")
     add_data_arguments(parser, split="test")
     parser.add_argument(
-        "--chat", choices=["auto", "true", "false"], default="auto", help="chat messages as prompts, as in a run"
+        "--chat",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="whether prompts become chat messages, as in a run; default: %(default)s",
     )
     parser.add_argument(
-        "--reward", default="grpo_ext.rewards:math_answer_reward", help="module:name; default: %(default)s"
+        "--reward",
+        default="grpo_ext.rewards:math_answer_reward",
+        help="the reward function as module:name; default: %(default)s",
     )
     parser.add_argument(
-        "--samples", type=int, default=0, help="a problem, for pass@k with this k; default: greedy only"
+        "--samples", type=int, default=0, help="samples per problem, which is the k of pass@k; default: greedy only"
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the samples; default: %(default)s")
-    parser.add_argument("--max_problems", type=int, default=256, help="default: 256, an interval of +-0.06 at most")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="of an answer; default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=64, help="answers written at once; default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="temperature of the samples, above 0; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max_problems",
+        type=int,
+        default=256,
+        help="maximum number of problems; default: 256, which give an interval of +-0.06 or less",
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="maximum tokens per completion; default: %(default)s"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="completions decoded at the same time; default: %(default)s"
+    )
     parser.add_argument(
         "--chat_template_kwargs",
         type=json.loads,
         metavar="JSON",
-        help="of the run, for example '{\"enable_thinking\": false}'",
+        help="those of the run, for example '{\"enable_thinking\": false}'",
     )
-    parser.add_argument("--load_in_4bit", action="store_true", help="the model, as a QLoRA run does")
-    parser.add_argument("--seed", type=int, default=42, help="of problems and samples; default: 42, as of a run")
-    parser.add_argument("--json", metavar="FILE", help="where the result goes; default: standard output")
+    parser.add_argument("--load_in_4bit", action="store_true", help="load the model in 4 bits, as a QLoRA run does")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="seed of problems and samples; default: 42, which is the default of a run"
+    )
+    parser.add_argument("--json", metavar="FILE", help="file for the result; default: standard output")
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and write one JSON object."""
     if options.samples and options.temperature <= 0:
-        raise ValueError(f"--temperature {options.temperature} must be above 0 to draw samples, for example 0.8.")
+        raise ValueError(f"--temperature {options.temperature} must be above 0 with --samples, for example 0.8.")
     config = Path(options.model, "adapter_config.json")
     if config.exists():
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE"
@@ -123,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
         show(text)
         return
     Path(options.json).write_text(text + "\n", encoding="utf-8")
-    show(f"{_line(measured, found.k)}  ({len(problems)} problems; all of it in {options.json})")
+    show(f"{_line(measured, found.k)}  ({len(problems)} problems; full result in {options.json})")
 
 
 def _load(model_args: "PolicyConfig", args: "GRPOExtConfig", adapter: str | None) -> "PreTrainedModel":

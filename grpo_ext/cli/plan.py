@@ -1,4 +1,4 @@
-"""`grpo-ext plan --model Qwen/Qwen2.5-0.5B-Instruct --gpu 8GB`: does it fit, and what would?"""
+"""`grpo-ext plan --model Qwen/Qwen2.5-0.5B-Instruct --gpu 8GB`: does a model fit, and with which settings?"""
 
 import argparse
 import json
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from grpo_ext.model.load import PolicyConfig
 
 OPTION_NAMES = {
-    "generations": "answers to a prompt",
+    "generations": "completions per prompt",
     "prompt": "prompt tokens",
-    "completion": "answer tokens",
+    "completion": "completion tokens",
     "chunk_tokens": "chunk_tokens",
 }
-REMARKS = {"nf4": "with its constants; head, embeddings and norms are not quantised"}
+REMARKS = {"nf4": "with quantisation constants; head, embeddings and norms are not quantised"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,28 +36,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the longest prompt; default: %(default)s")
     parser.add_argument(
-        "--completion", "--max_completion_length", type=int, default=256, help="answer tokens; default: %(default)s"
+        "--completion",
+        "--max_completion_length",
+        type=int,
+        default=256,
+        help="maximum tokens per completion; default: %(default)s",
     )
     parser.add_argument(
-        "--generations", "--num_generations", type=int, default=8, help="answers to a prompt; default: %(default)s"
+        "--generations", "--num_generations", type=int, default=8, help="completions per prompt; default: %(default)s"
     )
-    parser.add_argument("--per_device_train_batch_size", type=int, help="answers of a micro-batch; default: one group")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches; default: 1")
-    parser.add_argument("--chunk_tokens", type=int, help="tokens that carry a graph at once; default: no bound")
+    parser.add_argument(
+        "--per_device_train_batch_size", type=int, help="completions per micro-batch; default: one group"
+    )
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step; default: %(default)s"
+    )
+    parser.add_argument(
+        "--chunk_tokens",
+        type=int,
+        help="maximum tokens with an autograd graph at any one time in the update; default: no limit",
+    )
     parser.add_argument(
         "--gradient_checkpointing",
         type=_flag,
         default=True,
         metavar="true|false",
-        help="without chunk_tokens: one answer at a time carries a graph; default: true",
+        help="without chunk_tokens, process one completion at a time in the update; default: true",
     )
-    parser.add_argument("--beta", type=float, default=0.1, help="0: no reference; default: %(default)s")
-    parser.add_argument("--load_in_4bit", action="store_true", help="the frozen base as NF4")
-    parser.add_argument("--use_bnb_nested_quant", type=_flag, default=True, metavar="true|false", help="default: true")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the frozen base")
-    parser.add_argument("--lora_r", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--lora_target_modules", nargs="+", default=["all-linear"], help="default: all-linear")
-    parser.add_argument("--json", action="store_true", help="bytes, for programs")
+    parser.add_argument(
+        "--beta", type=float, default=0.1, help="weight of the KL; 0 for no reference; default: %(default)s"
+    )
+    parser.add_argument("--load_in_4bit", action="store_true", help="quantise the frozen base to NF4")
+    parser.add_argument(
+        "--use_bnb_nested_quant",
+        type=_flag,
+        default=True,
+        metavar="true|false",
+        help="also quantise the constants of NF4; default: true",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="dtype of the frozen base; default: the one that a run would use",
+    )
+    parser.add_argument("--lora_r", type=int, default=16, help="rank of the adapter; default: %(default)s")
+    parser.add_argument(
+        "--lora_target_modules", nargs="+", default=["all-linear"], help="layers with an adapter; default: all-linear"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -97,13 +123,13 @@ def plan_inputs(options: argparse.Namespace) -> "tuple[PolicyConfig, StepShape]"
 
 
 def memory_size(text: str) -> float:
-    """`8GB`, `7.5gb`, `8` -> bytes; a GB is 2^30 bytes here, as on the box of a card."""
+    """`8GB`, `7.5gb`, `8` -> bytes; one GB is 2^30 bytes, as card vendors count it."""
     try:
         value = float(text.lower().removesuffix("b").removesuffix("i").removesuffix("g"))
     except ValueError:
         value = 0.0
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size. Type for example 8GB.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size. Type 8GB, for example.")
     return value * GIB
 
 
@@ -129,17 +155,17 @@ def _as_json(made: "Plan") -> dict[str, object]:
 
 
 def footprint_lines(footprint: "Footprint") -> list[tuple[str, float, str]]:
-    """Item, bytes and remark for everything in memory at the worst moment; the bytes add up to the total."""
+    """Item, bytes and remark for everything in memory at the peak of a step; the bytes add up to the total."""
     peak = footprint.peak_phase
     phase = footprint.phases[peak]
     rows = [(f"weights, {kind}", amount, REMARKS.get(kind, "")) for kind, amount in footprint.weights.items()]
     rows.append(("adapter, gradients, AdamW", footprint.trained, "float32"))
-    states = "of all answers" if peak == "sampling" else "of the prompt, once for all of its answers"
+    states = "of all completions" if peak == "sampling" else "of the prompt, once for all of its completions"
     rows.append((f"{peak}: keys and values", phase.cache, states))
-    rows.append((f"{peak}: vocabulary tile", phase.head, "" if phase.head else "not at the worst moment"))
+    rows.append((f"{peak}: vocabulary tile", phase.head, "" if phase.head else "not in memory at the peak"))
     rest = footprint.total - footprint.overhead - sum(amount for _, amount, _ in rows)
     rows.append((f"{peak}: the rest", rest, "activations, their gradients, copies of keys and values"))
-    rows.append(("overhead", footprint.overhead, "beside tensors"))
+    rows.append(("overhead", footprint.overhead, "everything except tensors"))
     return rows
 
 
@@ -148,36 +174,36 @@ def _show(made: "Plan", title: str, device_type: str) -> None:
 
     footprint = made.footprint
     table = Table(title=title, title_justify="left")
-    table.add_column("at the worst moment")
+    table.add_column("peak of a step")
     table.add_column("GB", justify="right")
     table.add_column("")
     for what, amount, remark in footprint_lines(footprint):
         table.add_row(what, _gb(amount), Text(remark, "dim"))
     table.add_section()
-    table.add_row("all", _gb(footprint.total), Text("fits", "green") if made.fits else Text("does not fit", "red"))
+    table.add_row("total", _gb(footprint.total), Text("fits", "green") if made.fits else Text("does not fit", "red"))
     table.add_row(
-        "room",
+        "available",
         _gb(made.budget),
-        Text(f"{made.memory / GIB:.3g} GB less {RESERVED_FRACTION:.0%} that is left free", "dim"),
+        Text(f"{made.memory / GIB:.3g} GB minus a reserve of {RESERVED_FRACTION:.0%}", "dim"),
     )
     show(table)
     others = [name for name in footprint.phases if name != footprint.peak_phase]
     each = ", ".join(f"{name} {_gb(footprint.total_in(name))}" for name in others)
-    show(f"Other phases, in GB with all that stays: {each}.")
+    show(f"Total of the other phases, in GB: {each}.")
     if made.fits:
-        show("The largest that fit, each with the others as they are:")
+        show("Largest values that fit, each with the others unchanged:")
     for name, value in made.largest.items() if made.fits else ():
         asked = getattr(made.step, name)
-        found = {0: "no bound needed", None: "none"}.get(value, f"{value}")
-        show(f"  {OPTION_NAMES[name]:<20} {found}" + (f"  (asked: {asked})" if asked else ""))
+        found = {0: "no limit needed", None: "none"}.get(value, f"{value}")
+        show(f"  {OPTION_NAMES[name]:<24} {found}" + (f"  (requested: {asked})" if asked else ""))
     if not made.fits:
-        show("It does not fit. What to change, in this order, and what all is then:")
+        show("It does not fit. Change these flags, in this order; each line gives the total with it and those above:")
         for change, total in made.changes:
-            show(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'not yet'}")
+            show(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'does not fit yet'}")
         if not made.changes or made.changes[-1][1] > made.budget:
-            show("  Take a smaller model, or shorter prompts.")
+            show("  Use a smaller model, or shorter prompts.")
     if device_type == "cuda":
-        show("This is counted, not measured: no plan for a GPU was compared with a card yet.")
+        show("These figures are calculated. Plans for a GPU have not been compared with a real card yet.")
 
 
 def _gb(amount: float) -> str:

@@ -9,13 +9,13 @@ from grpo_ext.console.terminal import show
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("folder", metavar="DIR", help="the output folder of a run, or one of its checkpoints")
-    parser.add_argument("repository", metavar="REPO", help="on the Hub: owner/name, or a name of your own")
-    parser.add_argument("--private", action="store_true", help="where the repository has to be created first")
+    parser.add_argument("repository", metavar="REPO", help="a repository on the Hub: owner/name, or name for your own")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it does not exist yet")
     parser.add_argument("--revision", help="the branch to push to; default: main")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Create the repository if there is none, push to it in one commit, and print its address."""
+    """Create the repository if it does not exist, push to it in one commit, and print the URL of the commit."""
     quiet_libraries()
     from huggingface_hub import HfApi
 
@@ -35,6 +35,6 @@ def run(options: argparse.Namespace) -> None:
         except Exception as error:
             again = push_command(options.folder, repository, private=private, revision=options.revision)
             raise ValueError(
-                f"Not pushed: {explain_failure(error)}. All of it is in {options.folder}; push it again: {again}"
+                f"Not pushed: {explain_failure(error)}. All files are still in {options.folder}. Push again: {again}"
             ) from error
     show(f"pushed to {done.commit_url}")

@@ -1,4 +1,4 @@
-"""`grpo-ext report DIR`: one page for a run that goes on, ended or died, or for what differs between several runs."""
+"""`grpo-ext report DIR`: one page for a run that is still going, has ended or died, or a comparison of several runs."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from grpo_ext.console.terminal import show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="output_dir of a run; several to compare them")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output_dir of a run; give several to compare them")
     parser.add_argument(
         "--output", default="comparison.html", help="file for the comparison of several runs; default: %(default)s"
     )
@@ -24,4 +24,4 @@ def run(options: argparse.Namespace) -> None:
     from grpo_ext.report.png_plots import draw_curves
 
     (folder,) = options.folders
-    show(f"the report is in {write_page(folder)}, its curves in {draw_curves(folder)}")
+    show(f"the report is in {write_page(folder)}, the curves are in {draw_curves(folder)}")

@@ -1,1 +1,1 @@
-"""What a run and the commands show in the terminal, and how long the phases of a step take."""
+"""The terminal output of runs and commands, and the duration of the phases of a step."""

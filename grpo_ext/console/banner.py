@@ -1,4 +1,4 @@
-"""The banner of a run: what it will do, in plain words, before its first step."""
+"""The banner before the first step: what the run will do, in plain words."""
 
 from rich.panel import Panel
 from rich.table import Table
@@ -9,7 +9,7 @@ from grpo_ext.run_description import describe_run
 
 
 def show_banner(trainer: GRPOTrainer, *, model_name: str, data: str) -> None:
-    """Print the banner on the main process; arguments as those of `describe_run`."""
+    """Print the banner on the main process; for the arguments, see `describe_run`."""
     if not trainer.accelerator.is_main_process:
         return
     table = Table.grid(padding=(0, 2))

@@ -1,11 +1,11 @@
-"""Timing per phase of a step: generate, reward, reference, update.
+"""Time the phases of a step: generate, reward, reference, update.
 
     phases = PhaseTimer()
     with phases("generate"):
         ...
     phases.pop()  # {"generate": 1.9}
 
-Time in a nested phase counts for the inner phase only.
+Time in a nested phase counts only for the inner phase.
 """
 
 import time
@@ -17,7 +17,7 @@ import torch
 
 
 class PhaseTimer:
-    """Wall-clock seconds per phase since the last `pop`. A phase on an accelerator ends when its queue is empty."""
+    """Wall-clock seconds per phase since the last `pop`. On an accelerator, a phase ends when its work is done."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)

@@ -1,6 +1,6 @@
-"""The progress display of a run: a bar with reward and held-out accuracy in place of the loss, or one line per log.
+"""The progress display of a run: a bar with reward and held-out accuracy instead of the loss, or one line per log.
 
-There is one display: a user's own takes its place, and a notebook keeps the table of transformers.
+There is only one display: a display of the user's replaces it, and a notebook keeps the table of transformers.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ BAR_LABELS = {"reward": "reward", "frac_dead_groups": "dead", "kl": "kl", "heldo
 
 
 class RewardProgress(ProgressCallback):
-    """transformers' bar, followed by the latest reward and accuracy; it prints no dictionary per step, and leaves no
-    bar behind after an evaluation."""
+    """transformers' bar, followed by the latest reward and accuracy. It prints no dictionary per step, and an
+    evaluation leaves no bar behind."""
 
-    prediction_bar: Any  # of an evaluation; None outside one
+    prediction_bar: Any  # None except during an evaluation
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class RewardProgress(ProgressCallback):
 
 
 class LogLines(PrinterCallback):
-    """transformers' line per log, for `disable_tqdm=True`; a stream that cannot take it does not end the run."""
+    """transformers' line per log, for `disable_tqdm=True`; a stream that rejects it does not end the run."""
 
     def on_log(
         self,
@@ -89,10 +89,10 @@ class LogLines(PrinterCallback):
 
 
 def show_one_progress(trainer: Trainer, given: Sequence[TrainerCallback | type[TrainerCallback]] | None) -> None:
-    """Replace the display that transformers has added, unless it is the only one that fits.
+    """Replace the display that transformers has added, unless it is the table of a notebook.
 
     Args:
-        given: the callbacks of the user. If one of them is a progress display, it is the only one.
+        given: the callbacks of the user. If one of them is a progress display, it becomes the only one.
     """
     if trainer.args.disable_tqdm:
         default: type[TrainerCallback] = PrinterCallback
@@ -106,6 +106,6 @@ def show_one_progress(trainer: Trainer, given: Sequence[TrainerCallback | type[T
         return  # a notebook
     added = [callback for callback in trainer.callback_handler.callbacks if type(callback) is default]
     if added:
-        trainer.remove_callback(added[-1])  # transformers adds its own after those of the user
+        trainer.remove_callback(added[-1])  # transformers adds its own display after the user's callbacks
     if not has_own:
         trainer.add_callback(LogLines() if default is PrinterCallback else RewardProgress())

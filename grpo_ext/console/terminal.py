@@ -1,11 +1,11 @@
-"""Everything that is printed goes through here, and none of it can end a run.
+"""Print text, tables and progress bars in such a way that printing never ends a run.
 
     show("held-out pass@1 0.12 -> 0.41")        a line
-    show(Panel(table))                          what rich draws
+    show(Panel(table))                          an object of rich
     for start in bar(range(0, 256, 64), "held-out accuracy"): ...
 
-A character that the stream cannot encode (cp1252, ASCII) is written as its escape, for example \\u95ee. What a stream
-cannot take (closed, a broken pipe, a full disk) is dropped.
+A character that the stream cannot encode (cp1252, ASCII) is written as its escape, for example \\u95ee. Text that
+cannot be written at all (closed stream, broken pipe, full disk) is dropped.
 """
 
 import io
@@ -18,20 +18,20 @@ from typing import Any, TextIO, cast
 from rich.console import Console, RenderableType
 from tqdm.auto import tqdm
 
-ESCAPES = "backslashreplace"  # the error handler: the code point of what cannot be encoded
+ESCAPES = "backslashreplace"  # error handler: writes the code points of characters that cannot be encoded
 
 
 class ForgivingStream:
-    """A text stream that writes what it can to another one; everything but `write` and `flush` is that of the other.
+    """A wrapper of a text stream whose `write` and `flush` never raise; everything else is the stream's own.
 
     Args:
-        stream: may be None, as the standard streams of a program without a terminal are.
+        stream: the stream; may be None, as are the standard streams of a program without a terminal.
     """
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream
 
-    def __eq__(self, other: object) -> bool:  # so tqdm clears its bars for what is written to either stream
+    def __eq__(self, other: object) -> bool:  # so that tqdm clears its bars before output to either standard stream
         return isinstance(other, ForgivingStream)
 
     def __hash__(self) -> int:
@@ -41,7 +41,7 @@ class ForgivingStream:
         return getattr(io.StringIO() if self._stream is None else self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text; its length is returned, whatever became of it."""
+        """Write the text if possible; returns its length in any case."""
         if self._stream is not None:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             with self._dropping():
@@ -49,7 +49,7 @@ class ForgivingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; drop what it cannot take."""
+        """Flush the stream; drop text that cannot be written."""
         if self._stream is not None:
             with self._dropping():
                 self._stream.flush()
@@ -66,7 +66,7 @@ class ForgivingStream:
 
 
 def _empty(stream: TextIO) -> None:
-    """Drop what a stream holds and could not write: Python would try again when it exits, and exit with an error."""
+    """Drop the text that a stream could not write: Python would try again when it exits, and exit with an error."""
     descriptor = stream.fileno()
     kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -79,9 +79,9 @@ def _empty(stream: TextIO) -> None:
 
 
 def show(what: RenderableType) -> None:
-    """Print a line of text as it is, or what rich draws, to standard output. Square brackets are no markup."""
+    """Print a line of text or an object of rich to standard output. Square brackets are not treated as markup."""
     out = cast(TextIO, ForgivingStream(sys.stdout))
-    with tqdm.external_write_mode(file=out):  # bars make way
+    with tqdm.external_write_mode(file=out):  # clears progress bars meanwhile
         if isinstance(what, str):
             out.write(f"{what}\n")
         else:
@@ -104,14 +104,14 @@ def bar(
 
 @contextmanager
 def forgiving_stdout() -> Iterator[None]:
-    """A context in which everything that is printed is forgiven, also what other libraries print."""
+    """A context in which printing never raises, including in other libraries."""
     with redirect_stdout(cast(TextIO, ForgivingStream(sys.stdout))):
         yield
 
 
 @contextmanager
 def escaping_unencodable() -> Iterator[None]:
-    """A context in which standard output takes every character, also from the user's own `print`."""
+    """A context in which standard output escapes characters that it cannot encode, for any `print`."""
     stream = sys.stdout
     if not isinstance(stream, io.TextIOWrapper) or stream.closed or stream.errors != "strict":
         yield
@@ -120,5 +120,5 @@ def escaping_unencodable() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError, ValueError):  # it may have been closed meanwhile
+        with suppress(OSError, ValueError):  # the stream may have been closed meanwhile
             stream.reconfigure(errors="strict")

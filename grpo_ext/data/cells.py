@@ -1,6 +1,6 @@
-"""Turn the cells of a data set into text, and name the rows that cannot be judged.
+"""Convert the cells of a data set to text, and list the rows that cannot be judged.
 
-None is no answer, and must not become the gold answer "None":
+None means that there is no answer, and must not become the gold answer "None":
 
     cell_text(None)     ->  Unreadable("is missing")         cell_text(["256"])       ->  "256"
     cell_text(256.0)    ->  "256"                            cell_text(["2", "3"])    ->  Unreadable("is a list of 2")
@@ -14,20 +14,20 @@ from typing import Any
 from grpo_ext.data.shapes import Shape, value_at
 from grpo_ext.rewards import check_gold
 
-LARGEST_WHOLE = 2.0**53  # a larger float does not hold every digit of a whole number
+LARGEST_WHOLE = 2.0**53  # above it, a float cannot represent every whole number
 SHOWN_ROWS = 5
 SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A cell without a text, and the reason as a predicate."""
+    """A cell that has no text; `reason` is a predicate, such as "is missing"."""
 
     reason: str
 
 
 def cell_text(value: Any) -> str | Unreadable:
-    """The text of a cell. A list is read as its only element; a whole number in a column of floats has no `.0`."""
+    """The text of a cell. A list of one is read as its element; a whole number in a column of floats gets no `.0`."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return Unreadable("is missing")
     if isinstance(value, list):
@@ -50,7 +50,7 @@ def is_messages(value: Any) -> bool:
 
 
 def question_of(row: dict[str, Any], shape: Shape) -> str | list[dict[str, Any]] | Unreadable:
-    """The question of a row: text, or messages as they are."""
+    """The question of a row: text, or messages unchanged."""
     value = value_at(row, shape.prompt)
     if is_messages(value):
         return value if any(message.get("content") for message in value) else Unreadable("is empty")
@@ -60,7 +60,7 @@ def question_of(row: dict[str, Any], shape: Shape) -> str | list[dict[str, Any]]
 
 
 def answer_of(row: dict[str, Any], shape: Shape) -> str | None:
-    """The gold answer of a row; None without one that is a text."""
+    """The gold answer of a row as text; None if there is none."""
     text = cell_text(value_at(row, shape.answer)) if shape.answer is not None else None
     return text if isinstance(text, str) else None
 
@@ -77,11 +77,11 @@ def reads_gold(answer: str) -> bool:
 def unreadable_rows(
     rows: Iterable[dict[str, Any]], shape: Shape, *, judges_answers: bool, reads_gold: Callable[[str], bool] | None
 ) -> dict[int, str]:
-    """The rows that cannot be judged, and why.
+    """The rows that cannot be judged: index -> reason.
 
     Args:
-        judges_answers: False if the reward reads other columns, so that an answer may be missing.
-        reads_gold: whether the reward can read a gold answer; None if it reads any.
+        judges_answers: False if the reward reads other columns, so that a gold answer may be missing.
+        reads_gold: tells whether the reward can read a gold answer; None if it can read any.
     """
     found = {}
     for i, row in enumerate(rows):
@@ -99,7 +99,9 @@ def unreadable_rows(
 
 
 def describe_unreadable(found: dict[int, str], total: int, name: str) -> str:
-    """One line: `3 of 30 rows of 'problems.jsonl' cannot be judged (rows 0, 3, 6 from 0; row 0: answer is missing)`."""
+    """`3 of 30 rows of 'problems.jsonl' cannot be judged (rows 0, 3, 6, counted from 0; row 0: answer is missing)`"""
     shown = ", ".join(map(str, list(found)[:SHOWN_ROWS])) + (", ..." if len(found) > SHOWN_ROWS else "")
     row, reason = next(iter(found.items()))
-    return f"{len(found)} of {total} rows of {name} cannot be judged (rows {shown} from 0; row {row}: {reason})"
+    return (
+        f"{len(found)} of {total} rows of {name} cannot be judged (rows {shown}, counted from 0; row {row}: {reason})"
+    )

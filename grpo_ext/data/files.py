@@ -1,7 +1,7 @@
-"""The splits of a data set: from the Hub, a local file, a folder of files, or a folder of `save_to_disk`.
+"""Load the splits of a data set from the Hub, a local file, a folder of files, or a folder made by `save_to_disk`.
 
 load_splits("problems.jsonl.gz")   ->  Splits(name="problems.jsonl.gz", rows={"train": Dataset}, note="")
-load_splits("openai/gsm8k")        ->  Splits(..., note="config 'main', the first of: main, socratic")
+load_splits("openai/gsm8k")        ->  Splits(..., note="config 'main', the first of 2 (--dataset_config ...)")
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from grpo_ext.model.load import unreachable_message
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-ZIPPED = ".gz"  # of a text file
-SAVED_SPLIT, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes
+ZIPPED = ".gz"  # further suffix of a compressed text file
+SAVED_SPLIT, SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by `save_to_disk`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Splits:
     """The splits of a data set.
 
     Attributes:
-        name: as the user gave it.
-        rows: by the name of the split.
-        note: what was chosen by default, in plain words; empty if there was nothing to choose.
+        name: the data set as the user named it.
+        rows: name of the split -> its rows.
+        note: the choice that was made by default, in plain words; empty if there was nothing to choose.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Splits:
         """The rows of a split.
 
         Args:
-            flag: the one that names the split, for the error message.
+            flag: the flag that selects the split, for the error message.
 
         Raises:
             ValueError: there is no such split, or it has no rows.
@@ -58,13 +58,13 @@ def load_splits(name: str, config: str | None = None) -> Splits:
     """Every split of a data set.
 
     Args:
-        name: a data set of the Hub, a file (`FILE_FORMATS`, text files also zipped as .gz), a folder of such files, or
-            a folder that `save_to_disk` wrote.
-        config: of a Hub data set; by default its first one.
+        name: a data set of the Hub, a file (`FILE_FORMATS`; text files may be compressed as .gz), a folder of such
+            files, or a folder that `save_to_disk` wrote.
+        config: config of a Hub data set; by default the first one.
 
     Raises:
         SystemExit: the data is neither on disk nor reachable on the Hub.
-        ValueError: a file of another format, or one that cannot be read.
+        ValueError: the format of a file is not supported, or the file cannot be read.
     """
     path = Path(name)
     try:
@@ -77,14 +77,14 @@ def load_splits(name: str, config: str | None = None) -> Splits:
             configs = get_dataset_config_names(name)
             config = configs[0]
             if len(configs) > 1:
-                note = f"config {config!r}, the first of {len(configs)} (--dataset_config names another)"
+                note = f"config {config!r}, the first of {len(configs)} (--dataset_config selects another)"
         splits = load_dataset(name, config)
     except DatasetGenerationError as error:
         raise ValueError(f"'{name}' cannot be read: {error.__cause__ or error}") from None
     except (ConnectionError, DatasetNotFoundError, OSError) as error:
         raise SystemExit(unreachable_message("Data set", name, error)) from None
     for rows in splits.values():
-        rows.info.dataset_name = name  # `datasets` drops the owner
+        rows.info.dataset_name = name  # `datasets` drops the owner's name
     return Splits(name=name, rows=dict(splits), note=note)
 
 
@@ -108,13 +108,13 @@ def _load_folder(path: Path, config: str | None) -> DatasetDict:
     if saved:
         return DatasetDict({folder.name: load_from_disk(str(folder)) for folder in saved})
     files = sorted(file for file in path.iterdir() if _format_of(file) is not None)
-    if any(file.suffixes != [suffix.lower() for suffix in file.suffixes] for file in files):  # not known to `datasets`
+    if any(file.suffixes != [suffix.lower() for suffix in file.suffixes] for file in files):  # unknown to `datasets`
         return DatasetDict({file.name.partition(".")[0]: _load_file(file)["train"] for file in files})
     return load_dataset(str(path), config)
 
 
 def _format_of(path: Path) -> str | None:
-    """The suffix of the format of a file, without that of the compression; None if it cannot be read."""
+    """The suffix that gives the format of a file, ignoring compression; None if the format is not supported."""
     suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
     is_zipped = suffixes[-1] == ZIPPED and len(suffixes) > 1
     suffix = suffixes[-2] if is_zipped else suffixes[-1]

@@ -1,7 +1,7 @@
 """Problems for a run, with a prompt and a gold answer per row.
 
-In: a data set (`files.py`) with columns that are recognised or named (`shapes.py`). Out: train and held-out `Dataset`s
-with `prompt` and `answer`, ready for TRL. For a base model, text in a column `prompt` is not changed.
+In: a data set (`files.py`) whose columns are recognised or given by name (`shapes.py`). Out: training and held-out
+`Dataset`s with columns `prompt` and `answer`, ready for TRL. For a base model, text in a column `prompt` is unchanged.
 
     {"question": "538+478=?", "answer": "1016"}
     -> {"prompt": "Question: 538+478=?\\nAnswer:", "answer": "1016"}                                a base model
@@ -34,7 +34,7 @@ class PromptFormat:
     Attributes:
         system: system message for a chat model.
         plain: prompt for a base model, with `{question}` in it.
-        question: makes the question from the text of its column and the whole row; None to take the text as it is.
+        question: makes the question from the text of its column and the whole row; None to use the text unchanged.
         needs_answer: whether the reward reads a gold answer; False if it reads other columns, such as tests.
     """
 
@@ -53,7 +53,7 @@ class Problems:
 
     Attributes:
         train, heldout: columns `prompt` (text or messages), `answer` (text), and the other columns of the data.
-        note: where the held-out rows come from, and what was left out or chosen by default, in plain words.
+        note: in plain words, the source of the held-out rows, the rows left out, and the choices made by default.
     """
 
     train: Dataset
@@ -80,22 +80,24 @@ def load_problems(
     """Load the data, format prompts and answers, and separate held-out problems from the training data.
 
     Args:
-        name: a data set of the Hub, a local file or a folder, as for `load_splits`.
-        tokenizer: of the model.
-        config: of a Hub data set; by default its first one (`main` for gsm8k).
-        train_split: if the data has one split, that one is taken whatever its name.
-        max_heldout: the number of held-out rows, drawn with `seed`, or all rows of the `test_split` if it has fewer.
-            Without a `test_split`, held-out rows are taken out of the training data, at most a fifth of it.
+        name: a data set of the Hub, a local file or a folder, see `load_splits`.
+        tokenizer: the model's tokenizer.
+        config: config of a Hub data set; by default the first one (`main` for gsm8k).
+        train_split: name of the training split; ignored if the data has only one split.
+        test_split: name of the split of the held-out rows. If there is none, held-out rows are taken out of the
+            training data, up to a fifth of it.
+        max_heldout: maximum number of held-out rows.
+        seed: seed of the choice of held-out rows.
         prompt_format: how problems become prompts.
-        prompt_column, answer_column: as for `find_shape`.
-        chat: whether prompts become messages, as for `is_chat`.
-        unreadable_gold: what happens to rows that cannot be judged: "error" refuses the data, "drop" leaves them out.
-        reads_gold: whether the reward can read a gold answer; None if it reads any.
+        prompt_column, answer_column: see `find_shape`.
+        chat: whether prompts become messages, see `is_chat`.
+        unreadable_gold: what to do with rows that cannot be judged: "error" refuses the data, "drop" leaves them out.
+        reads_gold: tells whether the reward can read a gold answer; None if it can read any.
 
     Raises:
         SystemExit: the data is neither on disk nor reachable on the Hub.
-        ValueError: no rows, too few to hold some out, no column for the prompt or the answer, or rows that cannot be
-            judged.
+        ValueError: there are no rows, too few to hold some out, no column for the prompt or the answer, or rows that
+            cannot be judged.
     """
     splits = load_splits(name, config)
     train_split = splits.only_or(train_split)
@@ -143,7 +145,7 @@ def load_problems(
 
 
 def sample_rows(rows: Dataset, limit: int, seed: int) -> Dataset:
-    """Up to `limit` rows, drawn with `seed`; of a test split, those that a run with this seed holds out."""
+    """Up to `limit` rows, chosen with `seed`: for a test split, the rows that a run with this seed holds out."""
     return rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
 
 
@@ -151,22 +153,24 @@ def is_chat(tokenizer: PreTrainedTokenizerBase, chat: str) -> bool:
     """Whether prompts become messages.
 
     Args:
-        chat: "true", "false", or "auto", which tells chat models from base models as `why_not_chat` does, and logs the
-            reason if a model has a chat template and is taken for a base model.
+        chat: "true", "false", or "auto". "auto" tells chat models from base models with `why_not_chat`, and logs the
+            reason if a model with a chat template counts as a base model.
 
     Raises:
-        ValueError: "true", and the tokenizer has no chat template; or another value.
+        ValueError: another value; or "true", and the tokenizer has no chat template.
     """
-    chat = str(chat).lower()  # YAML reads true and false as truth values
+    chat = str(chat).lower()  # YAML reads true and false as booleans
     if chat not in ("auto", "true", "false"):
-        raise ValueError(f"--chat {chat} is not valid; valid: auto, true, false.")
+        raise ValueError(f"--chat {chat} is unknown; valid: auto, true, false.")
     if chat == "true" and tokenizer.chat_template is None:
-        raise ValueError("--chat true needs a chat template, and the tokenizer has none. Type --chat false.")
+        raise ValueError("--chat true needs a chat template, but the tokenizer has none. Type --chat false.")
     if chat != "auto":
         return chat == "true"
     reason = why_not_chat(tokenizer, end_token_ids(tokenizer))
     if reason is not None and tokenizer.chat_template is not None:
-        logger.warning("Taken for a base model, with plain prompts: %s. --chat true makes them messages.", reason)
+        logger.warning(
+            "The model counts as a base model and gets plain prompts: %s. Type --chat true for chat messages.", reason
+        )
     return reason is None
 
 
@@ -181,16 +185,16 @@ def judged_rows(
     unreadable_gold: str = "error",
     reads_gold: Callable[[str], bool] | None = None,
 ) -> tuple[Dataset, Shape, str]:
-    """The rows that can be judged, unchanged; where they have question and answer; and a note on those left out.
+    """The rows that can be judged, unchanged; their shape; and a note on the rows left out.
 
     Args:
-        name: of the data, for error messages.
-        needs_answer: whether rows without a column for the answer are refused.
+        name: name of the data, for error messages.
+        needs_answer: whether data without a column for the answer is refused.
         judges_answers: whether a row needs a readable answer if there is a column for it.
-        prompt_column, answer_column, unreadable_gold, reads_gold: as for `load_problems`.
+        prompt_column, answer_column, unreadable_gold, reads_gold: see `load_problems`.
 
     Raises:
-        ValueError: no column for the prompt or the answer, rows that cannot be judged, or no others.
+        ValueError: there is no column for the prompt or the answer, or some or all rows cannot be judged.
     """
     shape = find_shape(
         rows.column_names,
@@ -207,8 +211,9 @@ def judged_rows(
         if unreadable_gold == "error" or len(bad) == len(rows):
             way_out = "Correct them" + ("" if len(bad) == len(rows) else ", or type --unreadable_gold drop")
             raise ValueError(
-                f"{found}. {way_out}. Valid answers: a text or a number, or a list of one; for mathematics a number, "
-                f"an expression in LaTeX, a list or up to five words, bare or marked as \\boxed{{...}} or #### ..."
+                f"{found}. {way_out}. Valid gold answers: a text, a number, or a list of one of them. For mathematics: "
+                f"a number, a LaTeX expression, a list, or up to five words, alone or marked by \\boxed{{...}} or #### "
+                f"..."
             )
         note = f"{found} and were left out"
         rows = rows.select([i for i in range(len(rows)) if i not in bad])
@@ -228,17 +233,17 @@ def format_rows(
     unreadable_gold: str = "error",
     reads_gold: Callable[[str], bool] | None = None,
 ) -> tuple[Dataset, str]:
-    """The rows with columns `prompt` and `answer`, in addition to their other columns; and a note on those left out.
+    """The rows with columns `prompt` and `answer`, in addition to their other columns; and a note on the rows left out.
 
     Args:
-        name: of the data, for error messages.
-        needs_answer: whether rows without a column for the answer are refused; by default as the format says. If the
+        name: name of the data, for error messages.
+        needs_answer: whether data without a column for the answer is refused; by default that of the format. If the
             format needs an answer and there is none, a chat model gets no system message.
-        as_chat: whether prompts become messages; by default as `is_chat` says for "auto".
-        prompt_column, answer_column, unreadable_gold, reads_gold: as for `load_problems`.
+        as_chat: whether prompts become messages; by default the result of `is_chat` for "auto".
+        prompt_column, answer_column, unreadable_gold, reads_gold: see `load_problems`.
 
     Raises:
-        ValueError: no column for the prompt or the answer, rows that cannot be judged, or no others.
+        ValueError: there is no column for the prompt or the answer, or some or all rows cannot be judged.
     """
     rows, shape, note = judged_rows(
         rows,
@@ -274,7 +279,7 @@ def format_rows(
 
     replaced = (shape.prompt, shape.answer, "prompt", "answer")
     taken = [column for column in rows.column_names if column in replaced]
-    original = {f"data {column}": column for column in taken}  # `map` would keep the type of a column of that name
+    original = {f"data {column}": column for column in taken}  # `map` would keep the type of a column with that name
     rows = rows.rename_columns({column: name for name, column in original.items()})
     return rows.map(formatted, remove_columns=list(original), desc="prompts"), note
 
@@ -284,22 +289,22 @@ def _as_text(messages: Any, name: str) -> str:
     roles = [message["role"] for message in messages]
     if not all(role in ("system", "user") for role in roles):
         raise ValueError(
-            f"Prompts of {name} are chats of several turns ({', '.join(roles)}), and this is a base model. Take a chat "
-            f"model, or type --chat true if the chat template is right for it."
+            f"Prompts of {name} are chats of several turns ({', '.join(roles)}), and this is a base model. Use a chat "
+            f"model, or type --chat true if the model's chat template suits it."
         )
     return "\n\n".join(str(message["content"]) for message in messages)
 
 
 def _without_copies(train: Dataset, heldout: Dataset) -> tuple[Dataset, str]:
-    """The training rows whose prompts are not held out, and a note; all of them if there are no others."""
+    """The training rows whose prompts are not held out, and a note; all training rows if every prompt is held out."""
     others = _others(train, heldout)
     if len(others) == len(train):
         return train, ""
     if len(others) == 0:
         different = len({str(prompt) for prompt in train["prompt"]})
         return train, (
-            f"; every prompt is held out and trained on, too ({different} different in {len(train)} rows), so this "
-            f"accuracy is not of new problems"
+            f"; every held-out prompt is also trained on ({different} different prompts in {len(train)} rows), so this "
+            f"accuracy does not measure new problems"
         )
     return others, f"; {len(train) - len(others)} training rows with the same prompt were left out"
 

@@ -4,7 +4,7 @@ find_shape(["Problem", "Answer"], "aime.jsonl")   ->  Shape(prompt="Problem", an
 find_shape(["prompt", "reward_model"], "dapo")    ->  Shape(prompt="prompt", answer="reward_model.ground_truth")
 find_shape(["instruction", "input", "output"], "alpaca")  ->  Shape(prompt="instruction", answer="output", ...)
 
-A dot in the name of a column goes into a dict. Flags win over what is recognised.
+A dot in the name of a column selects a key of a dict. Flags take precedence over recognised columns.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "code")
 
-# Test columns of the code reward, and those of public data sets that it cannot read: name -> columns and what to do.
+# Columns of tests that the code reward can read, and those of public data sets that it cannot read.
 READ_TESTS = (("test_list",), ("entry_point", "inputs", "outputs"), ("stdin", "stdout"))
 UNREAD_TESTS = {
     ("public_test_cases",): "LiveCodeBench",
@@ -29,20 +29,20 @@ HOW_TO_WRITE_TESTS = {
     "row['public_tests']['output']",
     "APPS or TACO": "give each row `stdin` and `stdout`: tests = json.loads(row['input_output']), row['stdin'] = "
     "tests['inputs'], row['stdout'] = tests['outputs']",
-    "HumanEval": "give each row `test_list`, its assertions as texts that call the function by its name instead of "
-    "`candidate`",
-    "KodCode": "give each row `test_list`, its assertions as texts",
+    "HumanEval": "give each row `test_list`, a list of its assertions as strings, which call the function by its name "
+    "instead of `candidate`",
+    "KodCode": "give each row `test_list`, a list of its assertions as strings",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Where a row has its question and its gold answer.
+    """The columns of the question and the gold answer.
 
     Attributes:
-        prompt: the column of the question, with dots for the keys of a dict.
-        answer: the same for the gold answer; None if the rows have none.
-        context: a column whose text, if there is one, follows the question in a paragraph of its own; or None.
+        prompt: column of the question, with dots for the keys of a dict.
+        answer: column of the gold answer, likewise; None if the rows have none.
+        context: column with text to append to the question as a paragraph of its own; None if there is none.
     """
 
     prompt: str
@@ -62,13 +62,13 @@ def find_shape(
     """The shape of rows that have these columns.
 
     Args:
-        name: of the data, for error messages.
-        prompt_column, answer_column: named by the user; None to recognise them.
-        needs_answer: whether rows without a gold answer are refused.
-        features: types of the columns, to tell what a dict holds; None if they are unknown.
+        name: name of the data, for error messages.
+        prompt_column, answer_column: columns given by the user; None to recognise them.
+        needs_answer: whether data without a gold answer is refused.
+        features: types of the columns, which list the keys of a dict; None if they are unknown.
 
     Raises:
-        ValueError: a named column does not exist, or none is recognised; the message lists columns and flags.
+        ValueError: a given column does not exist, or none is recognised; the message lists columns and flags.
     """
     for flag, given in (("--prompt_column", prompt_column), ("--answer_column", answer_column)):
         if given is not None and given not in columns and given.partition(".")[0] not in columns:
@@ -86,8 +86,8 @@ def find_shape(
         prompt = by_name["description"]
     if prompt is None and {"nums", "target"} <= by_name.keys():
         raise ValueError(
-            f"{name} has the shape of Countdown (nums, target): an equation that many answers solve, so there is no "
-            f"gold answer to compare with. Type: grpo-ext train logic --dataset_name countdown, which makes such "
+            f"{name} has the columns of Countdown (nums, target), a puzzle with many right answers, so there is no "
+            f"gold answer to compare with. Type: grpo-ext train logic --dataset_name countdown. It generates such "
             f"puzzles and checks the equation."
         )
     if prompt is None:
@@ -99,13 +99,13 @@ def find_shape(
         answer = by_name.get("output")
     if answer is None and needs_answer:
         tests = _tests_of(columns)
-        way_out = f" It has the tests of {tests}: type grpo-ext train coding." if tests else ""
+        way_out = f" It has tests in the format of {tests}: type grpo-ext train coding." if tests else ""
         raise ValueError(_unknown("answer", ANSWER_COLUMNS, columns, name) + way_out)
     return Shape(prompt=prompt, answer=answer, context=context)
 
 
 def value_at(row: dict[str, Any], place: str) -> Any:
-    """The cell of a row; None if a dict on the way is missing."""
+    """The cell of a row at a column or a path of keys; None if it is missing."""
     if place in row:
         return row[place]
     value: Any = row
@@ -115,10 +115,10 @@ def value_at(row: dict[str, Any], place: str) -> Any:
 
 
 def refuse_unread_tests(columns: Sequence[str], name: str) -> None:
-    """Refuse tests in a format that the code reward cannot read.
+    """Refuse data without tests in a format that the code reward can read.
 
     Raises:
-        ValueError: there are no others; the message says whose format it is, and how to write the tests.
+        ValueError: there are none; the message names the format of the data, if known, and how to rewrite the tests.
     """
     if any(set(kind) <= set(columns) for kind in READ_TESTS):
         return
@@ -126,10 +126,12 @@ def refuse_unread_tests(columns: Sequence[str], name: str) -> None:
     tests = _tests_of(columns)
     if tests is not None:
         raise ValueError(
-            f"{name} has the tests of {tests}, a format that the code reward cannot read. Write a .jsonl file that "
-            f"it can: {HOW_TO_WRITE_TESTS[tests]}."
+            f"{name} has tests in the format of {tests}, which the code reward cannot read. Write a .jsonl file that "
+            f"it can read: {HOW_TO_WRITE_TESTS[tests]}."
         )
-    raise ValueError(f"{name} has no tests: the code reward reads {readable}; it has: {', '.join(columns)}.")
+    raise ValueError(
+        f"{name} has no tests for the code reward, which reads {readable}. Columns of the data: {', '.join(columns)}."
+    )
 
 
 def program_tests(columns: Sequence[str]) -> tuple[str, ...]:
@@ -155,5 +157,5 @@ def _has_key(features: Any, column: str | None, key: str) -> bool:
 def _unknown(role: str, candidates: Sequence[str], columns: Sequence[str], name: str) -> str:
     return (
         f"{name} needs a column for the {role}, one of: {', '.join(candidates)}; "
-        f"it has: {', '.join(columns)}. Name it: --{role}_column COLUMN."
+        f"it has: {', '.join(columns)}. Name another one with --{role}_column COLUMN."
     )

@@ -1,1 +1,1 @@
-"""Accuracy on held-out problems, with confidence intervals: before, during and after a run, and by `grpo-ext eval`."""
+"""Accuracy on held-out problems with confidence intervals: before, during and after a run, and in `grpo-ext eval`."""

@@ -1,6 +1,6 @@
-"""Held-out accuracy during a run: when it is measured, and the result from before training for sessions that resume.
+"""Evaluate a run every few steps, and keep the evaluation from before training for sessions that resume the run.
 
-The caller of the callback decides what is recorded, and in which files.
+Recording the results is left to the caller.
 """
 
 import json
@@ -18,12 +18,12 @@ INITIAL_FILE = "heldout_before.json"
 
 
 class HeldOutAccuracy(TrainerCallback):
-    """Records held-out accuracy: that of the starting policy as step 0, then a new one every `eval_steps` steps.
+    """Records held-out accuracy: that of the starting policy as step 0, then a new evaluation every `eval_steps` steps.
 
     Args:
         before: the evaluation of the starting policy; not recorded if the run resumes.
         measure: evaluates the current policy.
-        record: takes an evaluation at the step that it belongs to.
+        record: records an evaluation; called at its step.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class HeldOutAccuracy(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and record every `eval_steps` steps."""
-        is_last = state.global_step >= state.max_steps  # the caller measures after training, with samples
+        is_last = state.global_step >= state.max_steps  # after it, the caller measures with samples
         if args.eval_steps and state.global_step % args.eval_steps == 0 and not is_last:
             self._record(self._measure())
 
@@ -57,11 +57,11 @@ def save_initial_evaluation(output_dir: str | Path, evaluation: Evaluation) -> N
 
 
 def load_initial_evaluation(output_dir: str | Path, *, problems: int, samples: int) -> Evaluation | None:
-    """What `save_initial_evaluation` kept; None if there is no such file, or one of another number of problems or
+    """The evaluation that `save_initial_evaluation` kept; None if there is none with this number of problems and
     samples."""
     try:
         kept = json.loads(Path(output_dir, INITIAL_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # killed before it was written
+    except (FileNotFoundError, json.JSONDecodeError):  # the run was killed before the file was complete
         return None
     figures: dict[str, Any] = {
         name: kept[name] and Estimate(**kept[name]) for name in ("greedy", "sampled", "pass_at_k")

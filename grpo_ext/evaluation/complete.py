@@ -1,7 +1,8 @@
 """Held-out accuracy with 95% intervals: greedy pass@1, sampled pass@1 and pass@k, and by difficulty or category.
 
-In: a model, problems (rows with `prompt` and the columns of the reward) and a reward that gives 1.0 for a right answer.
-Out: an `Evaluation`, for example greedy 0.12 [0.08, 0.16], sampled 0.41 [0.36, 0.48], pass@8 0.98 on 256 problems.
+In: a model, problems (rows with `prompt` and the columns of the reward) and a reward that gives 1.0 to a right
+completion. Out: an `Evaluation`, for example greedy 0.12 [0.08, 0.16], sampled 0.41 [0.36, 0.48], pass@8 0.98 on 256
+problems.
 """
 
 import re
@@ -25,7 +26,7 @@ Problem = dict[str, Any]
 GeneratedText = str | list[dict[str, str]]
 Reward = Callable[..., list[float | None]]
 
-# Columns of the problems that accuracy is split by if they have between 2 and MAX_KINDS different values.
+# Accuracy is split by these columns of the problems if they have between 2 and MAX_KINDS different values.
 KIND_COLUMNS = ("difficulty", "level", "category", "subject", "type")
 MAX_KINDS = 12
 
@@ -35,14 +36,14 @@ class Evaluation:
     """The result of one evaluation.
 
     Attributes:
-        greedy: pass@1 of the most likely answer.
-        sampled: pass@1 at the training temperature, mean over `k` samples; None if `k` is 0.
+        greedy: pass@1 of the greedy completions.
+        sampled: pass@1 at the sampling temperature, mean over `k` samples; None if `k` is 0.
         pass_at_k: share of problems that at least one of `k` samples solves; None if `k` is below 2.
-        k: samples drawn per problem.
+        k: number of samples per problem.
         completions: the greedy completion of each problem.
-        right: whether it was right.
+        right: whether each greedy completion is right.
         shares: share of right samples per problem; empty if `k` is 0.
-        pass_at: k -> pass@k, for the powers of two between 1 and the number of samples, and for that number.
+        pass_at: k -> pass@k, for the powers of two above 1 and below the number of samples, and for that number.
         kinds: column -> value -> greedy pass@1 of the problems with that value, for `KIND_COLUMNS`.
     """
 
@@ -59,7 +60,8 @@ class Evaluation:
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Generate without gradients and dropout, with the KV cache on; restores mode and random state afterwards."""
+    """A context for generating without gradients and dropout, with the KV cache on. Mode and random state are restored
+    at its end."""
     was_training = model.training
     device = model.device
     devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
@@ -76,14 +78,14 @@ def evaluation_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
 def plain_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Plain sampling or greedy decoding, as TRL trains: ignores top-p and penalties of the model's own files."""
+    """Plain sampling or greedy decoding, as in training: top-p and penalties of the model's own files are ignored."""
     own_eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(own_eos if isinstance(own_eos, list) else [own_eos])} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
-        top_k=0 if temperature else 50,  # 0 is off; transformers warns if greedy decoding has any other value than 50
+        top_k=0 if temperature else 50,  # 0 is off; in greedy decoding, transformers warns about any value but 50
         top_p=1.0,
         repetition_penalty=1.0,
         eos_token_id=sorted(eos),
@@ -106,11 +108,11 @@ def complete(
     """One completion per prompt, in order; several processes share the work.
 
     Args:
-        temperature: 0 for greedy decoding.
-        batch_size: prompts decoded at once on each process.
-        seed: of the sampling; the caller's random state is restored.
+        temperature: sampling temperature; 0 for greedy decoding.
+        batch_size: prompts decoded at the same time on each process.
+        seed: seed of the sampling; the caller's random state is restored.
         description: label of the progress bar; None for no bar.
-        template_kwargs: further arguments of the chat template.
+        template_kwargs: additional arguments of the chat template.
 
     Returns:
         Strings for plain prompts, `[{"role": "assistant", "content": ...}]` for chat prompts, as TRL passes them to
@@ -118,11 +120,11 @@ def complete(
     """
     state = PartialState()
     config = plain_generation_config(model, tokenizer, max_new_tokens, temperature)
-    # Same number per process: with sharded parameters, all processes run every batch together.
+    # Every process gets the same number: with sharded parameters, all processes must run every batch together.
     even = [*prompts, *list(prompts[-1:]) * (-len(prompts) % state.num_processes)]
     with state.split_between_processes(even) as mine, evaluation_mode(model, seed + state.process_index):
         ids = [tokenize_prompt(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths need less padding
         texts = [""] * len(ids)
         silent = description is None or not state.is_main_process
         for start in bar(range(0, len(ids), batch_size), description, disable=silent):
@@ -136,7 +138,7 @@ def complete(
     everyone = gather_object(texts) if state.num_processes > 1 else texts
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, everyone, strict=False)  # may end with repeated prompts
+        for prompt, text in zip(prompts, everyone, strict=False)  # `everyone` may end with repeated prompts
     ]
 
 
@@ -165,10 +167,12 @@ def evaluate(
     """Greedy pass@1; with `samples` >= 1 also sampled pass@1, with `samples` >= 2 also pass@k for k up to `samples`.
 
     Args:
-        problems: rows with `prompt` and the columns that `reward` takes; at least one.
-        reward: has TRL's signature; 1.0 or more means right.
-        temperature: of the samples, above 0.
-        batch_size, seed, description, template_kwargs: as `complete`.
+        problems: rows with `prompt` and the columns that `reward` reads; at least one.
+        reward: reward function with TRL's signature; 1.0 or more means right.
+        max_new_tokens: maximum tokens per completion.
+        temperature: temperature of the samples, above 0.
+        samples: number of samples per problem.
+        batch_size, seed, description, template_kwargs: see `complete`.
     """
     prompts = [problem["prompt"] for problem in problems]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
@@ -190,8 +194,8 @@ def build_evaluation(
 
     Args:
         completions, right: the greedy completion of each problem, and whether it is right.
-        sampled_right: whether each sample is right; the same number of samples per problem, next to each other, or
-            none.
+        sampled_right: whether each sample is right. Samples of a problem are adjacent, and each problem has the same
+            number of them; empty if there are none.
     """
     samples = len(sampled_right) // len(right)
     shares: list[float] = []
@@ -214,8 +218,8 @@ def build_evaluation(
 
 
 def accuracy_by_kind(problems: Sequence[Problem], right: Sequence[bool]) -> dict[str, dict[str, Estimate]]:
-    """Share of right problems per value of each column in `KIND_COLUMNS`, values in natural order; skips columns with
-    one value or more than `MAX_KINDS`."""
+    """Share of right problems per value of each column in `KIND_COLUMNS`, values in natural order. Columns with one
+    value or more than `MAX_KINDS` are skipped."""
     kinds = {}
     for column in KIND_COLUMNS:
         hits = defaultdict(list)
@@ -228,10 +232,10 @@ def accuracy_by_kind(problems: Sequence[Problem], right: Sequence[bool]) -> dict
 
 
 def _natural_order(value: str) -> list[str | int]:
-    """Sorts "Level 2" before "Level 10"."""
+    """Sort key that puts "Level 2" before "Level 10"."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", value)]
 
 
 def _reported_ks(samples: int) -> list[int]:
-    """Powers of two between 1 and the number of samples, and that number; empty for fewer than two samples."""
+    """Powers of two above 1 and below the number of samples, and that number; empty for fewer than two samples."""
     return [*(2**i for i in range(1, samples.bit_length()) if 2**i < samples), samples] if samples > 1 else []

@@ -1,7 +1,7 @@
-"""Held-out success in a text environment: plays episodes without training.
+"""Held-out success in a text environment: play episodes without training.
 
-In: a model, rows of the data set and a `Dialogue`. Out: an `Evaluation`, as for problems with one answer; an episode is
-right if its environment gives 1.0 or more.
+In: a model, rows of the data set and a `Dialogue`. Out: an `Evaluation`, as for problems with a single answer. An
+episode is right if its environment gives a reward of 1.0 or more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,17 +40,20 @@ def evaluate_dialogue(
 
     Args:
         problems: rows for `TextEnv.reset`; at least one.
-        max_new_tokens: of an episode after its opening prompt.
-        temperature: of the samples, above 0.
-        batch_size: episodes played at once on each process.
+        dialogue: the environment and its limits.
+        max_new_tokens: maximum tokens of an episode after its opening prompt.
+        temperature: temperature of the samples, above 0.
+        samples: number of sampled episodes per problem.
+        batch_size: episodes played at the same time on each process.
+        seed: seed of the sampling; the caller's random state is restored.
         description: label of the progress bar; None for no bar.
-        stop_strings: end a turn of the model, in addition to the end-of-sequence token.
-        template_kwargs: further arguments of the chat template.
+        stop_strings: strings that end a turn of the model, in addition to the end-of-sequence token.
+        template_kwargs: additional arguments of the chat template.
     """
     state = PartialState()
 
     def play(rows: Sequence[Problem], temperature: float) -> list[tuple[str, bool]]:
-        """The text after the opening prompt, and whether it was right, per episode."""
+        """For each episode, the text after its opening prompt, and whether it is right."""
         config = plain_generation_config(model, tokenizer, max_new_tokens, temperature)
         turns = TurnTokenizer(tokenizer, config.eos_token_id, **(template_kwargs or {}))
         played: list[tuple[str, bool]] = []

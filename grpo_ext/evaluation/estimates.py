@@ -1,10 +1,10 @@
-"""Shares of problems with their uncertainty: 95% intervals, unbiased pass@k, and the change from before to after.
+"""Shares of problems and their uncertainty: 95% intervals, unbiased pass@k, and the change from before to after.
 
     Estimate.of([1.0, 0.0, 1.0])                     ->  0.67 [0.21, 0.94]
     Difference.of([0.0, 0.0, 1.0], [1.0, 1.0, 1.0])  ->  +0.67 [-0.25, +1.00], p = 0.5
 
-Before and after are measured on the same problems, so the test is paired: a change can be significant although the two
-intervals overlap. Packages of statistics are imported once they are needed, long after the start of a run.
+Before and after are measured on the same problems, so the test is paired: a change can be significant even if the two
+intervals overlap. Statistics packages are imported on first use, long after the start of a run.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ class Estimate:
 
     Attributes:
         value: mean over problems, in [0, 1].
-        low, high: Wilson score interval over problems. For shares between 0 and 1, from several samples per problem,
-            it is wider than needed, never narrower.
+        low, high: Wilson score interval over problems. If several samples per problem give shares between 0 and 1, it
+            is wider than necessary, never narrower.
         n: number of problems.
     """
 
@@ -47,11 +47,12 @@ class Difference:
     Attributes:
         value: mean change over problems, in [-1, 1].
         low, high: 95% interval of `value`. It includes two pseudo-problems, one without a change and one with half of
-            its weight on +1 and half on -1, so that the interval keeps a width if all problems changed alike
+            its weight on +1 and half on -1, so that the interval has a width even if all problems changed alike
             (Agresti and Min, Statistics in Medicine 24:729, 2005, for shares of 0 and 1).
         n: number of problems.
-        better, worse: number of problems that rose and that fell.
-        p_value: exact McNemar test that rises and falls are equally likely; None unless all shares are 0 or 1.
+        better, worse: number of problems whose share rose, and fell.
+        p_value: exact McNemar test of the hypothesis that rises and falls are equally likely; None unless all shares
+            are 0 or 1.
     """
 
     value: float
@@ -91,7 +92,7 @@ class Difference:
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is right), given `correct` right ones of `samples` >= k.
+    """Unbiased estimate of P(at least one of k samples is right), given `correct` right samples out of `samples` >= k.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv:2107.03374), equation 1.
     """

@@ -1,1 +1,1 @@
-"""What a run records, and what is made of it: pictures, a page, comparisons, a model card, and uploads to the Hub."""
+"""The records of a run, and the reports made from them: plots, a page, comparisons, a model card, and Hub uploads."""

@@ -1,6 +1,6 @@
-"""The panels of a run as Bokeh figures, which the browser draws and which show their values under the pointer.
+"""The panels of a run as Bokeh figures: the browser draws them, and shows their values under the pointer.
 
-In: panels of `plot_data.py`. Out: what `Bokeh.embed.embed_item` takes, and for each figure its legend.
+In: panels of `plot_data.py`. Out: JSON for `Bokeh.embed.embed_item`, and the legend of each figure.
 """
 
 from dataclasses import dataclass
@@ -32,15 +32,15 @@ DARK_COLOURS = {TEXT_COLOUR: "#9aa4ae", GRID_COLOUR: "#31373d", PALETTE["blue"]:
 
 @dataclass(frozen=True, kw_only=True)
 class BokehPanel:
-    """A panel as `page.js` takes it; the field names are those of its JSON.
+    """A panel in the form that `page.js` reads; the field names are the keys of its JSON.
 
     Attributes:
-        title: of the panel.
-        x_label: of the panel.
+        title: title of the panel.
+        x_label: label of the x axis.
         item: the figure as Bokeh's JSON.
-        lines: label, colour (a name of `PALETTE`) and whether it is dashed, per line.
+        lines: for each line, its label, its colour (a name of `PALETTE`), and whether it is dashed.
         x: the steps with values; empty if x is not the step.
-        values: per line, the text for each of these steps; "" if the line has no value there.
+        values: for each line, the text of its value at each of these steps; "" if it has no value there.
     """
 
     title: str
@@ -104,7 +104,7 @@ def _figure(panel: Panel, steps: list[float], values: list[list[str]]) -> figure
 
 
 def _draw_layers(plot: figure, lines: list[Line]) -> None:
-    """The running means as layers, each on top of the one below it."""
+    """Draw the running means as stacked layers."""
     floor = np.zeros(len(lines[0].x))
     for line in lines:
         top = floor + np.array(line.mean)
@@ -128,7 +128,7 @@ def _draw_line(plot: figure, line: Line) -> None:
 
 
 def _add_step_hover(plot: figure, panel: Panel, steps: list[float], values: list[list[str]]) -> None:
-    """Show under the pointer the values of all lines at that step."""
+    """Show the values of all lines at the step under the pointer."""
     main = max(panel.lines, key=lambda line: len(line.x))
     heights = np.interp(steps, main.x, main.mean or main.y).tolist()
     columns = {f"line{i}": [text or "-" for text in texts] for i, texts in enumerate(values)}
@@ -148,7 +148,7 @@ def _add_step_hover(plot: figure, panel: Panel, steps: list[float], values: list
 
 
 def _add_point_hover(plot: figure, panel: Panel) -> None:
-    """Show under the pointer the coordinates of a point."""
+    """Show the coordinates of the point under the pointer."""
     for line in panel.lines:
         invisible = plot.scatter(line.x, line.y, size=8, alpha=0)
         named = [(panel.x_label, "@x{0.000}"), (line.label or panel.unit, "@y{0.000}")]
@@ -176,7 +176,7 @@ def _style_axes(plot: figure, *, is_by_step: bool) -> None:
 
 
 def _value_texts(line: Line, steps: list[float], *, has_band: bool) -> list[str]:
-    """The values of a line at these steps, with their band; "" if it has none."""
+    """The values of a line at these steps, with their band; "" for a step without a value."""
     bands = zip(line.low, line.high, strict=True) if line.low and has_band else [None] * len(line.x)
     texts = {
         x: format_number(y) + (f" [{format_number(band[0])}, {format_number(band[1])}]" if band else "")

@@ -1,7 +1,7 @@
 """The model card, `README.md` of a run: how to load the model, its accuracy, and how it was trained.
 
-The card is written with every save, so an interrupted run has one too; it shows accuracy if there is a `summary.json`.
-It names the base model if that is on the Hub. It never contains a local path, which is useless to readers and may
+The card is written with every save, so an interrupted run has one too. It shows accuracy if there is a `summary.json`,
+and names the base model if that is on the Hub. It never contains a local path, which is useless to readers and may
 reveal private names.
 """
 
@@ -24,8 +24,8 @@ from grpo_ext.run_description import describe_run
 
 logger = get_logger(__name__)
 
-CARD_TAG = "grpo-ext"  # marks our cards; PEFT writes cards too
-THIS_FOLDER = '"."'  # in the code of the card: the folder of the card
+CARD_TAG = "grpo-ext"  # marks cards written here; PEFT writes cards too
+THIS_FOLDER = '"."'  # the folder of the card, in the card's code
 LOCAL_BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
 OBJECTIVE_FIELDS = ("loss_type", "scale_rewards", "epsilon", "beta", "kl_estimator", "entropy_coef", "temperature")
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -75,12 +75,13 @@ def write_card(
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """Write the card into a folder that holds, or will hold, the adapter or model of this trainer.
+    """Write the card into a folder that contains, or will contain, the adapter or model of this trainer.
 
     Args:
-        model_name: the title; by default the name of the repository that is pushed to, or of the output folder.
-        dataset_name: on the Hub; by default the name that `grpo_ext.data` gave to the training data.
-        tags: in addition to those of every card.
+        model_name: title of the card; by default the name of the Hub repository to push to, or of the output folder.
+        dataset_name: name of the data set on the Hub; by default the name that `grpo_ext.data` gave to the training
+            data.
+        tags: tags in addition to those of every card.
     """
     folder = Path(folder)
     path = folder / SUMMARY_FILE
@@ -111,22 +112,22 @@ def write_card(
 
 
 def write_card_or_warn(trainer: GRPOTrainer, folder: str | Path, **options: Any) -> None:
-    """`write_card`; a card that cannot be written must not end a run, so the error becomes a warning."""
+    """Call `write_card`; an error becomes a warning, because a missing card must not end a run."""
     try:
         write_card(trainer, folder, **options)
-    except Exception as error:  # data and models of users may raise anything when they are described
+    except Exception as error:  # data and models of users may raise anything while the card is written
         logger.warning(f"The model card of {folder} could not be written: {error!r}")
 
 
 def read_card(folder: str | Path) -> ModelCard | None:
-    """Our card of a folder; None if there is no card, or one by PEFT or by a person."""
+    """The card of a folder if `write_card` wrote it; None for a card of PEFT or of a person, or if there is none."""
     path = Path(folder, CARD_FILE)
     card = ModelCard.load(path) if path.exists() else None
     return card if card is not None and CARD_TAG in (card.data.tags or []) else None
 
 
 def load_from_repository(card: str, repository: str) -> str:
-    """The text of a card with code that loads this repository instead of the folder of the card."""
+    """The text of a card whose code loads this repository instead of the folder of the card."""
     return card.replace(THIS_FOLDER, f'"{repository}"')
 
 
@@ -137,14 +138,14 @@ def base_hub_name(model: Any) -> str | None:
 
 
 def _dataset_hub_name(trainer: GRPOTrainer) -> str | None:
-    """`openai/gsm8k`; None if the data is not known to be on the Hub."""
+    """`openai/gsm8k`; None if the data is local or its name is unknown."""
     info = getattr(trainer.train_dataset, "info", None)
     return info.dataset_name if info is not None and "/" in (info.dataset_name or "") else None
 
 
 def _introduction(trainer: GRPOTrainer, base: str | None, data: str | None) -> str:
     kind = "An adapter for" if _is_adapter(trainer) else "A fine-tuned version of"
-    model = f"a local {trainer.model.config.model_type} model, which has no name on the Hub"
+    model = f"a local {trainer.model.config.model_type} model that is not on the Hub"
     if base is not None:
         model = f"[{base}](https://huggingface.co/{base})"
     source = f"[{data}](https://huggingface.co/datasets/{data})" if data else "local problems"
@@ -173,23 +174,27 @@ def _has_chat_prompts(trainer: GRPOTrainer) -> bool:
 def _accuracy_section(trainer: GRPOTrainer, summary: dict[str, Any] | None) -> str:
     """A table of accuracy before and after, or a sentence if the run has not finished."""
     if summary is None:
-        return f"Not measured when this was saved, after step {trainer.state.global_step}."
+        return f"Not measured before this was saved (after step {trainer.state.global_step})."
     lines = ["| | before | after | problems |", "| --- | --- | --- | --- |"]
     for label, before, after in _before_and_after(summary):
         lines.append(f"| {label} | {Estimate(**before)} | {Estimate(**after)} | {after['n']} |")
-    lines += ["", f"With 95% intervals; {summary['steps']} steps, {summary['seconds']:.0f} s on {summary['device']}."]
+    lines += [
+        "",
+        f"Brackets: 95% intervals. Training took {summary['steps']} steps and {summary['seconds']:.0f} s on "
+        f"{summary['device']}.",
+    ]
     return "\n".join(lines)
 
 
 def _before_and_after(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, estimate before and estimate after, for each measure that the run took."""
+    """Name, estimate before and estimate after, for each measure that the run evaluated."""
     names = {"greedy pass@1": "pass_at_1", "sampled pass@1": "sampled_pass_at_1", f"pass@{summary['k']}": "pass_at_k"}
     pairs = [(label, summary[f"{name}_before"], summary[f"{name}_after"]) for label, name in names.items()]
     return [(label, before, after) for label, before, after in pairs if before and after]
 
 
 def _eval_results(summary: dict[str, Any], data: str | None) -> list[EvalResult]:
-    """The accuracy for the model index of the Hub: the value after training, its interval, and the estimate before."""
+    """The accuracy for the Hub's model index: the value after training, its interval, and the estimate before."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -205,7 +210,7 @@ def _eval_results(summary: dict[str, Any], data: str | None) -> list[EvalResult]
 
 
 def _training_settings(trainer: GRPOTrainer, base: str | None) -> dict[str, str]:
-    """Base, rewards, objective, adapter and steps of the run, label -> text; partly lines of the banner."""
+    """Base, rewards, objective, adapter and steps of the run, label -> text; some are lines of the banner."""
     description = describe_run(trainer, model_name=base or "a local model", data="")
     rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     settings = {

@@ -9,11 +9,11 @@ import numpy as np
 from grpo_ext.report.plot_data import PALETTE, Line, Panel, build_panels
 from grpo_ext.report.run_reader import RunRecord, accuracy_table, format_setting
 
-PER_RUN_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # always differ
+PER_RUN_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_model_id")  # differ in any two runs
 
 
 def overlay_panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
-    """Every panel once, with one line per run: its first line, the sum of its layers, or its share of mixed groups."""
+    """Every panel once, with one line per run: the first line, the sum of the layers, or the share of mixed groups."""
     colours = list(PALETTE)
     panels: dict[str, Panel] = {}
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -34,7 +34,7 @@ def _main_line(panel: Panel) -> Line:
 
 
 def _overlay_title(panel: Panel) -> str:
-    """The title of a panel that had more lines, of which one is left."""
+    """The title of a panel of which only one line is left."""
     return {
         "Held-out problems solved": "Held-out problems solved (greedy)",
         "Groups by their rewards": "Groups whose rewards differ",
@@ -43,7 +43,7 @@ def _overlay_title(panel: Panel) -> str:
 
 
 def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
-    """A different name for each run: that of its folder, with the parent folder or a number if names repeat."""
+    """A different name for each run: the name of its folder, with the parent folder or a number if names repeat."""
     names = [run.name for run in runs]
     if len(set(names)) < len(runs):
         names = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
@@ -53,7 +53,7 @@ def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Settings, versions and the like that differ between runs: name -> one value per run, "" if it has none."""
+    """Settings, versions and other records that differ between runs: name -> one value per run, "" if it has none."""
     flat = [_flatten(run.settings) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     table = {name: [settings.get(name, "") for settings in flat] for name in names}
@@ -83,9 +83,9 @@ def outcome_table(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
             if any(values):
                 table[f"{name}, {part}"] = values
     for label, metric, form in (
-        ("mean reward at last", "reward", "{:.2f}"),
-        ("KL at last", "kl", "{:.3g}"),
-        ("seconds of training", "train_runtime", "{:,.0f}"),
+        ("last mean reward", "reward", "{:.2f}"),
+        ("last KL, nats per token", "kl", "{:.3g}"),
+        ("training time, s", "train_runtime", "{:,.0f}"),
         ("peak memory, MB", "peak_memory_mb", "{:,.0f}"),
     ):
         last = [run.last(metric) for run in runs]

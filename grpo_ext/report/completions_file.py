@@ -1,11 +1,12 @@
-"""Writes `completions.jsonl`: completions and their rewards, one JSON object per rollout.
+"""Write `completions.jsonl`: completions and their rewards, one JSON object per rollout.
 
     {"step": 3, "left_out": 0, "groups": [{"prompt": "538+478=?", "gold": "1016", "answers": [
         {"text": "#### 1016", "rewards": {"math_answer_reward": 1.0}, "advantage": 0.93, "tokens": 8, "cut": false,
          "found": "1016", "extra": {}}, ...]}, ...]}
 
-A row is bounded: 2,000 characters per text, half of them from its end; the first 16 groups of a rollout, or fewer if
-their completions exceed half a million characters. The page has a sample of the rows, see `read_downsampled`.
+The size of a row is limited: up to 2,000 characters per text, half of them from its end, and the first 16 groups of a
+rollout, or fewer if their completions exceed half a million characters. The page shows a sample of the rows, see
+`read_downsampled`.
 """
 
 import math
@@ -41,12 +42,12 @@ def completions_path(args: TrainingArguments) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionInfo:
-    """What is known of a completion when the rewards score it, in addition to its text.
+    """What is known about a completion when it is scored, in addition to its text.
 
     Attributes:
-        tokens: its length.
-        is_cut: whether it reached the length limit before its end.
-        gold: the right answer; None if the data has none.
+        tokens: its length in tokens.
+        is_cut: whether it reached the length limit before it ended.
+        gold: the gold answer; None if the data has none.
     """
 
     tokens: int
@@ -60,10 +61,10 @@ def append_completions(
     """Add a row for one rollout.
 
     Args:
-        step: the optimizer step that the rollout is for, from 1.
-        logs: TRL's `_logs`, which end with the completions of this rollout, groups next to each other.
+        step: the optimizer step that the rollout is for, counted from 1.
+        logs: TRL's `_logs`, which end with the completions of this rollout; those of a group are adjacent.
         infos: of the completions of all processes, in the same order.
-        extra: columns that rewards logged in this rollout; TRL keeps older columns as well.
+        extra: columns that rewards logged in this rollout; TRL's logs also have older columns.
     """
     G = args.num_generations
 
@@ -75,7 +76,7 @@ def append_completions(
     columns = {name: newest(logs["extra"][name]) for name in extra}
 
     def answer(i: int) -> dict[str, Any]:
-        """The record of a completion."""
+        """The record of completion i."""
         text = to_text(completions[i])
         return {
             "text": shorten(text),
@@ -100,5 +101,5 @@ def append_completions(
 
 
 def _json_number(value: float | None) -> float | None:
-    """Rounded; None if there is no finite number."""
+    """The value rounded to four digits; None if it is missing or not finite."""
     return None if value is None or not math.isfinite(value) else round(value, 4)

@@ -1,10 +1,10 @@
-"""What a run records of its held-out accuracy: rows of `heldout.jsonl`, and metrics.
+"""Record held-out accuracy: rows of `heldout.jsonl`, and metrics.
 
     heldout.jsonl  {"step": 5, "right": [1, 0, ...], "shares": [...], "kinds": {...}, "answers": [{"text": ...}, ...]}
     metrics.jsonl  {"step": 5, "heldout/pass@1": 0.98, "heldout/pass@1/low": 0.95, "heldout/pass@1/high": 0.99}
 
-A row of `heldout.jsonl` has whether each problem was solved, and the greedy answers to the first four problems, which
-are the same in every row.
+A row of `heldout.jsonl` says for each problem whether it was solved, and has the greedy completions of the first four
+problems, which are the same in every row.
 """
 
 from collections.abc import Sequence

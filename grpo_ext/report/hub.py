@@ -1,8 +1,8 @@
-"""Uploads a run to the Hub: which files, the permission check, and error messages.
+"""Upload a run to the Hub: the selection of files, the permission check, and error messages.
 
-One commit holds the adapter `default` (or the model of a full fine-tune), the tokenizer, the card, `curves.png` and
+One commit has the adapter `default` (or the model of a full fine-tune), the tokenizer, the card, `curves.png` and
 `summary.json`. Everything else stays local: resumable checkpoints, pickled arguments, the adapter `ref`, metrics and
-completions. Local paths, which PEFT and the summary write if the base is a folder, are removed.
+completions. If the base model is a folder, its path is removed from the files that PEFT and the summary write.
 """
 
 import json
@@ -31,15 +31,15 @@ TOKENIZER_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 REPORT_FILES = (CURVES_FILE, SUMMARY_FILE)  # in addition to the card
-# File -> its key that names the base model.
+# File -> the key in it that names the base model.
 BASE_MODEL_KEYS = {"adapter_config.json": "base_model_name_or_path", SUMMARY_FILE: "base_model"}
 
 
 def check_write_access(args: TrainingArguments) -> str:
-    """The full name of the repository that a run with these arguments pushes to; created if there is none.
+    """The full name of the repository that a run with these arguments pushes to; created if it does not exist.
 
     Raises:
-        ValueError: it cannot be pushed to; the message says what to type.
+        ValueError: the repository cannot be pushed to; the message says what to type.
     """
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     try:
@@ -48,18 +48,18 @@ def check_write_access(args: TrainingArguments) -> str:
         )
     except ValueError as error:
         later = push_command(args.output_dir, name, private=args.hub_private_repo, revision=args.hub_revision)
-        raise ValueError(f"{error} Or train with push_to_hub=False, and push afterwards: {later}") from error
+        raise ValueError(f"{error} Alternatively, train with push_to_hub=False and push afterwards: {later}") from error
 
 
 def ensure_writable_repository(
     name: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> str:
-    """The full name of this repository; it and its branch `revision` are created if they do not exist.
+    """The full name of this repository; the repository and its branch `revision` are created if they do not exist.
 
-    Creation alone is no sufficient check: if the repository exists, it succeeds with a token that can only read.
+    Creation alone is not a sufficient check: for an existing repository, it succeeds even with a read-only token.
 
     Raises:
-        ValueError: as `check_write_access`.
+        ValueError: the repository cannot be pushed to.
     """
     api = HfApi(library_name="grpo-ext", token=token)
     try:
@@ -73,19 +73,19 @@ def ensure_writable_repository(
 
 
 def explain_failure(error: Exception) -> str:
-    """Why a request to the Hub failed and what to do, for the user."""
+    """Why a request to the Hub failed, and what the user can do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it"
     if status == 401:
         return (
-            "there is no token, or it was not accepted. Log in by `hf auth login`, or set HF_TOKEN, with a token that "
-            "can write, from https://huggingface.co/settings/tokens"
+            "there is no token, or it was rejected. Log in with `hf auth login`, or set HF_TOKEN, using a token with "
+            "write access from https://huggingface.co/settings/tokens"
         )
     if status == 403:
         return (
-            "the token may not write there. Use one that can write, from https://huggingface.co/settings/tokens, or "
-            "name a repository of your own"
+            "the token may not write there. Use a token with write access from https://huggingface.co/settings/tokens, "
+            "or name a repository of your own"
         )
     return _error_summary(error) + ("" if isinstance(error, ValueError) else ". Try again later")
 
@@ -105,10 +105,10 @@ def push_command(
 
 
 def stage_files(folder: str | Path, *, with_report: bool = True) -> TemporaryDirectory[str]:
-    """A copy of the files of this folder that are published, as they are now, without local paths.
+    """A copy of the files in this folder that are published, without local paths.
 
     Raises:
-        ValueError: the folder holds neither an adapter nor a model.
+        ValueError: the folder contains neither an adapter nor a model.
     """
     folder = Path(folder)
     weights = next((files for files in (ADAPTER_FILES, MODEL_FILES) if (folder / files[0]).exists()), None)
@@ -149,10 +149,10 @@ def commit_files(staged: str, api: HfApi, repository: str, *, path_in_repo: str 
 
 
 class PublishingClient:
-    """Replaces the Hub's client in transformers' trainer: pushes the files that are published, and never ends a run.
+    """Replaces the Hub client in transformers' trainer: it pushes a selection of files, and never ends a run.
 
-    transformers decides when to push, and with which commit message. It asks to upload whole folders; this client
-    uploads what `stage_files` takes from them. A failed push prints the command that pushes again.
+    transformers decides when to push, and with which commit message. It requests uploads of whole folders; this client
+    uploads only the files that `stage_files` selects. A failed push prints the command that repeats it.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -172,7 +172,7 @@ class PublishingClient:
         path_in_repo: str = "",
         ignore_patterns: object = None,
     ) -> CommitInfo | Future[CommitInfo | None] | None:
-        """As `HfApi.upload_folder`; None if it failed. The files are copied before this returns."""
+        """Replaces `HfApi.upload_folder`; None if the upload failed. The files are copied before this returns."""
 
         def push(staged: TemporaryDirectory[str]) -> CommitInfo | None:
             options = {"commit_message": commit_message, "token": token, "revision": revision}
@@ -194,4 +194,4 @@ class PublishingClient:
         except Exception as error:
             folder = self._args.output_dir
             command = push_command(folder, repository, private=self._args.hub_private_repo, revision=revision)
-            show(f"Not pushed: {explain_failure(error)}. All of it is in {folder}; push it again: {command}")
+            show(f"Not pushed: {explain_failure(error)}. All files are still in {folder}. Push again: {command}")

@@ -1,4 +1,4 @@
-"""Writes `metrics.jsonl`: one JSON object per logged step, readable during the run.
+"""Write `metrics.jsonl`: one JSON object per logged step, readable during the run.
 
 {"step": 1, "reward": 0.42, "kl": 0.0, "frac_dead_groups": 0.06, "time/generate": 1.9, ...}
 """
@@ -15,8 +15,8 @@ from grpo_ext.report.run_files import METRICS_FILE, SUMMARY_FILE, Row, append_ro
 class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to `output_dir/metrics.jsonl`.
 
-    A fresh run starts a fresh file. A resumed run starts from the rows that its checkpoint knows, and drops rows that
-    were written after the checkpoint. The `summary.json` of an earlier run in the same folder is deleted.
+    A new run starts an empty file. A resumed run keeps the rows up to its checkpoint, and drops those written after it.
+    The `summary.json` of an earlier run in the same folder is deleted.
     """
 
     def on_train_begin(
@@ -37,7 +37,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one row with the step and what was logged, on the main process."""
+        """Append one row with the step and the logged values, on the main process."""
         if state.is_world_process_zero and logs:
             append_metrics(args, state.global_step, logs)
 

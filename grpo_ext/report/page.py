@@ -1,12 +1,12 @@
-"""`report.html`: a run as one self-contained file that opens without a network, from what is in its folder so far.
+"""`report.html`: a run as one self-contained file that needs no network, made from the current contents of its folder.
 
-It shows the verdict in one sentence, the panels of `plot_data.py`, the completions and rewards of each group, the
-same held-out problems over time, settings, versions, and the command that repeats the run. A comparison of several runs
-shows their curves in shared panels, and what differs.
+It shows a verdict in one sentence, the panels of `plot_data.py`, the completions and rewards of each group, the same
+held-out problems over time, settings, versions, and the command that repeats the run. A comparison of several runs
+shows their curves in shared panels, and the settings that differ.
 
-Text of the model is not trusted: it is data inside JSON, which `page.js` shows as text. A content security policy in
-the page forbids all requests, and all scripts except Bokeh's and its own, by their hashes. Styles are allowed because
-Bokeh writes them as it draws; they can neither run a script nor load anything.
+Text of the model is not trusted. It is JSON data, which `page.js` shows as text. A content security policy in the page
+forbids all requests, and allows only two scripts, Bokeh's and its own, by their hashes. Styles are allowed because
+Bokeh writes them when it draws; they can neither run a script nor load anything.
 """
 
 import base64
@@ -39,7 +39,7 @@ MAX_PAGE_BYTES = 5_000_000
 COMPLETIONS_BUDGET = 2_500_000  # bytes of completions; reduced if the page is still too large
 
 TEMPLATES = Path(__file__).parent / "template"
-# Characters that change the direction of the text around them, show nothing, or move the cursor.
+# Characters that change the direction of the surrounding text, are invisible, or move the cursor.
 _INVISIBLE = re.compile(
     "[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u200b\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
 )
@@ -79,7 +79,7 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
 
 
 def _replace_file(page: bytes, path: Path) -> Path:
-    """Write a file at once: a reader finds the old page or the new one, never a part."""
+    """Write a file atomically: a reader finds the old page or the new one, never a part."""
     new = path.with_name(f"{path.name}.part")
     new.write_bytes(page)
     return new.replace(path)
@@ -115,7 +115,7 @@ def render_page(template: str, context: dict[str, Any], data: dict[str, Any]) ->
 
     Args:
         context: the variables of the template; they are escaped.
-        data: what `page.js` finds as JSON in the element `data`.
+        data: data for `page.js`, as JSON in the element `data`.
     """
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(
@@ -132,12 +132,12 @@ def render_page(template: str, context: dict[str, Any], data: dict[str, Any]) ->
         style=Markup(style),
         scripts=[Markup(script) for script in scripts],
         policy=Markup(policy),
-        data=Markup(text.replace("<", "\\u003c")),  # so it cannot end the script element or start a comment
+        data=Markup(text.replace("<", "\\u003c")),  # so that it cannot end the script element or start a comment
     )
 
 
 def escape_invisible(value: Any) -> Any:
-    """The same data with `_INVISIBLE` characters as their code points: ⟨U+202E⟩."""
+    """The same data with `_INVISIBLE` characters replaced by their code points: ⟨U+202E⟩."""
     if isinstance(value, str):
         return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
     if isinstance(value, dict):
@@ -146,10 +146,10 @@ def escape_invisible(value: Any) -> Any:
 
 
 def _panel_data(panels: list[Panel]) -> list[dict[str, Any]]:
-    """Panels as `page.js` takes them."""
+    """Panels in the form that `page.js` reads."""
     return [asdict(to_bokeh(panel)) for panel in panels]
 
 
 def _csp_hash(text: str) -> str:
-    """The name of an inline script in a content security policy."""
+    """The source expression of an inline script for a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,9 +1,9 @@
-"""The panels of a run, in order: one definition for `curves.png` and for `report.html`.
+"""The panels of a run, in order: one definition for `curves.png` and `report.html`.
 
 In: the rows of `metrics.jsonl`. Out: panels of lines with raw and smoothed values, ready to be drawn. A metric that the
 run did not log has no panel.
 
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ PALETTE = {
     "purple": "#CC79A7",
     "sky": "#56B4E9",
 }
-MAX_MARKED_POINTS = 60  # points of a line that can be told apart, and get a marker each
-MAX_POINTS = 1000  # of a line; a point of a longer run is the mean of several steps
-# A reward with one of these words in its name rewards the shape of a text, not a right answer.
+MAX_MARKED_POINTS = 60  # lines with up to this many points get a marker per point
+MAX_POINTS = 1000  # per line; in a longer run, each point is the mean of several steps
+# A reward with one of these words in its name judges the shape of a text, not whether the answer is right.
 SHAPE_WORDS = ("format", "length", "coherence", "tag", "language")
 
 
@@ -31,12 +31,12 @@ class Line:
     """One line of a panel.
 
     Attributes:
-        x, y: of each point.
-        label: "" if it is the only line of the panel.
+        x, y: coordinates of the points.
+        label: label in the legend; "" if it is the only line of the panel.
         colour: a name of `PALETTE`.
         mean: the running mean of y; empty if the line connects the points themselves.
         low, high: bounds of a band around the line; empty for no band.
-        on_right_axis: whether its values are those of the axis on the right.
+        on_right_axis: whether its values belong to the axis on the right.
         is_dashed: whether it is drawn dashed.
     """
 
@@ -56,10 +56,12 @@ class Panel:
     """Lines that share a pair of axes.
 
     Attributes:
-        unit: of y.
-        right_label: of the axis on the right; "" for no such axis.
-        x_label: of the x axis, "step" in most panels.
-        is_stacked: whether the running means of the lines are drawn as layers on top of each other.
+        title: title of the panel.
+        unit: label of the y axis.
+        lines: the lines, in the order of the legend.
+        right_label: label of the axis on the right; "" for no such axis.
+        x_label: label of the x axis, "step" in most panels.
+        is_stacked: whether the running means of the lines are drawn as stacked layers.
         is_share: whether y is a share, from 0 to 1.
     """
 
@@ -73,11 +75,11 @@ class Panel:
 
 
 def build_panels(rows: list[Row]) -> list[Panel]:
-    """Every panel that these rows have values for, the most important ones first."""
+    """Every panel for which these rows have values, the most important ones first."""
     named = sorted({name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean")})
     shape = [name for name in named if any(word in name for word in SHAPE_WORDS)]
     right = [name for name in named if name not in shape]
-    is_whole = len(named) == 1  # the only reward is the mean raw reward, which has its own panel
+    is_whole = len(named) == 1  # a single reward equals the mean raw reward, which has its own panel
     kl = "kl_sequence" if any("kl_sequence" in row for row in rows) else "kl"
     panels = [
         _accuracy_panel(rows),
@@ -85,7 +87,7 @@ def build_panels(rows: list[Row]) -> list[Panel]:
             title="Rewards for being right", unit="mean reward", lines=[] if is_whole else _reward_lines(rows, right)
         ),
         Panel(title="Rewards for the shape of the text", unit="mean reward", lines=_reward_lines(rows, shape)),
-        Panel(title="Mean raw reward", unit="mean of all answers", lines=_smoothed_line(rows, "reward", "blue")),
+        Panel(title="Mean raw reward", unit="mean of all completions", lines=_smoothed_line(rows, "reward", "blue")),
         Panel(
             title="Groups by their rewards",
             unit="share of groups",
@@ -96,11 +98,11 @@ def build_panels(rows: list[Row]) -> list[Panel]:
         _length_panel(rows),
         _reward_vs_kl_panel(rows, kl),
         Panel(
-            title="KL from the reference",
-            unit="nats an answer" if kl == "kl_sequence" else "nats a token",
+            title="KL to the reference",
+            unit="nats per completion" if kl == "kl_sequence" else "nats per token",
             lines=_smoothed_line(rows, kl, "purple"),
         ),
-        Panel(title="Token entropy", unit="nats a token", lines=_smoothed_line(rows, "entropy", "green")),
+        Panel(title="Token entropy", unit="nats per token", lines=_smoothed_line(rows, "entropy", "green")),
         Panel(
             title="Gradient norm",
             unit="before clipping",
@@ -109,7 +111,7 @@ def build_panels(rows: list[Row]) -> list[Panel]:
             right_label="updates skipped",
         ),
         Panel(
-            title="Time of a step",
+            title="Time per step",
             unit="seconds",
             is_stacked=True,
             lines=_stacked_layers(
@@ -123,30 +125,30 @@ def build_panels(rows: list[Row]) -> list[Panel]:
             lines=_smoothed_line(rows, "advantages/mean", "blue", "mean (0 by construction)")
             + _smoothed_line(rows, "advantages/mean_abs", "sky", "mean size"),
         ),
-        Panel(title="Total loss (no measure of progress)", unit="loss", lines=_smoothed_line(rows, "loss", "red")),
+        Panel(title="Total loss (not a measure of progress)", unit="loss", lines=_smoothed_line(rows, "loss", "red")),
     ]
     return [_simplified(panel) for panel in panels if panel.lines]
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a tenth of the run, which is cut off at both ends of the run."""
+    """Mean over a centred window of a tenth of the run, which is shorter at both ends of the run."""
     half = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     means = (sums[last] - sums[first]) / (last - first)
-    return np.clip(means, values.min(), values.max()) if len(values) else means  # against rounding
+    return np.clip(means, values.min(), values.max()) if len(values) else means  # rounding may exceed the range
 
 
 def _simplified(panel: Panel) -> Panel:
-    """The panel without an unused axis on the right, and without the label of an only line."""
+    """The panel without an unused axis on the right, and without the label of a single line."""
     right_label = panel.right_label if any(line.on_right_axis for line in panel.lines) else ""
     lines = [replace(panel.lines[0], label="")] if len(panel.lines) == 1 else panel.lines
     return replace(panel, right_label=right_label, lines=lines)
 
 
 def _columns(rows: list[Row], *names: str) -> list[np.ndarray]:
-    """The values of these metrics in the rows that have all of them; neighbours are averaged to at most MAX_POINTS."""
+    """The values of these metrics in the rows that have all of them, averaged over adjacent rows to MAX_POINTS."""
     present = [row for row in rows if all(row.get(name) is not None for name in names)]
     columns = np.array([[row[name] for name in names] for row in present], dtype=float).reshape(-1, len(names))
     width = -(-len(columns) // MAX_POINTS)
@@ -198,7 +200,7 @@ def _stacked_layers(rows: list[Row], prefix: str, colours: dict[str, str]) -> li
 
 
 def _accuracy_panel(rows: list[Row]) -> Panel:
-    """Greedy and sampled pass@1 and, if it was measured, pass@k of the largest k."""
+    """Greedy pass@1, sampled pass@1 and pass@k of the largest k, as far as they were measured."""
     ks = {int(name[13:]) for row in rows for name in row if name.startswith("heldout/pass@") and name[13:].isdigit()}
     names = [("pass@1", "blue", "greedy"), ("sampled_pass@1", "orange", "sampled")]
     names += [(f"pass@{max(ks)}", "green", f"one of {max(ks)} samples")] if ks - {1} else []
@@ -225,10 +227,10 @@ def _reward_vs_kl_panel(rows: list[Row], kl: str) -> Panel:
     """The KL at which a reward was reached: each point is a step, and the line connects the steps in order."""
     x, y = (running_mean(values) for values in _columns(rows, kl, "reward"))
     line = Line(x=x.tolist(), y=y.tolist(), label="", colour="purple")
-    unit = "nats an answer" if kl == "kl_sequence" else "nats a token"
+    unit = "nats per completion" if kl == "kl_sequence" else "nats per token"
     return Panel(
         title="Reward against KL, step by step",
         unit="mean raw reward, smoothed",
-        x_label=f"KL from the reference, {unit}",
+        x_label=f"KL to the reference, {unit}",
         lines=[line] if len(x) else [],
     )

@@ -1,7 +1,7 @@
 """`curves.png`: the panels of `plot_data.py`, drawn by matplotlib from `metrics.jsonl` alone.
 
-Dots are raw values, lines are their running mean over a tenth of the run, and bands are 95% intervals or the range from
-the shortest to the longest completion.
+Dots are raw values, and lines are their running means over a tenth of the run. Bands are 95% intervals, or the range
+from the shortest to the longest completion.
 """
 
 from pathlib import Path

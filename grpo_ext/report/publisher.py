@@ -1,10 +1,10 @@
-"""Pushes of a run to the Hub: transformers decides when, `report/hub.py` what, and a failed push does not end a run.
+"""Push a run to the Hub. `hub.py` selects the files, and a failed push does not end the run.
 
-When is transformers' `hub_strategy`:
+transformers' `hub_strategy` decides when:
     "every_save": at every save, and by `save_model` and `push_to_hub`;
-    "end": by these two alone;
-    "checkpoint", "all_checkpoints": as "every_save", and the adapter and tokenizer of a checkpoint are also kept in
-    `last-checkpoint` or `checkpoint-N` of the repository. What resumes a run stays in `output_dir`.
+    "end": only by `save_model` and `push_to_hub`;
+    "checkpoint", "all_checkpoints": as "every_save", and the adapter and tokenizer of a checkpoint are also kept in the
+    folder `last-checkpoint` or `checkpoint-N` of the repository. The files that resume a run stay in `output_dir`.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ logger = get_logger(__name__)
 
 
 class Publisher:
-    """Pushes what is published of one run.
+    """Pushes the published files of one run.
 
     Raises:
-        ValueError: `push_to_hub` is on, and the token cannot write.
+        ValueError: `push_to_hub` is on, and the repository cannot be pushed to.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -41,17 +41,17 @@ class Publisher:
         return self._args.hub_strategy != HubStrategy.END
 
     def warn_about_strategy(self) -> None:
-        """Warn if the strategy promises that a run can be resumed from the Hub."""
+        """Warn about a strategy whose name suggests that a run can be resumed from the Hub."""
         strategy = self._args.hub_strategy
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             logger.warning(
-                f"hub_strategy={strategy.value!r} pushes the adapter of a checkpoint, not the state of the optimizer: "
-                f"a run is resumed from its output_dir."
+                f"hub_strategy={strategy.value!r} pushes the adapter of a checkpoint but not the optimizer state. A "
+                f"run can only be resumed from its output_dir."
             )
 
     def draw_curves(self) -> None:
-        """Draw `curves.png`, if something has been logged; an error is a warning."""
-        from grpo_ext.report.png_plots import draw_curves  # a run that pushes nothing does not need matplotlib
+        """Draw `curves.png` if something has been logged; an error becomes a warning."""
+        from grpo_ext.report.png_plots import draw_curves  # a run without pushes does not need matplotlib
 
         if metrics_path(self._args).exists():
             draw_or_warn(draw_curves, self._args.output_dir)

@@ -1,4 +1,4 @@
-"""Records what the policy wrote in each rollout, for the report of the run: `completions.jsonl`."""
+"""Record the completions of each rollout in `completions.jsonl`, for the report of the run."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class Recorder:
     """Appends each rollout of training to `completions.jsonl`.
 
     Args:
-        args: of the trainer.
+        args: arguments of the trainer.
         writes: whether this process writes the file.
     """
 
@@ -25,9 +25,9 @@ class Recorder:
         """Record the rows of this process; every process calls it.
 
         Args:
-            rollout: once its rewards are computed.
+            rollout: the rollout, with its rewards.
             is_cut: whether each row was cut off.
-            step: the optimizer step that the rollout is for, from 1.
+            step: the optimizer step that the rollout is for, counted from 1.
             logs: TRL's table of completions, which ends with this rollout.
         """
         rows = [

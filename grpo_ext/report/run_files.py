@@ -3,7 +3,7 @@
     metrics.jsonl   {"step": 1, "reward": 0.42, ...}
                     {"step": 2, "rewa                 a killed process may leave half a line behind; readers skip it
 
-A page has room for a part of a long file: `read_downsampled` keeps the newest rows, and older ones at equal distances.
+A page shows only a part of a long file: `read_downsampled` keeps the newest rows, and every k-th of the older ones.
 
     choose_rows([10] * 100, budget=300)  ->  [0, 8, 16, ..., 88, 90, 91, ..., 99], 8
 """
@@ -23,7 +23,7 @@ CURVES_FILE = "curves.png"
 PAGE_FILE = "report.html"
 CARD_FILE = "README.md"
 
-NEWEST_ROWS = 10  # never left out by `choose_rows`, if they fit
+NEWEST_ROWS = 10  # always kept by `choose_rows` if they fit
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the contents of a file; if the process is killed meanwhile, the file stays as it was."""
+    """Replace the contents of a file; if the process is killed meanwhile, the file is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
@@ -60,7 +60,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def parse_row(line: str | bytes) -> Row | None:
-    """The row of a line, or None if a kill cut the line short."""
+    """The row of a line; None if a kill cut the line short."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -69,7 +69,7 @@ def parse_row(line: str | bytes) -> Row | None:
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Start a file for a run that begins after `step`: keep the rows up to that step, or none in a fresh run (0)."""
+    """Start a file for a run that starts after `step`: keep the rows up to that step, or none in a new run (step 0)."""
     write_rows(path, (row for row in read_rows(path) if row["step"] <= step) if step else ())
 
 
@@ -77,13 +77,15 @@ def keep_rows_until(path: Path, step: int) -> None:
 
 
 def choose_rows(sizes: list[int], budget: int) -> tuple[list[int], int]:
-    """Indices of the rows to keep, and the distance between the older ones of them.
+    """Indices of the rows to keep, and the distance k between the older ones of them.
 
-    All rows if they fit. Else the newest ten, and of the older ones the first and every k-th after it, with the
-    smallest power of two k for which they fit. Else the newest rows that fit, at least one.
+    All rows are kept if they fit. Otherwise, the newest ten are kept, and the first and every k-th of the older ones,
+    with the smallest power of two k for which they fit. If the newest ten do not fit either, as many of them as fit are
+    kept, at least one.
 
     Args:
-        sizes: of the rows, oldest first, in the unit of `budget`.
+        sizes: sizes of the rows, oldest first, in the unit of `budget`.
+        budget: maximum total size.
     """
     count, every = len(sizes), 1
     while every < 2 * count:
@@ -98,9 +100,9 @@ def choose_rows(sizes: list[int], budget: int) -> tuple[list[int], int]:
 
 
 def read_downsampled(path: Path, budget: int) -> tuple[list[Row], int]:
-    """Rows that take about `budget` bytes at most, and the distance between the older ones of them.
+    """Rows of up to about `budget` bytes in total, and the distance between the older ones of them.
 
-    Skipped lines are not parsed, and at most one of them is in memory at a time.
+    Skipped lines are not parsed, and only one of them is in memory at a time.
     """
     if not path.exists():
         return [], 1
@@ -117,14 +119,15 @@ def read_downsampled(path: Path, budget: int) -> tuple[list[Row], int]:
     return rows, every
 
 
-# Pictures
+# Plots and the page
 
 
 def draw_or_warn(draw: Callable[[str], Path], output_dir: str) -> None:
-    """Draw a picture of the run in this folder; a failure must not end the run, so it becomes a warning."""
+    """Draw the plots or the page of a run; an error becomes a warning, because it must not end the run."""
     try:
         draw(output_dir)
     except Exception as error:
         logger.warning(
-            f"A picture of the run is missing ({error!r}). Once that is mended: grpo-ext report {output_dir}"
+            f"The report of the run could not be written ({error!r}). Once this is fixed, run: grpo-ext report "
+            f"{output_dir}"
         )

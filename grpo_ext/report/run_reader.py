@@ -1,4 +1,4 @@
-"""Reads the files of a run and puts its results into sentences and tables, whether the run ended, goes on, or died."""
+"""Read the files of a run that ended, is still going, or died, and give its results as sentences and tables."""
 
 import json
 from dataclasses import dataclass
@@ -8,22 +8,23 @@ from typing import Any
 from grpo_ext.evaluation.estimates import Difference, Estimate
 from grpo_ext.report.run_files import HELDOUT_FILE, METRICS_FILE, SETTINGS_FILE, Row, read_rows
 
-# Metrics of rewards in worker processes, means per rollout and process: end of the name -> what it counts.
+# Metrics of rewards in worker processes, each a mean per rollout and process: last part of the name -> label.
 FAILURE_LABELS = {
-    "timeouts": "answers over the time limit of a reward",
-    "crashes": "answers that ended the process of a reward",
-    "errors": "answers on which a reward raised an error",
+    "timeouts": "completions over the time limit of a reward",
+    "crashes": "completions that crashed the worker of a reward",
+    "errors": "completions on which a reward raised an error",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The contents of a run's folder so far.
+    """The current contents of a run's folder.
 
     Attributes:
-        rows: those of `metrics.jsonl`.
+        folder: the folder.
+        rows: the rows of `metrics.jsonl`.
         evaluations: the rows of `heldout.jsonl`, one per step; empty if nothing was held out.
-        settings: the contents of `run.json`; empty if there is none.
+        settings: the contents of `run.json`; empty if there is no such file.
     """
 
     folder: Path
@@ -36,7 +37,7 @@ class RunRecord:
         """Read the run in this folder.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no run in it.
         """
         folder = Path(folder)
         rows = read_metrics(folder / METRICS_FILE)
@@ -70,15 +71,15 @@ class RunRecord:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics file; skips a last line that a kill cut short, and a missing file has no rows."""
+    """The rows of a metrics file, without a last line that a kill cut short; none if there is no file."""
     return list(read_rows(path))
 
 
 def accuracy_change(run: RunRecord, column: str = "right") -> tuple[Estimate, Estimate, Difference] | None:
-    """The first and the last evaluation, and the change between them; None without two of the same problems.
+    """The first and the last evaluation, and the change between them; None if there are no two on the same problems.
 
     Args:
-        column: "right" for greedy answers, "shares" for sampled ones.
+        column: "right" for greedy completions, "shares" for sampled ones.
     """
     measured = [row for row in run.evaluations if row.get(column)]
     if len(measured) < 2 or len(measured[0][column]) != len(measured[-1][column]):
@@ -101,13 +102,13 @@ def verdict(run: RunRecord) -> str:
         return f"It learned: {figures} ({interval})."
     if is_sure and difference.high < 0:
         return f"It got worse: {figures} ({interval})."
-    return f"No change that could be told from chance: {figures} ({interval})."
+    return f"No change beyond chance: {figures} ({interval})."
 
 
 def _without_change(run: RunRecord) -> str:
     if run.evaluations:
         before = Estimate.of(run.evaluations[0]["right"])
-        since = "No evaluation since" if len(run.evaluations) == 1 else "Later evaluations are of other problems"
+        since = "No evaluation since then" if len(run.evaluations) == 1 else "Later evaluations are on other problems"
         return (
             f"Before training: {_percent(before.value)} of {before.n} held-out problems "
             f"(95% interval {_percent(before.low)} to {_percent(before.high)}). {since}."
@@ -116,13 +117,13 @@ def _without_change(run: RunRecord) -> str:
     if not rewards:
         return "Nothing was logged yet."
     return (
-        f"Nothing was held out, so what it learned is not measured. Mean reward of the training prompts: "
-        f"{rewards[0]:.2f} at first, {rewards[-1]:.2f} at last."
+        f"Nothing was held out, so it is unknown whether it learned. Mean reward on the training prompts: "
+        f"{rewards[0]:.2f} at the start, {rewards[-1]:.2f} at the end."
     )
 
 
 def run_status(run: RunRecord) -> list[str]:
-    """Step, duration, model, device and seed, as far as they are known."""
+    """Step, duration, model, device and seed, if they are known."""
     planned, seconds, seed = run.settings.get("steps"), run.last("train_runtime"), training_argument(run, "seed")
     parts = [
         f"step {run.step:,}" + (f" of {planned:,}" if planned else ""),
@@ -140,7 +141,7 @@ def training_argument(run: RunRecord, name: str) -> Any:
 
 
 def accuracy_table(run: RunRecord) -> dict[str, list[str]]:
-    """Measure -> estimate before, estimate after, and the change, which is "" for pass@k and for kinds of problems."""
+    """Measure -> estimate before, estimate after, and their change, which is "" for pass@k and kinds of problems."""
     table = {}
     for label, column in (("greedy pass@1", "right"), ("sampled pass@1", "shares")):
         found = accuracy_change(run, column)
@@ -159,7 +160,7 @@ def accuracy_table(run: RunRecord) -> dict[str, list[str]]:
 
 
 def failure_counts(run: RunRecord) -> dict[str, int]:
-    """How often the run survived a failure: failed rewards and skipped updates, label -> count."""
+    """How many failures the run survived: failed rewards and skipped updates, label -> count."""
     counts = {}
     rollouts_per_step = (training_argument(run, "gradient_accumulation_steps") or 1) / (
         (training_argument(run, "steps_per_generation") or 1) * (training_argument(run, "num_iterations") or 1)
@@ -175,7 +176,7 @@ def failure_counts(run: RunRecord) -> dict[str, int]:
             counts[label] = round(sum(a * b for a, b in zip(totals, since, strict=True)) * rollouts)
     skipped = run.last("nonfinite/skipped")
     if skipped is not None:
-        counts["updates skipped because of numbers that are not finite"] = round(skipped)
+        counts["updates skipped because the loss or a gradient was not finite"] = round(skipped)
     return counts
 
 
@@ -206,6 +207,6 @@ def _counts_failures(name: str, ending: str) -> bool:
 
 
 def _percent(share: float) -> str:
-    """`14%`; but 99.6% rather than 100% unless every problem is right, and likewise for 0%."""
+    """`14%`; but 99.6% instead of 100% unless every problem is right, and likewise for 0%."""
     text = f"{share * 100:.0f}%"
     return f"{share * 100:.1f}%" if text in ("0%", "100%") and 0 < share < 1 else text

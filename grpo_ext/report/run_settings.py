@@ -1,4 +1,4 @@
-"""Writes `run.json`: how a run was started. It is written before the first step, so a run that dies has it too.
+"""Write `run.json`: how a run was started. It is written before the first step, so a run that dies has it too.
 
     {"command": "accelerate launch recipes/math.py --seed 1", "settings": {"learning_rate": 0.001, ...},
      "changed": ["learning_rate", ...], "adapter": {"r": 16, ...}, "versions": {"trl": "1.16.0", ...}, ...}
@@ -26,7 +26,7 @@ from grpo_ext.model.adapters import count_parameters
 from grpo_ext.report.run_files import SETTINGS_FILE
 
 ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
-REPLACED_FIELDS = ("accelerator_config",)  # transformers replaces their values with objects of its own
+REPLACED_FIELDS = ("accelerator_config",)  # transformers replaces their values with its own objects
 REDACTED = "(hidden)"
 COMMAND = "grpo-ext"
 PACKAGES = Path(__file__).resolve().parents[2]  # the checkout or site-packages
@@ -72,7 +72,7 @@ def redact(value: Any, name: str = "") -> Any:
     """A setting that can be shown to others: plain data without secrets, local paths shortened.
 
     Args:
-        name: of the setting; the values of names such as `hub_token` are replaced as a whole.
+        name: name of the setting; a value whose name is like `hub_token` is hidden completely.
     """
     if _SECRET_NAME.search(name) and value is not None:
         return REDACTED
@@ -91,7 +91,7 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 def command_line() -> str:
-    """The command that repeats this run, to be typed in its working folder."""
+    """The command that repeats this run when typed in the same working folder."""
     hidden = False
     arguments = []
     for argument in sys.argv[1:]:
@@ -121,11 +121,11 @@ def _short_path(path: str) -> str:
 
 
 def _changed_settings(args: TrainingArguments, settings: dict[str, Any]) -> list[str]:
-    """Names of the settings that differ from their defaults; None and empty values are equal."""
+    """Names of the settings that differ from their defaults; None and empty values count as equal."""
     changed = []
     for field in dataclasses.fields(args):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = DEFAULTS.get(field.name, default)  # of a field that is None until it is resolved
+        default = DEFAULTS.get(field.name, default)  # some fields are None until they are resolved
         value = getattr(args, field.name)
         is_empty = value in (None, "", [], {}) and default in (None, "", [], {})
         if field.name in settings and value != default and not is_empty and field.name not in REPLACED_FIELDS:

@@ -1,4 +1,4 @@
-"""Writes `summary.json`: the results of a run in one object, for scripts that compare runs.
+"""Write `summary.json`: the results of a run in one object, for scripts that compare runs.
 
 {"recipe": "math", "steps": 30, "pass_at_1_before": {"value": 0.15, "low": 0.11, "high": 0.2, "n": 256}, ...}
 """
@@ -30,8 +30,10 @@ def build_summary(
     """The contents of `summary.json`.
 
     Args:
+        recipe: name of the recipe.
+        base_model: name of the base model.
         seconds: duration of the training, without the evaluations before and after it.
-        before, after: evaluations of the starting and of the trained policy on the same problems.
+        before, after: evaluations of the starting policy and of the trained one, on the same problems.
     """
     args, state = trainer.args, trainer.state
     trainable, total = count_parameters(trainer.model)
@@ -74,7 +76,7 @@ def write_summary(output_dir: str | Path, summary: dict[str, Any]) -> None:
 
 
 def accuracy_lines(summary: dict[str, Any]) -> str:
-    """The last lines of a run, one each for greedy and sampled answers:
+    """The last lines of a run, one for greedy and one for sampled completions:
 
     held-out pass@1: 0.39 [0.33, 0.45] -> 0.93 [0.89, 0.95], +0.54 [+0.47, +0.60], p < 0.001  (greedy, n=256, 46 s)
     """

@@ -98,7 +98,7 @@ def test_every_damage_to_every_file_is_found(saved, caplog):
             caplog.clear()
             assert files.find_checkpoint("last", folder) == before, (name, damage)
             (warning,) = caplog.messages
-            assert warning.startswith(f"{last} is passed over: ")
+            assert warning.startswith(f"{last} is skipped: ")
             assert name in warning or name == "complete.json"
             with pytest.raises(ValueError, match=rf"checkpoint-3' cannot be resumed: .*\. Use {before}\."):
                 files.find_checkpoint(str(last), folder)
@@ -114,7 +114,7 @@ def test_last_resumes_from_the_checkpoint_before_a_damaged_one(saved, again, cap
     truncated(folder / "checkpoint-3" / "optimizer.pt")
     resumed = again(max_steps=4)
     resumed.train(resume_from_checkpoint="last")
-    assert "checkpoint-3 is passed over: optimizer.pt has" in caplog.text
+    assert "checkpoint-3 is skipped: optimizer.pt has" in caplog.text
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
     for name, value in adapter_of(resumed).items():
         assert torch.equal(value, adapter[name]), name
@@ -125,13 +125,15 @@ def test_no_whole_checkpoint(saved, tmp_path, caplog):
     assert files.find_checkpoint("last", tmp_path) is None
     (tmp_path / "checkpoint-1").mkdir()
     assert files.find_checkpoint("last", tmp_path) is None
-    assert "checkpoint-1 is passed over: it was not written to its end" in caplog.text
-    assert f"no finished checkpoint in {tmp_path}: the run begins at step 0" in caplog.text
+    assert "checkpoint-1 is skipped: it is unfinished" in caplog.text
+    assert f"no finished checkpoint in {tmp_path}: the run starts at step 0" in caplog.text
     folder = Path(saved(max_steps=1).args.output_dir)
     missing(folder / "checkpoint-1" / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"is whole\. checkpoint-1: optimizer\.pt is missing\. Restore one"):
+    with pytest.raises(ValueError, match=r"is complete\. checkpoint-1: optimizer\.pt is missing\. Restore one"):
         files.find_checkpoint("last", folder)
-    with pytest.raises(ValueError, match=r"cannot be resumed: optimizer\.pt is missing\. Start without resume\."):
+    with pytest.raises(
+        ValueError, match=r"cannot be resumed: optimizer\.pt is missing\. Start without resume_from_checkpoint\."
+    ):
         files.find_checkpoint(folder / "checkpoint-1", folder)
     with pytest.raises(ValueError, match="nowhere' cannot be resumed: there is no such folder"):
         files.find_checkpoint("nowhere", folder)
@@ -139,9 +141,7 @@ def test_no_whole_checkpoint(saved, tmp_path, caplog):
 
 def test_the_folder_of_a_run_is_not_a_checkpoint(saved):
     folder = Path(saved(max_steps=2).args.output_dir)
-    with pytest.raises(
-        ValueError, match=rf"not written to its end \(no complete\.json\)\. Use {folder}/checkpoint-2\."
-    ):
+    with pytest.raises(ValueError, match=rf"it is unfinished \(no complete\.json\)\. Use {folder}/checkpoint-2\."):
         files.find_checkpoint(str(folder), folder)
 
 
@@ -182,7 +182,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     trainer._save_checkpoint = on_a_full_disk
-    with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*Earlier checkpoints are as they were"):
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*Earlier checkpoints are unchanged"):
         trainer.train()
     folder = Path(trainer.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -251,7 +251,9 @@ def test_checkpoint_of_another_run_is_refused(saved, again, tmp_path, small_mode
     other_config.config.rms_norm_eps = 1e-3
     saved(max_steps=1)
     differences = {
-        "r=4; this run has r=8. Start without resume, or restore r=4.": {"peft_config": random_lora(r=8)},
+        "r=4; this run has r=8. Start without resume_from_checkpoint, or restore r=4.": {
+            "peft_config": random_lora(r=8)
+        },
         "lora_alpha=8; this run has lora_alpha=9": {"peft_config": random_lora(lora_alpha=9)},
         r"target_modules=\['model.layers.0.mlp.down_proj', .*\.\.\.; this run has target_modules=\['q_proj'\]": {
             "peft_config": random_lora(target_modules=["q_proj"])
@@ -275,7 +277,7 @@ def test_checkpoint_of_another_run_is_refused(saved, again, tmp_path, small_mode
         "dead_groups=keep; this run has dead_groups=resample": {"dead_groups": "resample"},
     }
     for message, changes in differences.items():
-        with pytest.raises(ValueError, match=f"Checkpoint was made with {message}"):
+        with pytest.raises(ValueError, match=f"The checkpoint was made with {message}"):
             again(**changes).train(resume_from_checkpoint="last")
     may_differ = {"logging_steps": 2, "save_steps": 5, "max_steps": 3, "chunk_tokens": 64, "report_to": "none"}
     may_differ |= {"output_dir": str(tmp_path / "other"), "reward_workers": 1, "log_completions": True}
@@ -295,7 +297,7 @@ def test_another_number_of_processes_is_refused(saved, again):
 
 def test_a_checkpoint_without_an_optimizer_is_refused(saved, again):
     saved(max_steps=1, save_only_model=True)
-    with pytest.raises(ValueError, match="holds no optimizer: it was made with save_only_model=True"):
+    with pytest.raises(ValueError, match="has no optimizer state: it was made with save_only_model=True"):
         again().train(resume_from_checkpoint="last")
 
 

@@ -34,7 +34,7 @@ def test_a_run_of_trl_goes_on_at_its_last_step(train, tmp_path, caplog):
     assert trainer.state.global_step == 5
     assert [row["step"] for row in trainer.state.log_history] == [1, 2, 3, 4, 5, 5]
     assert before.items() <= contents(tmp_path / "run").items()
-    assert "resumed as TRL does" in caplog.text
+    assert "resumed as in TRL" in caplog.text
     again = train(GRPOExtTrainer, resume=True, max_steps=5)  # the last one is ours
     for name, value in adapter_of(trainer).items():
         assert (adapter_of(again)[name] == value).all(), name
@@ -45,7 +45,7 @@ def test_a_run_that_would_overwrite_them_is_refused(train, tmp_path):
     before = contents(tmp_path / "run")
     with pytest.raises(ValueError, match=r"checkpoint-1, checkpoint-2, checkpoint-3 .*resume_from_checkpoint=True"):
         train(GRPOExtTrainer)
-    with pytest.raises(ValueError, match=r"checkpoint-3 of another trainer"):
+    with pytest.raises(ValueError, match=r"checkpoints of another trainer \(checkpoint-3\)"):
         train(GRPOExtTrainer, resume=str(tmp_path / "run" / "checkpoint-2"))
     train(GRPOExtTrainer, save_strategy="no")
     assert contents(tmp_path / "run") == before
@@ -57,4 +57,4 @@ def test_an_unfinished_checkpoint_of_ours_is_not_taken_for_one(train, tmp_path, 
     (tmp_path / "run" / "checkpoint-3" / "complete.json").unlink()
     trainer = train(GRPOExtTrainer, resume=True)
     assert trainer.state.global_step == 3
-    assert "checkpoint-3 is passed over: it was not written to its end" in caplog.text
+    assert "checkpoint-3 is skipped: it is unfinished" in caplog.text

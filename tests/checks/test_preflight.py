@@ -55,12 +55,12 @@ REFUSED = [
     ({"reward": takes_answers}, r"Reward 'takes_answers' needs column 'answer'; the dataset has: prompt\."),
     (
         {"reward": takes_no_rest},
-        r"takes \(completions, prompts\) only, .*takes_no_rest\(completions, prompts, \*\*",
+        r"accepts only \(completions, prompts\), .*takes_no_rest\(completions, prompts, \*\*",
     ),
     ({"prompts": []}, "The training data has no rows"),
     (
         {"prompts": PROMPTS[:1]},
-        r"has 1 prompts, and one rollout takes 2 \(8 completions / num_generations=4\)\. Add prompts, or",
+        r"has only 1 prompt, and one rollout needs 2 \(8 completions / num_generations=4\)\. Add prompts, or",
     ),
     (
         {"prompts": [*PROMPTS, "1+" * 30 + "1=", "2+" * 20 + "2="], "max_prompt_tokens": 30},
@@ -98,7 +98,7 @@ def test_refused_before_weights_are_loaded(build, without_weights, settings, mes
 def test_tokens_that_the_model_does_not_have(build, small_model):
     """On a GPU that is an assertion in a kernel, hours later perhaps, and the context is lost."""
     small_model.config.vocab_size = 20
-    with pytest.raises(ValueError, match=r"The tokenizer has a token \d+ .*the model knows 20 tokens"):
+    with pytest.raises(ValueError, match=r"The tokenizer has a token \d+ .*the model has only 20 tokens"):
         build(small_model, guards=True, peft_config=fresh_lora())
 
 
@@ -119,10 +119,10 @@ def test_long_prompts_are_left_out_and_counted(build, small_model, caplog):
 
 UNWISE = [
     ({"num_generations": 2}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
-    ({"learning_rate": 1e-6}, "learning_rate=1e-06 is one of full fine-tuning"),
+    ({"learning_rate": 1e-6}, "learning_rate=1e-06 is typical of full fine-tuning"),
     (
         {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},
-        "lora_dropout=0.1 is live in sampling and in scoring",
+        "lora_dropout=0.1 is on in sampling and in scoring",
     ),
     *(
         (
@@ -282,7 +282,7 @@ def test_templates(build, tokenizer, caplog, prompts, monkeypatch):
     settings = {"guards": True, "peft_config": fresh_lora(), "reward": likes_everything, "max_steps": 1}
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     build(small_llama(tokenizer), prompts=prompts, **settings).preflight()
-    ends = "The chat template ends a turn with '#', which holds none of the tokens that end an answer"
+    ends = "The chat template ends a turn with '#', which contains no token that ends a completion"
     assert (ends in caplog.text) is (prompts is MESSAGES)
     assert "The prompts are plain text" not in caplog.text  # right for a base model that ships a template
     caplog.clear()
@@ -436,9 +436,9 @@ def test_a_dry_run_ends_there(build, small_model, capsys):
     assert trainer.train().global_step == 0
     assert all(torch.equal(before[name], value) for name, value in adapter_of(trainer).items())
     said = re.sub(r"\s*│\n│\s*", "", capsys.readouterr().out)
-    assert "length_reward: 0.18 for no answer" in said
+    assert "length_reward: 0.18 (for a completion without an answer)" in said
     assert "Question: 1+2=?" in said
-    assert re.search(r"largest step\s+\d+\.\d s, \d+\.\d\d GB at its peak", said)
+    assert re.search(r"worst-case step\s+\d+\.\d s, peak memory \d+\.\d\d GB", said)
 
 
 def test_where_it_cannot_be_rehearsed_the_log_says_so(build, small_model, caplog):
@@ -446,7 +446,7 @@ def test_where_it_cannot_be_rehearsed_the_log_says_so(build, small_model, caplog
     trainer = build(small_model, guards=True, peft_config=fresh_lora(), max_steps=1)
     trainer.train_dataset = data
     trainer.preflight()
-    assert "No step is rehearsed before the run: the data has no length" in caplog.text
+    assert "No worst-case step is run before training: the data has no length" in caplog.text
 
 
 def test_the_embedded_model_passes(build, tiny_model):

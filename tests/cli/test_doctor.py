@@ -136,15 +136,15 @@ def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port}")
     finding = doctor.hub()
     assert finding.colour == "yellow"
-    assert f"http://127.0.0.1:{closed_port} does not answer" in finding.text
+    assert f"http://127.0.0.1:{closed_port} does not respond" in finding.text
 
 
 @pytest.mark.parametrize(
     ("status", "token", "colour", "text"),
     [
         (200, "hf_right", "green", "logged in as somebody"),
-        (401, "hf_wrong", "yellow", "it answers, and refuses the saved token (401)"),
-        (401, None, "yellow", "it answers; not logged in, so no gated models and no push"),
+        (401, "hf_wrong", "yellow", "it responds, but rejects the saved token (401)"),
+        (401, None, "yellow", "it responds; not logged in, so no gated models and no push"),
     ],
 )
 def test_a_hub_that_answers(monkeypatch, status, token, colour, text, hub_of):
@@ -196,6 +196,6 @@ def test_through_its_command_line(capsys, free, monkeypatch, tmp_path):
     assert [name for name in names if name not in text] == []
     assert len(text.splitlines()) <= 24
     free(0.5)
-    with pytest.raises(SystemExit, match="A red line stops every run"):
+    with pytest.raises(SystemExit, match="No run works until the red lines are fixed"):
         cli.main(["doctor"])
     assert "stop" in capsys.readouterr().out

@@ -26,7 +26,7 @@ def test_the_columns_choose_the_recipe(tmp_path, capsys, recipe):
     main(["train", data, "--model", str(TINY_MODEL), *SHORT, "--dry_run", "--output_dir", str(tmp_path / "run")])
     output = capsys.readouterr().out.replace("\n", "")
     assert f"recipe {recipe}: '{data}' has" in output
-    assert "dry run: the checks are through" in output
+    assert "dry run: all checks passed" in output
 
 
 @pytest.mark.parametrize(

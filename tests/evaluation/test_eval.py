@@ -138,7 +138,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
     ("flags", "message"),
     [
         (["--split", "dev"], "has no split 'dev'; it has: train, test. Add --split train"),
-        (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0 to draw samples"),
+        (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0 with --samples"),
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
         (["--reward", "grpo_ext.rewards:nope"], "nope"),

@@ -308,10 +308,10 @@ def test_command_line(capsys, two_layers):
         "weights, bfloat16",
         "adapter, gradients, AdamW",
         "fits",
-        f"{memory:.3g} GB less 10% that is left free",
+        f"{memory:.3g} GB minus a reserve of 10%",
     ):
         assert words in printed
-    assert "no plan for a GPU was compared with a card yet" in printed
+    assert "Plans for a GPU have not been compared with a real card yet" in printed
     cli.main([*command, "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"]
@@ -323,7 +323,7 @@ def test_command_line(capsys, two_layers):
     printed = capsys.readouterr().out
     assert "It does not fit" in printed
     assert "--load_in_4bit" in printed
-    assert "Take a smaller model" in printed
+    assert "Use a smaller model" in printed
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_bad_flags_end_in_one_sentence(small_folder, flags, message):
 def test_invalid_memory_size(small_folder, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--model", small_folder, "--gpu", "big"])
-    assert "'big' is not a size. Type for example 8GB." in capsys.readouterr().err
+    assert "'big' is not a size. Type 8GB, for example." in capsys.readouterr().err
 
 
 def test_full_fine_tuning_is_refused(small_folder):

@@ -401,8 +401,8 @@ def test_all_linear_leaves_the_head_out(build, small_model):
 @pytest.mark.parametrize(
     ("said", "lora", "settings"),
     [
-        ("it is where prompts are shared.*Use share_prompt=True", {}, {"share_prompt": False}),
-        ("it is where prompts are shared", {"lora_dropout": 0.1}, {"disable_dropout": False}),
+        ("it needs shared prompts.*Use share_prompt=True", {}, {"share_prompt": False}),
+        ("it needs shared prompts", {"lora_dropout": 0.1}, {"disable_dropout": False}),
         ("Use LoRA without use_dora", {"use_dora": True}, {}),
         ("Use LoRA without use_dora, lora_bias", {"lora_bias": True}, {}),
         ('the weight or bias of its base layer is also trained. Use bias="none"', {"bias": "lora_only"}, {"beta": 0.0}),

@@ -87,7 +87,7 @@ def test_chat_or_base_is_told_by_the_end_of_a_turn(tmp_path, tokenizer, caplog, 
         assert row["prompt"][1]["content"].endswith("+1=?")
     else:
         assert row["prompt"].startswith("Question: ")
-    assert ("Taken for a base model" in caplog.text) == (chat == "auto" and not is_messages)
+    assert ("counts as a base model" in caplog.text) == (chat == "auto" and not is_messages)
 
 
 def test_end_tokens_of_the_generation_config_count(tmp_path, tokenizer):
@@ -179,7 +179,7 @@ def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
     if refused is None:
         refuse_unread_tests(problems.train.column_names, path)
     else:
-        with pytest.raises(ValueError, match=rf"has the tests of {refused}.*give each row `"):
+        with pytest.raises(ValueError, match=rf"has tests in the format of {refused}.*give each row `"):
             refuse_unread_tests(problems.train.column_names, path)
 
 
@@ -298,7 +298,7 @@ def test_bad_data_is_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"column for the prompt.*it has: text, answer"):
         load_problems(write(tmp_path / "a.jsonl", [{"text": "x", "answer": "1"}] * 10), tokenizer)
     with pytest.raises(
-        ValueError, match=r"column for the answer, one of: answer, .*it has: question. Name it: --answer_column"
+        ValueError, match=r"column for the answer, one of: answer, .*it has: question. Name another one with --answer"
     ):
         load_problems(write(tmp_path / "b.jsonl", [{"question": "x"}] * 10), tokenizer)
     with pytest.raises(ValueError, match="3 rows and no split 'test': too few"):

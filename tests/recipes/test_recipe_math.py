@@ -73,7 +73,7 @@ def test_two_processes(tmp_path):
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
     code, output = launch(command, cwd=ROOT / "recipes", OMP_NUM_THREADS="1")
     assert code == 0, output
-    assert "2 prompts x 8 answers = 16 completions" in output
+    assert "16 completions (2 prompts x 8)" in output
     assert output.count("held-out pass@1: ") == 2  # greedy and sampled
     assert json.loads((tmp_path / "summary.json").read_text())["pass_at_1_after"]["n"] == 8
     rollouts = lines_of(tmp_path / "completions.jsonl")
@@ -95,14 +95,14 @@ def test_what_a_run_prints_and_writes(tmp_path):
     for text in (
         "recipes/tiny_math/model, 0.87M parameters in float32",
         "163,840 parameters",
-        "the same backbone with the adapter off, no second model; beta = 0.1",
-        "1 prompts x 8 answers = 8 completions",
+        "the same backbone with the adapter off (no second model); beta = 0.1",
+        "8 completions (1 prompt x 8)",
         "steps      2, learning rate 0.001",
         "held out: 8 problems of split 'test'",
-        "loss is not progress in GRPO",
+        "The loss does not measure progress in GRPO",
         "reward=",
         "pass@1=",
-        "Held-out problems, greedy answers",
+        "Held-out problems, greedy completions",
     ):
         assert text in output
     assert "Traceback" not in output
@@ -178,7 +178,7 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, caplog):
     for name in ("report.html", "curves.png"):
         (tmp_path / name / "taken").mkdir(parents=True)
     recipe.main([*TWO_STEPS, "--output_dir", str(tmp_path)])
-    assert f"Once that is mended: grpo-ext report {tmp_path}" in caplog.text
+    assert f"Once this is fixed, run: grpo-ext report {tmp_path}" in caplog.text
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
 

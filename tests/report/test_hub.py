@@ -87,7 +87,7 @@ def test_a_run_is_published_and_its_card_loads_it_elsewhere(hub, build, tiny_mod
     assert (tmp_path / "run/checkpoint-2/ref").is_dir()  # there was something to leave out
 
     unfinished = ModelCard(states[1]["README.md"].decode())
-    assert "Not measured when this was saved, after step 1." in unfinished.text
+    assert "Not measured before this was saved (after step 1)." in unfinished.text
     assert "![Curves of the run](curves.png)" in unfinished.text
     assert unfinished.data.eval_results is None
     card = ModelCard(states[-1]["README.md"].decode())
@@ -168,7 +168,7 @@ def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
     message = capsys.readouterr().out
     command = f"grpo-ext push {trainer.args.output_dir} {REPO} --private"
     assert len(hub.commits[REPO]["main"]) == 1
-    assert message.count(f"push it again: {command}\n") == 7
+    assert message.count(f"Push again: {command}\n") == 7
     for reason in (
         "there is no token",
         "the token may not write there",
@@ -189,7 +189,7 @@ def test_a_picture_that_fails_does_not_end_the_run(hub, build, small_model, capl
     Path(trainer.args.output_dir, "curves.png").symlink_to("/nowhere/curves.png")
     trainer.train()
     assert trainer.state.global_step == 1
-    assert f"Once that is mended: grpo-ext report {trainer.args.output_dir}" in caplog.text
+    assert f"Once this is fixed, run: grpo-ext report {trainer.args.output_dir}" in caplog.text
     assert set(hub.files(REPO)) == WEIGHTS | {"README.md"}
 
 
@@ -233,8 +233,8 @@ def test_the_command_where_it_cannot_push(hub, build, small_model, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (401, "Log in by `hf auth login`"),
-        (403, "Use one that can write"),
+        (401, "Log in with `hf auth login`"),
+        (403, "Use a token with write access"),
         (429, "429 .* Try again later"),
         (500, "500 .* Try again later"),
         ("drop", "RemoteProtocolError: .* Try again later"),
@@ -283,7 +283,7 @@ def test_a_local_base_stays_unnamed(hub, build, tiny_model, tmp_path, monkeypatc
     assert not [name for name, content in files.items() if str(ROOT).encode() in content]
     card = ModelCard(files["README.md"].decode())
     assert "base_model" not in card.data.to_dict()
-    assert "a local llama model, which has no name on the Hub" in card.text
+    assert "a local llama model that is not on the Hub" in card.text
     assert code_of(card).count(REPO) == 2
     code = code_of(ModelCard.load(tmp_path / "run/README.md"))
     assert code.count("PATH/OF/THE/BASE/MODEL") == 1

@@ -197,7 +197,7 @@ def test_groups_by_keyboard(browser, hostile):
     assert len(cards) == len(HOSTILE)
     assert "advantage\n−0.5\nmath_answer_reward 0\nformat_reward 0.5" in cards[0].text
     assert "advantage\n+0.5\nmath_answer_reward 1" in cards[1].text
-    assert browser.find_element(By.ID, "gold").text == "right answer 1016"
+    assert browser.find_element(By.ID, "gold").text == "gold answer 1016"
     assert Select(prompt).first_selected_option.text.startswith("2: mean 1, … ")
 
     browser.execute_script("document.activeElement.blur()")  # everything there is to do can be reached by Tab

@@ -188,13 +188,13 @@ def test_panels_are_what_people_look_at_in_its_order():
         "Groups by their rewards",
         "Length of completions",
         "Reward against KL, step by step",
-        "KL from the reference",
+        "KL to the reference",
         "Token entropy",
         "Gradient norm",
-        "Time of a step",
+        "Time per step",
         "Peak memory so far",
         "Mean normalised reward",
-        "Total loss (no measure of progress)",
+        "Total loss (not a measure of progress)",
     ]
     assert panels["Rewards for being right"].lines[0].y == [0.5, 0.5]
     assert panels["Rewards for the shape of the text"].lines[0].y == [0.9, 0.9]
@@ -207,7 +207,7 @@ def test_panels_are_what_people_look_at_in_its_order():
     ]
     length, cut = panels["Length of completions"].lines
     assert (length.low, length.high, cut.y, cut.on_right_axis) == ((1.0, 1.0), (12.0, 12.0), [0.5, 0.5], True)
-    assert panels["KL from the reference"].unit == "nats an answer"
+    assert panels["KL to the reference"].unit == "nats per completion"
     assert [line.y for line in panels["Gradient norm"].lines if line.on_right_axis] == [[1.0]]
     assert panels["Peak memory so far"].lines[0].y == [2.0, 2.0]
     assert [panel.title for panel in build_panels([{"step": 1, "loss": None, "reward": 1.0}])] == ["Mean raw reward"]
@@ -229,7 +229,7 @@ def test_lines_are_smoothed_and_long_runs_thinned():
 def test_a_phase_that_a_step_did_not_have_took_no_time():
     """A step that reuses a rollout has no sampling; it must not vanish from the picture."""
     rows = [a_step(1), {name: value for name, value in a_step(2).items() if name != "time/generate"}]
-    layers = next(panel for panel in build_panels(rows) if panel.title == "Time of a step").lines
+    layers = next(panel for panel in build_panels(rows) if panel.title == "Time per step").lines
     assert [(line.label, line.y) for line in layers] == [("generate", [1.0, 0.0]), ("update", [2.0, 2.0])]
 
 
@@ -255,8 +255,12 @@ def test_verdict_reads_as_promised():
         (36, 255, "It learned: from 14% to 99.6% of 256 held-out problems (+86 points, 95% interval +80 to +89)."),
         (255, 36, "It got worse: from 99.6% to 14% of 256 held-out problems (-86 points, 95% interval -89 to -80)."),
         (36, 42, "It learned: from 14% to 16% of 256 held-out problems (+2 points, 95% interval +0 to +4)."),
-        (36, 40, "No change that could be told from chance: from 14% to 16% of 256 held-out problems"),
-        (36, None, "Before training: 14% of 256 held-out problems (95% interval 10% to 19%). No evaluation since."),
+        (36, 40, "No change beyond chance: from 14% to 16% of 256 held-out problems"),
+        (
+            36,
+            None,
+            "Before training: 14% of 256 held-out problems (95% interval 10% to 19%). No evaluation since then.",
+        ),
     ],
 )
 def test_the_verdict_in_one_sentence(before, after, sentence):

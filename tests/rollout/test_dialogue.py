@@ -252,7 +252,7 @@ def test_nan_is_no_reward_and_no_failure(build_player):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"share_prompt": False}, "Dialogue goes on from states that shared sampling keeps"),
+        ({"share_prompt": False}, "Dialogue continues from the KV caches that shared sampling keeps"),
         ({"dead_groups": "resample"}, "dead_groups='resample' does not work with rollout_func"),
         ({"num_generations_max": 8}, "num_generations_max=8 does not work with rollout_func"),
         ({"replay_fraction": 0.5, "generation_kwargs": None}, "replay_fraction=0.5 does not work with rollout_func"),

@@ -183,5 +183,5 @@ def test_what_stays_dead_may_be_drawn_anew(build, small_model):
 
 def test_refused_where_groups_cannot_grow(build, small_model):
     small_model.config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="num_generations_max=10 draws on prompts that shared sampling keeps"):
+    with pytest.raises(ValueError, match="num_generations_max=10 needs the KV caches that shared sampling keeps"):
         build(small_model, **SETTINGS)

@@ -267,7 +267,9 @@ def test_a_stopped_run_goes_on_with_its_memory(build, small_model, tmp_path):
 
 
 def test_refused_where_nothing_can_be_replayed(build, small_model):
-    with pytest.raises(ValueError, match=r"replay_fraction=0.1 of 4 groups a rollout is none. Use at least 0.25"):
+    with pytest.raises(
+        ValueError, match=r"replay_fraction=0.1 of 4 groups per rollout is less than one.* Use at least 0.25"
+    ):
         build(small_model, **SETTINGS | {"replay_fraction": 0.1})
     small_model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"replay_fraction=0\.5 needs the log-probs of shared sampling"):

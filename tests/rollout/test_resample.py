@@ -90,7 +90,7 @@ def test_refused_where_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
     args = GRPOExtConfig(str(tmp_path), **settings)
     data = Dataset.from_dict({"prompt": PROMPTS})
     for name, keywords in {
-        "draws prompts at random, and .*IterableDataset": {"train_dataset": data.to_iterable_dataset()},
+        "picks prompts at random, and .*IterableDataset": {"train_dataset": data.to_iterable_dataset()},
         "does not work with rollout_func": {"train_dataset": data, "rollout_func": lambda prompts, trainer: {}},
     }.items():
         with pytest.raises(ValueError, match=f"dead_groups='resample' {name}"):

@@ -125,5 +125,5 @@ def test_exact_kl_is_refused_where_the_head_is_trained(build, small_model, tmp_p
 
 def test_exact_kl_is_refused_where_prompts_are_not_shared(build, small_model):
     small_model.config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="kl_estimator='exact' is computed where prompts are shared"):
+    with pytest.raises(ValueError, match="kl_estimator='exact' needs shared prompts"):
         build(small_model, peft_config=random_lora(), kl_estimator="exact", beta=0.1)

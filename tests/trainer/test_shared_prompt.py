@@ -172,6 +172,6 @@ def test_where_it_cannot_be_exact_it_says_why_and_trains_all_the_same(build, sma
             small_model, peft_config=random_lora(lora_dropout=0.1), disable_dropout=False, prompts=PROMPTS, max_steps=1
         )
     assert not trainer.shares_prompts
-    assert "Prompts are not shared between completions, TRL's plain path is taken: dropout is on." in caplog.text
+    assert "Prompts are not shared between completions, so TRL's plain path is taken: dropout is on." in caplog.text
     trainer.train()
     assert trainer.state.global_step == 1

@@ -1,5 +1,5 @@
-// Lets Bokeh draw the curves of the report, and people look through what the policy wrote.
-// In: the JSON in the element `data`, made by page.py. Text of the model only ever becomes text nodes, never markup.
+// Draws the curves of the report with Bokeh, and lets readers browse the completions.
+// In: the JSON in the element `data`, made by page.py. Text of the model only becomes text nodes, never markup.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -36,7 +36,7 @@ function frame(panel, i) {
   return node("figure", {}, node("figcaption", {}, panel.title), plot, node("ul", { class: "values", id: `values-${i}` }));
 }
 
-// What each line had last, up to the step that was chosen.
+// Show the last value of each line up to the chosen step.
 function showValues() {
   const step = at("moment").valueAsNumber;
   at("moment-name").textContent = `step ${step.toLocaleString("en")}`;
@@ -69,7 +69,7 @@ function card(answer) {
   const lines = Object.entries(answer.rewards).map(([name, value]) => node("p", {}, `${name} `, node("b", {}, value === null ? "not judged" : shown(value))));
   const length = node("p", { class: "soft" }, `${answer.tokens} tokens `);
   if (answer.cut) length.append(node("span", { class: "badge" }, "cut off"));
-  if (answer.found !== null) lines.push(node("p", {}, "answer found ", node("b", { dir: "auto" }, answer.found)));
+  if (answer.found !== null) lines.push(node("p", {}, "final answer ", node("b", { dir: "auto" }, answer.found)));
   for (const [name, value] of Object.entries(answer.extra)) lines.push(node("p", { class: "soft" }, `${name}: ${value}`));
   return node("article", { class: sign }, node("p", { class: "head" }, node("span", {}, "advantage"), node("span", {}, advantage)), ...lines, length, node("pre", { class: "text", dir: "auto", tabindex: 0 }, answer.text));
 }
@@ -83,7 +83,7 @@ function meanReward(group) {
 function showGroup() {
   const rollout = data.rollouts[at("step").value], group = rollout.groups[Math.max(0, at("prompt").selectedIndex)];
   at("prompt-text").textContent = group.prompt;
-  at("gold").replaceChildren(...(group.gold === null ? [] : ["right answer ", node("b", { dir: "auto" }, group.gold)]));
+  at("gold").replaceChildren(...(group.gold === null ? [] : ["gold answer ", node("b", { dir: "auto" }, group.gold)]));
   at("answers").replaceChildren(...group.answers.map(card));
 }
 
@@ -91,7 +91,7 @@ function showStep() {
   const rollout = data.rollouts[at("step").value], place = Math.max(0, at("prompt").selectedIndex);
   at("step-name").textContent = `step ${rollout.step.toLocaleString("en")}`;
   at("step").setAttribute("aria-valuetext", `step ${rollout.step}`);
-  at("left-out").textContent = rollout.left_out ? `${rollout.left_out} more prompts of this step are not recorded.` : "";
+  at("left-out").textContent = rollout.left_out ? `Prompts of this step that are not recorded: ${rollout.left_out}.` : "";
   const options = rollout.groups.map((group, i) => node("option", { value: i }, `${i + 1}: mean ${shown(meanReward(group))}, ${firstLine(group.prompt)}`));
   at("prompt").replaceChildren(...options);
   at("prompt").selectedIndex = Math.min(place, options.length - 1);
@@ -111,7 +111,7 @@ if (at("groups")) {
 
 function showProblem() {
   const place = Math.max(0, at("problem").selectedIndex), problem = data.evaluations[0].answers[place];
-  at("problem-text").textContent = problem.prompt + (problem.gold === null ? "" : `\n\nright answer: ${problem.gold}`);
+  at("problem-text").textContent = problem.prompt + (problem.gold === null ? "" : `\n\ngold answer: ${problem.gold}`);
   at("timeline").replaceChildren(...data.evaluations.map(({ step, answers }) => {
     const answer = answers[place];
     const mark = node("span", { class: answer.right ? "right" : "wrong" }, answer.right ? "\u2713 right" : "\u2717 wrong");
