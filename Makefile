@@ -1,14 +1,17 @@
 # make math    from a fresh clone to a trained adapter: installs what is needed, then runs the recipe
-# make quick   the same set-up, then the quick tests
+# make quick   the same set-up, then the quick tests; ARGS=tests/engine for a part of them
 # make test    the same set-up and the system packages, then every test
+# make oldest  the quick tests with the lowest versions that pyproject.toml allows; ARGS as above
+# make newest  the same with the newest versions that it allows
 # make check   ruff, its formatter, the type checker and the order of imports
 # make bench   stock TRL and grpo-ext side by side; pass options in ARGS, such as ARGS=--quick
 # make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 # `accelerate launch` gives a CPU process one thread unless told otherwise.
@@ -17,7 +20,7 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 # What the tests need in addition to Python packages, as command:Debian-package.
 SYSTEM := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 
-.PHONY: math quick test check fix bench study clean system
+.PHONY: math quick test oldest newest check fix bench study clean system
 
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
@@ -26,10 +29,17 @@ math: $(INSTALLED)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 quick: $(TOOLS)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test: $(TOOLS) system
 	$(PYTEST)
+
+# Each in a fresh environment under outputs/. torch stays at the version of constraints.txt.
+oldest: BOUNDS = sed -nE 's/^ *"([A-Za-z0-9_-]+)(\[.*\])?[>=]=([0-9.]+).*/\1==\3/p' pyproject.toml
+oldest newest:
+	rm -rf outputs/$@ && mkdir -p outputs
+	(grep '^torch==' constraints.txt; $(BOUNDS)) > outputs/$@.txt
+	$(MAKE) quick VENV=outputs/$@ CONSTRAINTS=outputs/$@.txt
 
 check: $(TOOLS)
 	$(BIN)/ruff check .
@@ -61,7 +71,7 @@ clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
 
 # Reinstalled only if the packages or their versions have changed.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'grpo-ext needs Python 3.11 or newer; this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .

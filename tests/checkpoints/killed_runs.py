@@ -2,12 +2,12 @@
 
     python tests/checkpoints/killed_runs.py FOLDER SEED
 
-Every session is a fork of this process, which has imported everything and computed nothing. SIGKILL is sent in its k-th
-generation, backward pass, save, or between these; k and the delay are random. The next session resumes from the last
-checkpoint. This continues, over several runs if needed, until there were KILLS kills; then the last run finishes.
+Every session is a fork of this process, which has imported everything and computed nothing. SIGKILL is sent during its
+k-th generation, backward pass or save, or between these; k and the delay are random. The next session resumes from the
+last checkpoint. This is repeated, over several runs if needed, for KILLS kills. Then the last run is left to finish.
 
-FOLDER/whole, FOLDER/killed-0, ...     the output folders, each with what its sessions trained on in `seen.jsonl`
-FOLDER/kills.json                      for each kill: the run, the phase that it was aimed at, and the phase that it hit
+FOLDER/whole, FOLDER/killed-0, ...     output folders; `seen.jsonl` in each records what its sessions trained on
+FOLDER/kills.json                      for each kill: the run, the phase it was aimed at, and the phase it hit
 """
 
 import gc
@@ -39,7 +39,7 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, half_dead, share_of_digits
 from tests.tools.training import SETTINGS
 
-KILLS, MAX_KILLS = 20, 60  # more than KILLS if a phase was not hit yet
+KILLS, MAX_KILLS = 20, 60  # more than KILLS if some phase was never hit
 PHASES = ("other", "generate", "backward", "save")
 # Uses everything that a checkpoint must contain; saves in the middle of rollouts.
 RUN: dict[str, Any] = {
@@ -63,13 +63,13 @@ RUN: dict[str, Any] = {
     "ref_model_sync_steps": 5,
     "eval_steps": 7,
     "guards": False,
-    "reward_workers": 0,  # a session would wait for its worker longer than it trains
+    "reward_workers": 0,  # starting a worker would take longer than a session trains
 }
 
 
 class PhaseLog:
-    """Memory shared by the sessions and this process: the current phase, and for each phase how often it began and its
-    total seconds."""
+    """Memory shared by the sessions and this process: the current phase, and for each phase how many times it began and
+    its total seconds."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 8 + 16 * len(PHASES))
@@ -135,7 +135,7 @@ class NotesFirstStep(TrainerCallback):
 
 
 def session(output_dir: Path, phases: PhaseLog) -> None:
-    """The same every time: resume from the last checkpoint, or start."""
+    """One session, always the same code: resume from the last checkpoint, or start."""
     output_dir.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     trainer = LoggingTrainer(

@@ -1,4 +1,4 @@
-"""Only whole checkpoints of the same run are resumed; others are skipped or refused, with the reason."""
+"""Only complete checkpoints of the same run are resumed. Others are skipped or refused, with the reason."""
 
 import copy
 import json
@@ -83,7 +83,7 @@ DAMAGES = (truncated, with_a_flipped_bit, missing, empty)
 
 
 def test_every_damage_to_every_file_is_found(saved, caplog):
-    """A checkpoint with a truncated optimizer or rollout would continue differently, or load garbage."""
+    """A run resumed from a truncated optimizer or rollout would diverge, or load garbage."""
     folder = Path(saved(max_steps=3, **EVERYTHING).args.output_dir)
     last, before = folder / "checkpoint-3", folder / "checkpoint-2"
     names = sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
@@ -121,7 +121,8 @@ def test_last_resumes_from_the_checkpoint_before_a_damaged_one(saved, again, cap
 
 
 def test_no_whole_checkpoint(saved, tmp_path, caplog):
-    """A run that was killed before its first checkpoint starts again; if finished checkpoints are damaged, it stops."""
+    """A run killed before its first checkpoint starts again from step 0. If all finished checkpoints are damaged, it
+    stops."""
     assert files.find_checkpoint("last", tmp_path) is None
     (tmp_path / "checkpoint-1").mkdir()
     assert files.find_checkpoint("last", tmp_path) is None
@@ -147,7 +148,7 @@ def test_the_folder_of_a_run_is_not_a_checkpoint(saved):
 
 @pytest.mark.parametrize("text", slow_but(["True", "true", "last", True], ["last"]))
 def test_values_from_a_command_line(saved, text):
-    """On a command line `True` is text; transformers would take it for a folder."""
+    """On a command line, `True` is a string, which transformers would take for a folder."""
     trainer = saved(max_steps=2)
     assert trainer.find_checkpoint(text) == Path(trainer.args.output_dir, "checkpoint-2")
     for nothing in ("False", "false", "", None, False):
@@ -167,8 +168,9 @@ def verbose_reward(completions, log_extra, **columns):
     slow_but([(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})], [(40_000, {})]),
 )
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, max_bytes, settings):
-    """In the second save, no file can exceed `max_bytes`: the card, the adapter, the optimizer or, after all files of
-    transformers, the state fails. With save_total_limit=1, transformers would have deleted the first checkpoint."""
+    """In the second save, no file can exceed `max_bytes`, so writing fails at the card, the adapter, the optimizer or,
+    after all files of transformers, the state. With save_total_limit=1, transformers would have deleted the first
+    checkpoint."""
     settings = settings | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     trainer = build(small_model, peft_config=random_lora(), reward=verbose_reward, **settings)
     save = trainer._save_checkpoint
@@ -191,7 +193,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
 
 
 def test_an_existing_checkpoint_is_replaced(saved, again):
-    """Files that an earlier session left in the folder would be taken for files of this checkpoint."""
+    """Otherwise, files left in the folder by an earlier session would be taken for files of this checkpoint."""
     folder = Path(saved(max_steps=2).args.output_dir)
     (folder / "checkpoint-2" / "state_0.safetensors").write_bytes(b"of another session")
     again(max_steps=2).train(resume_from_checkpoint=folder / "checkpoint-1")
@@ -202,7 +204,7 @@ def test_an_existing_checkpoint_is_replaced(saved, again):
 
 @pytest.mark.parametrize("limit", slow_but([1, 2, 3], [2]))
 def test_rotation_keeps_the_same_checkpoints_as_transformers(build, small_model, tmp_path, limit):
-    """The newest and the best are always kept."""
+    """Both always keep the newest and the best."""
     kept = {}
     for kind in (None, GRPOTrainer):
         settings = {
@@ -323,7 +325,7 @@ class MakesFolder:
     "name", slow_but(["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"], ["optimizer.pt"])
 )
 def test_a_malicious_pickle_does_not_run(saved, again, tmp_path, name):
-    """Its hash in the manifest is right: whoever can write the file can write the manifest."""
+    """Its hash in the manifest is correct: whoever can write the file can write the manifest."""
     folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
     if name == "adapter_model.bin":
         (folder / "adapter_model.safetensors").unlink()

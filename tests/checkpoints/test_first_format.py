@@ -1,5 +1,5 @@
-"""A checkpoint in the first format, made in the middle of a rollout with replay, a moving temperature and a moving
-reference. `final.txt` has the SHA-256 of the adapter that the build which made it reaches at step 7."""
+"""A checkpoint in the first format, saved in the middle of a rollout with replay, a moving temperature and a moving
+reference. `final.txt` has the SHA-256 of the adapter that the version which saved it reached at step 7."""
 
 import pytest
 from datasets import Dataset
@@ -11,7 +11,7 @@ from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import ROOT
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "first_format" / "checkpoint-5"
-MODEL = "recipes/tiny_math/model"  # as the checkpoint names it, relative to the checkout
+MODEL = "recipes/tiny_math/model"  # relative to the checkout, as in the checkpoint
 QUESTIONS = ["12+30=?", "7+8=?", "120+345=?", "538+478=?", "101+202=?", "614+303=?", "900+50=?", "333+444=?"]
 
 
@@ -58,7 +58,7 @@ def trainer_of_the_checkpoint(output_dir):
 
 
 def test_it_is_refused_and_not_resumed_without_its_state(tmp_path, monkeypatch):
-    """Its schedule, replay buffer and rollout would be lost without a word."""
+    """Its schedule, replay buffer and rollout would be lost silently."""
     monkeypatch.chdir(ROOT)
     trainer = trainer_of_the_checkpoint(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="was made by an earlier version of grpo-ext"):

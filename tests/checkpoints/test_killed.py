@@ -45,7 +45,7 @@ def test_kills_hit_every_phase(killed):
 
 @pytest.mark.slow
 def test_killed_runs_end_like_the_undisturbed_run(killed):
-    """Same adapter, to the byte, and same lines in the log, including held-out accuracy."""
+    """The adapter is equal byte by byte, and so are the lines of the log, including held-out accuracy."""
     folder, kills = killed
     lines = comparable(folder / "whole" / "metrics.jsonl")
     assert sum("heldout/pass@1" in line for line in lines) == 1 + RUN["max_steps"] // RUN["eval_steps"]
@@ -58,8 +58,8 @@ def test_killed_runs_end_like_the_undisturbed_run(killed):
 
 @pytest.mark.slow
 def test_each_session_trains_on_the_same_rows(killed):
-    """Tokens, advantages and temperatures of every micro-step of every session, including steps that a kill undid. Each
-    session resumes from the last checkpoint that was reported as saved, or from one that was complete when the kill
+    """Compares tokens, advantages and temperatures of every micro-step of every session, including steps undone by a
+    kill. Each session resumes from the last checkpoint reported as saved, or from one that was complete when the kill
     came."""
     folder, kills = killed
     whole = {note["micro_step"]: note["rows"] for note in notes_of(folder / "whole") if "micro_step" in note}

@@ -1,4 +1,4 @@
-"""Checkpoints that stock TRL wrote are resumed as TRL resumes them, and are never deleted or overwritten."""
+"""Checkpoints of stock TRL are resumed as TRL resumes them, and are never deleted or overwritten."""
 
 import pytest
 from trl import GRPOTrainer
@@ -26,8 +26,8 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("checkpoint-*/*") if path.is_file()}
 
 
-def test_a_run_of_trl_goes_on_at_its_last_step(train, tmp_path, caplog):
-    """It began at step 0, wrote over the checkpoints of TRL, and rotated the rest away."""
+def test_a_run_of_trl_continues_from_its_last_step(train, tmp_path, caplog):
+    """Guards against a run that begins at step 0, overwrites TRL's checkpoints, and deletes the others by rotation."""
     train(GRPOTrainer)
     before = contents(tmp_path / "run")
     trainer = train(GRPOExtTrainer, resume=True, max_steps=5, save_total_limit=1)
@@ -51,8 +51,8 @@ def test_a_run_that_would_overwrite_them_is_refused(train, tmp_path):
     assert contents(tmp_path / "run") == before
 
 
-def test_an_unfinished_checkpoint_of_ours_is_not_taken_for_one(train, tmp_path, caplog):
-    """A kill leaves a folder that looks like TRL's but for the file that comes first."""
+def test_an_unfinished_checkpoint_of_ours_is_not_taken_for_one_of_trl(train, tmp_path, caplog):
+    """A kill leaves a folder that differs from TRL's only by the file that is written first."""
     train(GRPOExtTrainer)
     (tmp_path / "run" / "checkpoint-3" / "complete.json").unlink()
     trainer = train(GRPOExtTrainer, resume=True)

@@ -1,4 +1,4 @@
-"""A stopped and resumed run equals the uninterrupted one bit by bit, under every option that carries state."""
+"""A stopped and resumed run equals the uninterrupted one bit by bit, under every option with state."""
 
 import shutil
 import sys
@@ -34,7 +34,7 @@ def rarely_good(completions, **columns):
     return [score if score > 0.5 else 0.0 for score in share_of_digits(completions)]
 
 
-# Rollouts for several steps: of 4 micro-batches (new ones in steps 0, 4 and 8), and of 3 when a step takes 2.
+# A rollout of 4 micro-batches serves 4 steps (new rollouts at steps 0, 4 and 8); one of 3 serves one and a half.
 LONG = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1, "max_steps": 9}
 MISALIGNED = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "gradient_accumulation_steps": 2}
 ONE_EPOCH = {"prompts": PROMPTS * 3}
@@ -44,11 +44,11 @@ MATRIX = {
     "four steps on a rollout": LONG,
     "rollouts of one and a half steps": MISALIGNED | ONE_EPOCH,
     "epochs that end in half a step": MISALIGNED | {"prompts": PROMPTS[:3]},
-    "three steps on such rollouts": MISALIGNED | ONE_EPOCH | {"num_iterations": 2},
+    "rollouts of one and a half steps, used twice": MISALIGNED | ONE_EPOCH | {"num_iterations": 2},
     "micro-batches of half groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "a log every third step": {"logging_steps": 3, "num_iterations": 2},
     "saved at the end of an epoch": {"save_strategy": "epoch", "max_steps": 6},
-    "saved if it is best, a log every third step": {"save_strategy": "best", "metric_for_best_model": "reward"}
+    "saved if best, a log every third step": {"save_strategy": "best", "metric_for_best_model": "reward"}
     | {
         "greater_is_better": True,
         "eval_strategy": "steps",
@@ -74,7 +74,7 @@ MATRIX = {
     "mixed reference": LONG | {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "copied reference": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 1.0},
     "adapter on the head": LONG | {"peft_config": random_lora(target_modules=["q_proj", "lm_head"])},
-    "adapter trained before": LONG | {"trained_before": True},
+    "previously trained adapter": LONG | {"trained_before": True},
     "whole model": LONG | {"whole": True},
     "whole model, moving reference": LONG | {"whole": True, "sync_ref_model": True, "ref_model_sync_steps": 2},
     "truncated completions masked": LONG | {"mask_truncated_completions": True},
@@ -83,14 +83,14 @@ MATRIX = {
     "rewards in a worker, completions logged": LONG
     | {"reward": isolated(logged, timeout_s=10, workers=1), "log_completions": True, "columns": {"answer": PROMPTS}},
     "cosine, warm-up, AdamW's decay": {"lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
-    "live dropout": {"disable_dropout": False, "peft_config": random_lora(lora_dropout=0.1)},
+    "dropout": {"disable_dropout": False, "peft_config": random_lora(lora_dropout=0.1)},
 }
-# Steps to resume from; the other cases resume from step 5 only.
+# Steps to resume from. The other cases resume from step 5 only.
 RESUMED_STEPS = {
     "one rollout per step, epochs of two": [3, 4],
     "four steps on a rollout": [3, 4, 5],
     "saved at the end of an epoch": [2, 4],
-    "saved if it is best, a log every third step": [2],
+    "saved if best, a log every third step": [2],
     "evaluated during training": [4, 5],
 }
 
@@ -123,8 +123,8 @@ def completions_in(folder):
 
 @pytest.mark.parametrize("name", slow_but(MATRIX, ["two steps on a rollout", "replay"]))
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, name):
-    """Same adapter, tokens and advantages of every micro-step, and lines of the log. Step 5 is in a later epoch, and
-    inside a rollout if rollouts serve several steps; an epoch ends after step 4."""
+    """The adapter, the tokens and advantages of every micro-step, and the lines of the log are the same. Step 5 is in a
+    later epoch, and inside a rollout if rollouts serve several steps. An epoch ends after step 4."""
     settings = MATRIX[name] | ({"save_steps": 1} if name in RESUMED_STEPS else {})
     whole, seen = train("whole", **settings)
     adapter, lines = adapter_of(whole), comparable(tmp_path / "whole" / "metrics.jsonl")
@@ -142,7 +142,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, name):
 
 
 def test_log_lines_after_the_checkpoint_are_replaced(train, tmp_path):
-    """In the output folder of the run itself, killed between a log and its save, in the middle of a line."""
+    """The run is killed between a log and its save, in the middle of a line, and resumed in its own output folder."""
     train("run", num_iterations=2)
     path = tmp_path / "run" / "metrics.jsonl"
     lines = comparable(path)
@@ -153,8 +153,8 @@ def test_log_lines_after_the_checkpoint_are_replaced(train, tmp_path):
 
 
 def test_a_finished_run_is_left_unchanged(train, tmp_path):
-    """Killed after its last save, for example in the evaluation after training. Step 7 is inside an epoch, which
-    transformers would continue."""
+    """The run is killed after its last save, for example in the evaluation after training. Step 7 is inside an epoch,
+    which transformers would continue."""
     whole, _ = train("run")
     lines = comparable(tmp_path / "run" / "metrics.jsonl")
     again, seen = train("run", resume="last")
@@ -167,7 +167,7 @@ def test_a_finished_run_is_left_unchanged(train, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_can_be_extended(train, tmp_path):
-    """With a constant learning rate, which does not depend on the length of the run."""
+    """This needs a constant learning rate, which does not depend on the length of the run."""
     whole, _ = train("whole", max_steps=7, lr_scheduler_type="constant")
     train("run", max_steps=3, lr_scheduler_type="constant")
     again, _ = train("run", resume="last", max_steps=7, lr_scheduler_type="constant")
@@ -202,7 +202,7 @@ def test_held_out_accuracy_during_training(train, tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_streamed_data(tmp_path, tokenizer):
-    """Exact in the first epoch. Later, the place in the stream is unknown, and resuming is refused."""
+    """Resuming is exact in the first epoch. Later, the position in the stream is unknown, and resuming is refused."""
 
     def streamed(folder):
         data = Dataset.from_dict({"prompt": PROMPTS * 3}).to_iterable_dataset()
@@ -224,7 +224,7 @@ def test_streamed_data(tmp_path, tokenizer):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """One launch: uninterrupted and resumed runs of every case of `two_resumed.py`, in both processes."""
+    """One launch of two processes, with an uninterrupted and a resumed run of every case of `two_resumed.py`."""
     folder = tmp_path_factory.mktemp("two")
     in_two_processes(two_resumed.__file__, folder)
     return folder
@@ -233,7 +233,7 @@ def two(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", two_resumed.CASES)
 def test_two_processes_resume_exactly(two, case):
-    """Each process has its own rows, random state and entropies; both share the order of prompts."""
+    """Each process has its own rows, random state and entropies. Both share the order of prompts."""
     assert files.why_unusable(two / case / "checkpoint-5") is None
     for process in (0, 1):
         whole, again = (torch.load(two / f"{case}-{kind}-{process}.pt") for kind in ("whole", "again"))

@@ -1,4 +1,4 @@
-"""Rewards of test_preflight.py that fail when they are tried, in a module that a worker imports in no time."""
+"""Rewards of test_preflight.py that fail when they are tried, in a module that a worker imports quickly."""
 
 
 def raises(completions, **columns):

@@ -1,4 +1,4 @@
-"""What is checked before a run: every guard speaks, names what was received and what is valid, and leaves no trace."""
+"""Checks before a run: each one reports what was received and what is valid, and leaves no trace in the run."""
 
 import functools
 import logging
@@ -22,12 +22,12 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS
 from tests.tools.training import adapter_of
 
-CHAT = "{% for m in messages %}{{ m['content'] }}#{% endfor %}"  # ends a turn with a token that ends nothing
+CHAT = "{% for m in messages %}{{ m['content'] }}#{% endfor %}"  # ends a turn with a token that ends no completion
 MESSAGES = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
 
 def fresh_lora(**changes):
-    """An adapter that leaves the model as it is until the first update."""
+    """An adapter that leaves the model unchanged until the first update."""
     return random_lora(**{"init_lora_weights": True} | changes)
 
 
@@ -41,14 +41,14 @@ def takes_no_rest(completions, prompts):
 
 @pytest.fixture
 def without_weights(tmp_path, tokenizer, small_model):
-    """A model folder that nothing could be loaded from: what is refused here is refused before that is tried."""
+    """A model folder without weights: whatever is refused for it is refused before weights are loaded."""
     folder = tmp_path / "model"
     small_model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-# Before weights
+# Before weights are loaded
 
 
 REFUSED = [
@@ -96,7 +96,7 @@ def test_refused_before_weights_are_loaded(build, without_weights, settings, mes
 
 
 def test_tokens_that_the_model_does_not_have(build, small_model):
-    """On a GPU that is an assertion in a kernel, hours later perhaps, and the context is lost."""
+    """On a GPU, this is an assertion in a kernel, perhaps hours later, and the CUDA context is lost."""
     small_model.config.vocab_size = 20
     with pytest.raises(ValueError, match=r"The tokenizer has a token \d+ .*the model has only 20 tokens"):
         build(small_model, guards=True, peft_config=fresh_lora())
@@ -135,7 +135,7 @@ UNWISE = [
         )
     ),
 ]
-# Of the same settings, what is fine: one update per rollout, a loss with a ratio per token, short answers, float32.
+# The same settings, harmless: one update per rollout, a loss with a ratio per token, short completions, float32.
 WISE = [
     {},
     {"bf16": True, "max_completion_length": 64, "gradient_accumulation_steps": 2},
@@ -146,7 +146,7 @@ WISE = [
 
 
 @pytest.mark.parametrize(("settings", "message"), [*UNWISE, *((settings, None) for settings in WISE)])
-def test_what_is_unwise_is_said(build, small_model, caplog, settings, message):
+def test_unwise_settings_are_reported(build, small_model, caplog, settings, message):
     with caplog.at_level(logging.WARNING, logger="grpo_ext.checks.preflight"):
         build(small_model, **{"guards": True, "peft_config": fresh_lora()} | settings)
     said = [record.getMessage() for record in caplog.records if record.name == "grpo_ext.checks.preflight"]
@@ -157,7 +157,7 @@ def test_what_is_unwise_is_said(build, small_model, caplog, settings, message):
 
 
 def test_nothing_to_train(build, small_model):
-    """An adapter loaded from disk is frozen unless one asks: the run looks healthy and learns nothing (TRL #6700)."""
+    """An adapter loaded from disk is frozen by default. The run looks healthy and learns nothing (TRL #6700)."""
     frozen = get_peft_model(small_model, fresh_lora())
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match=r"No trainable parameters\. .*is_trainable=True"):
@@ -201,8 +201,8 @@ def recording(is_safe):
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_reward_is_tried_as_trl_calls_it(build, small_model, tokenizer, early):
-    """A whole group of one prompt, and the state of the run: a reward that divides by `max_steps`, or that reads a
-    schedule that `on_train_begin` sets, failed on a made-up state before the run."""
+    """The reward receives a whole group of one prompt and the state of the run. A made-up state would break a reward
+    that divides by `max_steps`, or that reads a schedule set by `on_train_begin`."""
     reward, calls = recording(is_safe=True)
     begun = []
 
@@ -237,7 +237,7 @@ def test_a_reward_is_tried_as_trl_calls_it(build, small_model, tokenizer, early)
 
 
 def test_other_rewards_are_not_tried(build, small_model):
-    """A running best began at a made-up answer, and files of samples began with it."""
+    """A reward that keeps its best score or writes samples to a file would begin with a made-up completion."""
     reward, calls = recording(is_safe=False)
     trainer = build(small_model, guards=True, peft_config=fresh_lora(), reward=reward, reward_workers=None)
     trainer.preflight()
@@ -259,7 +259,7 @@ def test_trying_a_reward_draws_no_random_numbers(build, small_model):
 
 
 def test_the_parameters_of_a_decorator_count(build, small_model):
-    """Not those of the function in it, which TRL never calls."""
+    """Those of the decorated function do not, since TRL never calls it."""
 
     def narrow(completions, answers_of_the_script):
         return [1.0] * len(completions)
@@ -278,7 +278,7 @@ def likes_everything(completions, **columns):
 
 @pytest.mark.parametrize("prompts", [MESSAGES, PROMPTS])
 def test_templates(build, tokenizer, caplog, prompts, monkeypatch):
-    """A turn that ends in a token that ends nothing: every answer would run to its limit."""
+    """If a turn ends in a token that does not end a completion, every completion would run to its limit."""
     settings = {"guards": True, "peft_config": fresh_lora(), "reward": likes_everything, "max_steps": 1}
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     build(small_llama(tokenizer), prompts=prompts, **settings).preflight()
@@ -291,7 +291,7 @@ def test_templates(build, tokenizer, caplog, prompts, monkeypatch):
     assert "chat template" not in caplog.text
 
 
-# The rehearsal
+# The worst-case step
 
 
 REHEARSED = [
@@ -309,8 +309,8 @@ REHEARSED = [
 @pytest.mark.parametrize(
     "settings", slow_but(REHEARSED, REHEARSED[:2]), ids=lambda settings: "-".join(settings) or "default"
 )
-def test_it_leaves_nothing(build, tokenizer, settings):
-    """The run with a rehearsal is the run without it, to the last bit of its adapter, answers and metrics."""
+def test_the_worst_case_step_leaves_no_trace(build, tokenizer, settings):
+    """The adapter, completions and metrics of a run are bit-identical with and without it."""
     runs = []
     for guards in (True, False):
         trainer = build(small_llama(tokenizer), guards=guards, peft_config=fresh_lora(), max_steps=3, **settings)
@@ -330,8 +330,8 @@ def test_it_leaves_nothing(build, tokenizer, settings):
     assert all(torch.equal(adapter[name], value) for name, value in plain_adapter.items())
 
 
-def test_no_tracker_hears_of_it(build, small_model, monkeypatch):
-    """TRL sends its timings to Trackio whether a run has begun there or not, and before that Trackio raises."""
+def test_no_tracker_receives_the_worst_case_step(build, small_model, monkeypatch):
+    """TRL sends its timings to Trackio whether or not a run has begun there. Before one has, Trackio raises."""
     heard = []
     monkeypatch.setattr(profiling, "is_trackio_available", lambda: True)
     monkeypatch.setattr(
@@ -345,9 +345,9 @@ def test_no_tracker_hears_of_it(build, small_model, monkeypatch):
     assert heard
 
 
-def test_it_has_the_largest_shape(build, small_model, tokenizer):
-    """The longest prompt and a full answer in every row, or one token fewer; a whole rollout without a graph, a
-    micro-batch with one. No answer is masked for being cut off, or the update would be empty."""
+def test_the_worst_case_step_has_the_largest_shape(build, small_model, tokenizer):
+    """Every row has the longest prompt and a full completion, or one token less. A whole rollout runs without a graph,
+    a micro-batch with one. No completion is masked as truncated, which would leave the update empty."""
     shapes = []
     longest = "Question: 123456+654321=?\nAnswer:"
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_completion_length": 17}
@@ -369,8 +369,8 @@ def test_it_has_the_largest_shape(build, small_model, tokenizer):
 
 
 def largest_forwards(trainer, act):
-    """Of all forwards while this is done, with and without a graph: the most rows, tokens of the input, tokens of a
-    prompt that is prefilled, and tokens in the cache."""
+    """The maximum over all forwards of `act()`, with and without a graph: rows, input tokens, tokens of a prefilled
+    prompt, and tokens in the cache."""
     largest = {}
 
     def seen(module, args, kwargs):
@@ -402,8 +402,8 @@ LARGEST = [
 
 @pytest.mark.parametrize("settings", slow_but(LARGEST, LARGEST[:1]), ids=lambda settings: "-".join(settings) or "plain")
 def test_no_step_of_the_run_is_larger(build, small_model, settings):
-    """The engine computes equal prompts once. With the same longest prompt in every row, the largest step was the
-    smallest one, and what did not fit ran out of memory in the run."""
+    """The engine computes equal prompts once. With the same longest prompt in every row, the worst-case step would be
+    the smallest of all, and the run itself would be out of memory."""
     prompts = [f"Question: {i}+{i}=?\nAnswer:" for i in range(1, 10)]
     settings = {"per_device_train_batch_size": 16, "generation_kwargs": {"min_new_tokens": 9}} | settings
     trainer = build(small_model, guards=True, peft_config=fresh_lora(), prompts=prompts, max_steps=6, **settings)
@@ -411,12 +411,12 @@ def test_no_step_of_the_run_is_larger(build, small_model, settings):
     real = largest_forwards(trainer, trainer.train)
     assert trainer.state.global_step == 6
     assert real.keys() <= rehearsed.keys()
-    # Half of the rows end a token earlier, so the cache of the last step is copied while it is nearly full.
+    # Half of the rows end one token earlier, so that the cache is copied when it is nearly full.
     rehearsed["cached", False] += rehearsed["rows", False]
     assert {key: size for key, size in real.items() if size > rehearsed[key]} == {}
 
 
-def test_what_does_not_fit_says_what_would(build, small_model):
+def test_a_run_that_does_not_fit_is_told_what_would(build, small_model):
     trainer = build(small_model, guards=True, peft_config=fresh_lora())
 
     def full(*args, **kwargs):
@@ -427,8 +427,8 @@ def test_what_does_not_fit_says_what_would(build, small_model):
         trainer.train()
 
 
-def test_a_dry_run_ends_there(build, small_model, capsys):
-    """No step, and what the model sees is shown, special tokens with it."""
+def test_a_dry_run_ends_before_the_first_step(build, small_model, capsys):
+    """It takes no step and shows what the model sees, including special tokens."""
     trainer = build(
         small_model, guards=True, peft_config=fresh_lora(), reward=length_reward, dry_run=True, disable_tqdm=False
     )
@@ -441,7 +441,7 @@ def test_a_dry_run_ends_there(build, small_model, capsys):
     assert re.search(r"worst-case step\s+\d+\.\d s, peak memory \d+\.\d\d GB", said)
 
 
-def test_where_it_cannot_be_rehearsed_the_log_says_so(build, small_model, caplog):
+def test_the_log_says_if_no_worst_case_step_is_possible(build, small_model, caplog):
     data = Dataset.from_dict({"prompt": PROMPTS}).to_iterable_dataset()
     trainer = build(small_model, guards=True, peft_config=fresh_lora(), max_steps=1)
     trainer.train_dataset = data

@@ -1,4 +1,4 @@
-"""What is watched in a run: each wire is provoked, in training, and says what happened, why and what to do."""
+"""What is watched during a run: each finding is provoked in training, and says what happened, why, and what to do."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.tools.training import adapter_of, log_of
 
 
 def fresh_lora():
-    """An adapter that leaves the model as it is until the first update."""
+    """An adapter that leaves the model unchanged until the first update."""
     return random_lora(init_lora_weights=True)
 
 
@@ -32,7 +32,7 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "grpo_ext.checks.watch"]
 
 
-def test_a_healthy_run_trips_nothing(build, tiny_model, caplog):
+def test_a_healthy_run_causes_no_warning(build, tiny_model, caplog):
     trainer = guarded(build, tiny_model, max_steps=3, num_iterations=2, learning_rate=1e-4)
     trainer.train()
     assert not warnings_of(caplog)
@@ -41,7 +41,7 @@ def test_a_healthy_run_trips_nothing(build, tiny_model, caplog):
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.0, "log_kl": True}, {"kl_estimator": "exact"}])
 def test_a_reference_that_is_not_the_starting_policy(build, small_model, settings):
-    """A KL towards something else pulls the policy away from where it began, for the whole run (TRL #3194, #4723)."""
+    """A KL to another model pulls the policy away from where it began, for the whole run (TRL #3194, #4723)."""
     with pytest.raises(
         RuntimeError, match=r"KL at step 0 is 0\.0\d+ nats per token, should be 0: the reference is not"
     ):
@@ -54,7 +54,7 @@ PREFIX = {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_t
 
 @pytest.mark.parametrize("settings", [NOISE, PREFIX])
 def test_a_policy_that_may_differ_from_the_reference(build, small_model, settings):
-    """NEFTune and prefix tuning train in TRL with a KL: they start at a distance from the reference by design."""
+    """TRL trains NEFTune and prefix tuning with a KL. They differ from the reference from the start, by design."""
     trainer = guarded(build, small_model, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
@@ -62,7 +62,7 @@ def test_a_policy_that_may_differ_from_the_reference(build, small_model, setting
 
 
 def test_an_adapter_that_does_not_move(build, small_model):
-    """An optimizer that holds other parameters: loss and rewards look as in any run (TRL #6700)."""
+    """If the optimizer holds other parameters, loss and rewards look as in any run (TRL #6700)."""
     elsewhere = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     trainer = guarded(build, small_model, arguments={"optimizers": (elsewhere, None)})
     with pytest.raises(RuntimeError, match="Step 1: no trainable parameter moved in an update that had a gradient"):
@@ -75,7 +75,7 @@ def equal(completions, **columns):
 
 @pytest.mark.parametrize("settings", [{"warmup_steps": 1}, {"beta": 0.0, "entropy_coef": 0.0, "reward": equal}])
 def test_a_step_that_should_not_move_anything(build, small_model, settings):
-    """A learning rate that warms up from 0, and groups without a signal, are no errors."""
+    """A learning rate that warms up from 0 is not an error, nor are groups without a signal."""
     trainer, adapters = guarded(build, small_model, **settings), []
     step = trainer.training_step
     trainer.training_step = lambda *args: (adapters.append(adapter_of(trainer)), step(*args))[1]
@@ -86,7 +86,7 @@ def test_a_step_that_should_not_move_anything(build, small_model, settings):
 
 
 class Blows:
-    """Share of digits; in these steps, worth more than a gradient can hold."""
+    """Share of digits, so large in these steps that the gradient overflows."""
 
     __name__ = "blows"
 
@@ -98,8 +98,8 @@ class Blows:
         return [factor * (0.1 + score) for score in share_of_digits(completions)]
 
 
-def test_an_update_that_is_not_finite_is_left_out(build, small_model, caplog):
-    """One NaN in the gradient is one in every weight: everything after is lost, and logs hide it (TRL #6702)."""
+def test_a_nonfinite_update_is_skipped(build, small_model, caplog):
+    """One NaN in the gradient puts NaN into every weight. The rest of the run is lost, and logs hide it (TRL #6702)."""
     trainer = guarded(build, small_model, reward=Blows(2), scale_rewards="none", max_steps=3)
     adapters = []
 
@@ -129,15 +129,15 @@ def test_an_update_that_is_not_finite_is_left_out(build, small_model, caplog):
 THIRD = r"Step {}: .* it is the third one in a row\. Lower learning_rate \(now 0\.001\)"
 
 
-def test_the_third_one_in_a_row_stops(build, small_model):
-    """Three bad batches in a run of ten thousand steps are no reason to end it; three in a row are."""
+def test_the_third_nonfinite_update_in_a_row_stops_the_run(build, small_model):
+    """Three bad batches in ten thousand steps are no reason to stop a run. Three in a row are."""
     trainer = guarded(build, small_model, reward=Blows(1, 3, 4, 6, 7, 8), scale_rewards="none", max_steps=9)
     with pytest.raises(RuntimeError, match=THIRD.format(8)):
         trainer.train()
 
 
 class StopAt(TrainerCallback):
-    """Ends a session after this step, with a checkpoint."""
+    """Saves and ends a session after this step."""
 
     def __init__(self, step):
         self._step = step
@@ -147,9 +147,9 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("guards_before", [True, False])
-def test_a_session_goes_on_counting(build, tokenizer, guards_before):
-    """A run that is restarted whenever it stops would skip every update for ever. A checkpoint of a session without a
-    watch, or of a version that did not keep its counts, can be resumed all the same."""
+def test_a_resumed_session_continues_the_count(build, tokenizer, guards_before):
+    """Otherwise, a run that is restarted whenever it stops would skip every update forever. A checkpoint without these
+    counts, from a session without a watch or an earlier version, can be resumed too."""
     settings = {"scale_rewards": "none", "max_steps": 9, "save_strategy": "steps", "save_steps": 100}
     first = guarded(build, small_llama(tokenizer), reward=Blows(*[1] * guards_before), guards=guards_before, **settings)
     first.add_callback(StopAt(1))
@@ -159,7 +159,7 @@ def test_a_session_goes_on_counting(build, tokenizer, guards_before):
         second.train(resume_from_checkpoint=True)
 
 
-def test_a_second_training_begins_to_count_anew(build, small_model):
+def test_a_second_training_starts_the_count_again(build, small_model):
     trainer = guarded(build, small_model, reward=Blows(1, 2), scale_rewards="none", max_steps=2)
     trainer.train()
     trainer.train()
@@ -167,9 +167,9 @@ def test_a_second_training_begins_to_count_anew(build, small_model):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
-def test_an_update_that_is_left_out_in_fp16(build, small_model, caplog, max_grad_norm):
-    """The scaler of fp16 raises an assertion in an update if it has seen no gradient, and those that are left out are
-    gone by then. Here with a scaler on the CPU, for a model that stays in float32."""
+def test_a_skipped_update_in_fp16(build, small_model, caplog, max_grad_norm):
+    """The gradient scaler of fp16 raises an assertion in an update if it has seen no gradient, and the gradients of a
+    skipped update are already cleared. The test runs the scaler on the CPU, for a model that stays in float32."""
     trainer = guarded(build, small_model, reward=Blows(2), scale_rewards="none", max_steps=3)
     trainer.args.max_grad_norm = max_grad_norm
     accelerator = trainer.accelerator
@@ -185,9 +185,9 @@ def test_an_update_that_is_left_out_in_fp16(build, small_model, caplog, max_grad
     assert "Step 2: the loss or its gradient is not finite" in warnings_of(caplog)[0]
 
 
-def test_looking_where_the_parameters_are_takes_no_memory():
-    """A copy of all of them in float64, at the beginning of each run, after a check had said that the step just fits:
-    12 GB for a full fine-tune of 1.5B parameters."""
+def test_comparing_the_parameters_takes_little_memory():
+    """A copy of all of them in float64 would be 12 GB for full fine-tuning of 1.5B parameters, at the start of each
+    run, after a check that the step just fits."""
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 16 MiB each
     trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(device=torch.device("cpu")))
     watch = Watch(trainer, train_metrics=dict, micro_batches=list)
@@ -197,7 +197,7 @@ def test_looking_where_the_parameters_are_takes_no_memory():
 
 
 class EndsEarlyIfAsked(GRPOExtTrainer):
-    """Whole rollouts are cut off; the few rows of a round of resampling end at once."""
+    """All completions of a rollout are truncated; those of a resampling round, a few rows, end at once."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         end = self.eos_token_ids[0]
@@ -208,8 +208,8 @@ def only_the_first_group_is_mixed(completions, **columns):
     return [float(row == 0 and len(completions) == 8) for row in range(len(completions))]
 
 
-def test_all_cut_off_is_a_matter_of_the_whole_rollout(build, small_model, caplog):
-    """With resampling, the metric of that name is of the last round alone, a handful of rows that are not even used."""
+def test_truncation_is_judged_by_the_whole_rollout(build, small_model, caplog):
+    """With resampling, TRL's metric covers only the last round, a few rows that may not even be used."""
     trainer = guarded(
         build,
         small_model,
@@ -225,8 +225,8 @@ def test_all_cut_off_is_a_matter_of_the_whole_rollout(build, small_model, caplog
     assert "Step 5: 100% of completions" in said[0]
 
 
-def test_what_is_right_depends_on_the_highest_reward(build, small_model):
-    """A reward of up to 10: three of ten points for everybody was called all right, and harder problems advised."""
+def test_being_right_depends_on_the_highest_reward(build, small_model):
+    """With a reward of up to 10, a group in which everyone earns 3 is not all right, and needs no harder problems."""
 
     def points(completions, trainer_state, **columns):
         return [10.0 if trainer_state.global_step == 0 and row == 0 else 3.0 for row in range(len(completions))]
@@ -238,8 +238,8 @@ def test_what_is_right_depends_on_the_highest_reward(build, small_model):
     assert log_of(trainer, "frac_groups/all_wrong") == [0.5, 1.0]
 
 
-def test_answers_that_are_all_cut_off(build, small_model, tokenizer, caplog):
-    """Rewards that come at the end of an answer are 0 for ever then (TRL #5697)."""
+def test_truncated_completions_are_reported(build, small_model, tokenizer, caplog):
+    """Rewards for the end of a completion then stay 0 forever (TRL #5697)."""
     never = {"suppress_tokens": [tokenizer.eos_token_id]}
     guarded(build, small_model, max_completion_length=3, max_steps=8, generation_kwargs=never).train()
     (said,) = warnings_of(caplog)
@@ -250,7 +250,7 @@ def test_answers_that_are_all_cut_off(build, small_model, tokenizer, caplog):
 @pytest.mark.parametrize(
     ("worth", "advice"), [(1.0, "already solves these problems: use harder"), (0.0, "use easier problems")]
 )
-def test_groups_that_are_all_dead(build, small_model, caplog, worth, advice):
+def test_dead_groups_are_reported(build, small_model, caplog, worth, advice):
     def always(completions, **columns):
         return [worth] * len(completions)
 
@@ -261,8 +261,8 @@ def test_groups_that_are_all_dead(build, small_model, caplog, worth, advice):
     assert advice in said[0]
 
 
-def test_a_kl_that_runs_away(build, small_model, caplog):
-    """The run ends with a checkpoint, not with an error: what was learnt until then may be good."""
+def test_a_kl_above_its_limit_stops_the_run(build, small_model, caplog):
+    """The run ends with a checkpoint instead of an error, since what it has learned may be good."""
     trainer = guarded(build, small_model, kl_stop=0.001, learning_rate=0.05, max_steps=20, save_strategy="steps")
     trainer.train()
     steps = trainer.state.global_step
@@ -292,7 +292,7 @@ def train_with_accuracies(build, model, accuracies, **settings):
 
 
 def test_the_best_adapter_is_kept(build, small_model, tokenizer):
-    """The last one is not the best where a run goes on for too long."""
+    """The last adapter is not the best one if a run goes on for too long."""
     trainer, adapters = train_with_accuracies(build, small_model, [0.1, 0.3, 0.8, 0.5])
     folder = Path(trainer.args.output_dir, "best")
     assert read_best(trainer.args.output_dir) == {"step": 2, "pass@1": 0.8}
@@ -304,7 +304,7 @@ def test_the_best_adapter_is_kept(build, small_model, tokenizer):
     assert any(not torch.equal(adapters[1][name], adapters[2][name]) for name in adapters[1])
 
 
-def test_where_nothing_is_better_than_the_start_nothing_is_kept(build, small_model):
+def test_no_adapter_is_kept_unless_it_beats_the_start(build, small_model):
     trainer, _ = train_with_accuracies(build, small_model, [0.5, 0.3, 0.4])
     assert read_best(trainer.args.output_dir) is None
     assert not Path(trainer.args.output_dir, "best").exists()

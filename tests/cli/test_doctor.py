@@ -1,4 +1,4 @@
-"""`grpo-ext doctor`: every line that can be provoked here, and what it says to type."""
+"""`grpo-ext doctor`: every line that can be provoked here, and the remedy that it names."""
 
 import shutil
 import socket
@@ -20,7 +20,7 @@ GIB = 2**30
 
 @pytest.fixture
 def closed_port():
-    """A port of this machine that nobody listens on."""
+    """A local port that nothing listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
@@ -28,7 +28,7 @@ def closed_port():
 
 @pytest.fixture
 def free(monkeypatch):
-    """`free(0.5)` leaves 0.5 GB on every disk."""
+    """`free(0.5)` leaves 0.5 GB free on every disk."""
 
     def leave(gigabytes):
         usage = namedtuple("usage", "total used free")(100 * GIB, 0, int(gigabytes * GIB))
@@ -37,8 +37,8 @@ def free(monkeypatch):
     return leave
 
 
-def test_a_machine_that_passes_the_tests_is_well():
-    """A finding that cries wolf would be ignored when it matters."""
+def test_a_machine_that_passes_the_tests_is_green():
+    """A false alarm here would be ignored when it matters."""
     for finding in (doctor.python(), doctor.packages(), doctor.four_bits()):
         assert finding.colour == "green", finding
     packages = doctor.packages().text
@@ -47,7 +47,7 @@ def test_a_machine_that_passes_the_tests_is_well():
 
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
-def test_a_sandbox_that_works():
+def test_a_working_sandbox():
     assert doctor.sandbox().colour == "green"
 
 
@@ -59,7 +59,7 @@ def test_no_bubblewrap(monkeypatch, tmp_path):
 
 
 def test_a_bubblewrap_that_cannot_make_a_sandbox(monkeypatch, tmp_path):
-    """As in a container without user namespaces: the line must carry bwrap's own reason, not a wrong package name."""
+    """In a container without user namespaces, the line must give bwrap's own reason, not the name of a package."""
     bwrap = tmp_path / "bwrap"
     bwrap.write_text("#!/bin/sh\necho No permission to create new namespace >&2\nexit 1\n")
     bwrap.chmod(0o755)
@@ -79,7 +79,7 @@ def test_workers_of_rewards(monkeypatch):
 
 
 def test_packages_out_of_range_or_missing(monkeypatch):
-    """The TRL whose methods we override is the one thing that must not be another."""
+    """The version of TRL matters most, since its methods are overridden."""
     found = {"trl": "1.17.0", "peft": ""}
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: found.get(name, real(name)))
@@ -89,8 +89,8 @@ def test_packages_out_of_range_or_missing(monkeypatch):
     assert finding.remedy == 'pip install "peft>=0.20" "trl<1.17,>=1.16"'
 
 
-def test_packages_of_extras_are_not_asked_for(monkeypatch):
-    """reasoning-gym and pytest are for those who want them."""
+def test_packages_of_extras_are_optional(monkeypatch):
+    """No line asks for reasoning-gym or pytest."""
     extras = [line for line in requires("grpo-ext") if "extra ==" in line]
     assert extras
     monkeypatch.setattr(doctor, "requires", lambda name: extras)
@@ -103,8 +103,8 @@ def test_an_old_python(monkeypatch):
     assert (finding.colour, finding.text) == ("red", "3.10.9, and grpo-ext needs >=3.11")
 
 
-def test_four_bits_that_do_not_run(monkeypatch):
-    """Yellow: only runs with --load_in_4bit need them."""
+def test_broken_four_bit_layers(monkeypatch):
+    """Yellow, because only runs with --load_in_4bit need them."""
 
     def broken(self, x):
         raise RuntimeError("no kernel image is available\nfor this device")
@@ -117,21 +117,21 @@ def test_four_bits_that_do_not_run(monkeypatch):
 
 @pytest.mark.parametrize(("gigabytes", "colour"), [(0.5, "red"), (5, "yellow"), (50, "green")])
 def test_disks(free, gigabytes, colour, tmp_path):
-    """Also of a cache that is not there yet, in which the first download would fail."""
+    """This includes a cache folder that does not exist yet, in which the first download would fail."""
     free(gigabytes)
     finding = doctor.disk("disk", tmp_path / "not" / "yet", "hf cache prune")
     assert (finding.colour, bool(finding.remedy)) == (colour, colour != "green")
     assert f"{gigabytes:.1f} GB free in {tmp_path}/not/yet" in finding.text
 
 
-def test_offline_by_choice_is_no_fault(monkeypatch):
+def test_offline_by_choice_is_not_an_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     finding = doctor.hub()
     assert (finding.colour, finding.remedy) == ("yellow", "unset HF_HUB_OFFLINE")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
-    """Yellow, soon, and the endpoint that was asked is named."""
+    """The line is yellow, comes quickly, and names the endpoint."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port}")
     finding = doctor.hub()
@@ -148,7 +148,7 @@ def test_a_hub_that_does_not_answer(monkeypatch, closed_port):
     ],
 )
 def test_a_hub_that_answers(monkeypatch, status, token, colour, text, hub_of):
-    """The token is sent, if there is one."""
+    """The token is sent if there is one."""
     url, asked = hub_of(status)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -160,7 +160,8 @@ def test_a_hub_that_answers(monkeypatch, status, token, colour, text, hub_of):
 
 @pytest.fixture
 def hub_of():
-    """`hub_of(status)`: the address of a server that answers so, and a list of the tokens that it is sent."""
+    """`hub_of(status)`: the address of a server that answers with this status, and a list of the tokens that it
+    receives."""
     asked, servers = [], []
 
     def start(status):
@@ -187,7 +188,7 @@ def hub_of():
 
 
 def test_through_its_command_line(capsys, free, monkeypatch, tmp_path):
-    """One screen; exit code 0 with yellow lines, 1 with a red one."""
+    """It fits on one screen. The exit code is 0 with yellow lines, 1 with a red one."""
     monkeypatch.chdir(tmp_path)
     free(50)
     cli.main(["doctor"])

@@ -1,4 +1,4 @@
-"""What importing the package and starting its commands loads, and that the lazy names of the package are there."""
+"""What importing the package and starting its commands loads, and the lazy names of the package."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 def loaded_by(code: str) -> set[str]:
-    """Slow packages that a fresh interpreter has loaded after this code, which may end in SystemExit."""
+    """The slow packages that a fresh interpreter has loaded after running this code, which may end in SystemExit."""
     script = f"""if True:
         import sys
         try:
@@ -50,12 +50,12 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_package_loads_nothing_until_a_name_is_used():
-    """A notebook, a completion in a shell and `--help` would wait ten seconds for torch and TRL."""
+    """Otherwise a notebook, shell completion and `--help` would wait for torch and TRL."""
     assert loaded_by("import grpo_ext; dir(grpo_ext); grpo_ext.__version__") == set()
 
 
 def test_help_is_quick():
-    """Of all commands, one after the other in one interpreter."""
+    """The help of every command is shown in one interpreter."""
     commands = [["--help"], *([command, "--help"] for command in COMMANDS)]
     code = f"""if True:
         from grpo_ext.cli import main
@@ -69,7 +69,7 @@ def test_help_is_quick():
 
 
 def test_the_report_of_a_run_needs_no_torch(tmp_path):
-    """It reads files only, and may run on a machine that has nothing to train with."""
+    """It only reads files, so it may run on a machine without the means to train."""
     rows = [{"step": step, "reward": step / 2, "heldout/pass@1": 0.5} for step in (0, 1)]
     heldout = [{"step": step, "right": [0, step], "pass_at": {}, "kinds": {}, "answers": []} for step in (0, 1)]
     for name, lines in (("metrics", rows), ("heldout", heldout), ("completions", [])):
@@ -97,8 +97,8 @@ def test_the_command_as_a_module(module):
     assert "usage: grpo-ext report [-h]" in done.stderr
 
 
-def test_imports_of_a_command_say_nothing(tmp_path):
-    """bitsandbytes asks for a package that nobody needs, as soon as PEFT imports it."""
+def test_imports_of_a_command_print_nothing(tmp_path):
+    """When PEFT imports bitsandbytes, it asks for a package that is not needed."""
     done = python("-m", "grpo_ext", "push", str(tmp_path), "someone/math")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

@@ -13,15 +13,15 @@ from tests.tools.reward_functions import PROMPTS
 
 
 class Mine(ProgressCallback):
-    """A bar of the user's, as many scripts have one."""
+    """A progress bar of the user's own."""
 
 
 class Lines(PrinterCallback):
-    """A user's own line per log."""
+    """The user's own line per log."""
 
 
 class Table(TrainerCallback):
-    """Stands for transformers' table in a notebook, which needs IPython."""
+    """Takes the place of transformers' table in a notebook, which needs IPython."""
 
 
 DISPLAYS = (ProgressCallback, RichProgressCallback, PrinterCallback, Table)
@@ -43,7 +43,7 @@ def displays_of(trainer):
     ],
 )
 def test_a_display_of_the_user_is_the_only_one(build, small_model, given, disable_tqdm):
-    """The first bar in the list was taken out, which is the user's: transformers' and ours stayed, side by side."""
+    """Removing the first bar in the list would remove the user's, and leave transformers' and ours side by side."""
     trainer = build(small_model, beta=0.0, disable_tqdm=disable_tqdm, arguments={"callbacks": [given]})
     (display,) = displays_of(trainer)
     assert display is given or type(display) is given
@@ -60,14 +60,14 @@ def test_without_one_there_is_ours(build, small_model, given, disable_tqdm):
 
 @pytest.mark.parametrize(("given", "kept"), [(None, Table), ([Mine()], Mine)])
 def test_a_notebook_keeps_its_table(build, small_model, monkeypatch, given, kept):
-    """Our bar below transformers' table, and one more bar left behind by each evaluation."""
+    """Guards against our bar below transformers' table, and against a bar left behind by each evaluation."""
     monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", Table)
     trainer = build(small_model, beta=0.0, disable_tqdm=False, arguments={"callbacks": given})
     assert [type(display) for display in displays_of(trainer)] == [kept]
 
 
 def screen(written):
-    """The lines that a terminal shows in the end."""
+    """The lines on a terminal at the end."""
     lines, at = [""], 0
     for part in re.split(r"(\r|\n|\x1b\[A)", written):
         if part == "\n":
@@ -82,7 +82,8 @@ def screen(written):
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])
 def test_what_is_left_on_the_screen(build, small_model, capsys, disable_tqdm):
-    """One bar with the reward, or a line per log; an evaluation leaves no bar behind, during a run or outside one."""
+    """There is one bar with the reward, or one line per log. An evaluation leaves no bar behind, during a run or after
+    it."""
     trainer = build(
         small_model,
         disable_tqdm=disable_tqdm,

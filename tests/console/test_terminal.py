@@ -1,4 +1,4 @@
-"""Streams that cannot take what is printed: the run, the command and the recipe go on, and the files are right."""
+"""Streams that cannot take what is printed: the run, command or recipe continues, and its files are correct."""
 
 import contextlib
 import io
@@ -54,7 +54,7 @@ STREAMS = {
 
 @pytest.fixture
 def on(monkeypatch):
-    """`on("full")`: both standard streams are replaced by such ones; returns standard output."""
+    """`on("full")` replaces both standard streams by streams of this kind and returns the new standard output."""
     opened = []
 
     def replace(name):
@@ -73,7 +73,7 @@ def on(monkeypatch):
 @pytest.fixture
 def chinese_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    tokenizer.add_tokens([*"问题加等于几答：？→"])  # as every real tokenizer knows them
+    tokenizer.add_tokens([*"问题加等于几答：？→"])  # as in every real tokenizer
     return tokenizer
 
 
@@ -89,15 +89,15 @@ def silent(completions, **columns):
 @pytest.mark.parametrize("has_bar", [True, False])
 @pytest.mark.parametrize("name", STREAMS)
 def test_no_stream_ends_a_run(on, tmp_path, chinese_tokenizer, name, has_bar):
-    """On Windows a redirected output is cp1252: the panel before the first step ended the run there. A reward that
-    prints a completion does so as well, and TRL's table of completions; on a broken pipe, rich exits the program."""
+    """On Windows, redirected output is cp1252, in which the panel before the first step, TRL's table of completions, or
+    a reward that prints a completion would end the run. On a broken pipe, rich exits the program."""
     settings = SETTINGS | {"max_steps": 2, "num_generations": 4, "per_device_train_batch_size": 8}
     settings |= {"max_completion_length": 8, "eval_strategy": "steps", "eval_steps": 1, "log_completions": True}
     settings |= {"disable_tqdm": not has_bar, "reward_workers": 0, "output_dir": str(tmp_path)}
     data = Dataset.from_dict({"prompt": [CHINESE.format(i) for i in range(8)]})
     trainer = GRPOExtTrainer(
         small_llama(chinese_tokenizer),
-        # A stream that is broken rather than narrow raises in any program that prints to it.
+        # A broken stream, unlike one of a narrow encoding, raises in any program that prints to it.
         prints_completions if name in ("cp1252", "ascii", "none") else silent,
         GRPOExtConfig(**settings),
         data,
@@ -116,7 +116,7 @@ def test_no_stream_ends_a_run(on, tmp_path, chinese_tokenizer, name, has_bar):
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_what_is_shown_on_such_a_stream(on, name):
-    """A verdict after hours of training is a line that must not raise; what can be written is."""
+    """Printing the verdict after hours of training must not raise. Whatever can be encoded is printed."""
     stream = on(name)
     show("问 pass@1 0.5")
     show(Panel("naïve [/b] 问 [nan, nan]"))
@@ -129,7 +129,7 @@ def test_what_is_shown_on_such_a_stream(on, name):
 
 
 def test_brackets_are_no_markup(capsys):
-    """Completions and paths hold brackets: rich took `[/b]` for the end of a tag, and raised."""
+    """Completions and paths contain brackets, and rich raises if it takes `[/b]` for a closing tag."""
     show(Panel("rewards: [nan, nan] for [/answer] in runs/[a]"))
     show("[bold]as it is[/bold]")
     printed = capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_brackets_are_no_markup(capsys):
 
 NARROW = {
     "ascii": {"PYTHONIOENCODING": "ascii"},
-    # Python's default for files is that of the locale, here ASCII: as on a Windows of any language
+    # Python opens files in the encoding of the locale, here ASCII. On Windows this is an encoding of the language.
     "locale": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
 }
 
@@ -147,8 +147,8 @@ NARROW = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NARROW)
 def test_a_recipe_on_chinese_problems(tmp_path, name):
-    """After training, the table of samples ended a recipe with exit code 1 in place of the verdict; with a locale that
-    is not UTF-8, the page was missing or garbled."""
+    """Guards against a table of samples that ends a recipe with exit code 1 instead of the verdict, and, if the locale
+    is not UTF-8, against a missing or garbled page."""
     rows = [{"question": f"{CHINESE.format(i)} {i}+{i}", "answer": str(2 * i)} for i in range(40)]
     data, config = tmp_path / "问题.jsonl", tmp_path / "c.yaml"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -169,7 +169,7 @@ def test_a_recipe_on_chinese_problems(tmp_path, name):
 
 @pytest.mark.parametrize("stream", ["/dev/full", "closed"])
 def test_a_command_whose_output_goes_nowhere(stream):
-    """A full disk under the log: Python tries to write once more when it exits, and exits with an error."""
+    """With a full disk under the log, Python tries to write once more when it exits, and would exit with an error."""
     plan = [str(BIN / "python"), "-m", "grpo_ext.cli", "plan", "--model", str(TINY_MODEL), "--cpu", "8GB"]
     plan += ["--prompt", "32", "--completion", "32"]
     redirected = ">&-" if stream == "closed" else f"> {stream}"

@@ -1,11 +1,17 @@
 """The structure of the project: the top level, what make installs, and the order in which packages are imported."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.tools.paths import ROOT
 
@@ -22,6 +28,44 @@ def tracked_files():
 
 def test_the_top_level_holds_what_was_agreed():
     assert {path.partition("/")[0] for path in tracked_files()} == TOP_LEVEL
+
+
+def dependencies() -> list[Requirement]:
+    """What an installation of the package and of its extra for users brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["logic"]]
+
+
+def names_of(distributions) -> list[str]:
+    return sorted(canonicalize_name(name) for name in distributions)
+
+
+def test_a_package_is_a_dependency_if_it_is_imported():
+    """One that only another dependency brings is missing after that one's next release."""
+    modules = set()
+    for path in tracked_files():
+        if path.endswith(".py") and path.startswith(("grpo_ext/", "rewards/", "recipes/")):
+            for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    modules |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    modules.add(node.module)
+    distributions = packages_distributions()
+    third_party = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"grpo_ext"}
+    assert names_of(requirement.name for requirement in dependencies()) == names_of(
+        distributions[module][0] for module in third_party
+    )
+
+
+def test_every_dependency_has_a_purpose_and_tested_versions():
+    """CONTRIBUTING.md has the purpose. `make oldest` installs the lowest versions, `make` those of constraints.txt."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Dependencies")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `([\w-]+)` \| \S", section, re.MULTILINE)
+    assert names_of(listed) == names_of(requirement.name for requirement in dependencies())
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    for requirement in dependencies():
+        assert any(bound.operator == ">=" for bound in requirement.specifier), requirement
+        assert requirement.specifier.contains(pinned[requirement.name]), requirement
 
 
 def test_accelerate_configs_say_when_to_use_them():

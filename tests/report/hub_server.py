@@ -1,11 +1,11 @@
-"""A Hub on this machine: what `huggingface_hub` asks for when it creates, checks, uploads, lists and downloads.
+"""A local Hub: the requests of `huggingface_hub` to create, check, upload, list and download.
 
     with HubServer() as hub:
-        hub.fail("/commit/", 500)            # the next request with this in its path is answered so; "drop" hangs up
+        hub.fail("/commit/", 500)            # the status of the next request with this in its path; "drop" hangs up
         ...                                  # HF_ENDPOINT=hub.endpoint, HF_TOKEN=WRITE_TOKEN, HF_HUB_DISABLE_XET=1
         hub.files("someone/math")            # path -> bytes, as of the last commit
 
-`READ_TOKEN` may read but not write; without a token nothing is answered.
+`READ_TOKEN` may read but not write. Requests without a token are refused.
 """
 
 import base64
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub.requests.append(f"{self.command} {path}")
-        hub.answers.wait(PATIENCE)  # cleared by a test that wants a slow Hub
+        hub.answers.wait(PATIENCE)  # cleared by a test that needs a slow Hub
         fault = hub.fault_of(path)
         if fault == "drop":
             self.close_connection = True
@@ -138,7 +138,7 @@ def resolve(request, hub, body, repo, revision, path):
 
 
 def known(handle):
-    """The same, for a repository that exists."""
+    """The same handler, which answers 404 unless the repository exists."""
 
     def answer(request, hub, body, repo, **parts):
         if repo in hub.commits:
@@ -171,7 +171,7 @@ ROUTES = [
 
 
 class HubServer:
-    """Runs in a thread between `with` and its end; `commits` are repository -> branch -> [(message, files)]."""
+    """Runs in a thread inside `with`. `commits` maps repository -> branch -> [(message, files)]."""
 
     def __init__(self):
         self.commits, self.visibility, self.blobs, self.requests, self.faults = {}, {}, {}, [], []
@@ -191,7 +191,7 @@ class HubServer:
         self._server.server_close()
 
     def fail(self, part, *outcomes):
-        """Answer the next requests with this in their path so, one after the other: a status, or "drop"."""
+        """Give the next requests with this in their path these outcomes, in order: a status, or "drop"."""
         self.faults += [(part, outcome) for outcome in outcomes]
 
     def fault_of(self, path):
@@ -202,7 +202,7 @@ class HubServer:
         return None
 
     def _branch(self, repo, revision):
-        """The commits up to a revision: a branch, or the hash of one of them."""
+        """The branch and number of commits of a revision, which is a branch or the hash of a commit."""
         for name, commits in self.commits[repo].items():
             for number in range(len(commits), 0, -1):
                 if revision in (name, self._hash(repo, name, number)):

@@ -1,4 +1,4 @@
-"""What a run records for its report: what the policy wrote, what it was started with, and what reaches trackers."""
+"""What a run records for its report: completions, settings, and what is sent to trackers."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ GOLD = {"answer": ["3", "71", "4", "15"]}
 
 
 class Watched:
-    """A reward that keeps its arguments, and logs a column in its first call only."""
+    """A reward that keeps its arguments, and logs a column only in its first call."""
 
     def __init__(self):
         self.calls = []
@@ -38,7 +38,7 @@ def recorded(trainer):
 
 
 def test_the_record_is_what_the_rewards_saw_and_the_update_used(build, small_model, tokenizer):
-    """A completion with the wrong reward, gold answer or advantage would make the page lie about every answer."""
+    """A completion with the wrong reward, gold answer or advantage would make the whole page wrong."""
     reward = Watched()
     trainer = build(small_model, peft_config=random_lora(), reward=reward, columns=GOLD, temperature=1.5)
     trainer.train()
@@ -72,8 +72,8 @@ def test_the_record_is_what_the_rewards_saw_and_the_update_used(build, small_mod
     ids=lambda options: next(iter(options)),
 )
 def test_every_way_of_making_a_rollout_is_recorded_once(build, small_model, options):
-    """Rollouts that are drawn in rounds, replayed, or that serve several steps: gold answers and rewards stay with
-    their prompts, and each rollout is written once, at the step that it is drawn for."""
+    """Rollouts may be sampled in rounds, be replayed, or serve several steps. Gold answers and rewards stay with their
+    prompts, and each rollout is written once, at the step that it is sampled for."""
 
     def is_even(completions, answer, **columns):
         return [float(len(text) % 2) if gold != "4" else 0.0 for text, gold in zip(completions, answer, strict=True)]
@@ -85,19 +85,19 @@ def test_every_way_of_making_a_rollout_is_recorded_once(build, small_model, opti
     assert [row["step"] for row in rows] == list(range(1, trainer.args.max_steps + 1, every))
     gold_of = {"Question: 1+2=?\nAnswer:": "3", "Question: 30+41=?\nAnswer:": "71", "2+2=": "4"}
     for group in (group for row in rows for group in row["groups"]):
-        if group["gold"] is not None:  # of replayed groups it is not kept
+        if group["gold"] is not None:  # it is not kept for replayed groups
             assert group["gold"] == gold_of.get(group["prompt"], "15")
         for answer in group["answers"]:
             expected = float(len(answer["text"]) % 2) if group["prompt"] != "2+2=" else 0.0
             assert answer["rewards"] == {"is_even": expected}
             assert answer["tokens"] == 12 or not answer["cut"]
-    if options == {"share_prompt": False}:  # then TRL's own sampling ends them
+    if options == {"share_prompt": False}:  # then TRL's own sampling truncates them
         cut = [answer["cut"] for group in rows[0]["groups"] for answer in group["answers"]]
         assert sum(cut) / len(cut) == log_of(trainer, "completions/clipped_ratio")[0] not in (0.0, 1.0)
 
 
 def test_a_run_that_is_resumed_keeps_the_record_up_to_its_checkpoint(build, small_model):
-    """Steps that are run again must not be there twice, and those before must not be lost."""
+    """Repeated steps must not be recorded twice, and earlier ones must not be lost."""
     settings = {"peft_config": random_lora(), "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     trainer = build(small_model, **settings)
     trainer.train()
@@ -115,7 +115,7 @@ def test_a_run_that_is_resumed_keeps_the_record_up_to_its_checkpoint(build, smal
 
 
 def test_a_record_is_bounded(build, small_model):
-    """Long answers must not fill a disk, and the end of an answer, which holds its result, must stay."""
+    """Long completions must not fill a disk, and the end of a completion, which has its result, must be kept."""
     args = build(small_model, peft_config=random_lora()).args
     Path(args.output_dir).mkdir(exist_ok=True)
     count = 4 * (MAX_GROUPS + 3)
@@ -156,7 +156,7 @@ def test_lines_after_a_kill(tmp_path):
 
 
 def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, tmp_path):
-    """A report is shown to others: no token, no password, no home of a user."""
+    """A report is shown to others, so it contains no token, password or home folder."""
     monkeypatch.chdir(tmp_path)
     token = "hf_" + "abcdefghij" * 3
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", token, "--beta=0.2", f"--run_name=x-{token}"])
@@ -205,7 +205,7 @@ def test_the_command_names_its_launcher(monkeypatch):
 
 
 def test_completions_are_printed_and_trackers_get_every_metric(build, small_model, capsys):
-    """`--log_completions` is TRL's table and `--report_to` its callbacks; both take what this trainer logs."""
+    """`--log_completions` is TRL's table, and `--report_to` its callbacks. Both receive what this trainer logs."""
     options = {"log_completions": True, "num_completions_to_print": 2, "report_to": "tensorboard", "max_steps": 1}
     trainer = build(small_model, peft_config=random_lora(), **options)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Publishing, with the Hub's own client against a small server: what is pushed, when, and what a failure does."""
+"""Publishing, with the Hub's own client against a small server: what is pushed, when, and what happens on a failure."""
 
 import json
 import os
@@ -31,7 +31,7 @@ WEIGHTS = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub of this machine that the client in this process talks to, logged in."""
+    """A local Hub for the client in this process, which is logged in."""
     with HubServer() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -45,7 +45,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def pushing(build, model, **changes):
-    """A trainer that saves at every step and pushes."""
+    """A trainer that saves and pushes at every step."""
     settings = {"push_to_hub": True, "hub_model_id": REPO, "hub_always_push": True}
     settings |= {"save_strategy": "steps", "save_steps": 1}
     return build(model, peft_config=random_lora(), **settings | changes)
@@ -64,8 +64,8 @@ def code_of(card):
 
 
 def test_a_run_is_published_and_its_card_loads_it_elsewhere(hub, build, tiny_model, tmp_path, capsys):
-    """From the first save to the last: the files, no others, no path of this machine in them; and what a stranger does
-    with the card, in a process that knows nothing of the run."""
+    """From the first save to the last, exactly these files are pushed, without any path of this machine. The code of
+    the card loads the adapter in a process that knows nothing of the run."""
     hub.commits[BASE] = {"main": [("", {path.name: path.read_bytes() for path in TINY_MODEL.iterdir()})]}
     tiny_model.config._name_or_path = BASE
     trainer = pushing(build, tiny_model, hub_strategy="all_checkpoints", sync_ref_model=True, ref_model_sync_steps=1)
@@ -84,7 +84,7 @@ def test_a_run_is_published_and_its_card_loads_it_elsewhere(hub, build, tiny_mod
     assert set(states[-1]) == WEIGHTS | {"README.md", "curves.png", "summary.json"} | checkpoints
     assert states[1]["adapter_model.safetensors"] != states[-1]["adapter_model.safetensors"]
     assert not [name for name, content in states[-1].items() if str(tmp_path).encode() in content]
-    assert (tmp_path / "run/checkpoint-2/ref").is_dir()  # there was something to leave out
+    assert (tmp_path / "run/checkpoint-2/ref").is_dir()  # not pushed
 
     unfinished = ModelCard(states[1]["README.md"].decode())
     assert "Not measured before this was saved (after step 1)." in unfinished.text
@@ -122,8 +122,8 @@ def test_a_run_is_published_and_its_card_loads_it_elsewhere(hub, build, tiny_mod
 
 @pytest.mark.parametrize(("strategy", "at_saves"), [("every_save", 1), ("end", 0), ("checkpoint", 2)])
 def test_when_it_is_pushed(hub, build, small_model, tmp_path, strategy, at_saves):
-    """`hub_strategy`: at every save or at the end alone; and what `checkpoint` keeps can be loaded, but not resumed.
-    What an earlier run left in the folder is not this one's accuracy."""
+    """`hub_strategy` selects every save or only the end. The folder of `checkpoint` can be loaded but not resumed. The
+    summary of an earlier run in the output folder is not pushed."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
     trainer = pushing(build, small_model, hub_strategy=strategy, max_steps=1)
@@ -136,9 +136,9 @@ def test_when_it_is_pushed(hub, build, small_model, tmp_path, strategy, at_saves
     assert in_folders == ({f"last-checkpoint/{name}" for name in WEIGHTS} if strategy == "checkpoint" else set())
 
 
-def test_training_goes_on_while_a_save_is_pushed(hub, build, small_model, tmp_path):
-    """And changes the files of the output folder: what is pushed of a save are its own. The Hub does not answer until
-    the third step."""
+def test_training_continues_while_a_save_is_pushed(hub, build, small_model, tmp_path):
+    """Meanwhile it changes files of the output folder, but each push has the files of its own save. The Hub does not
+    answer until the third step."""
     calls = []
 
     def reward(completions, **columns):
@@ -159,7 +159,7 @@ def test_training_goes_on_while_a_save_is_pushed(hub, build, small_model, tmp_pa
 
 
 def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
-    """Seven saves, seven failures: the run goes on and says how to push again, and that command does it."""
+    """Seven saves fail in seven ways. The run continues and names the command that pushes again, which works."""
     trainer = pushing(build, small_model, max_steps=7, hub_private_repo=True)
     hub.fail("/preupload/", 401)
     hub.fail("/objects/batch", 403)
@@ -184,7 +184,7 @@ def test_failed_pushes_do_not_end_the_run(hub, build, small_model, capsys):
 
 
 def test_a_picture_that_fails_does_not_end_the_run(hub, build, small_model, caplog):
-    """Here the picture cannot be written: what else is published goes out all the same."""
+    """If the picture cannot be written, everything else is still pushed."""
     trainer = pushing(build, small_model, max_steps=1)
     Path(trainer.args.output_dir, "curves.png").symlink_to("/nowhere/curves.png")
     trainer.train()
@@ -194,14 +194,14 @@ def test_a_picture_that_fails_does_not_end_the_run(hub, build, small_model, capl
 
 
 def finished(trainer):
-    """What a run without the Hub leaves behind."""
+    """The output folder of a run without the Hub."""
     trainer.train()
     trainer.save_model()
     return trainer.args.output_dir
 
 
-def test_the_client_outlasts_short_failures(hub, build, small_model, capsys):
-    """What the Hub's client tries again by itself must not be given up on; into a branch that is not there yet."""
+def test_short_failures_are_retried(hub, build, small_model, capsys):
+    """The Hub's client retries by itself, and these retries must be left to finish. The branch does not exist yet."""
     folder = finished(build(small_model, peft_config=random_lora(), max_steps=1))
     hub.fail("/preupload/", 429)
     hub.fail("/objects/batch", 500)
@@ -213,8 +213,8 @@ def test_the_client_outlasts_short_failures(hub, build, small_model, capsys):
     assert hub.files(REPO, "main") == {}
 
 
-def test_the_command_where_it_cannot_push(hub, build, small_model, tmp_path):
-    """One sentence each: what failed and the command again, or what there is in place of an adapter."""
+def test_a_command_that_cannot_push(hub, build, small_model, tmp_path):
+    """One sentence names what failed and the command to repeat, or what the folder has instead of an adapter."""
     trainer = build(small_model, peft_config=random_lora(), max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     folder = trainer.args.output_dir
@@ -241,7 +241,7 @@ def test_the_command_where_it_cannot_push(hub, build, small_model, tmp_path):
     ],
 )
 def test_access_is_checked_before_training(hub, tmp_path, request_, fault, message):
-    """A push that fails after hours is found out before them, with what was received and what to type."""
+    """A push that would fail after hours of training fails before them, with what was received and what to type."""
     args = GRPOExtConfig(str(tmp_path / "tiny-math"), push_to_hub=True)
     hub.fail(request_, fault)
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_access_is_checked_before_training(hub, tmp_path, request_, fault, messa
 
 
 def test_tokens_that_cannot_write(hub, tmp_path, monkeypatch, build, small_model):
-    """Creating a repository that exists passes with a token that can only read; no token; a Hub switched off."""
+    """A read-only token, for which creating an existing repository succeeds; no token; a Hub that is switched off."""
     args = GRPOExtConfig(str(tmp_path), push_to_hub=True, hub_model_id=REPO, hub_token=WRITE_TOKEN)
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     assert check_write_access(args) == REPO
@@ -263,7 +263,7 @@ def test_tokens_that_cannot_write(hub, tmp_path, monkeypatch, build, small_model
         pushing(build, small_model)
     nowhere = tmp_path / "without_weights"
     small_model.config.save_pretrained(nowhere)
-    with pytest.raises(ValueError, match="the token may not write there"):  # before there are weights to load
+    with pytest.raises(ValueError, match="the token may not write there"):  # before weights are loaded
         pushing(build, str(nowhere), guards=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="there is no token"):
@@ -274,9 +274,9 @@ def test_tokens_that_cannot_write(hub, tmp_path, monkeypatch, build, small_model
 
 
 def test_a_local_base_stays_unnamed(hub, build, tiny_model, tmp_path, monkeypatch, capsys):
-    """A folder is no name: neither the card nor PEFT's config may carry it, and the card says what to put there."""
+    """A local folder may appear neither in the card nor in PEFT's config. The card says what to put there."""
     folder = finished(build(tiny_model, peft_config=random_lora(), max_steps=1))
-    assert str(TINY_MODEL) in (tmp_path / "run/adapter_config.json").read_text()  # here it is of use
+    assert str(TINY_MODEL) in (tmp_path / "run/adapter_config.json").read_text()  # on this machine it is useful
     cli.main(["push", folder, REPO])
     files = hub.files(REPO)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
@@ -292,7 +292,7 @@ def test_a_local_base_stays_unnamed(hub, build, tiny_model, tmp_path, monkeypatc
     assert "Your question" in capsys.readouterr().out
 
 
-def test_a_whole_model_is_published_without_the_rest(hub, build, small_model):
+def test_a_whole_model_is_published_without_other_files(hub, build, small_model):
     trainer = build(small_model, max_steps=1, beta=0.0)
     cli.main(["push", finished(trainer), REPO])
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -313,8 +313,8 @@ def test_cards_of_other_adapters_and_of_chat_models(build, small_model, tokenize
     assert '[{"role": "user", "content": "Your question"}]' in code_of(card)
 
 
-def test_other_cards_stay_here(hub, tiny_model, tmp_path):
-    """An adapter that PEFT saved has a card with the path of its base."""
+def test_cards_of_peft_are_not_pushed(hub, tiny_model, tmp_path):
+    """An adapter saved by PEFT has a card with the path of its base model."""
     get_peft_model(tiny_model, random_lora()).save_pretrained(tmp_path)
     assert str(TINY_MODEL) in (tmp_path / "README.md").read_text()
     cli.main(["push", str(tmp_path), REPO])

@@ -1,4 +1,4 @@
-"""The report in a browser, as people open it: headless Chromium, no network, runs that went well and others."""
+"""The report in a browser, as users open it: headless Chromium, no network, healthy runs and others."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def browser(tmp_path_factory):
 
 
 def look(browser, path, width=1200, dark=False):
-    """Open a page; returns warnings and errors in the console, and its requests other than that for itself."""
+    """Open a page; returns warnings and errors of the console, and all requests except the one for the page itself."""
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -86,7 +86,7 @@ def answer(text, reward, **changes):
 
 
 def run_folder(folder, steps, texts, *, groups=2, evaluations=(0,), **settings):
-    """The files of a run of `steps` steps; `texts` are the answers of every group."""
+    """Write the files of a run of `steps` steps; `texts` are the completions of every group."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(settings.get("seed", 0))
     metrics, rollouts, heldout = [], [], []
@@ -128,8 +128,8 @@ def hostile(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (380, False), (380, True)])
-def test_it_opens_without_errors_or_requests_and_fits_the_screen(browser, hostile, width, dark):
-    """A page that needs a network, that says errors or that scrolls sideways on a phone is not looked at twice."""
+def test_a_page_opens_without_errors_or_requests_and_fits_the_screen(browser, hostile, width, dark):
+    """Nobody looks twice at a page that needs a network, logs errors, or scrolls sideways on a phone."""
     console_entries, requests = look(browser, write_page(hostile), width, dark)
     assert console_entries == []
     assert requests == []
@@ -147,7 +147,7 @@ def test_it_opens_without_errors_or_requests_and_fits_the_screen(browser, hostil
 
 
 def test_hostile_completions_are_text(browser, hostile):
-    """What a model writes must neither run, nor end the page's own script, nor turn the text around it."""
+    """A completion must neither run, nor end the page's own script, nor reverse the text around it."""
     console_entries, _ = look(browser, write_page(hostile))
     assert console_entries == []
     assert browser.title == "<b>run"
@@ -159,8 +159,8 @@ def test_hostile_completions_are_text(browser, hostile):
         assert not set(text) & set("\u202a\u202b\u202e\u2066\x00")
 
 
-def test_no_script_but_its_own_can_run(browser, hostile):
-    """The policy of the page is the second wall: markup that got in all the same would still do nothing."""
+def test_no_other_script_can_run(browser, hostile):
+    """The page's content security policy is a second line of defense: injected markup would do nothing."""
     page = write_page(hostile)
     broken = page.with_name("broken.html")
     broken.write_text(page.read_text().replace("<main>", "<main><script>document.title = 'owned'</script>"))
@@ -179,7 +179,7 @@ def test_no_script_but_its_own_can_run(browser, hostile):
 
 
 def test_groups_by_keyboard(browser, hostile):
-    """Step and prompt can be chosen by keyboard, and the answers shown are the recorded ones."""
+    """Step and prompt can be chosen by keyboard, and the completions shown are the recorded ones."""
     look(browser, write_page(hostile))
     step, prompt = browser.find_element(By.ID, "step"), browser.find_element(By.ID, "prompt")
 
@@ -200,7 +200,7 @@ def test_groups_by_keyboard(browser, hostile):
     assert browser.find_element(By.ID, "gold").text == "gold answer 1016"
     assert Select(prompt).first_selected_option.text.startswith("2: mean 1, … ")
 
-    browser.execute_script("document.activeElement.blur()")  # everything there is to do can be reached by Tab
+    browser.execute_script("document.activeElement.blur()")  # every control can be reached by Tab
     reached = set()
     for _ in range(60):
         ActionChains(browser).send_keys(Keys.TAB).perform()
@@ -208,7 +208,7 @@ def test_groups_by_keyboard(browser, hostile):
     assert {"step", "prompt", "problem", "moment", "SUMMARY"} <= reached
 
 
-# Bokeh draws below shadow roots.
+# Bokeh draws inside shadow roots.
 INSIDE = """
     const inside = (root) =>
         [...root.querySelectorAll("*")].flatMap((e) => [e, ...(e.shadowRoot ? inside(e.shadowRoot) : [])]);
@@ -226,7 +226,7 @@ def tooltip(browser):
 
 
 def colours(browser, figure):
-    """What a figure is drawn with, as `#rrggbb`."""
+    """The colours that a figure is drawn with, as `#rrggbb`."""
     script = """
         const found = new Set(), hex = (n) => n.toString(16).padStart(2, "0");
         for (const canvas of inside(arguments[0]).filter((e) => e.tagName === "CANVAS" && e.width)) {
@@ -243,8 +243,8 @@ def figure_of(browser, title):
     return next(f for f in browser.find_elements(By.TAG_NAME, "figure") if f.text.startswith(title))
 
 
-def test_values_by_the_keys(browser, hostile):
-    """What was logged last up to the step that is chosen, with its interval."""
+def test_values_by_keyboard(browser, hostile):
+    """A panel shows the last value logged up to the chosen step, with its interval."""
     look(browser, write_page(hostile))
     values = figure_of(browser, "Mean raw reward").find_element(By.CLASS_NAME, "values")
     moment = browser.find_element(By.ID, "moment")
@@ -258,7 +258,7 @@ def test_values_by_the_keys(browser, hostile):
 
 @pytest.mark.parametrize("width", [1200, 360])
 def test_values_under_the_pointer(browser, hostile, width):
-    """Of the nearest step, from the first to the last one, inside the screen; gone when the pointer goes."""
+    """A tooltip shows the values of the nearest step, stays inside the screen, and goes when the pointer leaves."""
     look(browser, write_page(hostile), width)
     figure = figure_of(browser, "Length of completions")
     plot = figure.find_element(By.CLASS_NAME, "plot")
@@ -281,7 +281,7 @@ def test_values_under_the_pointer(browser, hostile, width):
 
 
 def test_curves_in_the_dark(browser, hostile):
-    """The same lines in colours that can be seen on a dark background; a change of the setting redraws the page."""
+    """The lines are the same, in colours for a dark background. A change of the setting redraws the page."""
     page = write_page(hostile)
     look(browser, page)
     light = colours(browser, figure_of(browser, "Mean raw reward"))
@@ -300,11 +300,12 @@ def test_the_same_problems_over_time(browser, hostile):
     assert lines == ["step 0 ✗ wrong", "step 2 ✓ right", "step 5 ✓ right"]
     assert browser.find_element(By.ID, "verdict").text.startswith("It learned: from 0% to ")
     reliability = next(r.text for r in browser.find_elements(By.TAG_NAME, "tr") if "time limit" in r.text)
-    assert reliability.endswith(" 20")  # one a step, rollout and process; two rollouts a step, two processes
+    assert reliability.endswith(" 20")  # one per step, rollout and process; two rollouts per step, two processes
 
 
 def test_a_run_of_a_thousand_steps_fits(browser, tmp_path):
-    """16 prompts x 8 answers a step are 128,000 answers: the newest are all there, of the older ones every k-th."""
+    """16 prompts x 8 completions per step are 128,000 completions. The page has all of the newest and every k-th older
+    one."""
     rng = random.Random(0)
     texts = ["".join(rng.choice("0123456789+= <'é") for _ in range(250)) for _ in range(8)]
     folder = run_folder(tmp_path / "long", 1000, texts, groups=16, evaluations=range(0, 1001, 10))
@@ -317,11 +318,11 @@ def test_a_run_of_a_thousand_steps_fits(browser, tmp_path):
     assert steps[-10:] == list(range(991, 1001))
     assert len({b - a for a, b in pairwise(steps[:-10])}) == 1
     assert f"every {steps[1] - steps[0]}th is in this page" in browser.find_element(By.ID, "groups").text
-    assert browser.execute_script("return document.querySelectorAll('*').length") < 5000  # it scrolls without a jerk
+    assert browser.execute_script("return document.querySelectorAll('*').length") < 5000  # so that it scrolls smoothly
 
 
 def test_a_page_of_the_worst_texts_still_fits(tmp_path):
-    """Each `<` takes six bytes in the page."""
+    """Each `<` becomes six bytes in the page."""
     page = write_page(run_folder(tmp_path / "worst", 40, ["<" * 2000] * 16, groups=16))
     assert page.stat().st_size < MAX_PAGE_BYTES
 
@@ -334,8 +335,8 @@ def test_which_lines_are_kept():
     assert choose_rows([], 5) == ([], 1)
 
 
-def test_a_run_that_goes_on_or_died(browser, tmp_path):
-    """Half a line at the end of each file, no settings, no evaluation after the first: the page says what there is."""
+def test_a_run_that_is_unfinished_or_was_killed(browser, tmp_path):
+    """With half a line at the end of each file, no settings, and no second evaluation, the page shows what there is."""
     folder = run_folder(tmp_path / "half", 3, ["a", "b"])
     (folder / "run.json").unlink()
     for name in ("metrics", "completions", "heldout"):
@@ -356,7 +357,7 @@ def test_a_run_that_goes_on_or_died(browser, tmp_path):
 
 
 def test_several_runs_over_each_other(browser, tmp_path):
-    """One line per run in each panel, and a table of what differs."""
+    """Each panel has one line per run, and a table lists the settings that differ."""
     folders = [
         run_folder(tmp_path / name, 4, ["a", "b"], evaluations=(0, 4), seed=seed, learning_rate=rate)
         for name, seed, rate in (("one", 0, 1e-3), ("two", 1, 1e-3), ("<i>three", 2, 1e-4))
@@ -397,7 +398,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         cli.main(["report", str(tmp_path / "empty")])
 
 
-def test_what_is_visible():
+def test_invisible_characters_are_escaped():
     assert escape_invisible({"\u202ea": ["x\n\ty", 1, None, True]}) == {"⟨U+202E⟩a": ["x\n\ty", 1, None, True]}
 
 

@@ -2,8 +2,6 @@
 
 import json
 from dataclasses import asdict
-from itertools import combinations
-from math import comb, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -30,66 +28,9 @@ def problems(count):
     return [{"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"]} for row in rows]
 
 
-def test_wilson_interval_by_hand():
-    """39 of 100, z = 1.96: centre (0.39 + z^2/200) / (1 + z^2/100) = 0.3941, half width 0.0940."""
-    estimate = Estimate.of([1.0] * 39 + [0.0] * 61)
-    assert (estimate.value, estimate.n) == (0.39, 100)
-    assert (estimate.low, estimate.high) == pytest.approx((0.3001, 0.4880), abs=2e-4)
-    assert str(estimate) == "0.39 [0.30, 0.49]"
-    assert Estimate.of([1.0] * 50).low > 0.9  # all right is not certainty
-
-
-def test_pass_at_k_is_unbiased():
-    """Against drawing k of the n samples in every possible way."""
-    for n, correct, k in ((5, 2, 3), (4, 0, 2), (6, 6, 1), (6, 1, 6), (5, 4, 2)):
-        draws = list(combinations([1] * correct + [0] * (n - correct), k))
-        assert pass_at_k(correct, n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-
-
-def test_difference_by_hand():
-    """20 problems: 7 rose, 1 fell. McNemar: twice the chance of at most 1 of 8 fair coins. The interval by the formula
-    of Agresti and Min: half a problem more in each of the four cells."""
-    before = [0.0] * 7 + [1.0] + [0.0] * 4 + [1.0] * 8
-    after = [1.0] * 7 + [0.0] + [0.0] * 4 + [1.0] * 8
-    found = Difference.of(before, after)
-    assert (found.n, found.better, found.worse, found.value) == (20, 7, 1, pytest.approx(6 / 20))
-    assert found.p_value == pytest.approx(2 * (comb(8, 0) + comb(8, 1)) / 2**8)
-    rose, fell, n = 7.5, 1.5, 22
-    half = 1.96 * sqrt(((rose + fell) / n - ((rose - fell) / n) ** 2) / (n - 1))
-    assert (found.low, found.high) == pytest.approx((6 / n - half, 6 / n + half), abs=1e-4)
-    assert str(found) == "+0.30 [+0.03, +0.52], p = 0.07"
-
-
-def test_a_difference_is_paired_and_never_certain():
-    """The same two shares, once on problems that all rose but few, once on others: only the pairs tell them apart. And
-    problems that all changed alike, or not at all, leave an interval."""
-    ten, few = [1.0] * 10 + [0.0] * 90, [1.0] * 20 + [0.0] * 80
-    alike, shuffled = Difference.of(ten, few), Difference.of(ten[::-1], few)
-    assert alike.value == shuffled.value == pytest.approx(0.1)
-    assert alike.p_value < 0.01 < 0.05 < shuffled.p_value
-    assert alike.low > 0 > shuffled.low
-    assert Difference.of([0.0] * 10, [1.0] * 10).low < 0.9
-    assert Difference.of([0.0] * 10, [0.0] * 10).high > 0.05
-    shares = Difference.of([0.25, 0.5], [0.5, 0.5])
-    assert shares.p_value is None
-    assert str(shares) == "+0.12 [-0.52, +0.64]"
-
-
-@pytest.mark.parametrize(("rise", "fall", "n"), [(0.4, 0.02, 20), (0.2, 0.1, 64), (0.05, 0.05, 256), (0.9, 0.0, 64)])
-def test_95_of_100_intervals_hold_the_truth(rise, fall, n):
-    rng = np.random.default_rng(0)
-    held = 0
-    for _ in range(300):
-        draw = rng.random(n)
-        before = np.where(draw > 1 - fall, 1.0, 0.0)
-        after = np.where(draw < rise, 1.0, 0.0)
-        found = Difference.of(before.tolist(), after.tolist())
-        held += found.low <= rise - fall <= found.high
-    assert held >= 0.92 * 300
-
-
 def test_accuracy_by_difficulty():
-    """Columns with one value, or with a value per problem, are skipped; values are in natural order."""
+    """Columns with a single value, or with another value for every problem, are skipped. Values are in natural
+    order."""
     rows = [{"level": f"Level {i % 2 * 8 + 2}", "subject": "algebra", "type": i, "difficulty": None} for i in range(20)]
     kinds = accuracy_by_kind(rows, [i % 4 == 1 for i in range(20)])
     assert list(kinds) == ["level"]
@@ -100,7 +41,7 @@ def test_accuracy_by_difficulty():
 
 
 def test_completions_equal_plain_generate(tiny_model, tokenizer):
-    """Padding, batching and sorting must not change a greedy answer."""
+    """Padding, batching and sorting must not change a greedy completion."""
     prompts = [p["prompt"] for p in problems(6)] + ["Question: 100+100=?\nAnswer: #### 2", "Q"]
     got = complete(tiny_model, tokenizer, prompts, max_new_tokens=40, batch_size=3)
     for prompt, text in zip(prompts, got, strict=True):
@@ -110,7 +51,7 @@ def test_completions_equal_plain_generate(tiny_model, tokenizer):
 
 
 def test_evaluation_leaves_the_run_as_it_was(build, tiny_model, tokenizer):
-    """Random state, training mode and checkpointing: an evaluation in the middle must not change the run."""
+    """An evaluation in the middle must not change a run: its random state, training mode and checkpointing."""
     model = build(tiny_model, peft_config=random_lora()).model
     model.train()
     model.gradient_checkpointing_enable()
@@ -125,7 +66,7 @@ def test_evaluation_leaves_the_run_as_it_was(build, tiny_model, tokenizer):
 
 
 def test_pass_at_k_for_every_k_up_to_the_samples(tiny_model, tokenizer):
-    """From the same samples; pass@6 of 6 is whether any is right, and sampled pass@1 the mean share."""
+    """All come from the same samples: pass@6 of 6 is whether any is right, and sampled pass@1 is the mean share."""
     settings = {"max_new_tokens": 20, "temperature": 0.8, "samples": 6}
     found = evaluate(tiny_model, tokenizer, problems(8), math_answer_reward, **settings)
     assert list(found.pass_at) == [2, 4, 6]
@@ -136,12 +77,12 @@ def test_pass_at_k_for_every_k_up_to_the_samples(tiny_model, tokenizer):
     assert 0 < found.sampled.value < found.pass_at[2].value < found.pass_at[6].value
 
 
-def test_what_cannot_be_judged_is_wrong():
+def test_an_answer_that_cannot_be_judged_is_wrong():
     rows = [{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": "?!"}]
     assert grade(math_answer_reward, rows, ["#### 1", "#### 1"]) == [True, False]
 
 
-def test_metrics_survive_a_cut_line_and_numbers_that_json_lacks(build, small_model):
+def test_metrics_survive_a_truncated_line_and_numbers_that_json_lacks(build, small_model):
     trainer = build(small_model, peft_config=random_lora())
     path = trainer.args.output_dir + "/metrics.jsonl"
     trainer.train()
@@ -153,7 +94,7 @@ def test_metrics_survive_a_cut_line_and_numbers_that_json_lacks(build, small_mod
     assert draw_curves(trainer.args.output_dir).read_bytes().startswith(b"\x89PNG")
 
 
-def test_resumed_runs_keep_their_metrics_and_fresh_ones_start_anew(build, small_model):
+def test_resumed_runs_keep_their_metrics_and_new_ones_start_again(build, small_model):
     trainer = build(small_model, peft_config=random_lora(), max_steps=3, save_strategy="steps", save_steps=2)
     trainer.train()
     model = trainer.model.unload()
@@ -175,8 +116,8 @@ def a_step(step, **changes):
     return row | changes
 
 
-def test_panels_are_what_people_look_at_in_its_order():
-    """Nothing that was not logged takes room, and a reward for shape is not added to one for being right."""
+def test_panels_are_in_the_order_in_which_they_are_read():
+    """A metric that was not logged takes no space, and rewards for shape are not added to rewards for being right."""
     heldout = {"heldout/pass@1": 0.1, "heldout/pass@1/low": 0.0, "heldout/pass@1/high": 0.2}
     rows = [{"step": 0, **heldout}, a_step(1), a_step(2, **{"nonfinite/skipped": 1.0})]
     panels = {panel.title: panel for panel in build_panels(rows)}
@@ -215,7 +156,7 @@ def test_panels_are_what_people_look_at_in_its_order():
 
 
 def test_lines_are_smoothed_and_long_runs_thinned():
-    """The running mean is that of a tenth of the run around a step; of 2,500 steps each point is the mean of three."""
+    """The running mean is over a tenth of the run around a step. For 2,500 steps, each point is the mean of three."""
     rows = [a_step(i, reward=float(i % 7)) for i in range(1, 41)]
     line = next(panel for panel in build_panels(rows) if panel.title == "Mean raw reward").lines[0]
     expected = [np.mean(line.y[max(0, i - 2) : i + 3]) for i in range(40)]
@@ -226,8 +167,8 @@ def test_lines_are_smoothed_and_long_runs_thinned():
     assert line.x[:2] == line.y[:2] == [2.0, 5.0]
 
 
-def test_a_phase_that_a_step_did_not_have_took_no_time():
-    """A step that reuses a rollout has no sampling; it must not vanish from the picture."""
+def test_a_phase_that_a_step_lacks_took_no_time():
+    """A step that reuses a rollout has no sampling, and must not vanish from the picture."""
     rows = [a_step(1), {name: value for name, value in a_step(2).items() if name != "time/generate"}]
     layers = next(panel for panel in build_panels(rows) if panel.title == "Time per step").lines
     assert [(line.label, line.y) for line in layers] == [("generate", [1.0, 0.0]), ("update", [2.0, 2.0])]
@@ -264,7 +205,7 @@ def test_verdict_reads_as_promised():
     ],
 )
 def test_the_verdict_in_one_sentence(before, after, sentence):
-    """It may claim no more than the test on the same problems does: 4 of 256 more are not enough, p is 0.125."""
+    """It may claim no more than the paired test does: 4 more of 256 are not enough, since p is 0.125."""
     counts = [before] if after is None else [before, after]
     evaluations = [{"step": i, "right": [1] * count + [0] * (256 - count)} for i, count in enumerate(counts)]
     run = RunRecord(folder=Path("x"), rows=[{"step": 1}], evaluations=evaluations, settings={})
