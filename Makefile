@@ -6,6 +6,8 @@
 # make check   ruff, its formatter, the type checker and the order of imports
 # make bench   stock TRL and grpo-ext side by side; pass options in ARGS, such as ARGS=--quick
 # make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each
+# make docs    API pages from the docstrings, in outputs/docs; fails on broken cross-references
+# make release VERSION=X.Y.Z   checks and tags this commit, and pushes the tag, which publishes it
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +22,7 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 # What the tests need in addition to Python packages, as command:Debian-package.
 SYSTEM := bwrap:bubblewrap chromium:chromium chromedriver:chromium-driver
 
-.PHONY: math quick test oldest newest check fix bench study clean system
+.PHONY: math quick test oldest newest check fix bench study docs release-check release clean system
 
 math: $(INSTALLED)
 	OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/math.py
@@ -56,6 +58,22 @@ bench: $(TOOLS)
 
 study: $(TOOLS)
 	$(BIN)/python -m grpo_ext.recipes.tiny_math.study $(ARGS)
+
+docs: $(TOOLS)
+	$(BIN)/python -m tests.docs.api_pages outputs/docs
+
+# What must hold before a version is published; the release workflow checks it again.
+release-check:
+	@test -n "$(VERSION)" || { echo "Which version? make release VERSION=X.Y.Z"; exit 1; }
+	@grep -qxF '__version__ = "$(VERSION)"' grpo_ext/__init__.py || \
+		{ echo "__version__ in grpo_ext/__init__.py is not $(VERSION)."; exit 1; }
+	@grep -qE '^## \[$(subst .,\.,$(VERSION))\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no section '## [$(VERSION)] - YYYY-MM-DD'."; exit 1; }
+	@test -z "$$(git status --porcelain)" || { echo "The working tree has changes that are not committed."; exit 1; }
+
+release: release-check
+	git tag -a "v$(VERSION)" -m "grpo-ext $(VERSION)"
+	git push origin "v$(VERSION)"
 
 # Installs what is missing if that needs no password, and otherwise prints what to type. One package at a time, since not
 # every distribution has each of them under this name.

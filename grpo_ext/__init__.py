@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from grpo_ext.trainer import GRPOExtTrainer
 
 __all__ = ["TRL_DEFAULTS", "Dialogue", "GRPOExtConfig", "GRPOExtTrainer", "TextEnv", "dialogue_reward", "evaluate"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "TRL_DEFAULTS": "grpo_ext.config",

@@ -17,7 +17,7 @@ from tests.tools.paths import ROOT
 
 TOP_LEVEL = set(
     "grpo_ext rewards recipes tests accelerate_configs pyproject.toml "
-    "README.md LICENSE CHANGELOG.md CONTRIBUTING.md Makefile constraints.txt .ci .gitignore".split()
+    "README.md LICENSE CHANGELOG.md CONTRIBUTING.md Makefile constraints.txt .ci .github .gitignore".split()
 )
 
 
