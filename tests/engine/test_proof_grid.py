@@ -82,7 +82,7 @@ def case(request, tmp_path_factory):
         generator = torch.Generator().manual_seed(3)
         mask_BC = mask[:, -completion:]
         noise = 0.3 * torch.randn(logps.shape, generator=generator, dtype=torch.float64) * mask_BC
-        noise -= noise.sum(dim=1, keepdim=True) * mask_BC / mask_BC.sum(dim=1, keepdim=True)  # ratios stay as they are
+        noise -= noise.sum(dim=1, keepdim=True) * mask_BC / mask_BC.sum(dim=1, keepdim=True)  # sums to 0 per row
         shifts = (SHIFTS.unsqueeze(1) * mask_BC / mask_BC.sum(dim=1, keepdim=True) + noise) * mask_BC
         inputs = {
             "prompt_ids": ids[:, :-completion],

@@ -28,7 +28,7 @@ NAN = math.nan
         ([1e-4, 0, 0, 0], [1.7316509, -0.577217, -0.577217, -0.577217], True),
         # one is not judged: the other three have mean 1/3 and std sqrt(2)/3
         ([1, 0, NAN, 0], [1.4142136, -0.7071068, 0, -0.7071068], True),
-        # two judged ones are enough, one or none is not
+        # two judged completions are enough, one or none is not
         ([1, 0, NAN, NAN], [1, -1, 0, 0], True),
         ([1, NAN, NAN, NAN], [0, 0, 0, 0], False),
         ([NAN, NAN, NAN, NAN], [0, 0, 0, 0], False),

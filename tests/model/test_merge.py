@@ -62,7 +62,7 @@ def test_merged_is_base_and_adapter(tmp_path, targets, more):
     expected = adapted(adapter)
     with warnings.catch_warnings(record=True, action="always") as caught:
         cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
-    assert not [warning for warning in caught if "You can untie the embeddings" in str(warning.message)]  # merge did so
+    assert not [warning for warning in caught if "You can untie the embeddings" in str(warning.message)]  # done
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits_of(merged), expected) < 1e-5
     assert merged.config.tie_word_embeddings == (targets == "all-linear")

@@ -119,7 +119,7 @@ def test_adapters_that_change_the_base_are_refused(build, small_model, changes, 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
 def test_reference_follows_every_few_steps(build, small_model, alpha):
-    """The reference is updated after steps 2 and 4 of 5. If it is a copy, the next step's KL is zero again."""
+    """The reference is updated after steps 2 and 4 of 5. If it copies the policy, the KL of the next step is zero."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha, "max_steps": 5}
     trainer = build(small_model, peft_config=random_lora(), beta=0.1, learning_rate=0.05, **settings)
     trainer.train()
