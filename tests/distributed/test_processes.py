@@ -22,7 +22,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(two, case, tmp_path):
     """Gradients that bypass the hooks of data-parallel training would give each process a different adapter. Rewards or
-    normalisers that are not gathered would train a wrong one. Neither raises an error."""
+    normalisers that are not gathered would train the wrong adapter. Neither raises an error."""
     first, second = two[case]
     for name, value in first["adapter"].items():
         assert torch.equal(value, second["adapter"][name]), f"{name} differs between the processes"

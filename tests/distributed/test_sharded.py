@@ -74,16 +74,16 @@ def test_what_needs_whole_parameters_is_refused(two):
 
 
 def greedy(model) -> list[str]:
-    """Completions by one process of the problems that the run holds out."""
+    """Greedy completions of the held-out problems, by a single process."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     heldout = load_problems(str(TINY_DATA), tokenizer, seed=42, max_heldout=HELD_OUT).heldout
     return complete(model, tokenizer, heldout["prompt"], max_new_tokens=48)
 
 
 def test_a_whole_run_of_a_recipe(two):
-    """Guards that find a shard instead of a tensor would end the run at its first update. Unequal numbers of batches,
-    which nine problems give the two processes, would end an evaluation. The completions before training are those of
-    the embedded model, and the ones after it those of the saved adapter."""
+    """Guards that find a shard instead of a tensor would end the run at its first update. An unequal number
+    of batches per process (nine problems give two and one) would end an evaluation. Completions before training are
+    those of the embedded model, and completions after training those of the saved adapter."""
     run = two / "whole"
     before = json.loads((run / "heldout_before.json").read_text())
     lm = AutoModelForCausalLM.from_pretrained(TINY_MODEL)

@@ -1,4 +1,4 @@
-"""The trainings that test_processes.py compares: two processes run this file, and a single process imports it.
+"""The training runs that test_processes.py compares: two processes run this file, and a single process imports it.
 
     accelerate launch --multi_gpu --num_processes 2 tests/distributed/two_processes.py FOLDER [CASE ...]
 
@@ -33,9 +33,9 @@ from tests.tools.training import SETTINGS, adapter_of
 STEPS, SIBLINGS, LONGEST = 3, 4, 12
 QUESTIONS = [f"Question: {sum_}=?\nAnswer:" for sum_ in ("1+2", "30+41", "7+8", "12+30", "9+9", "500+1")]
 
-# Rows per process (with two processes), and the settings; a single process gets twice as many rows. The losses are those
-# whose normaliser counts rows, or the tokens of all processes: bnpo divides by the tokens of one process, and so does
-# TRL's entropy bonus, which is therefore off.
+# Rows of each of two processes, and the settings; a single process gets twice as many rows. The losses are those whose
+# normaliser counts rows, or the tokens of all processes: bnpo divides by the tokens of one process, and so does TRL's
+# entropy bonus, which is therefore off.
 WHOLE_GROUPS, HALF_GROUPS, ONE_AND_A_HALF = 4, 2, 6
 OURS: dict[str, Any] = {"loss_type": "grpo_sequence", "entropy_coef": 0.01}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -156,7 +156,7 @@ def rarely_good(completions: list[str], **columns: Any) -> list[float]:
     return [score if score > 0.7 else 0.0 for score in share_of_digits(completions)]
 
 
-# Options that call the sampler themselves: the reward to use, and the metric that shows that the option had an effect.
+# Options that are tested with a sampler: the reward, and the metric that shows that the option had an effect.
 MECHANISMS = {
     ("num_generations_max", 12): (rarely_good, "growth/alive"),
     ("replay_fraction", 1.0): (two_dead_questions, "replay/hit_rate"),

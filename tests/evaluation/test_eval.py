@@ -71,7 +71,7 @@ def test_accuracy_of_the_embedded_model_and_of_an_adapter(capsys, worked_out_ada
 
 def test_results_equal_those_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
     """Problems are held out, prompted and scored as in a recipe, including samples. The results go to a JSON file and
-    to one readable line."""
+    to one human-readable line."""
     problems = load_problems(str(TINY_DATA), tokenizer, max_heldout=32, seed=7).heldout.to_list()
     settings = {"max_new_tokens": 40, "temperature": 0.6, "samples": 3, "batch_size": 256, "seed": 7}
     expected = evaluate(tiny_model, tokenizer, problems, math_answer_reward, **settings)

@@ -70,7 +70,7 @@ def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_
 
 @pytest.mark.slow
 def test_one_equivalence_class(build, small_model):
-    """Five steps with and without sharing, chunks, checkpointing and micro-batches are the same training."""
+    """Over five steps, sharing, chunks, checkpointing and the split into micro-batches do not change training."""
     variants = [
         {"share_prompt": False},
         {},
