@@ -1,4 +1,4 @@
-"""Two processes train what one process trains on the same completions, however groups are spread over them."""
+"""Two processes train the adapter that one process trains on the same completions, however groups are distributed."""
 
 import socket
 
@@ -21,8 +21,8 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(two, case, tmp_path):
-    """Gradients that bypass the hooks of data-parallel training leave each process with an adapter of its own, and
-    rewards or normalisers that stay in a process train another one; both without an error."""
+    """Gradients that bypass the hooks of data-parallel training would give each process a different adapter. Rewards or
+    normalisers that are not gathered would train the wrong adapter. Neither raises an error."""
     first, second = two[case]
     for name, value in first["adapter"].items():
         assert torch.equal(value, second["adapter"][name]), f"{name} differs between the processes"
@@ -34,7 +34,7 @@ def test_two_processes_train_as_one(two, case, tmp_path):
     for name, value in alone["adapter"].items():
         torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
         moved = (value - alone["start"][name]).abs().max()
-        assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 5e-6 says little about"
+        assert moved > 5e-4, f"{name} moved by only {moved:.1e}, so agreement to 5e-6 proves little"
         rounding = 0.05 * moved if is_bf16 else 5e-6
         torch.testing.assert_close(first["adapter"][name], value, atol=float(rounding), rtol=0, msg=name)
     assert max(alone["grad_norm"]) > 0
@@ -46,21 +46,21 @@ def test_two_processes_train_as_one(two, case, tmp_path):
     assert max(alone["effect"]) > 0
     want_chunks = STEPS * settings.get("gradient_accumulation_steps", 1) if "chunk_tokens" in settings else 0
     assert alone["updates_in_chunks"] == want_chunks
-    if settings.get("dead_groups") != "skip":  # a process with nothing to run takes no chunks
+    if settings.get("dead_groups") != "skip":  # a process without live rows runs no chunks
         assert first["updates_in_chunks"] == want_chunks
         assert second["updates_in_chunks"] == (0 if case == "one_idle" else want_chunks)
 
 
 def test_two_machines_train_as_one_process(tmp_path):
-    """One launcher a machine, with the line of recipes/README.md: a rank or an address that does not get through leaves
-    each machine with a run of its own, or waiting for the other."""
+    """One launcher per machine, with the documented command. If a rank or address were not passed on, each machine
+    would train on its own or wait for the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = ROOT / "accelerate_configs" / "multi_gpu.yaml"
-    line = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
-    lines = [f"{line} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
-    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", options=lines)
+    command = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
+    commands = [f"{command} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
+    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", options=commands)
     first, second = (torch.load(tmp_path / f"straddling_chunks-{process}.pt") for process in (0, 1))
     alone = train("straddling_chunks", 1, tmp_path)
     for name, value in alone["adapter"].items():

@@ -1,5 +1,5 @@
-"""Two processes that share out parameters (FSDP2, ZeRO-3) or gradients and optimizer (ZeRO-2): the adapter of one
-process, and a whole run of a recipe with its guards, held-out accuracy, checkpoints and best adapter."""
+"""Two processes that shard parameters (FSDP2, ZeRO-3) or gradients and optimizer states (ZeRO-2) train the adapter of
+one process, and complete a recipe run with guards, held-out accuracy, checkpoints and best adapter."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ CONFIGS = ["fsdp2", *(pytest.param(name, marks=with_deepspeed) for name in ("dee
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def two(request, tmp_path_factory) -> Path:
-    """The folder of what both processes did, from one launch."""
+    """The folder with the results of both processes, from one launch."""
     folder = tmp_path_factory.mktemp(request.param)
     config = ROOT / "accelerate_configs" / f"{request.param}.yaml"
     in_two_processes(two_sharded.__file__, folder, options=f"--config_file {config}")
@@ -38,17 +38,17 @@ def two(request, tmp_path_factory) -> Path:
 
 
 def shards(two: Path) -> bool:
-    """Whether parameters are spread, and not only what belongs to them."""
+    """Whether the parameters are sharded, not only gradients and optimizer states."""
     return "zero2" not in two.name
 
 
 def test_shards_train_what_one_process_trains(two, tmp_path):
-    """Prompts are not shared where parameters are sharded, and the log says so; the adapter is the same all the same,
-    each process holds a half of it, and it is saved in one piece."""
+    """If parameters are sharded, prompts are not shared, and the log says why. The adapter is the same anyway; each
+    process holds half of it, and it is saved whole."""
     first, second = (torch.load(two / f"given-{process}.pt") for process in (0, 1))
     assert first["shares"] is second["shares"] is not shards(two)
-    said = "TRL's plain path is taken: its parameters are sharded" in (two / "log").read_text()
-    assert said is shards(two)
+    is_logged = "TRL's plain path is taken: its parameters are sharded" in (two / "log").read_text()
+    assert is_logged is shards(two)
     alone = two_sharded.train(1, tmp_path)
     assert alone["shares"]
     saved = load_file(two / "given" / "adapter_model.safetensors")
@@ -57,7 +57,7 @@ def test_shards_train_what_one_process_trains(two, tmp_path):
         assert first["held_here"][name] == second["held_here"][name] == value.numel() // (2 if shards(two) else 1)
         torch.testing.assert_close(first["start"][name], alone["start"][name], atol=0, rtol=0)
         moved = (value - alone["start"][name]).abs().max()
-        assert moved > 5e-4, f"{name} moved by {moved:.1e} only, which agreement to 5e-6 says little about"
+        assert moved > 5e-4, f"{name} moved by only {moved:.1e}, so agreement to 5e-6 proves little"
         for adapter in (first["adapter"], second["adapter"]):
             torch.testing.assert_close(adapter[name], value, atol=5e-6, rtol=0, msg=name)
         assert torch.equal(saved[name.replace(".default", "")], first["adapter"][name])
@@ -66,7 +66,7 @@ def test_shards_train_what_one_process_trains(two, tmp_path):
 
 
 def test_what_needs_whole_parameters_is_refused(two):
-    """A reference that follows the policy would be mixed of shards, or of nothing."""
+    """A reference that follows the policy would be mixed from shards or from empty tensors."""
     refused = [two / f"refused-{process}" for process in (0, 1)]
     assert [path.exists() for path in refused] == [shards(two)] * 2
     for path in filter(Path.exists, refused):
@@ -74,16 +74,16 @@ def test_what_needs_whole_parameters_is_refused(two):
 
 
 def greedy(model) -> list[str]:
-    """What one process answers to the problems that the run holds out."""
+    """Greedy completions of the held-out problems, by a single process."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     heldout = load_problems(str(TINY_DATA), tokenizer, seed=42, max_heldout=HELD_OUT).heldout
     return complete(model, tokenizer, heldout["prompt"], max_new_tokens=48)
 
 
 def test_a_whole_run_of_a_recipe(two):
-    """Guards that meet a shard where they look for a tensor end the run at its first update, and processes with unequal
-    numbers of batches, as nine problems make them here, end an evaluation. Before, the answers are those of the
-    embedded model; after, those of the adapter that was saved."""
+    """Guards that find a shard instead of a tensor would end the run at its first update. An unequal number
+    of batches per process (nine problems give two and one) would end an evaluation. Completions before training are
+    those of the embedded model, and completions after training those of the saved adapter."""
     run = two / "whole"
     before = json.loads((run / "heldout_before.json").read_text())
     lm = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
@@ -100,8 +100,8 @@ def test_a_whole_run_of_a_recipe(two):
     assert kept.keys() == last.keys()
 
 
-def test_a_run_that_is_resumed(two):
-    """From the checkpoint of step 2 on, to the bit; FSDP and DeepSpeed have other names for the optimizer's files."""
+def test_a_resumed_run(two):
+    """Equal to the bit from the checkpoint of step 2 on. FSDP and DeepSpeed name the optimizer's files differently."""
     whole, again = (load_file(two / name / "adapter_model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     half = load_file(two / "whole" / "checkpoint-2" / "adapter_model.safetensors")

@@ -1,8 +1,8 @@
-"""What test_processes.py trains: in two processes, each running this file, and in one, which imports it.
+"""The training runs that test_processes.py compares: two processes run this file, and a single process imports it.
 
     accelerate launch --multi_gpu --num_processes 2 tests/distributed/two_processes.py FOLDER [CASE ...]
 
-writes FOLDER/<case>-<process>.pt for every case, or those that are named, with the adapter and the log of that process.
+writes FOLDER/<case>-<process>.pt for every case, or for the named ones: the adapter and the log of that process.
 """
 
 import itertools
@@ -33,9 +33,9 @@ from tests.tools.training import SETTINGS, adapter_of
 STEPS, SIBLINGS, LONGEST = 3, 4, 12
 QUESTIONS = [f"Question: {sum_}=?\nAnswer:" for sum_ in ("1+2", "30+41", "7+8", "12+30", "9+9", "500+1")]
 
-# Rows a process in two processes, and the settings; one process gets twice as many rows. Losses are those whose
-# normaliser counts rows or all tokens of a step: bnpo divides by the tokens of a process, and so does TRL's entropy
-# bonus, which is therefore off.
+# Rows of each of two processes, and the settings; a single process gets twice as many rows. The losses are those whose
+# normaliser counts rows, or the tokens of all processes: bnpo divides by the tokens of one process, and so does TRL's
+# entropy bonus, which is therefore off.
 WHOLE_GROUPS, HALF_GROUPS, ONE_AND_A_HALF = 4, 2, 6
 OURS: dict[str, Any] = {"loss_type": "grpo_sequence", "entropy_coef": 0.01}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -52,34 +52,34 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # all optimizer steps on one rollout: old log-probs and clipped ratios
     "mixed_dapo": (ONE_AND_A_HALF, {"loss_type": "dapo", "chunk_tokens": 40, "num_iterations": 3}),
     "mixed_dr_grpo": (ONE_AND_A_HALF, {"loss_type": "dr_grpo", "chunk_tokens": 40}),
-    # gradients of the first micro-batch stay in the process until the second
+    # gradients of the first micro-batch are not synchronised before the second
     "accumulated": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "gradient_accumulation_steps": 2}),
     "exact_kl": (ONE_AND_A_HALF, OURS | {"kl_estimator": "exact", "chunk_tokens": 40}),
     "exact_kl_grpo": (HALF_GROUPS, {"loss_type": "grpo", "kl_estimator": "exact", "gradient_accumulation_steps": 2}),
-    # the answers to two of six questions are worth the same, and their places go to other questions
+    # two of six questions have dead groups, which are replaced by groups on other questions
     "resampled": (WHOLE_GROUPS, OURS | {"dead_groups": "resample"}),
     "resampled_straddling": (HALF_GROUPS, OURS | {"dead_groups": "resample", "max_resample_rounds": 2}),
-    # a process whose only group is dead runs nothing, and takes part in the gradients all the same
+    # a process whose only group is dead runs no rows, but takes part in the gradient reduction
     "skipped": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0}),
-    # a step is rehearsed in both before the first one, and the run is watched
+    # both run the worst-case step before the first one, and the run is watched
     "guarded": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0, "guards": True}),
     "skipped_chunks": (WHOLE_GROUPS, {"loss_type": "dapo", "dead_groups": "skip", "beta": 0.0, "chunk_tokens": 40}),
-    # the answers to one of them only come alive when more are drawn, and each process draws for its own groups
+    # some groups become mixed only with more completions, which each process samples for its own groups
     "growing": (WHOLE_GROUPS, OURS | {"num_generations_max": 12}),
-    # the places of dead groups go to groups of earlier steps, that either process drew
+    # groups of earlier steps, sampled by either process, replace dead ones
     "replayed": (WHOLE_GROUPS, OURS | {"replay_fraction": 1.0, "replay_max_age": 2}),
     "replayed_straddling": (HALF_GROUPS, OURS | {"replay_fraction": 1.0, "num_iterations": 2, "max_steps": 4}),
-    # the environments of one process may speak longer than those of the other
+    # episodes of one process may take more turns than those of the other
     "dialogue": (HALF_GROUPS, OURS | {"max_completion_length": 24}),
-    # the rows of the second process have no token that counts: it takes TRL's path while the first one shares
+    # the second process has only masked tokens: it takes TRL's path while the first one shares prompts
     "one_idle": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "mask_truncated_completions": True}),
 }
 
 
 def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, Any]:
-    """Completions that depend on the prompt, the place among its siblings and the step, however rows are spread.
+    """Completions that depend on the prompt, the position in its group and the step, not on the distribution of rows.
 
-    The places 0 and 1 of a group end; 2 and 3 are cut off.
+    Completions 0 and 1 of a group end; 2 and 3 are cut off.
     """
     tokenizer = trainer.processing_class
     digits = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).isdigit()]
@@ -97,7 +97,8 @@ def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, 
 
 
 class Numbered(TextEnv):
-    """Says first which of its group it is, and then how much it has heard, for one to three turns."""
+    """Starts with its position in the group, then replies with the number of characters received so far, for one to
+    three turns."""
 
     def __init__(self, place: int):
         self.place, self.heard, self.turns = place, "", 0
@@ -114,7 +115,7 @@ class Numbered(TextEnv):
 
 
 class GivenTurns(GRPOExtTrainer):
-    """Turns of one to four characters that what was said before decides."""
+    """Samples turns of one to four characters, which the conversation so far determines."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         texts = [self.processing_class.decode(ids) for ids in prompt_ids]
@@ -127,10 +128,10 @@ class GivenTurns(GRPOExtTrainer):
 
 
 class GivenCompletions(GRPOExtTrainer):
-    """The same completions as those of `given_completions`, drawn where a sampler would draw them, with the policy's
-    log-probs; other ones each time that more are drawn in a step."""
+    """Samples the completions of `given_completions`, with the policy's log-probs; further calls in the same step give
+    other completions."""
 
-    drawn_in = (-1, 0)  # the step, and how often it has drawn
+    drawn_in = (-1, 0)  # the step of the last call, and the number of calls in it before that one
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         step, times = self.drawn_in
@@ -155,7 +156,7 @@ def rarely_good(completions: list[str], **columns: Any) -> list[float]:
     return [score if score > 0.7 else 0.0 for score in share_of_digits(completions)]
 
 
-# What draws where a sampler would: its reward, and the metric that says that something came of it.
+# Options that are tested with a sampler: the reward, and the metric that shows that the option had an effect.
 MECHANISMS = {
     ("num_generations_max", 12): (rarely_good, "growth/alive"),
     ("replay_fraction", 1.0): (two_dead_questions, "replay/hit_rate"),
@@ -165,7 +166,7 @@ MECHANISMS = {
 
 
 def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
-    """SGD, at a rate at which the adapter moves hundreds of times further than the test tolerates."""
+    """Train with SGD, at a rate that moves the adapter hundreds of times further than the tolerance of the test."""
     rows, settings = CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     draws = next((mechanism for option, mechanism in MECHANISMS.items() if option in settings.items()), None)
@@ -180,7 +181,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     model, is_whole = small_llama(tokenizer), case.startswith("whole_model")
     if is_whole:
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder / "base")  # `save_pretrained` of the model saves in one process only
+        model.config.save_pretrained(folder / "base")  # the model's `save_pretrained` saves in one process only
         save_model(model, str(folder / "base" / "model.safetensors"), metadata={"format": "pt"})
         model = LlamaForCausalLM.from_pretrained(folder / "base")  # TRL loads the reference from its path
     trainer = kind(
@@ -219,7 +220,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         "shares": trainer.shares_prompts,
         "updates_in_chunks": chunked.call_count,
         "grad_norm": [row["grad_norm"] for row in logs],
-        # of the steps that began with a rollout
+        # logged by the steps that began with a rollout
         **{name: [row[name] for row in logs if name in row] for name in ("reward", "reward_std")},
         "effect": [row[effect] for row in logs if effect in row],
     }

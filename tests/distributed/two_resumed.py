@@ -1,9 +1,9 @@
-"""What test_resume.py trains in two processes, each running this file: every case whole, and resumed in its middle.
+"""The runs that test_resume.py compares, in two processes that run this file: each case whole, and resumed halfway.
 
     accelerate launch --multi_gpu --num_processes 2 tests/distributed/two_resumed.py FOLDER
 
-writes FOLDER/<case>-whole-<process>.pt and FOLDER/<case>-again-<process>.pt, with the adapter of that process and what
-it trained on.
+writes FOLDER/<case>-whole-<process>.pt and FOLDER/<case>-again-<process>.pt: the adapter of that process, and the
+completions and advantages that it was trained on.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, half_dead
 from tests.tools.training import SETTINGS, adapter_of, record_updates
 
-# Rows a process; a rollout serves four steps, and so many are a pass over the prompts: step 5 lies in the second one.
+# Rows per process. A rollout serves four steps, which are one epoch, so step 5 is in the second one.
 LONG: dict[str, Any] = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
 CASES: dict[str, dict[str, Any]] = {
     "rollouts": LONG,

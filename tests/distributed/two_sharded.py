@@ -1,10 +1,11 @@
-"""What test_sharded.py trains in two processes that share out parameters, or what belongs to them; each runs this file.
+"""The runs that test_sharded.py checks, in two processes that shard parameters or optimizer states and run this file.
 
     accelerate launch --config_file accelerate_configs/fsdp2.yaml tests/distributed/two_sharded.py FOLDER
 
-writes FOLDER/given-<process>.pt, the folders of a whole run and of one that was resumed, and what is refused. FSDP runs
-on accelerators only, and accelerate would silently take DDP here: told that these are processes of GPUs, it shards on
-the CPU, over gloo, by the same code. DeepSpeed has a CPU backend of its own, which accelerate uses without `use_cpu`.
+writes FOLDER/given-<process>.pt, the folders of a whole and of a resumed run, and messages of refused settings.
+accelerate supports FSDP on accelerators only, and would silently use DDP here. Told that these are GPU processes, it
+shards on the CPU, over gloo, with the same code. DeepSpeed has its own CPU backend, which accelerate uses without
+`use_cpu`.
 """
 
 import os
@@ -31,21 +32,21 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import share_of_digits
 from tests.tools.training import SETTINGS, adapter_of
 
-ROWS = 8  # of all processes
+ROWS = 8  # in all processes together
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-# Nine problems in batches of four are two batches on one process, and one on the other.
+# Nine problems in batches of four are two batches in one process and one in the other.
 RECIPE = "--max_steps 4 --save_steps 2 --eval_steps 2 --max_eval_prompts 9 --per_device_eval_batch_size 4"
 RECIPE += " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --eval_samples 0 --bf16 false"
 RECIPE += f" --use_cpu {str(not USES_DEEPSPEED).lower()} --disable_tqdm true --report_to none"
 
 
 def full(adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every parameter in one piece, on every process."""
+    """Every parameter unsharded, in every process."""
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in adapter.items()}
 
 
 def train(processes: int, folder: Path, **changes: Any) -> dict[str, Any]:
-    """The embedded model on completions that are given, with SGD, whose steps are as large as the gradients."""
+    """Train the embedded model on given completions, with SGD, whose steps are proportional to the gradients."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     trainer = GRPOExtTrainer(
         AutoModelForCausalLM.from_pretrained(TINY_MODEL),

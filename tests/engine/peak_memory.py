@@ -69,7 +69,7 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
 
 def measure(model: Any, case: tuple[Any, ...]) -> int:
     how, chunk_tokens = case[0], case[-1]
-    update(model, how, 64, 16, 4, chunk_tokens and 160)  # a first call loads and allocates things that stay
+    update(model, how, 64, 16, 4, chunk_tokens and 160)  # the first call makes permanent allocations
     model.zero_grad()
     return peak_above(lambda: update(model, *case))
 

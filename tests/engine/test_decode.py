@@ -52,12 +52,12 @@ def test_samples_the_tokens_of_transformers(architecture, attention):
     stock, ours, sampled = both(model, ids, mask, max_new_tokens=48)
     assert torch.equal(stock, ours)
     assert len({len(tokens) for tokens in sampled.tokens}) > 1, "no row ended before another"
-    assert len({tuple(tokens) for tokens in sampled.tokens}) == len(ids), "siblings differ"
+    assert len({tuple(tokens) for tokens in sampled.tokens}) == len(ids), "two siblings are equal"
 
 
 @pytest.mark.parametrize("architecture", slow_but(ARCHITECTURES, ["llama", "gemma3", "qwen3_next"]))
 def test_greedy_decoding_of_ragged_prompts(architecture):
-    """Prompts of 150, 90, 61 and 1 tokens (with 149 of padding in its cache): each row equals the row on its own."""
+    """Prompts of 150, 90, 61 and 1 tokens (padded by 149 in the cache): each row equals the same row decoded alone."""
     model = random_model(architecture, "eager")
     ids, mask = prompts_of(150, 90, 61, 1, siblings=2)
     sampler = GroupSampler(temperature=0.8)
@@ -154,9 +154,9 @@ def test_seeds(llama):
 
 
 def test_first_and_second_tokens_follow_the_distribution():
-    """20,000 siblings of one prompt; chi-square over the first token, and over the second token of those rows whose
-    first is the most frequent one. The bound is the 1 in 10,000 quantile: with this seed the outcome is fixed; another
-    seed or another order of sampling fails by chance twice in 10,000 times."""
+    """Chi-square over the first token of 20,000 siblings of one prompt, and over the second token of the rows whose
+    first token is the most frequent one. The bound is the 1-in-10,000 quantile. The seed fixes the outcome; with
+    another seed or sampling order, the test fails by chance twice in 10,000 times."""
     model = random_model("llama", "sdpa", torch.float32)
     ids, mask = prompts_of(10, siblings=20_000)
     sampled = generate(model, ids, mask, max_new_tokens=2, eos_token_id=None, custom_generate=GroupSampler(0.8))[:, 10:]
@@ -189,7 +189,7 @@ def test_a_disabled_adapter_is_not_sampled(llama):
 
 
 def test_nf4_base_samples_the_same_tokens():
-    """LoRA on a 4-bit base: decoding uses the quantised weights in the same way as transformers' loop."""
+    """LoRA on a 4-bit base: decoding uses the quantised weights as transformers' loop does."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=config, dtype=torch.float32)
     model = get_peft_model(base, random_lora())

@@ -22,7 +22,7 @@ PROMPTS = {(S, chunk): ("shared", S, C, 4, chunk) for S in (256, 2048) for chunk
 
 @pytest.fixture(scope="module")
 def peaks():
-    """Bytes by case, above the resident memory before the update."""
+    """Peak bytes of each case, above the resident memory before the update."""
     cases = [*PLAIN.values(), *GROUPS.values(), *PROMPTS.values()]
     done = subprocess.run(
         [sys.executable, peak_memory.__file__, json.dumps(cases)],

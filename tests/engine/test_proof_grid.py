@@ -19,7 +19,7 @@ from tests.tools.reward_functions import PROMPTS
 from tests.tools.scoring import padded_batch
 
 # Full attention; a sliding window shorter than the prompt; a recurrent layer with an attention layer.
-# gemma2 has no sdpa; its eager attention gives NaN on padding before a prompt, so all prompts here are equally long.
+# gemma2 does not support sdpa. Its eager attention returns NaN on left padding, so all prompts have the same length.
 ATTENTION = {"llama": "sdpa", "gemma2": "eager", "qwen3_5_text": "sdpa"}
 # Log-ratios of the eight rows: beyond the clip on both sides, and within it, for both signs of the advantage.
 SHIFTS = torch.tensor([1.5, -1.5, 0.1, -0.1, 1.5, -1.5, 0.1, -0.1], dtype=torch.float64)
@@ -60,7 +60,7 @@ def share_prompts(trainer, on):
 
 @pytest.fixture(scope="module", params=slow_but(ATTENTION, ["llama"]))
 def case(request, tmp_path_factory):
-    """A trainer on a tiny model in float64, and inputs of its losses: two groups of four on 150 prompt tokens each."""
+    """A trainer on a tiny model in float64, and inputs of its losses: two groups of four on prompts of 150 tokens."""
     with pytest.MonkeyPatch.context() as patch:
         # The recurrent layer always casts to float32, which would hide errors below 1e-5.
         in_float64 = SimpleNamespace(**vars(torch) | {"float32": torch.float64})
@@ -80,17 +80,17 @@ def case(request, tmp_path_factory):
         with torch.no_grad():
             logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, completion)
         generator = torch.Generator().manual_seed(3)
-        written = mask[:, -completion:]
-        noise = 0.3 * torch.randn(logps.shape, generator=generator, dtype=torch.float64) * written
-        noise -= noise.sum(dim=1, keepdim=True) * written / written.sum(dim=1, keepdim=True)  # rows keep their ratio
-        shifts = (SHIFTS.unsqueeze(1) * written / written.sum(dim=1, keepdim=True) + noise) * written
+        mask_BC = mask[:, -completion:]
+        noise = 0.3 * torch.randn(logps.shape, generator=generator, dtype=torch.float64) * mask_BC
+        noise -= noise.sum(dim=1, keepdim=True) * mask_BC / mask_BC.sum(dim=1, keepdim=True)  # sums to 0 per row
+        shifts = (SHIFTS.unsqueeze(1) * mask_BC / mask_BC.sum(dim=1, keepdim=True) + noise) * mask_BC
         inputs = {
             "prompt_ids": ids[:, :-completion],
             "prompt_mask": mask[:, :-completion],
             "completion_ids": ids[:, -completion:],
-            "completion_mask": written,
+            "completion_mask": mask_BC,
             "advantages": ADVANTAGES,
-            "num_items_in_batch": written.sum(),
+            "num_items_in_batch": mask_BC.sum(),
             "old_per_token_logps": logps.double() - shifts,
             "ref_per_token_logps": logps.double() + 0.3 * torch.randn(logps.shape, generator=generator),
         }
@@ -109,7 +109,7 @@ def test_the_gradient_of_a_loss(case, loss_type):
     of the loss that loses its gradient. There are clipped and unclipped tokens: a zero gradient would prove nothing."""
     trainer, inputs = case
     trainer.loss_type = loss_type
-    trainer.epsilon_high = 1.05 if loss_type == "cispo" else 0.2  # TRL: cispo clips at the value itself
+    trainer.epsilon_high = 1.05 if loss_type == "cispo" else 0.2  # cispo clips at epsilon_high, not at 1 + epsilon_high
     for beta, entropy_coef in ((0.0, 0.0), (0.1, 0.01)):
         trainer.beta = beta
         trainer.entropy_coef = entropy_coef

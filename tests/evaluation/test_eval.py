@@ -1,4 +1,4 @@
-"""`grpo-ext eval`: the accuracy that a run would measure, of models, adapters and 4-bit bases."""
+"""`grpo-ext eval`: the accuracy that a run would measure, for models, adapters and 4-bit bases."""
 
 import json
 import random
@@ -32,8 +32,8 @@ def evaluated(capsys, *flags):
 
 
 @pytest.fixture(scope="module")
-def long_way(tmp_path_factory):
-    """An adapter whose effect is known: taught to work sums out, which the embedded model does rightly."""
+def worked_out_adapter(tmp_path_factory):
+    """An adapter with a known effect: trained to work every sum out, which the embedded model does correctly."""
     rng, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(TINY_MODEL)
     torch.manual_seed(0)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -49,28 +49,29 @@ def long_way(tmp_path_factory):
         inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         for row, prompt in zip(labels, prompts, strict=True):
-            row[: len(prompt)] = -100  # a token a character
+            row[: len(prompt)] = -100  # one token per character
         model(**inputs, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("long_way")
+    folder = tmp_path_factory.mktemp("worked_out_adapter")
     model.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.slow
-def test_accuracy_of_the_embedded_model_and_of_an_adapter(capsys, long_way):
-    """On the problems that a run holds out: 0.14 is what the README's run begins with."""
+def test_accuracy_of_the_embedded_model_and_of_an_adapter(capsys, worked_out_adapter):
+    """On the problems that a run holds out; 0.14 is the accuracy before the run in the README."""
     base = evaluated(capsys)
     assert base["pass_at_1"]["value"] == pytest.approx(0.14, abs=0.005)
     assert (base["pass_at_1"]["n"], base["sampled_pass_at_1"], base["k"]) == (256, None, 0)
-    adapted = evaluated(capsys, "--adapter", long_way, "--max_problems", "64")
+    adapted = evaluated(capsys, "--adapter", worked_out_adapter, "--max_problems", "64")
     assert adapted["pass_at_1"]["value"] > 0.9
-    assert (adapted["adapter"], adapted["pass_at_1"]["n"]) == (long_way, 64)
+    assert (adapted["adapter"], adapted["pass_at_1"]["n"]) == (worked_out_adapter, 64)
 
 
-def test_figures_are_those_of_the_evaluation_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
-    """Held out, asked and judged as in a recipe, samples included; in a file, and in a line for people."""
+def test_results_equal_those_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
+    """Problems are held out, prompted and scored as in a recipe, including samples. The results go to a JSON file and
+    to one human-readable line."""
     problems = load_problems(str(TINY_DATA), tokenizer, max_heldout=32, seed=7).heldout.to_list()
     settings = {"max_new_tokens": 40, "temperature": 0.6, "samples": 3, "batch_size": 256, "seed": 7}
     expected = evaluate(tiny_model, tokenizer, problems, math_answer_reward, **settings)
@@ -86,8 +87,8 @@ def test_figures_are_those_of_the_evaluation_of_a_run(capsys, tmp_path, tiny_mod
     assert line in capsys.readouterr().out
 
 
-def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monkeypatch, tokenizer):
-    """A file of the current folder judges by columns of its own: whether a text is what the model says in NF4."""
+def test_custom_reward_and_data_without_answers_in_4_bits(capsys, tmp_path, monkeypatch, tokenizer):
+    """A reward from a file in the current folder uses a column of its own: whether a text equals the NF4 model's."""
     (tmp_path / "judge_of_mine.py").write_text(
         "def same(completions, expected, **columns):\n"
         "    return [float(text == other) for text, other in zip(completions, expected, strict=True)]\n"
@@ -108,12 +109,12 @@ def test_own_reward_and_data_without_answers_on_four_bits(capsys, tmp_path, monk
 
 @pytest.mark.slow
 def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model, tokenizer):
-    """Else a model trained without thinking is measured with it: by a recipe, and by the command afterwards. Here the
-    template makes the prompt that the model was taught only if it gets `ending`."""
+    """Otherwise a model trained without thinking is measured with it, by a recipe and later by the command. Here the
+    template renders the prompt format that the model was trained on only if it gets `ending`."""
     chat, questions, out = (str(tmp_path / name) for name in ("chat", "questions", "out"))
     shutil.copytree(TINY_MODEL, chat)
     chatting = AutoTokenizer.from_pretrained(TINY_MODEL)
-    chatting.chat_template = "{{ messages[-1].content }}{{ ending }}"  # ends no turn, so it must be asked for
+    chatting.chat_template = "{{ messages[-1].content }}{{ ending }}"  # ends no turn, so needs --chat true
     chatting.save_pretrained(chat)
     Path(questions).mkdir()
     for split in ("train", "test"):
@@ -122,14 +123,14 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
         Path(questions, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prompts = [f"{row['question']}\nAnswer:" for row in rows]
     expected = complete(tiny_model, tokenizer, prompts, max_new_tokens=40)
-    unasked = complete(tiny_model, tokenizer, [row["question"] for row in rows], max_new_tokens=40)
+    without_ending = complete(tiny_model, tokenizer, [row["question"] for row in rows], max_new_tokens=40)
     ending = '{"ending": "\\nAnswer:"}'
     flags = ["--model_name_or_path", chat, "--chat", "true", "--dataset_name", questions, "--max_steps", "1"]
     flags += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--guards", "false"]
     flags += ["--max_completion_length", "40", "--output_dir", out, "--chat_template_kwargs", ending]
     recipe.main(flags)
     before = load_initial_evaluation(out, problems=len(rows), samples=0)
-    assert sorted(map(text_of, before.completions)) == sorted(expected) != sorted(unasked)
+    assert sorted(map(text_of, before.completions)) == sorted(expected) != sorted(without_ending)
     found = evaluated(capsys, "--model", chat, "--chat", "true", "--data", questions, "--chat_template_kwargs", ending)
     assert found["pass_at_1"]["value"] == before.greedy.value > 0
 

@@ -26,13 +26,13 @@ NAN = math.nan
         ([0.1, 0.1 + 1e-9, 0.1, 0.1], [0, 0, 0, 0], False),
         # a small but real difference counts in full: mean 0.25e-4, std 0.4330127e-4, eps 1e-8
         ([1e-4, 0, 0, 0], [1.7316509, -0.577217, -0.577217, -0.577217], True),
-        # one not judged: mean and std over the other three, mean 1/3, std sqrt(2)/3
+        # one is not judged: the other three have mean 1/3 and std sqrt(2)/3
         ([1, 0, NAN, 0], [1.4142136, -0.7071068, 0, -0.7071068], True),
-        # two judged are enough, one or none is not
+        # two judged completions are enough, one or none is not
         ([1, 0, NAN, NAN], [1, -1, 0, 0], True),
         ([1, NAN, NAN, NAN], [0, 0, 0, 0], False),
         ([NAN, NAN, NAN, NAN], [0, 0, 0, 0], False),
-        # an infinite reward cannot be normalised: counts as not judged
+        # an infinite reward cannot be normalised, so it counts as not judged
         ([math.inf, 1, 0, 0], [0, 1.4142136, -0.7071068, -0.7071068], True),
         ([-math.inf, 1, 1, 1], [0, 0, 0, 0], False),
     ],

@@ -51,8 +51,8 @@ def test_k1_and_k3_are_unbiased_and_k2_is_not(logits):
 
 @pytest.mark.parametrize("estimator", [k1, k3])
 def test_sample_means_converge_to_the_kl(logits, estimator):
-    """20,000 tokens: within 4 standard errors (exceeded once in 16,000 runs; the seed is fixed). The standard error of
-    k3 is smaller than that of k1."""
+    """The mean of 20,000 tokens is within 4 standard errors, which chance exceeds once in 16,000 runs (the seed is
+    fixed). The standard error of k3 is smaller than that of k1."""
     logps = logits.log_softmax(0).detach()
     tokens = torch.multinomial(logps.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(5))
     values = estimator(logps[tokens], REFERENCE[tokens])
@@ -62,7 +62,8 @@ def test_sample_means_converge_to_the_kl(logits, estimator):
 
 
 def test_gradients_on_policy(logits):
-    """k1: zero. k2, and k1 and k3 times the ratio: that of the KL. Plain k3: that of KL(reference || policy)."""
+    """The gradient of k1 is zero. k2, and k1 and k3 times the ratio, have the gradient of the KL. Plain k3 has the
+    gradient of KL(reference || policy)."""
     (true,) = torch.autograd.grad(true_kl(logits), logits)
     assert true.abs().max() > 0.05
     torch.testing.assert_close(mean_gradient(logits, "k1", bias_corrected=False), torch.zeros(4, dtype=torch.float64))
@@ -95,7 +96,7 @@ def test_gradients_off_policy(logits, estimator):
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_masked_tokens_do_not_count(estimator):
-    """However large their log-probs are: no overflow reaches the value or the gradient."""
+    """No overflow reaches the value or the gradient, however large the masked log-probs are."""
     logps = torch.tensor([[-0.5, -900.0]], requires_grad=True)
     reference, old = torch.tensor([[-1.0, 900.0]]), torch.tensor([[-0.4, -2000.0]])
     kl = sampled_kl(estimator, logps, reference, old_logps_BC=old, mask_BC=torch.tensor([[1, 0]]), bias_corrected=True)

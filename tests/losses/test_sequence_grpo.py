@@ -73,14 +73,14 @@ def test_ratio_and_clipping_by_hand(log_ratios, advantage, constants, loss):
 
 
 def test_kl_by_hand():
-    """k3 of a token with policy 1/2 and reference 1/4: 1/2 - log(1/2) - 1 = 0.193147; of equal ones 0."""
+    """k3 of policy 1/2 and reference 1/4 is 1/2 - log(1/2) - 1 = 0.193147; that of equal probabilities is 0."""
     logps, ref = [[math.log(0.5), math.log(0.5)]], [[math.log(0.25), math.log(0.5)]]
     assert k3(torch.tensor(logps), torch.tensor(ref)).tolist() == [pytest.approx([0.1931472, 0.0], abs=1e-6)]
     loss, metrics = compute(logps, old=logps, ref=ref, advantages=[0.0], beta=0.1)
     assert loss.item() == pytest.approx(0.0193147, abs=1e-6)  # summed over the completion, not averaged
     assert [m.item() for m in metrics["kl"]] == pytest.approx([0.1931472, 2])
     assert [m.item() for m in metrics["kl_sequence"]] == pytest.approx([0.1931472, 1])
-    # corrected by the ratio of the token: policy 1/2 against old 1/4 doubles it
+    # the token's ratio, policy 1/2 to old 1/4, doubles it
     loss, _ = compute(
         logps, old=[[math.log(0.25), math.log(0.5)]], ref=ref, advantages=[0.0], beta=0.1, correct_kl=True
     )
@@ -88,7 +88,7 @@ def test_kl_by_hand():
 
 
 def test_entropy_bonus_by_hand():
-    """The mean over rows of their means: (2 + 4)/2 = 3 and 1, so 0.01 * 2; a mean over tokens would give 0.01 * 7/3."""
+    """The row means are (2 + 4)/2 = 3 and 1, and their mean is 2. A mean over tokens would be 7/3."""
     loss, metrics = compute(
         [[0.0, 0.0], [0.0, 0.0]],
         entropies=[[2.0, 4.0], [1.0, 9.0]],
@@ -101,8 +101,8 @@ def test_entropy_bonus_by_hand():
 
 
 def test_masked_tokens_do_not_count():
-    """Padding and the output of tools do not affect ratio, KL and entropy, and an overflow there must not become NaN
-    in the value or the gradient."""
+    """Padding and the output of tools do not affect ratio, KL or entropy. An overflow there must not become NaN in
+    the value or the gradient."""
     logps = torch.tensor([[0.1, -900.0]], dtype=torch.float64, requires_grad=True)
     old, ref = as_tensor([[0.0, 900.0]]), as_tensor([[0.1, 900.0]])
     mask = torch.tensor([[1, 0]])

@@ -82,7 +82,7 @@ def test_a_number_is_left_unchanged(capsys):
 
 @pytest.mark.slow
 def test_auto_in_a_config_file_and_flags_that_override_it(tmp_path, available):
-    """The file is parsed before TRL parses it: its other settings must count too."""
+    """The file is parsed before TRL parses it, and its other settings must count too."""
     available(64)
     settings = "model_name_or_path: $RECIPES/tiny_math/model\ndataset_name: d\nper_device_train_batch_size: 4\n"
     (tmp_path / "c.yaml").write_text(settings + "gradient_accumulation_steps: 4\nnum_generations: auto\n")

@@ -171,9 +171,8 @@ def test_each_weight_counts_once(small_folder):
     sizes = sizes_of(small_folder, lora_r=4)
     assert sizes == {"bfloat16": 2 * (linear + others), "float32": 2 * frequencies, "adapter": 4 * lora}
     blocks = linear // 64
-    tables = (
-        35 * (16 + 256 + 1) * 4
-    )  # for each of 35 matrices: the NF4 table, the table of its constants, and their mean
+    # For each of 35 matrices: the NF4 table, the table of its constants, and their mean.
+    tables = 35 * (16 + 256 + 1) * 4
     nested = linear // 2 + blocks + tables + 35 * 4  # one byte per block, one float per 256 blocks
     four_bit = sizes_of(small_folder, lora_r=4, load_in_4bit=True)
     assert four_bit == {"nf4": nested, "bfloat16": 2 * others, "float32": 2 * frequencies, "adapter": 4 * lora}
@@ -218,7 +217,7 @@ def test_kv_cache_by_hand(planner):
 
 @pytest.mark.slow
 def test_direction_of_every_option(planner, small_folder):
-    """On a GPU: chunks, row by row, no reference, bf16 instead of fp32."""
+    """On a GPU, chunks, row by row, no reference, and bf16 instead of fp32 each need less memory."""
     sizes = step(256, 64, 8, **WHOLE)
     update = planner.footprint(sizes).phases["update"].total
     row_by_row = planner.footprint(step(256, 64, 8)).phases["update"].total
@@ -391,7 +390,7 @@ def test_settings_that_the_refusals_suggest_are_planned(experts_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
 def test_other_architectures(kind, tmp_path):
-    """Layers of several kinds that repeat; states that are not a KV cache."""
+    """Repeating layers of several kinds, and states other than a KV cache."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     kinds = {

@@ -24,7 +24,7 @@ def test_one_preset_per_size():
 
 @pytest.mark.parametrize("preset", slow_but(PRESETS, PRESETS[:1]), ids=lambda path: path.stem)
 def test_preset_fits_its_card(preset, tmp_path):
-    """A preset that is changed without its plan, or does not leave the reserve free, could run out of memory. The
+    """Guards against a preset that is changed without its plan, or leaves no reserve, and could run out of memory. The
     numbers in its comment must be those of the plan."""
     about, launch, plan_says, *others = preset.read_text().splitlines()
     gigabytes = int(re.search(r"\d+", preset.name)[0])

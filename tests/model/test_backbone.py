@@ -30,8 +30,8 @@ def frozen_bytes(model):
 
 
 def test_the_reference_allocates_no_second_backbone(build, tokenizer):
-    """With beta > 0, every tensor of the process with the shape of the embedding is one of the model's own."""
-    lm = LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer) | {"hidden_size": 48}))  # a size that no other test has
+    """With beta > 0, every parameter in the process that has the shape of the embedding belongs to the model."""
+    lm = LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer) | {"hidden_size": 48}))  # a size that no other test uses
     own = lm.model.embed_tokens.weight
     backbone = bytes_of_storages(lm.parameters())
     trainer = build(lm, peft_config=random_lora(), beta=0.1, max_steps=1)
@@ -59,7 +59,7 @@ def test_training_changes_only_the_adapter(build, small_model):
 
 @pytest.mark.parametrize("model_init_kwargs", [None, {"attn_implementation": "eager"}])
 def test_a_base_loaded_by_name_gets_the_precision_of_the_device(build, model_init_kwargs):
-    """TRL loads a base by name in float32 (TRL #7220). Here, bf16=True stands for a GPU that supports it."""
+    """TRL loads a base by name in float32 (TRL #7220). Here, bf16=True simulates a GPU that supports it."""
     trainer = build(
         str(TINY_MODEL),
         peft_config=random_lora(),

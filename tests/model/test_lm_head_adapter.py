@@ -29,7 +29,7 @@ TARGETS = ["q_proj", "up_proj", "lm_head"]
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7]])
 
 
-# The tiles
+# Tiled scoring
 
 
 def problem(T=13, V=29, H=6, R=3, *, bias=True, dtype=torch.float64):
@@ -112,7 +112,7 @@ def test_nothing_is_as_large_as_the_logits_or_the_weight(autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_rounds_products_only(autocast):
-    """Values and gradients against float64, to the precision of logits with 8 bits. Sums over 64 tiles add no error; in
+    """Values and gradients against float64, to the 8 bits of bfloat16 logits. Sums over 64 tiles add no error; in
     bfloat16 they would add 3e-3 to the gradients."""
     leaves, head, targets = problem(T=64, V=512, H=64, dtype=torch.bfloat16)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -134,7 +134,7 @@ def test_bfloat16_rounds_products_only(autocast):
         assert (one - many).norm() < 1e-3 * one.norm()
 
 
-# Through the model
+# Scoring with a model
 
 ARCHITECTURES = {
     "llama": ("Llama", {}),
@@ -199,8 +199,8 @@ def test_equals_the_unfused_computation(architecture, lora, chunk_tokens):
 
 
 def test_only_active_adapters_count():
-    """The policy, a reference, both, an adapter that is not on the head, and none: always those of PEFT's own forward.
-    With the wrong ones, the policy would be compared with itself, or the KL would be to another model."""
+    """Scores equal those of PEFT's own forward with the policy active, a reference, both, an adapter that is not on the
+    head, or none. With the wrong adapters, the policy would be compared with itself or with another model."""
     model, inputs = make("tied llama"), padded_batch(prompt_lengths=(20,), lengths=((5, 3),))
     model.add_adapter(REFERENCE, random_lora(target_modules=TARGETS, r=2))
     model.add_adapter("body", random_lora(target_modules=["q_proj"]))
@@ -225,7 +225,7 @@ def test_only_active_adapters_count():
 
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_a_mixed_reference_is_scored_exactly(alpha):
-    """After two updates of `ref`; if they mix, its rank on the head has grown."""
+    """After two updates of `ref`, which increase its rank on the head if they mix."""
     model, inputs = make("tied llama"), padded_batch(prompt_lengths=(20,), lengths=((5, 3),))
     head = model.base_model.model.lm_head
     want = torch.zeros_like(head.get_delta_weight("default"))
@@ -253,8 +253,8 @@ def small(tokenizer, *, tied):
 
 @pytest.mark.parametrize(("tied", "chunk_tokens"), [(False, None), (True, 40)])
 def test_a_step_equals_that_of_full_logits(build, tokenizer, tied, chunk_tokens):
-    """One SGD step is the gradient of the loss, computed here from full logits of the same rows: policy, entropy, and
-    the KL to the backbone without its adapters."""
+    """One SGD step is the gradient of the loss, computed here from full logits of the same rows: the policy term, the
+    entropy bonus, and the KL to the backbone without its adapters."""
     trainer = build(
         small(tokenizer, tied=tied),
         peft_config=random_lora(target_modules=TARGETS),
@@ -277,7 +277,7 @@ def test_a_step_equals_that_of_full_logits(build, tokenizer, tied, chunk_tokens)
     (part,) = trainer._buffered_inputs
     ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
     mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
-    C, written = part["completion_ids"].size(1), part["completion_mask"]
+    C, mask_BC = part["completion_ids"].size(1), part["completion_mask"]
 
     def scores():
         logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
@@ -286,11 +286,11 @@ def test_a_step_equals_that_of_full_logits(build, tokenizer, tied, chunk_tokens)
 
     with torch.no_grad(), model.disable_adapter():
         reference, _ = scores()
-    torch.testing.assert_close(part["ref_per_token_logps"] * written, reference * written, atol=1e-5, rtol=0)
+    torch.testing.assert_close(part["ref_per_token_logps"] * mask_BC, reference * mask_BC, atol=1e-5, rtol=0)
     logps, entropies = scores()
-    ratio = ((logps - logps.detach()) * written).sum(dim=1).exp()
-    kl = ((logps - reference).square() / 2 * written).sum(dim=1)
-    entropy = (entropies * written).sum(dim=1) / written.sum(dim=1)
+    ratio = ((logps - logps.detach()) * mask_BC).sum(dim=1).exp()
+    kl = ((logps - reference).square() / 2 * mask_BC).sum(dim=1)
+    entropy = (entropies * mask_BC).sum(dim=1) / mask_BC.sum(dim=1)
     (-ratio * part["advantages"] + 0.2 * kl - 0.3 * entropy).mean().backward()
     assert sum("lm_head" in name for name in start) == 2
     for name, parameter in model.named_parameters():
@@ -333,7 +333,7 @@ def test_it_trains_from_the_base_and_only_the_adapter_is_saved(build, tokenizer,
 
 
 def test_a_model_by_name_trains_like_a_model_object(build, tokenizer, tmp_path):
-    """TRL loads the model in its constructor; the run is the same. A regular expression selects the adapted layers."""
+    """TRL loads the model in its constructor, and the run is the same. A regular expression selects the layers."""
     base = small(tokenizer, tied=True)
     base.save_pretrained(tmp_path / "base")
     load = grpo_trainer.create_model_from_path
@@ -380,7 +380,7 @@ def test_training_continues_from_a_saved_adapter(build, tokenizer, tmp_path):
 
 
 def test_the_reference_follows_the_head_too(build, tokenizer):
-    """Copied after every second step: the next step's KL is zero again."""
+    """The policy is copied after every second step, so the next step's KL is zero again."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "max_steps": 3}
     lora = random_lora(target_modules=["lm_head"])
     trainer = build(small(tokenizer, tied=True), peft_config=lora, beta=0.1, learning_rate=0.05, **settings)
@@ -399,7 +399,7 @@ def test_all_linear_leaves_the_head_out(build, small_model):
 
 
 @pytest.mark.parametrize(
-    ("said", "lora", "settings"),
+    ("message", "lora", "settings"),
     [
         ("it needs shared prompts.*Use share_prompt=True", {}, {"share_prompt": False}),
         ("it needs shared prompts", {"lora_dropout": 0.1}, {"disable_dropout": False}),
@@ -410,14 +410,14 @@ def test_all_linear_leaves_the_head_out(build, small_model):
         ("kl_estimator='exact' needs one LM head", {}, {"kl_estimator": "exact", "beta": 0.1}),
     ],
 )
-def test_what_cannot_be_trained_is_refused(build, tokenizer, said, lora, settings):
+def test_what_cannot_be_trained_is_refused(build, tokenizer, message, lora, settings):
     base = small(tokenizer, tied=True)
     base.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         build(base, peft_config=random_lora(target_modules=["lm_head"], **lora), **settings)
 
 
-def test_other_layers_than_plain_lora_are_refused(build, tokenizer, tmp_path):
+def test_layers_other_than_plain_lora_are_refused(build, tokenizer, tmp_path):
     loha = LoHaConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=r"its layer is peft\.tuners\.loha\.layer\.Linear\. Use LoRA on a head"):
         build(small_llama(tokenizer), peft_config=loha)
@@ -440,7 +440,7 @@ def test_merged_weights_of_a_tied_head_are_refused(tokenizer, tmp_path):
 
 
 def test_a_row_without_a_prompt_is_refused(build, tokenizer):
-    """TRL's plain path would accept it, and ignore the adapter."""
+    """TRL's plain path would accept it and ignore the adapter."""
     trainer = build(small_llama(tokenizer), peft_config=random_lora(target_modules=["lm_head"]))
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with pytest.raises(ValueError, match="needs a prompt of at least one token in every row"):

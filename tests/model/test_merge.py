@@ -1,4 +1,4 @@
-"""`grpo-ext merge`: the merged model equals base and adapter except for rounding, also with tied embeddings."""
+"""`grpo-ext merge`: the merged model equals base and adapter up to rounding, including with tied embeddings."""
 
 import warnings
 
@@ -60,9 +60,9 @@ def test_merged_is_base_and_adapter(tmp_path, targets, more):
     model saved as tied would lose one of the two."""
     adapter = saved(random_lora(target_modules=targets, **more), tmp_path / "adapter")
     expected = adapted(adapter)
-    with warnings.catch_warnings(record=True, action="always") as said:
+    with warnings.catch_warnings(record=True, action="always") as caught:
         cli.main(["merge", adapter, str(tmp_path / "merged"), "--dtype", "float32"])
-    assert not [warning for warning in said if "You can untie the embeddings" in str(warning.message)]  # already untied
+    assert not [warning for warning in caught if "You can untie the embeddings" in str(warning.message)]  # done
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert distance(logits_of(merged), expected) < 1e-5
     assert merged.config.tie_word_embeddings == (targets == "all-linear")
@@ -71,14 +71,14 @@ def test_merged_is_base_and_adapter(tmp_path, targets, more):
 
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
 def test_a_trained_adapter_on_a_tied_head(build, tiny_model, tmp_path, capsys):
-    """From our trainer, whose saved adapter holds only the head's factors, to text from a merged bfloat16 model."""
+    """Our trainer saves only the head's factors; merged into bfloat16, the model loads and generates."""
     lora = random_lora(target_modules=[*LAYERS, "lm_head"])
     trainer = build(tiny_model, peft_config=lora, max_steps=1, beta=0.0)
     trainer.train()
     trainer.save_model()
     out = tmp_path / "merged"
     cli.main(["merge", trainer.args.output_dir, str(out)])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
 
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert merged.dtype == torch.bfloat16
@@ -95,15 +95,15 @@ def test_a_trained_adapter_on_a_tied_head(build, tiny_model, tmp_path, capsys):
     same = sum((a.argmax(-1) == b.argmax(-1)).sum().item() for a, b in pairs)
     assert difference > 0  # bfloat16 has 8 bits of precision
     positions = sum(len(a) for a, _ in pairs)
-    assert f"largest logit difference {difference:.2g} (" in said
-    assert f"the same at {same / positions:.1%} of {positions} positions" in said
+    assert f"largest logit difference {difference:.2g} (" in printed
+    assert f"the same at {same / positions:.1%} of {positions} positions" in printed
     cli.main(["merge", trainer.args.output_dir, f"{out}32", "--dtype", "float32"])
     merged = AutoModelForCausalLM.from_pretrained(f"{out}32")
     assert distance(logits_of(merged), adapted(trainer.args.output_dir)) < 1e-5
 
 
 def test_what_cannot_be_merged(tmp_path):
-    """Each error says what to type, and nothing is left behind that looks like a model."""
+    """Each error says what to type, and no folder that looks like a model is left behind."""
     four_bits = BitsAndBytesConfig(load_in_4bit=True)
     AutoModelForCausalLM.from_pretrained(TINY_MODEL, quantization_config=four_bits).save_pretrained(tmp_path / "4bit")
     adapter = saved(random_lora(), tmp_path / "adapter")

@@ -51,9 +51,9 @@ def test_products_are_mixed(small_model, alpha, changes):
         update_reference(model, alpha)
         for name, delta in deltas(model, REFERENCE).items():
             torch.testing.assert_close(delta, want[name], atol=1e-5, rtol=1e-5)
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trains
-    assert all(".default." in name for name in trains)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all(".default." in name for name in trainable)
 
 
 def test_rank_stays_bounded(small_model):
@@ -76,9 +76,9 @@ def test_a_copy_is_exact(small_model):
         model.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.1
         update_reference(model, 1.0)
         assert torch.equal(reference_logits(model), model(input_ids=IDS).logits)
-        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trains
-        assert not any(f".{REFERENCE}." in name for name in trains)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable
+        assert not any(f".{REFERENCE}." in name for name in trainable)
 
 
 def test_trained_modules_are_mixed_too(small_model):
@@ -119,7 +119,7 @@ def test_adapters_that_change_the_base_are_refused(build, small_model, changes, 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
 def test_reference_follows_every_few_steps(build, small_model, alpha):
-    """After steps 2 and 4 of 5: if the policy is copied, the next step's KL is zero again."""
+    """The reference is updated after steps 2 and 4 of 5. If it copies the policy, the KL of the next step is zero."""
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha, "max_steps": 5}
     trainer = build(small_model, peft_config=random_lora(), beta=0.1, learning_rate=0.05, **settings)
     trainer.train()
@@ -167,17 +167,17 @@ def test_what_cannot_be_mixed_is_refused(build, small_model):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_a_trainer_that_cannot_be_built_leaves_the_settings(build, small_model, beta):
-    """TRL is shown another beta while it sets up the reference for `log_kl`. If its constructor raises, the next
-    attempt with the same settings, for example in a notebook, would train with that one."""
+    """For `log_kl`, TRL sees another beta while it sets up the reference. If its constructor raises, the next attempt
+    with the same settings, for example in a notebook, must not train with that beta."""
     made = []
 
-    class Notes(GRPOExtTrainer):
+    class KeepsArguments(GRPOExtTrainer):
         def __init__(self, *args, **kwargs):
             made.append(kwargs["args"])
             super().__init__(*args, **kwargs)
 
     wrong = {"reward_weights": [1.0, 2.0], "beta": beta, "log_kl": True, "sync_ref_model": True}
     with pytest.raises(ValueError, match="reward weights"):
-        build(small_model, trainer=Notes, peft_config=random_lora(), **wrong)
+        build(small_model, trainer=KeepsArguments, peft_config=random_lora(), **wrong)
     (settings,) = made
     assert (settings.beta, settings.sync_ref_model) == (beta, True)

@@ -1,4 +1,4 @@
-"""The words of an environment between the turns of a chat model, against its template's rendering of the whole."""
+"""Environment replies between the turns of a chat model, against its chat template applied to the whole dialogue."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,7 +11,7 @@ from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.training import log_of
 
-TALK = [
+CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Guess."},
     {"role": "assistant", "content": "12"},
@@ -23,7 +23,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """That of the embedded model, with the special tokens of Qwen's template."""
+    """The tokenizer of the embedded model, with the special tokens of Qwen's template."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, model_max_length=4096)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
     return tokenizer
@@ -32,23 +32,24 @@ def tokenizer():
 @pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("template", [qwen2_5_chat_template, qwen3_chat_template, gemma3_chat_template])
 def test_turns_are_those_of_the_chat_template(tokenizer, template, is_cut):
-    """Words appended turn by turn are the template's rendering of the whole, also where a turn was cut before its end;
-    Qwen3's, which drops what an answer began with once another follows, gives way to TRL's for training."""
+    """Appending turn by turn gives the same text as the template applied to the whole conversation, even if a turn was
+    cut before its end. Qwen3's template drops the start of a turn once another one follows, so TRL's training template
+    replaces it."""
     tokenizer.chat_template = template
     eos = tokenizer.eos_token_id
     turns = TurnTokenizer(tokenizer, [eos])
-    ids = turns.encode_first(TALK[:2])
+    ids = turns.encode_first(CONVERSATION[:2])
     ends = "" if is_cut or template is gemma3_chat_template else "<|im_end|>"
-    for said, answer in ((TALK[2], TALK[3]), (TALK[4], TALK[5])):
-        drawn = tokenizer(said["content"] + ends)["input_ids"]
-        assert turns.decode(drawn) == said["content"]
-        ids += drawn + turns.encode_reply(answer["content"], drawn[-1])
-    whole = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    for turn, reply in ((CONVERSATION[2], CONVERSATION[3]), (CONVERSATION[4], CONVERSATION[5])):
+        sampled = tokenizer(turn["content"] + ends)["input_ids"]
+        assert turns.decode(sampled) == turn["content"]
+        ids += sampled + turns.encode_reply(reply["content"], sampled[-1])
+    whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
     if template is qwen3_chat_template:
         assert turns._template is not None
         whole = whole.replace("<think>\n\n</think>\n\n", "")
     assert tokenizer.decode(ids) == whole
-    assert turns.encode_first("Guess.") == turns.encode_first(TALK[1:2])
+    assert turns.encode_first("Guess.") == turns.encode_first(CONVERSATION[1:2])
 
 
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):
@@ -60,28 +61,28 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
         TurnTokenizer(tokenizer, [tokenizer.eos_token_id])
 
 
-class Recorded(GuessNumber):
-    """Remembers what was said."""
+class RecordedGame(GuessNumber):
+    """Records its conversation."""
 
     def reset(self, row):
         first = super().reset(row)
-        self.said = [{"role": "user", "content": first}]
+        self.messages = [{"role": "user", "content": first}]
         return first
 
     def step(self, text):
-        answer, is_over = super().step(text)
-        self.said += [{"role": "assistant", "content": text}, {"role": "user", "content": answer}]
-        return answer, is_over
+        reply, is_over = super().step(text)
+        self.messages += [{"role": "assistant", "content": text}, {"role": "user", "content": reply}]
+        return reply, is_over
 
 
 def test_a_chat_model_plays(build, tokenizer, monkeypatch):
-    """What every row has read is the template's rendering of what was said in its game."""
+    """The completion of every row is the template's rendering of its game's conversation."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     tokenizer.chat_template = qwen2_5_chat_template
     played = []
 
     def game():
-        played.append(Recorded())
+        played.append(RecordedGame())
         return played[-1]
 
     no_specials = [tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "<eos>", "<unk>", "<|im_start|>")]
@@ -98,14 +99,14 @@ def test_a_chat_model_plays(build, tokenizer, monkeypatch):
     )
     trainer.train()
     rows = trainer._buffered_inputs[0]
-    read = {
+    completions = {
         tokenizer.decode(ids[mask.bool()]).removesuffix("<|im_end|>")
         for ids, mask in zip(rows["completion_ids"], rows["completion_mask"], strict=True)
     }
     rendered = set()
     for game in played:
-        whole = tokenizer.apply_chat_template(game.said[:-1], tokenize=False)
-        first = tokenizer.apply_chat_template(game.said[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(game.messages[:-1], tokenize=False)
+        first = tokenizer.apply_chat_template(game.messages[:1], tokenize=False, add_generation_prompt=True)
         rendered.add(whole.removeprefix(first).removesuffix("\n").removesuffix("<|im_end|>"))
-    assert read == rendered
+    assert completions == rendered
     assert log_of(trainer, "dialogue/turns")[0] > 2

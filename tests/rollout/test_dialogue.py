@@ -1,4 +1,4 @@
-"""Text environments of several turns: what is read, what is trained, what a broken environment costs."""
+"""Multi-turn text environments: what the model sees, what it is trained on, and what a failing environment costs."""
 
 import copy
 import re
@@ -16,25 +16,25 @@ from grpo_ext.rollout.example_envs import Calculator
 from tests.tools.models import random_lora
 from tests.tools.training import log_of, loss_by_hand, texts_of, tokens_of_the_policy
 
-# Only environments write this character: the model is kept from it.
+# Only environments write this character; the model cannot sample it.
 MARK = "~"
-ANSWERS = re.compile(f"{MARK}[^{MARK}]*{MARK}")
+REPLIES = re.compile(f"{MARK}[^{MARK}]*{MARK}")
 LIMITS = {"max_completion_length": 40, "num_iterations": 2, "max_steps": 2}
 
 
 class Digits(TextEnv):
-    """Says how many turns it has heard and ends at the first X, Y or Z; worth the share of digits."""
+    """Replies with the number of turns so far and ends at the first X, Y or Z. The reward is the share of digits."""
 
     def reset(self, row):
-        self.heard = []
+        self.turns = []
         return super().reset(row)
 
     def step(self, text):
-        self.heard.append(text)
-        return f"{MARK}{'.' * (len(text) % 4)}{len(self.heard)}{MARK}", any(c in "XYZ" for c in text)
+        self.turns.append(text)
+        return f"{MARK}{'.' * (len(text) % 4)}{len(self.turns)}{MARK}", any(c in "XYZ" for c in text)
 
     def reward(self):
-        text = "".join(self.heard)
+        text = "".join(self.turns)
         return sum(c.isdigit() for c in text) / max(1, len(text))
 
 
@@ -45,7 +45,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def build_player(build, small_model, tokenizer):
-    """`build_player(Env, max_turns=4)`: a trainer on a tiny random llama that plays it."""
+    """`build_player(Env, max_turns=4)`: a trainer on a tiny random llama that plays in it."""
 
     def make(env=Digits, *, max_turns=4, max_turn_tokens=8, model=small_model, arguments=None, **settings):
         dialogue = Dialogue(env, max_turns=max_turns, max_turn_tokens=max_turn_tokens)
@@ -58,15 +58,15 @@ def build_player(build, small_model, tokenizer):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
-def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenizer, loss_type):
-    """The loss of every update and each gradient against the document's formula on TRL's rows and full logits, or the
-    sampled log-probs against the same logits, with the mask taken from the text; then other words of the environment
-    change what is learnt of the model's only through what it reads."""
+def test_replies_of_the_environment_are_seen_but_not_trained_on(build_player, tokenizer, loss_type):
+    """The mask of every update excludes the replies, as found in its text, and the sampled log-probs equal the old
+    ones. For the sequence-level objective, loss and gradients equal the formula on full logits. A failure means that
+    the policy is trained on text that it did not write, or does not see the replies."""
     trainer = build_player(loss_type=loss_type)
     updates, compute_loss = [], trainer._compute_loss
 
     def compared(model, inputs):
-        mask_BC = tokens_of_the_policy(inputs, tokenizer, ANSWERS)
+        mask_BC = tokens_of_the_policy(inputs, tokenizer, REPLIES)
         assert torch.equal(inputs["completion_mask"] * inputs["tool_mask"], mask_BC)
         loss = compute_loss(model, inputs)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -90,12 +90,12 @@ def test_words_of_the_environment_are_read_and_not_learnt(build_player, tokenize
             assert want.norm() > 0
             assert (grad - want).norm() < 1e-4 * want.norm()
     assert log_of(trainer, "dialogue/turns")[0] > 1.5
-    assert log_of(trainer, "sampling/logp_gap") == []  # no sampled log-probs are taken for tokens that nobody drew
+    assert log_of(trainer, "sampling/logp_gap") == []  # sampled log-probs are not used as old ones: replies have none
 
 
-def test_no_history_is_read_twice(build_player, tokenizer):
-    """Tokens that go through the embedding in a rollout: the first words once a group, then every token of each row
-    but its last."""
+def test_no_history_is_run_twice(build_player, tokenizer):
+    """Tokens that pass through the embedding in a rollout: each initial prompt once per group, then every token of
+    each row except its last one."""
     trainer = build_player(max_steps=1, num_iterations=1, beta=0.0)
     tokens, play = [], trainer.play
     (embedding,) = (m for m in trainer.model.modules() if isinstance(m, torch.nn.Embedding))
@@ -117,33 +117,33 @@ def test_no_history_is_read_twice(build_player, tokenizer):
 
 
 def test_rewards_and_rows_stay_together(build_player, tokenizer):
-    """Each row's reward is that of what stands in its completion, whatever order rows end in; and each rollout plays
-    its own rows of the data, not those of one before."""
+    """Each row's reward is that of its own completion, whatever the order in which rows end. Each rollout plays its own
+    rows of the data, not those of an earlier one."""
     trainer = build_player(max_steps=2, num_iterations=1)
     trainer.train()
     logs = trainer._logs
     for text, reward in zip(logs["completion"], logs["rewards"]["dialogue_reward"], strict=True):
-        own = ANSWERS.sub("", text)
+        own = REPLIES.sub("", text)
         assert reward == pytest.approx(sum(c.isdigit() for c in own) / max(1, len(own)))
     (part,) = trainer._buffered_inputs
     played = texts_of(trainer, part)
-    assert sorted(played) == sorted(zip(logs["prompt"], logs["completion"], strict=True))  # those of the last rollout
-    lengths = {len(ANSWERS.findall(text)) for text in logs["completion"]}
+    assert sorted(played) == sorted(zip(logs["prompt"], logs["completion"], strict=True))  # of the last rollout
+    lengths = {len(REPLIES.findall(text)) for text in logs["completion"]}
     assert len(lengths) > 1
 
 
-# Limits, on turns that are given
+# Limits, with scripted turns
 
 
 class Script:
-    """Draws what it is told to, in place of a model: a turn is a text, cut where it is longer than it may be."""
+    """Samples the given texts in place of a model, one per turn, each cut at its limit."""
 
     def __init__(self, tokenizer, *turns):
-        self.tokenizer, self.turns, self.limits, self.read = tokenizer, iter(turns), [], []
+        self.tokenizer, self.turns, self.limits, self.histories = tokenizer, iter(turns), [], []
 
     def __call__(self, histories, limits):
         self.limits.append(limits)
-        self.read.append(self.tokenizer.batch_decode(histories))
+        self.histories.append(self.tokenizer.batch_decode(histories))
         rows = [self.tokenizer(text)["input_ids"] for text in next(self.turns)]
         return SampledCompletions(
             tokens=[ids[:limit] for ids, limit in zip(rows, limits, strict=True)],
@@ -159,12 +159,12 @@ def play(tokenizer, script, rows, env=Digits, max_tokens=100, **settings):
 
 
 def test_turns_and_tokens_have_limits(tokenizer):
-    """The second row ends by itself; the first has its third and last turn cut, and nothing is said after it."""
+    """The second row ends by itself. The third and last turn of the first row is cut, and no reply follows."""
     script = Script(tokenizer, ["ab1", "xyzZ"], ["cdefg"], ["hij"])
     rows = [{"prompt": "p"}, {"prompt": "q"}]
     first, second = play(tokenizer, script, rows, max_turns=3, max_turn_tokens=4, max_tokens=18)
     assert script.limits == [[4, 4], [4], [2]]
-    assert script.read == [["p", "q"], ["pab1~...1~"], ["pab1~...1~cdef~2~"]]
+    assert script.histories == [["p", "q"], ["pab1~...1~"], ["pab1~...1~cdef~2~"]]
     text = tokenizer.decode(first.completion_ids)
     assert text == "ab1~...1~cdef~2~hi"
     assert [c for c, own in zip(text, first.is_own, strict=True) if not own] == list("~...1~~2~")
@@ -174,21 +174,21 @@ def test_turns_and_tokens_have_limits(tokenizer):
     assert (first.reward, second.reward) == (1 / 9, 0.0)
 
 
-def test_the_last_turn_is_the_last(tokenizer):
-    """With room for more tokens, it is the number of turns that ends the episode, and no answer follows."""
+def test_no_reply_follows_the_last_turn(tokenizer):
+    """The episode ends after `max_turns`, even if there is room for more tokens."""
     (episode,) = play(tokenizer, Script(tokenizer, ["ab"], ["cd"], ["ef"]), [{"prompt": "p"}], max_turns=2)
     assert tokenizer.decode(episode.completion_ids) == "ab~..1~cd"
     assert episode.turns == 2
 
 
-def test_an_answer_that_leaves_no_room_is_not_given(tokenizer):
+def test_a_reply_that_leaves_no_room_is_dropped(tokenizer):
     (episode,) = play(tokenizer, Script(tokenizer, ["abc"]), [{"prompt": "p"}], max_tokens=9)
-    assert tokenizer.decode(episode.completion_ids) == "abc"  # "~...1~" would make nine
+    assert tokenizer.decode(episode.completion_ids) == "abc"  # with the reply "~...1~", it would have nine tokens
     assert (episode.turns, episode.is_over, episode.is_cut) == (1, True, False)
 
 
 def test_copies_of_a_row_do_not_share_it(tokenizer):
-    """An environment may write into its row."""
+    """An environment may modify its row; its siblings must not see that."""
 
     class Writes(Digits):
         def reset(self, row):
@@ -198,14 +198,14 @@ def test_copies_of_a_row_do_not_share_it(tokenizer):
     row = {"prompt": "p"}
     script = Script(tokenizer, ["X", "X"])
     play(tokenizer, script, [row, row], env=Writes)
-    assert script.read == [["p!", "p!"]]
+    assert script.histories == [["p!", "p!"]]
 
 
 # Environments that raise
 
 
 class Fragile(Digits):
-    """Fails in the way that its row says."""
+    """Fails as its row specifies."""
 
     def reset(self, row):
         self.fault = row["fault"]
@@ -223,8 +223,8 @@ class Fragile(Digits):
 
 
 @pytest.mark.parametrize("fault", ["reset", "empty", "step", "no pair", "reward"])
-def test_what_raises_costs_its_own_episode(build_player, tokenizer, fault):
-    """The rows beside it are trained as they are; it has no reward and no advantage; six of eight end the run."""
+def test_an_exception_costs_its_own_episode(build_player, tokenizer, fault):
+    """A failed episode has no reward, and the other rows are trained. If every episode fails, the run ends."""
     rows = ["none", "none", fault, "none"]
     columns = {"columns": {"fault": rows}, "num_iterations": 1, "beta": 0.0}
     trainer = build_player(Fragile, num_generations=2, per_device_train_batch_size=8, max_steps=1, **columns)
@@ -246,7 +246,7 @@ def test_nan_is_no_reward_and_no_failure(build_player):
     assert sum(reward != reward for reward in trainer._logs["rewards"]["dialogue_reward"]) in (0, 4)
 
 
-# What it does not go with, and evaluation
+# Refused combinations, and evaluation
 
 
 @pytest.mark.parametrize(
@@ -273,32 +273,32 @@ def test_limits_below_one_and_other_trainers(build, small_model):
 
 
 class Calculated(Calculator):
-    """Of an answer that has been begun digit by digit."""
+    """A calculator whose prompt already contains the first digit of the completion."""
 
     def reset(self, row):
-        self.begun = row["question"][2]
-        return f"{super().reset(row)} {self.begun}"
+        self.first_digit = row["question"][2]
+        return f"{super().reset(row)} {self.first_digit}"
 
     def step(self, text):
-        text, self.begun = self.begun + text, ""
+        text, self.first_digit = self.first_digit + text, ""
         return super().step(text)
 
 
-def test_what_the_calculator_says_is_read(tiny_model, tokenizer):
-    """The embedded model computes its digits right: stopped at every "=" and given them, it writes, greedily, what
-    transformers draws from it in one go. Given wrong ones, it goes on from these."""
+def test_results_of_the_calculator_are_used(tiny_model, tokenizer):
+    """The embedded model adds digits correctly. If it stops at every "=" and gets the result from the calculator, its
+    greedy text equals that of one uninterrupted generation. If the results are wrong, it continues from those."""
     questions = [("538+478=?", "1016"), ("120+345=?", "465"), ("999+101=?", "1100"), ("614+303=?", "917")]
     rows = [{"prompt": f"Question: {q}\nAnswer:", "question": q, "answer": answer} for q, answer in questions]
     prompts = [f"{row['prompt']} {row['question'][2]}" for row in rows]
     settings = {"max_new_tokens": 64, "temperature": 0.8}
     plain = complete(tiny_model, tokenizer, prompts, max_new_tokens=64)
 
-    def asked(env):
+    def played(env):
         return evaluate_dialogue(
             tiny_model, tokenizer, rows, Dialogue(env), stop_strings=["="], samples=2, batch_size=3, **settings
         )
 
-    calculated = asked(Calculated)
+    calculated = played(Calculated)
     assert calculated.completions == plain
     assert calculated.right == [True] * 4
     assert calculated.greedy.value == 1.0
@@ -310,6 +310,6 @@ def test_what_the_calculator_says_is_read(tiny_model, tokenizer):
             result, is_over = super().step(text)
             return (result if result is None else "7"), is_over
 
-    wrong = asked(Wrong)
+    wrong = played(Wrong)
     assert all(text.count("=7 ") == 3 for text in wrong.completions)
     assert wrong.right != calculated.right

@@ -1,4 +1,4 @@
-"""Groups that grow while they are dead: which answers are chosen, with which advantages, no prompt read twice."""
+"""Groups that grow while they are dead: which completions are kept, their advantages, and one prefill per prompt."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ NAN = math.nan
 SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 1, "beta": 0.0, "num_generations_max": 10}
 
 
-# The maths
+# Subsets and advantages
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 1, "beta": 0.0, "num
         ([1.0, 1.0, 0.0, 1.0, 1.0, 0.0], 4, [0, 1, 2, 5]),
         ([0.5, 0.1, 0.9, 0.4], 2, [1, 2]),
         ([0.0, 0.2, 0.3, 1.0, 0.9], 3, [0, 3, 4]),
-        # who could not be judged is taken last
+        # unjudged completions are chosen last
         ([NAN, 0.0, NAN, 1.0], 3, [0, 1, 3]),
         ([NAN, 0.0, 1.0, 0.5, NAN], 2, [1, 2]),
         ([1.0, 0.0], 2, [0, 1]),
@@ -55,11 +55,11 @@ def test_no_other_subset_has_more_variance():
         assert variance(chosen) == pytest.approx(best, abs=1e-12)
 
 
-def test_advantages_are_those_among_all_answers():
-    """One right answer of four, of which two are trained on: mean 1/4, deviation sqrt(3)/4. The second group did not
-    grow; the third is alive among all, and the rows that are trained on are equal."""
-    drawn = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, NAN, NAN], [0.0, 0.0, NAN, 1.0]])
-    got = population_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0]), 2, all_rewards_PM=drawn)
+def test_advantages_are_those_among_all_completions():
+    """One of four completions is right, and two are trained on: mean 1/4, deviation sqrt(3)/4. The second group did not
+    grow. The third is mixed as a whole, although the rows that are trained on have equal rewards."""
+    all_rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, NAN, NAN], [0.0, 0.0, NAN, 1.0]])
+    got = population_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0]), 2, all_rewards_PM=all_rewards)
     want = [-1 / math.sqrt(3), math.sqrt(3), 1.0, -1.0, -math.sqrt(0.5), -math.sqrt(0.5)]
     torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=0)
 
@@ -67,10 +67,10 @@ def test_advantages_are_those_among_all_answers():
 # In training
 
 
-class RightInTheEnd:
-    """The answers to the first prompt are all right. To the third, the seventh and those after it are. Others vary."""
+class EventuallyRight:
+    """Right for every completion of the first prompt, and for the third from its seventh completion on. Others vary."""
 
-    __name__ = "right_in_the_end"
+    __name__ = "eventually_right"
 
     def __init__(self):
         self.judged = dict.fromkeys(PROMPTS, 0)
@@ -89,9 +89,9 @@ class RightInTheEnd:
 
 
 def train(build, model, **settings):
-    """The trainer, the rows of each draw, and the tokens that went through the embedding in each of them."""
+    """The trainer, and the rows and embedded tokens of each call of the sampler."""
     trainer = build(
-        copy.deepcopy(model), peft_config=random_lora(), **{"reward": RightInTheEnd()} | SETTINGS | settings
+        copy.deepcopy(model), peft_config=random_lora(), **{"reward": EventuallyRight()} | SETTINGS | settings
     )
     tokens, generate = [], trainer._generate_single_turn
     (embedding,) = (m for m in trainer.model.modules() if isinstance(m, torch.nn.Embedding))
@@ -111,8 +111,8 @@ def train(build, model, **settings):
     return trainer, draws, tokens
 
 
-def test_dead_groups_grow_until_they_are_alive(build, small_model, tokenizer):
-    """Two groups of four are dead: four more for each bring one alive, two more for the other do not."""
+def test_dead_groups_grow_until_they_are_mixed(build, small_model, tokenizer):
+    """Two groups of four are dead. Four more completions each make one of them mixed; two more leave the other dead."""
     trainer, draws, _ = train(build, small_model)
     assert draws == [16, 8, 2]
     assert log_of(trainer, "growth/groups") == [2.0]
@@ -123,14 +123,14 @@ def test_dead_groups_grow_until_they_are_alive(build, small_model, tokenizer):
     for (prompt, _), advantage in zip(texts_of(trainer, part), part["advantages"].tolist(), strict=True):
         advantages[prompt].append(round(advantage, 4))
     assert advantages[PROMPTS[0]] == [0.0] * 4
-    # two right answers of eight: mean 1/4, deviation sqrt(3)/4
+    # two of eight completions are right: mean 1/4, deviation sqrt(3)/4
     assert sorted(advantages[PROMPTS[2]]) == [-0.5774, -0.5774, 1.7321, 1.7321]
     everything = [1.0] * 10 + [0.0] * 6 + [1.0] * 2 + [0.1, 0.2, 0.3, 0.0] * 2
     assert log_of(trainer, "reward_drawn")[0] == pytest.approx(sum(everything) / len(everything))
 
 
-def test_prompts_are_read_once(build, small_model, tokenizer):
-    """The tokens of a forward, counted: those of the distinct prompts once, and of each answer all but the last one."""
+def test_prompts_are_prefilled_once(build, small_model, tokenizer):
+    """The embedding sees each distinct prompt once, and every token of a completion except the last one."""
     lengths = []
 
     def all_wrong(completion_ids, **columns):
@@ -139,20 +139,20 @@ def test_prompts_are_read_once(build, small_model, tokenizer):
 
     _, draws, tokens = train(build, small_model, reward=all_wrong)
     assert draws == [16, 16, 8]
-    read = sum(len(ids) for ids in tokenizer(PROMPTS)["input_ids"])
-    for i, (rows, drawn) in enumerate(zip(draws, tokens, strict=True)):
-        assert drawn == lengths[i] - rows + (read if i == 0 else 0)
+    prompt_tokens = sum(len(ids) for ids in tokenizer(PROMPTS)["input_ids"])
+    for i, (rows, embedded) in enumerate(zip(draws, tokens, strict=True)):
+        assert embedded == lengths[i] - rows + (prompt_tokens if i == 0 else 0)
 
 
 def test_rows_stay_whole(build, small_model):
-    """Ids, text, reward, what reward functions logged and the sampler's log-probs are those of one answer still; TRL's
-    own pass agrees with log-probs that began at the kept prompt."""
-    reward = RightInTheEnd()
+    """Ids, text, reward, logged columns and sampled log-probs of a row still belong to one completion. TRL's scoring
+    agrees with the log-probs of completions that continue a kept prompt cache."""
+    reward = EventuallyRight()
     trainer, draws, _ = train(build, small_model, reward=reward, num_iterations=2, max_steps=2)
     assert len(draws) > 2
     logs, (part,) = trainer._logs, trainer._buffered_inputs
     assert list(logs["extra"]["seen"]) == list(logs["completion"])
-    assert list(logs["rewards"]["right_in_the_end"]) == pytest.approx(
+    assert list(logs["rewards"]["eventually_right"]) == pytest.approx(
         [reward.scores[text] for text in logs["completion"]]
     )
     assert sorted(texts_of(trainer, part)) == sorted(zip(logs["prompt"], logs["completion"], strict=True))
@@ -171,8 +171,8 @@ def test_without_dead_groups_nothing_changes(build, small_model):
         assert torch.equal(adapter_of(grown)[name], value), name
 
 
-def test_what_stays_dead_may_be_drawn_anew(build, small_model):
-    """The first prompt is all right whatever grows: its place goes to another prompt."""
+def test_groups_that_stay_dead_are_resampled(build, small_model):
+    """Every completion of the first prompt is right, however many there are, so another prompt replaces it."""
     trainer, draws, _ = train(build, small_model, dead_groups="resample", max_resample_rounds=30)
     assert draws[:4] == [16, 8, 2, 4]
     assert PROMPTS[0] not in trainer._logs["prompt"]
@@ -181,7 +181,7 @@ def test_what_stays_dead_may_be_drawn_anew(build, small_model):
     assert (part["advantages"] != 0).all()
 
 
-def test_refused_where_groups_cannot_grow(build, small_model):
+def test_refused_if_groups_cannot_grow(build, small_model):
     small_model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="num_generations_max=10 needs the KV caches that shared sampling keeps"):
         build(small_model, **SETTINGS)

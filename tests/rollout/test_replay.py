@@ -1,4 +1,4 @@
-"""Groups of recent steps in the places of dead ones: what is kept, for how long, and what the update makes of them."""
+"""Groups of recent steps replace dead ones: which are kept, for how long, and how the update treats them."""
 
 import copy
 import math
@@ -45,7 +45,7 @@ def test_old_groups_are_dropped_and_counted():
 
 
 def test_a_saved_buffer_is_the_same(tmp_path):
-    """To the last bit of each log-prob; messages, rewards that were not judged, and what JSON has no form for."""
+    """Log-probs to the bit, messages, unjudged rewards, and values that JSON cannot represent."""
     messages = [{"role": "user", "content": "Größe ≠ 尺寸"}]
     groups = [kept(1, messages), kept(2, is_cut=None, extra={"seen": Path("x")})]
     buffer = GroupReplayBuffer(capacity=9, max_age=2)
@@ -64,7 +64,7 @@ def test_a_saved_buffer_is_the_same(tmp_path):
 
 
 class DeadFrom:
-    """Rewards by place in the group, all different, but for two prompts: from a step on, theirs are all 1."""
+    """Rewards differ by position in the group, except that those of two prompts are all 1 from a given step on."""
 
     __name__ = "dead_from"
 
@@ -77,7 +77,7 @@ class DeadFrom:
 
 
 def train(build, model, **settings):
-    """The trainer, and of each micro-batch its inputs, the log-probs that a plain forward gives, and the loss."""
+    """The trainer, and for each micro-batch the inputs, the log-probs of a plain forward, and the loss."""
     trainer = build(copy.deepcopy(model), peft_config=random_lora(), **{"reward": DeadFrom()} | SETTINGS | settings)
     seen, compute_loss = [], trainer.compute_loss
 
@@ -104,7 +104,7 @@ def plain_logps(trainer, inputs):
 
 
 def of_prompts(trainer, inputs, prompts):
-    """Text, advantage and log-probs of the rows on these prompts, sorted."""
+    """Text, advantage and sampled log-probs of the rows on these prompts, sorted."""
     rows = zip(
         texts_of(trainer, inputs),
         inputs["advantages"].tolist(),
@@ -114,9 +114,9 @@ def of_prompts(trainer, inputs, prompts):
     return sorted((text, a, [x for x in logps if x]) for text, a, logps in rows if text[0] in prompts)
 
 
-def test_dead_places_go_to_groups_of_the_step_before(build, small_model):
-    """The two youngest groups of step 0 take the two dead places of step 1, with their answers, the log-probs that they
-    were drawn with and their advantages; the groups that are alive stay."""
+def test_groups_of_the_previous_step_replace_dead_ones(build, small_model):
+    """The two youngest groups of step 0 replace the two dead groups of step 1, with their completions, their sampled
+    log-probs and their advantages. The mixed groups stay."""
     trainer, seen = train(build, small_model)
     (before, _, _), (after, _, _) = seen
     assert before["is_replayed"].tolist() == [False] * 16
@@ -130,7 +130,7 @@ def test_dead_places_go_to_groups_of_the_step_before(build, small_model):
     assert log_of(trainer, "replay/hit_rate") == [1.0]
     assert log_of(trainer, "replay/age") == [1.0]
     assert log_of(trainer, "frac_groups/all_right") == [0.0, 0.5]
-    # of what was drawn, whatever took its place
+    # over all sampled groups, including those that were replaced
     alive = sum(i**2 / 9 for i in range(4)) / 4
     assert log_of(trainer, "reward_drawn") == pytest.approx([alive, (alive + 1) / 2])
     assert log_of(trainer, "reward") == pytest.approx([alive, alive])
@@ -138,7 +138,8 @@ def test_dead_places_go_to_groups_of_the_step_before(build, small_model):
 
 
 def by_hand(inputs, logps_BC):
-    """The document's loss without KL and entropy; old log-probs are this policy's but where a row is replayed."""
+    """The sequence-level loss without KL and entropy. Replayed rows have their sampled log-probs as old ones, the
+    others those of the current policy."""
     mask = inputs["completion_mask"]
     old = inputs["sampling_per_token_logps"].where(inputs["is_replayed"].unsqueeze(1), logps_BC)
     ratio = ((logps_BC - old) * mask).sum(1).exp()
@@ -156,7 +157,7 @@ def by_hand(inputs, logps_BC):
     ids=["whole", "chunks", "temperature"],
 )
 def test_the_loss_of_replayed_rows_by_hand(build, small_model, settings):
-    """The ratio is to the policy that drew the row, at the temperature that it was drawn at."""
+    """The ratio of a row is relative to the policy and the temperature that it was sampled with."""
     _, seen = train(build, small_model, max_steps=3, **settings)
     for step, (inputs, logps_BC, loss) in enumerate(seen):
         want, ratio = by_hand(inputs, logps_BC)
@@ -174,12 +175,12 @@ def test_the_loss_of_replayed_rows_by_hand(build, small_model, settings):
         slow({"epsilon": 1e-8}),
         slow({"temperature": 0.3, "temperature_schedule": "linear", "temperature_end": 1.6}),
     ],
-    ids=["believed", "not_believed", "temperature"],
+    ids=["trusted", "not_trusted", "temperature"],
 )
 def test_several_steps_on_a_rollout(build, small_model, settings):
-    """Where TRL scores a rollout for its old log-probs, those of replayed rows stay the ones they were drawn with, the
-    sampler is not judged by them, and fresh rows keep theirs in the second step. With such an epsilon the sampler is
-    never believed, and TRL scores every row."""
+    """When TRL scores a rollout for old log-probs, replayed rows keep the sampled ones and do not count in the check of
+    the sampler, and fresh rows keep theirs in the second step. With the tiny epsilon, the sampler is never trusted, and
+    TRL scores every row."""
     trainer, seen = train(build, small_model, num_iterations=2, max_steps=8, learning_rate=1e-3, **settings)
     for inputs, _, _ in seen:
         gap = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs().max()
@@ -191,8 +192,8 @@ def test_several_steps_on_a_rollout(build, small_model, settings):
 
 
 def test_what_is_far_from_the_policy_is_dropped(build, small_model):
-    """At a learning rate that moves some answers by more than a nat, not others: a group is dropped where any of its
-    answers has moved so far, as plain forwards before and after the step tell."""
+    """The learning rate moves some completions by more than a nat, as plain forwards before and after the step show. A
+    group is dropped if any of its completions moved that far."""
     trainer = build(
         copy.deepcopy(small_model), peft_config=random_lora(), reward=DeadFrom(), **SETTINGS | {"learning_rate": 3.0}
     )
@@ -216,18 +217,18 @@ def test_what_is_far_from_the_policy_is_dropped(build, small_model):
     assert log_of(trainer, "replay/hit_rate") == [0.5]
     replayed = {name: value[second["is_replayed"]] for name, value in second.items() if value.dim()}
     assert of_prompts(trainer, replayed, PROMPTS) == of_prompts(trainer, first, close)
-    assert (second["advantages"] == 0).sum() == 4  # the other place stays dead
+    assert (second["advantages"] == 0).sum() == 4  # the other dead group stays
 
 
-def test_another_temperature_is_no_distance(build, small_model):
-    """Log-probs at 0.1 and at 1.4 differ by nats; those that are compared are taken at the temperature of the row."""
+def test_another_temperature_does_not_count_as_distance(build, small_model):
+    """Log-probs at 0.1 and 1.4 differ by several nats, so both sides are computed at the temperature of the row."""
     moving = {"temperature": 0.1, "temperature_schedule": "linear", "temperature_end": 1.4, "learning_rate": 1e-9}
     trainer, _ = train(build, small_model, **moving)
     assert log_of(trainer, "replay/hit_rate") == [1.0]
 
 
 def test_what_is_old_is_dropped(build, small_model):
-    """Three steps of nothing alive: the four groups of step 0 are too old in step 3, where places for them come up."""
+    """Every group is dead from step 1 on. Steps 1 and 2 replay one group each; in step 3, the other two are too old."""
     reward = DeadFrom(1, PROMPTS)
     trainer, _ = train(
         build, small_model, reward=reward, max_steps=4, replay_max_age=2, replay_fraction=0.25, learning_rate=1e-3
@@ -248,7 +249,7 @@ def test_without_dead_groups_nothing_changes(build, small_model):
         assert torch.equal(adapter_of(ours)[name], value), name
 
 
-def test_a_stopped_run_goes_on_with_its_memory(build, small_model, tmp_path):
+def test_a_resumed_run_has_its_replay_buffer(build, small_model, tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 1}
     whole, seen = train(build, small_model, **settings)
     again = build(
@@ -266,7 +267,7 @@ def test_a_stopped_run_goes_on_with_its_memory(build, small_model, tmp_path):
     )
 
 
-def test_refused_where_nothing_can_be_replayed(build, small_model):
+def test_refused_if_nothing_can_be_replayed(build, small_model):
     with pytest.raises(
         ValueError, match=r"replay_fraction=0.1 of 4 groups per rollout is less than one.* Use at least 0.25"
     ):

@@ -1,4 +1,4 @@
-"""Dead groups drawn anew: which prompts take their places, what TRL is given in the end, and what is counted."""
+"""Resampled dead groups: which prompts replace them, what TRL receives, and what is counted."""
 
 import copy
 
@@ -16,7 +16,7 @@ SETTINGS = {"per_device_train_batch_size": 16, "max_steps": 3, "beta": 0.0, "num
 
 
 def half_dead(prompts, log_extra, completions, **columns):
-    """All answers to the first and third prompt are worth the same, no two to another one are."""
+    """Equal rewards for all completions of the first and of the third prompt; different ones within other groups."""
     log_extra("seen", list(completions))
     dead = {PROMPTS[0]: 1.0, PROMPTS[2]: 0.0}
     return [dead.get(prompt, 0.1 * (i % 4)) for i, prompt in enumerate(prompts)]
@@ -33,15 +33,15 @@ def train(build, model, **settings):
     return trainer, draws
 
 
-def test_places_of_dead_groups_go_to_other_prompts(build, small_model):
-    """Four prompts a rollout, two of them dead: with so many rounds, every row that TRL works on has an advantage."""
+def test_other_prompts_replace_dead_groups(build, small_model):
+    """Two of four prompts per rollout are dead. After enough rounds, every row that TRL receives has an advantage."""
     trainer, draws = train(build, small_model, reward=half_dead, dead_groups="resample", max_resample_rounds=30)
     (part,) = trainer._buffered_inputs
     assert set(trainer._logs["prompt"]) == {PROMPTS[1], PROMPTS[3]}
     assert (part["advantages"].abs() > 0.4).all()
     assert draws[:2] == [16, 8]
     assert log_of(trainer, "resampled_groups") == [2.0] * 3
-    # shares are those of all groups that were drawn, not only of those that were kept
+    # shares are over all sampled groups, not only those that were kept
     groups = [size // 4 for size in draws]
     assert sum(groups) > 12
     assert log_of(trainer, "frac_groups/mixed")[0] == pytest.approx(4 / sum(groups[: draws.index(16, 1)]))
@@ -51,7 +51,7 @@ def test_places_of_dead_groups_go_to_other_prompts(build, small_model):
 
 
 def test_rows_stay_whole(build, small_model):
-    """Ids, text, rewards, what reward functions logged and the sampler's log-probs are those of one answer still."""
+    """Ids, text, rewards, logged columns and sampled log-probs of a row still belong to one completion."""
     trainer, _ = train(build, small_model, reward=half_dead, dead_groups="resample", num_iterations=2, max_steps=3)
     (part,) = trainer._buffered_inputs
     logs = trainer._logs
@@ -60,8 +60,8 @@ def test_rows_stay_whole(build, small_model):
     assert max(log_of(trainer, "sampling/logp_gap")) < 1e-3
 
 
-def test_rounds_come_to_an_end(build, small_model):
-    """Nothing alive can be found: as many rounds as were allowed, and the run goes on with what is dead."""
+def test_the_number_of_rounds_is_limited(build, small_model):
+    """If every group is dead, resampling stops after the allowed rounds, and the run continues with dead groups."""
     trainer, draws = train(
         build, small_model, reward=lambda prompts, **columns: [1.0] * len(prompts), dead_groups="resample", max_steps=2
     )
@@ -85,7 +85,7 @@ def test_runs_repeat(build, small_model):
     assert list(first._logs["completion"]) == list(second._logs["completion"])
 
 
-def test_refused_where_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
+def test_refused_if_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
     settings = training.SETTINGS | {"dead_groups": "resample", "max_steps": 1, "reward_workers": 0, "guards": False}
     args = GRPOExtConfig(str(tmp_path), **settings)
     data = Dataset.from_dict({"prompt": PROMPTS})

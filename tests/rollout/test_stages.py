@@ -1,4 +1,4 @@
-"""The stages of a rollout without a trainer: a table stands in for the sampler and the rewards."""
+"""The stages of a rollout without a trainer: a table replaces the sampler and the rewards."""
 
 from collections import defaultdict
 from contextlib import contextmanager
@@ -16,11 +16,11 @@ G = 2
 
 
 class Table:
-    """Draws completions whose rewards are given per prompt, in the order in which they are drawn."""
+    """Samples completions with the given rewards, listed per prompt in sampling order."""
 
     def __init__(self, rewards):
         self.rewards = {prompt: list(values) for prompt, values in rewards.items()}
-        self.calls, self.drawn = [], []
+        self.calls, self.sampled = [], []
 
     def __call__(self, examples, group_size=None):
         self.calls.append([example["prompt"] for example in examples])
@@ -38,7 +38,7 @@ class Table:
             )
             for example, value in zip(examples, values, strict=True)
         ]
-        self.drawn += completions
+        self.sampled += completions
         rewards_BF = torch.tensor(values).unsqueeze(1)
         rewards_PM = rewards_BF.squeeze(1).double().view(-1, group_size or G)
         return Rollout(
@@ -97,8 +97,8 @@ def resample(record, prompts, rounds=3):
 
 
 def test_a_dead_group_is_extended_until_it_is_mixed(metrics, record):
-    """The mixed group is left alone, the dead one gets two more completions twice, and the pair that differs most is
-    kept with the rewards of all six."""
+    """The mixed group does not change. The dead one gets two more completions twice, and the pair that differs most is
+    kept, with the rewards of all six."""
     table = Table({"a": [1.0, 0.0], "b": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]})
     rollout = extend(record)(rows("a", "b"), table)
     assert table.calls == [["a", "a", "b", "b"], ["b", "b"], ["b", "b"]]
@@ -114,12 +114,12 @@ def test_a_group_that_stays_dead_keeps_its_first_completions(metrics, record):
     table = Table({"a": [0.0] * 6})
     rollout = extend(record)(rows("a"), table)
     assert len(table.calls) == 3
-    assert [id(row) for row in rollout.completions] == [id(row) for row in table.drawn[:G]]
+    assert [id(row) for row in rollout.completions] == [id(row) for row in table.sampled[:G]]
     assert metrics == {"growth/groups": [1.0], "growth/alive": [0.0]}
 
 
-def test_dead_groups_are_resampled_and_what_was_replaced_is_counted(metrics, record):
-    """Each round samples as many prompts as groups are dead; the rewards of every group that was sampled remain."""
+def test_dead_groups_are_resampled_and_still_counted(metrics, record):
+    """Each round samples one prompt per dead group. The rewards of every sampled group are kept."""
     table = Table({"dead": [0.0, 0.0], "a": [1.0, 0.0], "b": [0.0, 1.0] * 9})
     rollout = resample(record, ["b"])(rows("dead", "a"), table)
     assert texts(rollout) == ["b 0.0", "b 1.0", "a 1.0", "a 0.0"]
@@ -136,8 +136,8 @@ def test_resampling_ends_after_its_rounds(metrics, record):
     assert metrics == {"resampled_groups": [0.0]}
 
 
-def test_later_stages_draw_through_earlier_ones(record):
-    """What is resampled is extended, too."""
+def test_later_stages_sample_through_earlier_ones(record):
+    """Resampled groups are extended, too."""
     table = Table({"dead": [0.0] * 6, "late": [0.0, 0.0, 0.0, 1.0]})
     rollout = collect(rows("dead"), table, [extend(record), resample(record, ["late"])])
     assert sorted(texts(rollout)) == ["late 0.0", "late 1.0"]
@@ -146,7 +146,7 @@ def test_later_stages_draw_through_earlier_ones(record):
 
 @pytest.mark.parametrize(("moved", "replayed"), [(0.5, True), (1.5, False)])
 def test_a_mixed_group_is_replayed_unless_the_policy_moved_away(metrics, record, moved, replayed):
-    """A completion whose log-ratio is beyond 1 is too far away, and its group with it."""
+    """If the log-ratio of a completion exceeds 1, its group is too far from the policy."""
     table = Table({"a": [1.0, 0.0], "dead": [0.0, 0.0]})
 
     def score(completions):
@@ -183,7 +183,7 @@ def test_a_replay_buffer_is_carried_from_run_to_run(record):
 
 
 def test_completions_without_log_probs_are_not_replayed(record):
-    """Those of a sampler that does not report any."""
+    """Some samplers do not report log-probs."""
     table = Table({"a": [1.0, 0.0]})
 
     def without_logps(examples, group_size=None):

@@ -1,4 +1,4 @@
-"""The temperature of a run without a trainer."""
+"""The temperature control of a run, without a trainer."""
 
 import pytest
 import torch
@@ -21,18 +21,18 @@ def entropy_control():
     return TemperatureControl(schedule="entropy", start=1.0, entropy_target=1.0)
 
 
-def test_entropy_above_the_target_cools_and_only_tokens_that_count_are_seen():
-    """The mean is over the masked tokens of every update since the last rollout, 2 nats here; gain 0.2."""
+def test_entropy_above_the_target_cools_and_masked_tokens_do_not_count():
+    """The mean over the unmasked tokens of all updates since the last rollout is 2 nats; the gain is 0.2."""
     control = entropy_control()
     control.observe(torch.tensor([[3.0, 9.0]]), torch.tensor([[1, 0]]))
     control.observe(torch.tensor([[1.0, 9.0]]), torch.tensor([[1, 0]]))
     assert control.next(1, 4) == pytest.approx(torch.tensor(-0.2).exp().item())
     before = control.temperature
-    assert control.next(2, 4) == before  # nothing was seen since
+    assert control.next(2, 4) == before  # no update since
 
 
-def test_its_state_carries_what_was_seen():
-    """A run that is stopped between an update and the next rollout."""
+def test_its_state_contains_the_observed_entropies():
+    """Guards against losing them in a run that is stopped between an update and the next rollout."""
     control, again = entropy_control(), entropy_control()
     control.observe(torch.tensor([[3.0]]), torch.tensor([[1]]))
     control.next(1, 4)

@@ -1,4 +1,4 @@
-"""The configuration: defaults of sequence-level GRPO, the device's precision, and refusals that name the way out."""
+"""The configuration: defaults of sequence-level GRPO, the device's precision, and refusals that suggest a fix."""
 
 import re
 
@@ -21,12 +21,12 @@ def test_defaults_of_sequence_level_grpo(tmp_path):
     assert args.disable_dropout
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only for machines without an accelerator")
 def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
-    """TRL's default is bf16, on a CPU too: `GRPOConfig()` raises there, and with use_cpu it is bf16 autocast."""
+    """TRL's default is bf16 even on a CPU, where `GRPOConfig()` raises, and with use_cpu trains in bf16 autocast."""
     args = config(tmp_path)
     assert (args.use_cpu, args.bf16, args.fp16) == (True, False, False)
-    assert config(tmp_path, bf16=True).bf16  # asked for, so kept
+    assert config(tmp_path, bf16=True).bf16  # requested, so kept
 
 
 def test_only_the_named_fields_differ_from_trl():
@@ -143,7 +143,7 @@ def test_impossible_combinations_are_refused_by_name(tmp_path, changes, received
         config(tmp_path, **changes)
 
 
-# Values of TRL's options that are not its defaults, and that need no other option.
+# Non-default values of TRL's options that need no other option.
 NOT_DEFAULT = {
     "learning_rate": 1e-4,
     "gradient_checkpointing": False,
@@ -195,7 +195,7 @@ YIELDING = [
 
 @pytest.mark.parametrize(("option", "default"), YIELDING)
 def test_a_default_yields_to_an_option_of_trl(tmp_path, caplog, option, default):
-    """Each option was refused, for a default that the user had not set."""
+    """Guards against refusing an option because of a default that the user did not set."""
     args = config(tmp_path, **option)
     assert getattr(args, default) == GRPOConfig.__dataclass_fields__[default].default
     assert f"{default} is TRL's default" in caplog.text
@@ -204,13 +204,13 @@ def test_a_default_yields_to_an_option_of_trl(tmp_path, caplog, option, default)
 
 
 @pytest.mark.parametrize("name", NOT_DEFAULT)
-def test_every_single_option_of_trl_is_taken(tmp_path, name):
-    """Alone, with our defaults for everything else."""
+def test_every_single_option_of_trl_is_accepted(tmp_path, name):
+    """On its own, with our defaults for everything else."""
     assert getattr(config(tmp_path, **{name: NOT_DEFAULT[name]}), name) == NOT_DEFAULT[name]
 
 
 def test_what_differs_from_trl_is_listed(tmp_path):
-    """With the values of both; with TRL's own values there is nothing to list."""
+    """Each difference shows both values. With TRL's own values, there is nothing to list."""
     listed = config(tmp_path).changed_defaults()
     assert [text.partition("=")[0] for text in listed if "bf16" not in text] == list(TRL_DEFAULTS)
     assert "beta=0.1 (TRL: 0.0)" in listed

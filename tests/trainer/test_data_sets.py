@@ -1,4 +1,4 @@
-"""Data sets that TRL takes as rows: the checks before a run read the same rows, and no column that they do not have."""
+"""Data sets that TRL reads row by row: the checks before a run read the same rows, and only columns that these have."""
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -11,7 +11,7 @@ from tests.tools.training import SETTINGS
 
 
 def transformed(prompts):
-    """Rows that have a prompt, of a data set that has none: `set_transform` makes it from a column of another name."""
+    """A data set without a column `prompt`: `set_transform` adds it to the rows, from a column of another name."""
     data = Dataset.from_dict({"text": prompts})
     data.set_transform(lambda batch: {"prompt": [f"Question: {text}" for text in batch["text"]]})
     return data
@@ -36,14 +36,14 @@ def train(tokenizer, path, data, *, is_ours, **settings):
 
 @pytest.mark.parametrize("is_ours", [False, True], ids=["trl", "ours"])
 def test_set_transform(tokenizer, tmp_path, is_ours):
-    """`data["prompt"]` of such a data set raises KeyError, and its `column_names` are not those of the rows."""
+    """For such a data set, `data["prompt"]` raises KeyError, and `column_names` are not those of the rows."""
     rewards, made = train(tokenizer, tmp_path, transformed(PROMPTS * 4), is_ours=is_ours)
     assert len(rewards) >= 1
     assert made.state.global_step == 2
 
 
 def test_set_transform_and_long_prompts(tokenizer, tmp_path):
-    """The prompts that are too long are those of the rows, not of the column beneath."""
+    """The lengths that count are those of the prompts in the rows, not of the underlying column."""
     data = transformed(["1+1", *PROMPTS * 4, "1" * 100])
     _, made = train(tokenizer, tmp_path, data, is_ours=True, max_prompt_tokens=60, overlong_prompts="drop")
     assert len(made.train_dataset) == len(data) - 1
@@ -51,7 +51,7 @@ def test_set_transform_and_long_prompts(tokenizer, tmp_path):
 
 
 def test_data_without_prompts_is_refused(tokenizer, tmp_path):
-    """It was a KeyError."""
+    """Guards against a bare KeyError."""
     data = Dataset.from_dict({"text": PROMPTS * 4})
     with pytest.raises(ValueError, match=r"no column 'prompt'; it has: text\. .*rename_column\('text', 'prompt'\)"):
         train(tokenizer, tmp_path, data, is_ours=True)

@@ -1,4 +1,4 @@
-"""Dead groups left out of the update: the same adapter to the bit, fewer tokens, the same metrics; and when they are
+"""Dead groups that the update skips: the same adapter to the bit, fewer tokens, the same metrics; and when they are
 kept."""
 
 import copy
@@ -17,14 +17,14 @@ SETTINGS = {"beta": 0.0, "entropy_coef": 0.0, "max_steps": 5, "num_generations":
 
 
 def one_dead_group(prompts, completions, **columns):
-    """All answers to the first prompt are worth the same, those to the others are not."""
+    """All completions of the first prompt have equal rewards; those of the others differ."""
     return [
         1.0 if prompt == PROMPTS[0] else float(len(text) % 3) for prompt, text in zip(prompts, completions, strict=True)
     ]
 
 
 def train(build, model, **settings):
-    """How many tokens went through the embedding while there was a graph comes along."""
+    """The trainer, and the number of tokens that passed through the embedding with gradients."""
     trainer = build(copy.deepcopy(model), peft_config=random_lora(), **{"reward": one_dead_group} | SETTINGS | settings)
     tokens = []
 
@@ -40,22 +40,25 @@ def train(build, model, **settings):
 
 
 ALL_AT_ONCE = {"per_device_train_batch_size": 16}
-ONE_GROUP_A_TIME = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 4,
-}  # some have nothing left in them
-PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "chunk_tokens": 40, "num_iterations": 2}
+# Some micro-batches become empty.
+ONE_GROUP_AT_A_TIME = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+HALVES = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "chunk_tokens": 40,
+    "num_iterations": 2,
+}
 
 
 @pytest.mark.parametrize(
     ("loss_type", "settings"),
     [
         ("grpo_sequence", ALL_AT_ONCE),
-        slow(("grpo_sequence", ONE_GROUP_A_TIME)),
-        slow(("grpo_sequence", PARTS)),
-        slow(("grpo", PARTS)),
+        slow(("grpo_sequence", ONE_GROUP_AT_A_TIME)),
+        slow(("grpo_sequence", HALVES)),
+        slow(("grpo", HALVES)),
         slow(("dapo", ALL_AT_ONCE)),
-        slow(("cispo", ONE_GROUP_A_TIME)),
+        slow(("cispo", ONE_GROUP_AT_A_TIME)),
     ],
 )
 def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):
@@ -75,7 +78,7 @@ def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):
 
 
 def test_all_dead(build, small_model):
-    """Nothing to learn at all: nothing is run, and nothing moves."""
+    """If every group is dead, the update runs no tokens and changes no weights."""
     trainer, tokens = train(
         build, small_model, dead_groups="skip", reward=lambda completions, **columns: [0.5] * len(completions)
     )
@@ -95,8 +98,8 @@ def test_all_dead(build, small_model):
         slow(({"share_prompt": False}, "prompts are not shared")),
     ],
 )
-def test_kept_where_they_carry_a_gradient(build, small_model, caplog, settings, reason):
-    """Said once, and then the training is that of keep."""
+def test_kept_if_they_carry_a_gradient(build, small_model, caplog, settings, reason):
+    """The reason is logged, and training is that of `dead_groups="keep"`."""
     with caplog.at_level(logging.WARNING):
         skip, tokens = train(build, small_model, dead_groups="skip", **{"max_steps": 2} | settings)
     assert [record.message for record in caplog.records if "dead_groups" in record.message and reason in record.message]

@@ -1,4 +1,4 @@
-"""What a script for TRL sees once its two imports are changed: the same as with stock TRL, which runs in the same test.
+"""What a TRL script sees after its two imports are changed: the same as with stock TRL, which runs in the same test.
 
 Each case trains with either class and returns what a user looks at; both must return the same. Tools and environments
 are in test_tools.py, options of the loss in test_trl_options.py.
@@ -21,7 +21,7 @@ from tests.tools.models import small_llama
 from tests.tools.reward_functions import PROMPTS
 from tests.tools.training import adapter_of
 
-# TRL's own objective, at a rate at which rewards move.
+# TRL's own objective, at a learning rate at which rewards change.
 COMMON = TRL_DEFAULTS | {"learning_rate": 1e-2, "max_steps": 4}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
 SAVED = {"save_strategy": "steps", "save_steps": 2}
@@ -31,7 +31,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make_of(build, tokenizer, tmp_path) -> Callable[[type[GRPOTrainer]], Make]:
-    """`make_of(GRPOTrainer)(max_steps=3)`: a trainer of this class on a model and in a folder of its own."""
+    """`make_of(GRPOTrainer)(max_steps=3)`: a trainer of this class, with its own model and folder."""
     small_llama(tokenizer).save_pretrained(tmp_path / "base")
 
     def make(kind: type[GRPOTrainer], **settings: Any) -> Any:
@@ -60,8 +60,8 @@ def log_rows(trainer: Any) -> list[dict[str, Any]]:
     return [stock_metrics(row) for row in trainer.state.log_history]
 
 
-class Noting(TrainerCallback):
-    """Notes every event with its step."""
+class EventRecorder(TrainerCallback):
+    """Records every event with its step."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
@@ -74,15 +74,15 @@ class Noting(TrainerCallback):
 
 def events_of_callbacks(make: Make) -> Any:
     """Logs, evaluations and checkpoints fall on different steps."""
-    noting = Noting()
-    arguments = {"callbacks": [noting], "eval_dataset": held_out()}
+    recorder = EventRecorder()
+    arguments = {"callbacks": [recorder], "eval_dataset": held_out()}
     make(logging_steps=3, save_strategy="steps", save_steps=4, max_steps=5, **EVALUATED, arguments=arguments).train()
-    return noting.events
+    return recorder.events
 
 
 def log_history(make: Make) -> Any:
-    """A script reads the reward from the last row of the log. A checkpoint between two logs must not close the running
-    means that the next log shows."""
+    """A script reads the reward from the last row of the log. A checkpoint between two logs must not reset the
+    running means that the next log shows."""
     trainer = make(max_steps=5, logging_steps=3, **SAVED)
     trainer.train()
     assert "reward" in trainer.state.log_history[-1]
@@ -90,7 +90,7 @@ def log_history(make: Make) -> Any:
 
 
 def evaluations(make: Make) -> Any:
-    """Before, during and after training, of several data sets."""
+    """Before, during and after training, on several data sets."""
     sets = {"easy": held_out(), "hard": held_out()}
     trainer = make(**EVALUATED, eval_on_start=True, num_generations_eval=2, arguments={"eval_dataset": sets})
     before = trainer.evaluate()
@@ -124,7 +124,7 @@ def early_stop(make: Make) -> Any:
 
 
 def resumed_run(make: Make) -> Any:
-    """From the last checkpoint to a later step; what is drawn after it is drawn from the saved random state."""
+    """From the last checkpoint to a later step; sampling continues from the saved random state."""
     make(**SAVED).train()
     trainer = make(**SAVED | {"max_steps": 6})
     trainer.train(resume_from_checkpoint=True)
@@ -140,16 +140,16 @@ def trained_twice(make: Make) -> Any:
 
 
 def streamed_data(make: Make) -> Any:
-    """A stream is opened as often as TRL opens it, which downloads it each time, and not by checks, cards and saves."""
-    opened = []
+    """Checks, model cards and saves must not open a stream: each opening downloads it again."""
+    openings = []
 
     def rows():
-        opened.append(None)
+        openings.append(None)
         yield from ({"prompt": prompt} for prompt in PROMPTS * 3)
 
     trainer = make(**SAVED, data=IterableDataset.from_generator(rows))
     trainer.train()
-    return [len(opened), log_rows(trainer)]
+    return [len(openings), log_rows(trainer)]
 
 
 def subclass(make: Make) -> Any:
@@ -188,7 +188,7 @@ CASES = [
 
 
 def assert_alike(ours: Any, stock: Any, where: str = "") -> None:
-    """Equal, with numbers up to the rounding of float32 in a few updates."""
+    """Equal, except for float32 rounding over a few updates."""
     if isinstance(stock, dict):
         assert set(ours) == set(stock), where
         for name, value in stock.items():

@@ -1,4 +1,4 @@
-"""That it learns as stock TRL does, on the embedded model; and the study that shows it, through its command line."""
+"""Training the embedded model as stock TRL does, and the command line of the study that compares learning curves."""
 
 import json
 
@@ -17,8 +17,8 @@ from tests.tools.paths import TINY_DATA, TINY_MODEL
 from tests.tools.training import SETTINGS, adapter_of, log_of
 
 STEPS = 20
-# Adam divides a gradient by its own size: with its usual epsilon of 1e-8, where a gradient is nothing but rounding, it
-# would make a step of it. Here a gradient of norm 0.4 over 163,840 parameters is 1e-3 in each.
+# Adam divides a gradient by its own size. With the usual epsilon of 1e-8, a gradient that is only rounding error would
+# become a full step. Here, a gradient of norm 0.4 over 163,840 parameters is 1e-3 per parameter.
 STOCK = {
     "loss_type": "grpo",
     "scale_rewards": "group",
@@ -40,18 +40,18 @@ STOCK = {
 
 @pytest.mark.slow
 def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkeypatch):
-    """On the completions that stock TRL draws as it learns. Any difference of the update, of the size of another
-    normaliser or a row out of place, adds up over the steps; what is left is rounding, which adds up too."""
+    """On the completions that stock TRL samples as it learns. A difference in the update, such as another normaliser or
+    a misplaced row, would accumulate over the steps. The tolerance covers rounding, which accumulates, too."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental
     problems = load_problems(str(TINY_DATA), tokenizer, max_heldout=1)
-    drawn = []
+    sampled = []
 
     def reward(completions, completion_ids, **columns):
-        drawn.append(completion_ids)
+        sampled.append(completion_ids)
         return math_answer_reward(completions, **columns)
 
     def train(kind, config, **arguments):
-        here = {"reward_workers": 0} if config is GRPOExtConfig else {}  # the reward notes what it is given
+        here = {"reward_workers": 0} if config is GRPOExtConfig else {}  # the reward records its completions
         trainer = kind(
             str(TINY_MODEL),
             reward_funcs=reward,
@@ -66,41 +66,41 @@ def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkey
         return trainer, start, adapter_of(trainer)
 
     stock, start, want = train(GRPOTrainer, GRPOConfig)
-    again = iter(list(drawn))
+    again = iter(list(sampled))
 
     def given(prompts, trainer):
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": next(again), "logprobs": None}
 
     ours, same_start, got = train(GRPOExtTrainer, GRPOExtConfig, rollout_func=given)
     assert ours.shares_prompts
-    assert drawn[STEPS:] == drawn[:STEPS]
+    assert sampled[STEPS:] == sampled[:STEPS]
     rewards = log_of(ours, "reward")
     assert rewards == log_of(stock, "reward")
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
     for name, value in want.items():
         assert torch.equal(start[name], same_start[name])
         moved = (value - start[name]).abs().max()
-        assert moved > 2e-4, f"{name} moved by {moved:.1e} only, which agreement to 1e-6 says little about"
+        assert moved > 2e-4, f"{name} moved by only {moved:.1e}, so agreement to 1e-6 proves little"
         torch.testing.assert_close(got[name], value, atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.slow
 def test_a_study_through_its_command_line(tmp_path, capsys, monkeypatch):
-    """Points of two trainers on the same problems, a table and a picture; what is through is not run again."""
+    """Curves of two trainers on the same problems, a table and a plot; finished runs are not repeated."""
     built = []
     for name, kind in (("GRPOTrainer", GRPOTrainer), ("GRPOExtTrainer", GRPOExtTrainer)):
         monkeypatch.setattr(study, name, lambda kind=kind, **arguments: built.append(kind) or kind(**arguments))
     command = f"--arms token,stock --seeds 1 --steps 1 --problems 8 --output {tmp_path}".split()
     study.main(command)
     assert built == [GRPOExtTrainer, GRPOTrainer]
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     points = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
     assert [(point["arm"], point["step"]) for point in points] == [(a, s) for a in ("token", "stock") for s in (0, 1)]
     assert all(point["answers"] == 8 and 0 <= point["right"] <= 8 for point in points)
     for name in ("right", "right_greedy"):
         assert points[0][name] == points[2][name]  # before the first step
     assert points[1]["seconds_per_step"] > 0
-    assert [line.split(" | ")[0] for line in said.splitlines()[2:4]] == [
+    assert [line.split(" | ")[0] for line in printed.splitlines()[2:4]] == [
         "| token-level GRPO",
         "| stock TRL, same settings as token-level",
     ]
@@ -110,7 +110,7 @@ def test_a_study_through_its_command_line(tmp_path, capsys, monkeypatch):
     picture.unlink()
     monkeypatch.setattr(study, "train", lambda *run: pytest.fail(f"{run[:2]} was trained again"))
     study.main(command)
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == printed
     assert picture.exists()
     with pytest.raises(SystemExit):
         study.main(["--arms", "tokens"])
@@ -118,27 +118,28 @@ def test_a_study_through_its_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_arms_of_the_study():
-    """Each differs from `make math` by what its name says, and stock TRL is given the settings of the token arm."""
+    """Each arm differs from `make math` as its name says, and stock TRL gets the settings of the token arm."""
     default = parse([])[1]
     changes = {}
     for arm, flags in study.ARMS.items():
         args = parse(flags.split())[1]
-        of_both = {name: (getattr(default, name), getattr(args, name)) for name in default.__dataclass_fields__}
-        changes[arm] = {name: value for name, (by_default, value) in of_both.items() if value != by_default}
-    alone = {"beta": 0.0, "entropy_coef": 0.0}
+        both = {name: (getattr(default, name), getattr(args, name)) for name in default.__dataclass_fields__}
+        changes[arm] = {name: value for name, (by_default, value) in both.items() if value != by_default}
+    no_regularisation = {"beta": 0.0, "entropy_coef": 0.0}
     assert changes == {
         "sequence": {},
         "token": {"loss_type": "grpo", "scale_rewards": "group"},
         "stock": {"loss_type": "grpo", "scale_rewards": "group"},
         "exact": {"kl_estimator": "exact"},
-        "keep": alone,
-        "skip": alone | {"dead_groups": "skip"},
-        "resample": alone | {"dead_groups": "resample"},
+        "keep": no_regularisation,
+        "skip": no_regularisation | {"dead_groups": "skip"},
+        "resample": no_regularisation | {"dead_groups": "resample"},
     }
 
 
 def test_the_table_of_a_study():
-    """Worked out by hand: two seeds of 100 answers are 200; the median of the steps to 0.9, and a run without."""
+    """Worked out by hand: two seeds of 100 completions make 200, the median number of steps to an accuracy of 0.9, and
+    a run that does not reach it."""
     curves = {
         ("sequence", 0): {0: 20, 5: 90, 10: 98},
         ("sequence", 1): {0: 40, 5: 60, 10: 92},

@@ -23,7 +23,7 @@ CASES = list(itertools.product(LOSSES, REFERENCES, ("adapter", "whole model")))
 
 
 class GivenCompletions(GRPOExtTrainer):
-    """The first tokens of each prompt as its completions, in four lengths: the same in any precision."""
+    """Completes each prompt with its own first tokens, in four lengths: the same in any precision."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         return [ids[: 2 + i % 4] for i, ids in enumerate(prompt_ids)], None
@@ -55,8 +55,8 @@ def by_length(completions, **columns):
     ("loss_type", "reference", "kind"), slow_but(CASES, [("grpo_sequence", "fixed", "whole model"), CASES[3]])
 )
 def test_shared_prompts_train_as_the_plain_path_does(train, loss_type, reference, kind):
-    """A reference model could not be prepared in mixed precision: accelerate wraps its forward. bfloat16 rounds to 3
-    digits; the two updates are within 5% of each other."""
+    """Guards against a reference model that cannot be prepared in mixed precision, because accelerate wraps its
+    forward. bfloat16 rounds to 3 digits; the two updates agree to 5%."""
     settings = {"loss_type": loss_type, **REFERENCES[reference]}
     plain, _ = train(kind, share_prompt=False, **settings)
     for chunk_tokens in (None, 20):
@@ -66,7 +66,7 @@ def test_shared_prompts_train_as_the_plain_path_does(train, loss_type, reference
         kl = log_of(trainer, "kl")
         if reference == "none":
             assert kl == []
-        elif kind == "whole model":  # a random adapter begins at a distance from the backbone
+        elif kind == "whole model":  # a random adapter starts away from the backbone
             assert abs(kl[0]) < 1e-2
 
 

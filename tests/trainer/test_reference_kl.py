@@ -1,4 +1,4 @@
-"""The choice of KL in training: against TRL's own, against autograd through the whole vocabulary, and when it is only
+"""KL estimators in training: against TRL's own, against autograd through the whole vocabulary, and a KL that is only
 logged."""
 
 import copy
@@ -28,7 +28,7 @@ def train(build, model, **settings):
     "settings", slow_but([{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}], [{}])
 )
 def test_k2_trains_as_trls_corrected_k3_on_policy(build, small_model, settings):
-    """Word by word the two have one gradient there, so stock TRL is the oracle of ours."""
+    """On policy, the two have the same gradient at every token, so stock TRL is the oracle."""
     common = {"loss_type": "grpo", "scale_rewards": "group", "beta": 0.3, "max_steps": 4, **settings}
     stock = train(build, small_model, trainer=GRPOTrainer, **common)
     ours = train(build, small_model, kl_estimator="k2", **common)
@@ -42,7 +42,7 @@ def test_k2_trains_as_trls_corrected_k3_on_policy(build, small_model, settings):
 @pytest.mark.parametrize("chunk_tokens", slow_but([None, 40], [40]))
 @pytest.mark.parametrize("loss_type", ["grpo", "grpo_sequence"])
 def test_exact_kl_trains_on_the_whole_distribution(build, small_model, loss_type, chunk_tokens):
-    """Equal rewards leave the KL alone in the loss: one step of SGD is its gradient, taken here through full logits."""
+    """With equal rewards, only the KL is left in the loss. One SGD step is its gradient, here through full logits."""
     trainer = train(
         build,
         small_model,
@@ -85,7 +85,7 @@ def test_exact_kl_trains_on_the_whole_distribution(build, small_model, loss_type
 
 
 def test_reference_states_follow_their_rows(build, small_model):
-    """Micro-batches are cut from shuffled groups: the exact KL of each is the same as in one."""
+    """Micro-batches are cut from shuffled groups; training is that on a single batch."""
     common = {"kl_estimator": "exact", "beta": 0.3, "max_steps": 3, "max_grad_norm": 0.5}
     whole = train(build, small_model, **common)
     cut = train(build, small_model, **common, per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -95,7 +95,7 @@ def test_reference_states_follow_their_rows(build, small_model):
 
 @pytest.mark.parametrize("loss_type", slow_but(["dapo", "grpo_sequence"], ["grpo_sequence"]))
 def test_kl_is_logged_without_a_weight(build, small_model, loss_type):
-    """At beta=0: one reference pass a rollout, the numbers of a tiny beta, and an adapter equal to the bit."""
+    """At beta=0: one reference pass per rollout, the KL that a tiny beta logs, and the same adapter to the bit."""
     common = {"loss_type": loss_type, "max_steps": 3, "entropy_coef": 0.01}
     silent = train(build, small_model, beta=0.0, **common)
     passes = []
@@ -117,13 +117,13 @@ def test_kl_is_logged_without_a_weight(build, small_model, loss_type):
     assert min(log_of(trainer, "kl")) > 0
 
 
-def test_exact_kl_is_refused_where_the_head_is_trained(build, small_model, tmp_path):
+def test_exact_kl_is_refused_if_the_head_is_trained(build, small_model, tmp_path):
     small_model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="kl_estimator='exact' needs one LM head"):
         build(str(tmp_path / "model"), kl_estimator="exact", beta=0.1)
 
 
-def test_exact_kl_is_refused_where_prompts_are_not_shared(build, small_model):
+def test_exact_kl_is_refused_if_prompts_are_not_shared(build, small_model):
     small_model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="kl_estimator='exact' needs shared prompts"):
         build(small_model, peft_config=random_lora(), kl_estimator="exact", beta=0.1)

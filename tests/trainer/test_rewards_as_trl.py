@@ -1,6 +1,6 @@
 """Rewards are called as stock TRL calls them: same process, thread, calls and arguments, so the same rewards.
 
-Each case is a kind of reward that people write and that a copy of the program in another process would break silently.
+Each case is a kind of reward that people write, and that would silently break in a copy of the program.
 """
 
 import functools
@@ -31,7 +31,7 @@ def lengths(completions):
 
 
 def by_callback():
-    """A schedule: the callback and the reward are one object, and a dict is read, too."""
+    """A schedule: callback and reward are the same object, and the reward also reads a dict."""
     config = {"stage": 0}
 
     class Schedule(TrainerCallback):
@@ -52,7 +52,7 @@ def by_callback():
 
 
 def by_closure():
-    """A weight that falls with every call, and a list that fills."""
+    """A weight that halves with every call, and a list that grows."""
     weight, seen = 1.0, []
 
     def anneal(completions, **columns):
@@ -65,7 +65,7 @@ def by_closure():
 
 
 def by_trainer():
-    """A reward that gets its trainer later, and reads its step and its model."""
+    """A reward that gets its trainer later, and reads the trainer's step and model."""
 
     class Judge:
         trainer = None
@@ -166,9 +166,9 @@ KINDS = {
 
 
 def recorded(reward, calls):
-    """The reward; `calls` gets where and with what it is called."""
+    """The reward, which also records in `calls` the arguments, step and thread of each call."""
 
-    def note(arguments):
+    def record(arguments):
         given = {name: value for name, value in arguments.items() if isinstance(value, list)}
         state = arguments["trainer_state"]
         calls.append((set(arguments), given, (state.global_step, state.max_steps), threading.current_thread().name))
@@ -176,13 +176,13 @@ def recorded(reward, calls):
     if "asked" in getattr(reward, "__name__", ""):
 
         async def call_async(**arguments):
-            note(arguments)
+            record(arguments)
             return await reward(**arguments)
 
         return call_async
 
     def call(**arguments):
-        note(arguments)
+        record(arguments)
         return reward(**arguments)
 
     return call
@@ -190,7 +190,7 @@ def recorded(reward, calls):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_calls_and_rewards(build, tokenizer, kind):
-    """With every check before the first step, which must neither call the reward nor change what it sees."""
+    """With every check that runs before the first step: none may call the reward or change what it sees."""
     runs = []
     for trainer_class in (GRPOTrainer, GRPOExtTrainer):
         reward, callbacks, attach = KINDS[kind]()
@@ -216,7 +216,7 @@ def test_the_same_calls_and_rewards(build, tokenizer, kind):
 
 
 def test_the_trainer_holds_the_rewards_that_it_was_given(build, small_model):
-    """Scripts look them up, and TRL fills in the list that it was given."""
+    """Scripts look them up, and TRL modifies the given list in place."""
     given = [by_closure()[0], by_own_seed()[0]]
     trainer = build(small_model, reward=given, peft_config=random_lora(), reward_workers=None)
     trainer.train()
@@ -250,7 +250,7 @@ def test_an_exception_keeps_its_type_and_names_the_reward(build, small_model, re
 
 
 def test_an_exception_names_the_row(build, small_model):
-    """Of a reward that scores rows independently, which can be called again row by row."""
+    """A reward that scores rows independently is called again row by row to find it."""
     seen = []
 
     def picky(completions, **columns):
@@ -268,12 +268,12 @@ def test_an_exception_names_the_row(build, small_model):
 
 
 def test_a_slow_call_is_reported_while_it_runs(build, small_model, caplog):
-    """A judge that hangs looked like a run that hangs. A judge that is always slow must not fill the log: it is
+    """A judge that hangs must not look like a run that hangs. A judge that is always slow must not fill the log: it is
     reported again only if it takes twice as long."""
     calls = []
 
     def slow(completions, **columns):
-        wanted = [2, 2, 3][len(calls)]  # reports, in all, before this call returns
+        wanted = [2, 2, 3][len(calls)]  # reports in total before this call returns
         calls.append(wanted)
         assert becomes(lambda: len(reported()) >= wanted)
         time.sleep(0.1)

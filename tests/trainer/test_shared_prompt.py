@@ -1,4 +1,4 @@
-"""Training on shared prompts: the same as without, under every loss; how often a prompt is read; and when it is not."""
+"""Training on shared prompts: the same as without sharing, for every loss; and each prompt is run only once."""
 
 import copy
 import logging
@@ -19,7 +19,7 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 def train(build, model, **settings):
-    """SGD, which turns a relative error of the gradient into no more than that of the update."""
+    """Train with SGD: unlike Adam, it does not amplify errors of small gradients."""
     trainer = build(copy.deepcopy(model), peft_config=random_lora(), optim="sgd", learning_rate=0.5, **settings)
     start = adapter_of(trainer)
     trainer.train()
@@ -30,7 +30,7 @@ def train(build, model, **settings):
 
 @pytest.mark.parametrize("loss_type", slow_but(LOSSES, ["grpo", "dapo"]))
 def test_every_loss_of_trl(build, small_model, loss_type):
-    """Stock TRL and shared prompts, in chunks, on the same completions."""
+    """Stock TRL, and shared prompts in chunks, on the same completions."""
     settings = {"loss_type": loss_type, "beta": 0.1, "temperature": 0.8, "entropy_coef": 0.01, "scale_rewards": "group"}
     settings |= {"disable_dropout": True, "max_grad_norm": 0.5, "num_iterations": 2, "max_steps": 4}
     stock = train(build, small_model, trainer=GRPOTrainer, **settings)
@@ -43,7 +43,7 @@ def test_every_loss_of_trl(build, small_model, loss_type):
 
 @pytest.mark.parametrize("loss_type", slow_but(["grpo", "grpo_sequence"], ["grpo_sequence"]))
 def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_type):
-    """The loss that keeps experts in use is TRL's, with each prompt run once and in chunks."""
+    """The load-balancing loss is that of TRL, although each prompt is run once, also in chunks."""
     torch.manual_seed(0)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**small_shape(tokenizer), **experts))
@@ -70,7 +70,7 @@ def test_mixture_of_experts_with_its_load_balancing_loss(build, tokenizer, loss_
 
 @pytest.mark.slow
 def test_one_equivalence_class(build, small_model):
-    """Five steps: sharing on and off, chunks, checkpointing and cuts are one and the same training."""
+    """Over five steps, sharing, chunks, checkpointing and the split into micro-batches do not change training."""
     variants = [
         {"share_prompt": False},
         {},
@@ -90,8 +90,8 @@ def test_one_equivalence_class(build, small_model):
             assert differences.mean().abs() < 3e-5
 
 
-def test_a_prompt_is_read_once(build, small_model):
-    """Tokens that go through the backbone in the reference pass and in the update, counted."""
+def test_a_prompt_is_run_once(build, small_model):
+    """Counts the tokens that pass through the backbone in the reference pass and in the update."""
     counts = {}
     for share_prompt in (True, False):
         trainer = build(copy.deepcopy(small_model), peft_config=random_lora(), share_prompt=share_prompt, max_steps=1)
@@ -118,7 +118,7 @@ def test_a_prompt_is_read_once(build, small_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_torch_compile_leaves_shared_scoring_as_it_is(build, small_model, caplog, gradient_checkpointing):
-    """Traced, it ended in a RecursionError with gradient checkpointing, and without in new graphs for each step."""
+    """Tracing it raises RecursionError with gradient checkpointing, and compiles new graphs in every step without."""
     settings = {"beta": 0.1, "gradient_checkpointing": gradient_checkpointing, "max_steps": 3}
     plain = train(build, small_model, **settings)
     torch.compiler.reset()
@@ -153,7 +153,7 @@ def test_siblings_stay_together_and_keep_their_rows(build, small_model):
 
 
 def test_a_loaded_adapter_is_its_own_reference(build, tiny_model, tmp_path):
-    """TRL copies a loaded adapter to one named `ref`; the reference pass must run on that one."""
+    """TRL copies a loaded adapter to one named `ref`; the reference pass must use that one."""
     get_peft_model(tiny_model, random_lora()).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(
         tiny_model.__class__.from_pretrained(tiny_model.name_or_path), tmp_path / "adapter"
@@ -166,7 +166,7 @@ def test_a_loaded_adapter_is_its_own_reference(build, tiny_model, tmp_path):
     assert abs(log_of(trainer, "kl_sequence")[0]) < 1e-8
 
 
-def test_where_it_cannot_be_exact_it_says_why_and_trains_all_the_same(build, small_model, caplog):
+def test_unsupported_settings_are_reported_and_train_on_the_plain_path(build, small_model, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = build(
             small_model, peft_config=random_lora(lora_dropout=0.1), disable_dropout=False, prompts=PROMPTS, max_steps=1

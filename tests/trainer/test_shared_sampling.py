@@ -1,4 +1,4 @@
-"""Training on completions that were drawn together: old log-probs from the sampler, stop strings, ends of sequence."""
+"""Training on completions from shared sampling: old log-probs from the sampler, stop strings, end-of-sequence ids."""
 
 import copy
 import logging
@@ -20,7 +20,7 @@ def metric(trainer, name):
 
 
 def rows_scored(trainer):
-    """How many rows each pass without gradients scores, reference passes apart."""
+    """The number of rows in each no-grad scoring pass, except reference passes; filled during training."""
     counts = []
     lm = trainer.model.get_base_model()
     score = lm.forward
@@ -55,7 +55,7 @@ def same_adapters(one, other):
 
 
 def test_old_log_probs_are_the_samplers(build, small_model):
-    """The first rollout is scored whole, to measure; from then on one row of each, and the training is the same."""
+    """The first rollout is scored in full, as a check, and the later ones by one row each. Training is the same."""
     ours, counts = run(build, small_model)
     plain, _ = run(build, small_model, share_prompt=False)
     assert counts == [8, 1, 1]
@@ -65,8 +65,8 @@ def test_old_log_probs_are_the_samplers(build, small_model):
     same_adapters(ours, plain)
 
 
-def test_a_sampler_that_disagrees_is_not_believed(build, small_model, monkeypatch):
-    """TRL's pass runs at every rollout, and the training stays what it is: here the sampler's temperature is wrong."""
+def test_a_sampler_that_disagrees_is_not_trusted(build, small_model, monkeypatch):
+    """The sampler's temperature is wrong: TRL scores every rollout, and training does not change."""
     plain, _ = run(build, small_model, share_prompt=False)
     build_sampler = GroupSampler.__init__
     monkeypatch.setattr(GroupSampler, "__init__", lambda self, temperature: build_sampler(self, 2.0))
@@ -76,13 +76,13 @@ def test_a_sampler_that_disagrees_is_not_believed(build, small_model, monkeypatc
     same_adapters(ours, plain)
 
 
-def test_a_sampler_that_comes_to_disagree_is_left(build, small_model, monkeypatch):
-    draw, calls = GroupSampler.__call__, []
+def test_a_sampler_that_starts_to_disagree_is_no_longer_trusted(build, small_model, monkeypatch):
+    sample, calls = GroupSampler.__call__, []
 
     def drifting(self, *args, **kwargs):
         calls.append(self)
         self.temperature = 0.8 if len(calls) == 1 else 2.0
-        return draw(self, *args, **kwargs)
+        return sample(self, *args, **kwargs)
 
     monkeypatch.setattr(GroupSampler, "__call__", drifting)
     ours, counts = run(build, small_model)
@@ -92,7 +92,7 @@ def test_a_sampler_that_comes_to_disagree_is_left(build, small_model, monkeypatc
     same_adapters(ours, plain)
 
 
-def test_no_pass_where_none_is_needed(build, small_model):
+def test_no_scoring_pass_if_none_is_needed(build, small_model):
     trainer, counts = run(build, small_model, num_iterations=1, max_steps=2)
     assert counts == []
     assert metric(trainer, "sampling/logp_gap") == []
@@ -100,8 +100,8 @@ def test_no_pass_where_none_is_needed(build, small_model):
 
 @pytest.mark.parametrize("loss_type", ["grpo_sequence", "dapo"])
 def test_stop_strings(build, small_model, tokenizer, loss_type):
-    """Stock TRL raises. Here a completion ends with its stop string, is not called cut, and keeps its place in the
-    loss where those that are cut are masked."""
+    """Stock TRL raises an error. Here a completion ends with its stop string, does not count as cut, and stays in the
+    loss if cut completions are masked."""
     with pytest.raises(ValueError, match="stop strings"):
         build(small_model, trainer=GRPOTrainer, **STOP).train()
     seen = []
@@ -131,8 +131,8 @@ def test_stop_strings(build, small_model, tokenizer, loss_type):
     assert buffered["num_items_in_batch"] == sum(kept)
 
 
-def test_several_ends_of_sequence(build, small_model, tokenizer):
-    """Ids that the user adds end a completion, and one that ends with them is not cut."""
+def test_several_end_of_sequence_ids(build, small_model, tokenizer):
+    """Ids that the user adds end a completion, which then does not count as cut."""
     ends = tokenizer.convert_tokens_to_ids(list("123456"))
     seen = []
 
@@ -150,8 +150,8 @@ def test_several_ends_of_sequence(build, small_model, tokenizer):
     assert metric(trainer, "completions/clipped_ratio")[0] == pytest.approx(cut)
 
 
-def test_what_needs_the_loop_of_transformers(build, small_model, caplog):
-    """Beams are transformers' own: said once, by name, and with a stop string refused before anything is drawn."""
+def test_what_needs_the_sampling_loop_of_transformers(build, small_model, caplog):
+    """Beam search is left to transformers. It is logged once by name, and refused with stop strings before sampling."""
     beams = {"num_beams": 2}
     with caplog.at_level(logging.WARNING):
         trainer = build(copy.deepcopy(small_model), peft_config=random_lora(), generation_kwargs=beams, max_steps=1)

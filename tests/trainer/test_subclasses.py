@@ -1,5 +1,5 @@
-"""What users build on the trainer: subclasses that override TRL's hooks, samplers of their own, and callbacks that
-change attributes of the trainer while it trains."""
+"""What users build on the trainer: subclasses that override TRL's hooks, custom samplers, and callbacks that change
+attributes of the trainer while it trains."""
 
 import copy
 import inspect
@@ -30,7 +30,7 @@ class Bonus(GRPOExtTrainer):
 
 
 def test_there_is_one_subclass_of_the_trainer():
-    """A second one would hide again what a step does."""
+    """A chain of subclasses would hide what a step does."""
     for module in walk_packages(grpo_ext.__path__, "grpo_ext."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
@@ -42,7 +42,7 @@ def test_there_is_one_subclass_of_the_trainer():
 
 
 def test_the_constructor_is_that_of_trl():
-    """Same parameters, order and defaults, each with a type: completion and `help()` show them."""
+    """Same parameters, order and defaults, and a type for each, which code completion and `help()` show."""
     ours, stock = (inspect.signature(kind.__init__).parameters for kind in (GRPOExtTrainer, GRPOTrainer))
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in stock.values()]
     assert all(p.annotation is not p.empty for p in list(ours.values())[1:])
@@ -59,13 +59,13 @@ def test_a_bonus_of_a_subclass_reaches_advantages_counts_and_metrics(build, smal
     assert log_of(trainer, "frac_groups/mixed") == [1.0]
     logged = list(trainer._logs["advantages"])
     assert logged[:4] == pytest.approx(logged[4:])
-    # The bonus of a group is 0, 1, 2, 3 eighths and a constant.
+    # Within a group, the bonus is 0, 1/8, 2/8, 3/8 plus a constant.
     deviation = {"population": 1.25**0.5 / 8, "group": (5 / 3) ** 0.5 / 8, "batch": 6**0.5 / 8, "none": 1.0}[scale]
     assert logged[:4] == pytest.approx([(i - 1.5) / 8 / deviation for i in range(4)], rel=2e-3)
 
 
 def test_a_bonus_is_added_once_if_stages_collect_the_rollout(build, small_model):
-    """The stages see the bonus, so nothing is dead, and TRL is not given it twice."""
+    """The stages see the bonus, so no group is dead, and it is not added a second time."""
     trainer = build(
         small_model, trainer=Bonus, reward=ones, peft_config=random_lora(), dead_groups="resample", max_steps=1
     )
@@ -75,14 +75,14 @@ def test_a_bonus_is_added_once_if_stages_collect_the_rollout(build, small_model)
 
 
 class OwnSampler(GRPOExtTrainer):
-    """Answers every prompt with its own first tokens, in as many lengths as a group has completions."""
+    """Completes every prompt with its own first tokens, in four lengths."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         return [ids[: 1 + i % 4] for i, ids in enumerate(prompt_ids)], None
 
 
 def own_generate(trainer):
-    """A replaced `model.generate`, which knows nothing of our sampler; the prompt and its last token, twice."""
+    """Replace `model.generate` with one that ignores our sampler and repeats the last token of the prompt twice."""
 
     def generate(input_ids, **kwargs):
         return torch.cat([input_ids, input_ids[:, -1:], input_ids[:, -1:]], dim=1)
@@ -98,7 +98,7 @@ def own_generate(trainer):
     ids=lambda settings: ", ".join(settings) or "default",
 )
 def test_a_sampler_of_the_user_works_without_log_probs(build, small_model, own, settings):
-    """It trained on nothing, or crashed, where the sampler's log-probs and endings were expected."""
+    """Guards against code that needs our sampler's log-probs and endings: it would crash or train on nothing."""
     kind = OwnSampler if own == "subclass" else GRPOExtTrainer
     trainer = build(small_model, trainer=kind, peft_config=random_lora(), **settings)
     if own == "generate":
@@ -134,8 +134,8 @@ def train_and_set(build, model, *, attributes, **settings):
 
 @pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
 def test_beta_and_entropy_coef_act_once_a_callback_sets_them(build, small_model, loss_type):
-    """The second step is that of a run which has the new values from the beginning, as far as its gradient goes: both
-    start from the same adapter, as the rate of the first step is 0."""
+    """The gradient of the second step is that of a run with the new values from the start. Both runs have the same
+    adapter then, since the learning rate of the first step is 0."""
     old, new = {"beta": 0.1, "entropy_coef": 0.0}, {"beta": 0.7, "entropy_coef": 0.3}
     settings = {"loss_type": loss_type, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
 
@@ -149,7 +149,7 @@ def test_beta_and_entropy_coef_act_once_a_callback_sets_them(build, small_model,
 
 
 def test_a_temperature_acts_once_a_callback_sets_it(build, small_model):
-    """In sampling and in scoring: near 0, the policy's entropy is that of greedy decoding."""
+    """It acts in sampling and in scoring: near 0, the policy's entropy is that of greedy decoding."""
     trainer = train_and_set(build, small_model, attributes={"temperature": 0.01}, max_steps=3)
     entropy = log_of(trainer, "entropy")
     assert entropy[0] > 1.0
@@ -179,13 +179,13 @@ def test_what_cannot_act_is_refused(build, small_model, attributes, settings, me
 
 
 def test_scale_rewards_acts_once_a_callback_sets_it(build, small_model):
-    """TRL's own normalisation from the second step on; ours logs `advantages/mean_abs`, TRL does not."""
+    """From the second step on, TRL normalises. Only our normalisation logs `advantages/mean_abs`."""
     trainer = train_and_set(build, small_model, attributes={"scale_rewards": "group"})
     assert len(log_of(trainer, "advantages/mean_abs")) == 1
 
 
 def test_dead_groups_are_kept_once_they_have_a_gradient(build, small_model):
-    """`entropy_coef` is raised in a run that skips dead groups: they count in its entropy bonus from then on."""
+    """A run that skips dead groups raises `entropy_coef`: from then on, they count in the entropy bonus."""
     trainer = train_and_set(
         build,
         small_model,
@@ -202,8 +202,8 @@ def test_dead_groups_are_kept_once_they_have_a_gradient(build, small_model):
 @pytest.mark.parametrize("loss_type", ["grpo_sequence", "grpo"])
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_beta_above_0_acts_from_the_next_rollout_on(build, small_model, loss_type, num_iterations):
-    """An adapter has a reference, even if the run began without a KL; a rollout that the reference has not scored is
-    used up without one."""
+    """An adapter has a reference, even if the run began without a KL. A rollout that the reference has not scored is
+    trained on without a KL."""
     settings = {"loss_type": loss_type, "num_iterations": num_iterations, "max_steps": 3}
     trainer = train_and_set(build, small_model, attributes={"beta": 0.1}, beta=0.0, **settings)
     assert len(log_of(trainer, "kl")) == 3 - num_iterations
@@ -211,7 +211,7 @@ def test_beta_above_0_acts_from_the_next_rollout_on(build, small_model, loss_typ
 
 
 class ScoresGoldAnswers(GRPOExtTrainer):
-    """Asks in its rewards how likely other tokens are, with entropies."""
+    """Scores other tokens in its rewards, with entropies."""
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         ids = torch.tensor([[5, 6, 7, 8, 9]] * len(prompts))
@@ -225,14 +225,14 @@ class ScoresGoldAnswers(GRPOExtTrainer):
 
 @pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"replay_fraction": 0.5}], ids=str)
 def test_other_rows_are_scored_as_they_are(build, small_model, settings):
-    """They were taken for the rows of the rollout, whose log-probs are known."""
+    """Guards against taking them for rows of the rollout, whose log-probs are known."""
     trainer = build(small_model, trainer=ScoresGoldAnswers, peft_config=random_lora(), **settings)
     trainer.train()
     assert all(gap < 1e-4 for gap in log_of(trainer, "sampling/logp_gap"))
 
 
-class NotesInputs(GRPOExtTrainer):
-    """Remembers in a micro-batch that it was used."""
+class MarksInputs(GRPOExtTrainer):
+    """Marks each micro-batch that it has used."""
 
     def _compute_loss(self, model, inputs):
         self.seen = [*getattr(self, "seen", []), "used" in inputs]
@@ -241,7 +241,7 @@ class NotesInputs(GRPOExtTrainer):
 
 
 def test_what_a_loss_writes_into_a_micro_batch_stays(build, small_model):
-    trainer = build(small_model, trainer=NotesInputs, peft_config=random_lora(), num_iterations=2)
+    trainer = build(small_model, trainer=MarksInputs, peft_config=random_lora(), num_iterations=2)
     trainer.train()
     assert trainer.seen == [False, True]
 
@@ -268,7 +268,7 @@ def test_a_rollout_may_be_sampled_in_parts(build, small_model, num_iterations):
     "hook", ["_generate", "_calculate_rewards", "_generate_and_score_completions", "compute_loss", "_compute_loss"]
 )
 def test_hooks_that_are_wrapped_on_the_object_leave_no_trace_of_the_worst_case_step(build, small_model, hook):
-    """As profilers do: metrics and completions of that step appeared among those of the run."""
+    """Profilers wrap them in this way. Metrics and completions of that step must not appear among those of the run."""
     trainer = build(small_model, peft_config=random_lora(init_lora_weights=True), guards=True, kl_estimator="exact")
     method = getattr(trainer, hook)
     setattr(trainer, hook, lambda *args, **kwargs: method(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""The temperature in the course of a run: by hand, in every log-prob of its rows, near its target, and after a stop."""
+"""The temperature over a run: schedules by hand, in every log-prob of its rows, near its target, and after a resume."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ def test_linear_by_hand():
 
 
 def test_controller_by_hand():
-    """One nat above the target cools by exp(-0.2); bounds are half and twice the start; no entropy, no change."""
+    """One nat above the target cools by exp(-0.2). The bounds are half and twice the start. NaN changes nothing."""
     controller = EntropyController(start=0.8, target=1.0, temperature=0.8)
     assert controller.update(2.0) == pytest.approx(0.8 * math.exp(-0.2))
     assert controller.update(math.nan) == controller.temperature == pytest.approx(0.6549846)
@@ -33,7 +33,7 @@ def test_controller_by_hand():
 
 
 def test_controller_finds_its_target():
-    """On a distribution whose entropy it can set: softmax of fixed logits."""
+    """On a softmax of fixed logits, whose entropy the temperature determines."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     controller = EntropyController(start=1.0, target=1.1, temperature=1.0)
 
@@ -47,9 +47,9 @@ def test_controller_finds_its_target():
 
 
 @pytest.mark.parametrize("loss_type", ["grpo_sequence", "dapo"])
-def test_rows_keep_the_temperature_that_they_were_drawn_at(build, small_model, loss_type):
-    """Two optimizer steps on each rollout: old, policy and reference log-probs of its rows are taken at its temperature
-    in both of them, and so is what the sampler says."""
+def test_rows_keep_the_temperature_that_they_were_sampled_at(build, small_model, loss_type):
+    """With two optimizer steps per rollout, the log-probs of its rows are computed at its temperature in both, and so
+    are those of the sampler."""
     settings = {"loss_type": loss_type, "temperature": 0.6, "temperature_schedule": "linear", "temperature_end": 1.4}
     trainer = build(copy.deepcopy(small_model), peft_config=random_lora(), num_iterations=2, max_steps=5, **settings)
     seen = []
@@ -77,33 +77,33 @@ def test_rows_keep_the_temperature_that_they_were_drawn_at(build, small_model, l
     assert max(log_of(trainer, "sampling/logp_gap")) < 1e-3
 
 
-def test_answers_are_drawn_at_it(build, small_model):
-    """From nearly greedy, where siblings are one and the same, to warm, where they are not."""
+def test_completions_are_sampled_at_it(build, small_model):
+    """From nearly greedy, with equal siblings, to warm, with different ones."""
     settings = {"temperature": 1e-3, "temperature_schedule": "linear", "temperature_end": 2.0, "learning_rate": 1e-9}
     trainer = build(small_model, peft_config=random_lora(), max_steps=2, **settings)
-    answers = []
+    distinct = []
     generate = trainer._generate_single_turn
 
     def watched(*args, **kwargs):
-        drawn = generate(*args, **kwargs)
-        answers.append([len({tuple(ids) for ids in drawn[0][start : start + 4]}) for start in (0, 4)])
-        return drawn
+        sampled = generate(*args, **kwargs)
+        distinct.append([len({tuple(ids) for ids in sampled[0][start : start + 4]}) for start in (0, 4)])
+        return sampled
 
     trainer._generate_single_turn = watched
     trainer.train()
-    assert answers == [[1, 1], [4, 4]]
+    assert distinct == [[1, 1], [4, 4]]
 
 
-def test_a_level_line_is_a_constant(build, small_model):
+def test_a_flat_schedule_is_a_constant(build, small_model):
     constant = train(build, small_model, temperature=0.9, max_steps=3)
-    level = train(build, small_model, temperature=0.9, temperature_schedule="linear", temperature_end=0.9, max_steps=3)
+    flat = train(build, small_model, temperature=0.9, temperature_schedule="linear", temperature_end=0.9, max_steps=3)
     for name, value in adapter_of(constant).items():
-        assert torch.equal(adapter_of(level)[name], value), name
+        assert torch.equal(adapter_of(flat)[name], value), name
 
 
 @pytest.mark.parametrize(("target", "direction"), [(0.5, -1), (6.0, 1)])
 def test_entropy_moves_towards_its_target(build, small_model, target, direction):
-    """A random model's entropy lies between the two: about 3.5 nats."""
+    """The entropy of a random model, about 3.5 nats, is between the two targets."""
     trainer = train(
         build,
         small_model,
@@ -122,7 +122,7 @@ def test_entropy_moves_towards_its_target(build, small_model, target, direction)
     assert (entropies[-1] - entropies[0]) * direction > 0
 
 
-def test_a_stopped_run_goes_on_at_its_temperature(build, small_model, tmp_path):
+def test_a_resumed_run_continues_at_its_temperature(build, small_model, tmp_path):
     settings = {"temperature_schedule": "entropy", "temperature_entropy_target": 1.0, "output_dir": str(tmp_path / "a")}
     settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = train(build, small_model, **settings)
@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_at_its_temperature(build, small_model, tmp_path):
     assert log_of(again, "temperature")[2] <= log_of(whole, "temperature")[2]
 
 
-def test_refused_where_prompts_are_not_shared(build, small_model):
+def test_refused_if_prompts_are_not_shared(build, small_model):
     small_model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="temperature_schedule='linear' needs shared prompts"):
         train(build, small_model, temperature_schedule="linear", temperature_end=1.0)

@@ -25,10 +25,10 @@ from tests.tools.training import (
     train_on_a_copy,
 )
 
-# A call in three tokens of a model that otherwise writes characters, so that one of two layers can learn it.
+# A call takes three tokens, although all other text is in characters, so that a two-layer model can learn it.
 CALL, CALLED = '<tool_call>\n{"name": "look_up", "arguments": {"page": ', "}}\n</tool_call>"
 QUESTIONS = [[{"role": "user", "content": text}] for text in ("Which page?", "How old is it?", "Who?", "7+8=?")]
-# What stands between two turns of the model, and is neither of its words.
+# The text between two turns of the model, which did not write it.
 BETWEEN_TURNS = re.compile(
     r"\n<\|im_start\|>user\n<tool_response>\n[^<]*\n</tool_response><\|im_end\|>\n<\|im_start\|>assistant\n"
 )
@@ -47,7 +47,7 @@ def look_up(page: int) -> str:
 
 
 def shelves():
-    """A class of environments, numbered from 0, whose first words make different prompts of the rows of a group."""
+    """A class of environments, numbered from 0. What `reset` adds to the prompt differs within a group."""
     numbers = itertools.count()
 
     class Shelf:
@@ -75,7 +75,7 @@ def shelves():
 
 
 def calls_and_digits(completions, **columns):
-    """How often the tool was called, and a tenth of the digits of the last words."""
+    """The number of tool calls, plus a tenth of the sum of the digits in the last message."""
     return [
         sum(message["role"] == "tool" for message in messages)
         + sum(map(int, re.findall(r"\d", messages[-1]["content"]))) / 10
@@ -83,13 +83,13 @@ def calls_and_digits(completions, **columns):
     ]
 
 
-# What makes the tool known: a function, or the class of an environment, fresh for each trainer.
+# How the tool is passed: as a function, or as a class of environments, which is new for each trainer.
 KINDS = {"tools": lambda: {"tools": [look_up]}, "environment_factory": lambda: {"environment_factory": shelves()}}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """That of the embedded model, with Qwen's chat template, which TRL knows how to read calls from."""
+    """The tokenizer of the embedded model, with Qwen's chat template, whose tool calls TRL can parse."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, model_max_length=2048)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
     tokenizer.add_tokens([CALL, CALLED])
@@ -99,7 +99,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def caller(tokenizer):
-    """A llama of two layers that was taught to call the tool in most of its turns, and to answer in the rest."""
+    """A llama of two layers, trained to call the tool in most turns and to answer in the others."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**small_shape(tokenizer) | {"max_position_embeddings": 2048}))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -119,17 +119,17 @@ def caller(tokenizer):
 
 
 def turns(tokenizer, rng):
-    """Token ids of a conversation with a call or two, and its labels: the model's own words."""
+    """Token ids of a conversation with a few tool calls, and its labels: the model's own tokens."""
     prompt = tokenizer.apply_chat_template(rng.choice(QUESTIONS), add_generation_prompt=True, tokenize=False)
     ids, labels = [], []
-    for text, is_own in [(prompt, False), *own_words(rng)]:
+    for text, is_own in [(prompt, False), *turns_and_results(rng)]:
         part = tokenizer(text)["input_ids"]
         ids += part
         labels += part if is_own else [-100] * len(part)
     return ids, labels
 
 
-def own_words(rng):
+def turns_and_results(rng):
     while rng.random() < 0.7:
         page = rng.randrange(10)
         yield f"{CALL}{page}{CALLED}<|im_end|>", True
@@ -162,7 +162,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_as_stock_trl(train_caller, case):
-    """Later turns are drawn on longer prompts, one a row, in which a sampler may lose a row or its random state."""
+    """Later turns are sampled on longer prompts, one per row, where a sampler could lose a row or its random state."""
     kind = case.partition(",")[0]
     stock, _ = train_caller(GRPOTrainer, kind, **CASES[case])
     ours, start = train_caller(GRPOExtTrainer, kind, **CASES[case])
@@ -174,9 +174,10 @@ def test_as_stock_trl(train_caller, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind):
-    """They stand inside a completion: a hole in what counts, none in what is read. The loss of every update and each
-    gradient against the document's formula on TRL's rows and full logits, the mask taken from the text."""
+def test_tool_results_are_seen_but_not_trained_on(train_caller, tokenizer, kind):
+    """Tool results are inside a completion: the model attends to them, and the loss skips them. The loss and gradients
+    of every update equal the sequence-level formula on full logits of the same rows, with the mask found in the text.
+    A failure means that the policy is trained on text that it did not write, or does not see the results."""
     updates = []
 
     def watch(trainer):
@@ -206,7 +207,8 @@ def test_words_of_the_tool_are_read_and_not_learnt(train_caller, tokenizer, kind
 
 
 def test_environments_that_own_their_prompts_are_trained_and_saved(build, caller, tmp_path, monkeypatch):
-    """Data without a column `prompt` ended the run in its first checkpoint, where the model card read that column."""
+    """Guards against a model card that reads the column `prompt`: without it, the run would end at its first
+    checkpoint."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
     class Asks(shelves()):

@@ -1,4 +1,4 @@
-"""The trainer against stock TRL, against itself with other cuts, and against arithmetic on its own metrics."""
+"""The trainer against stock TRL, against itself with other micro-batches, and against arithmetic on its metrics."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def assert_moved(before, after):
 )
 def test_losses_of_trl_are_left_to_trl(build, small_model, tokenizer, loss_type, scale_rewards):
     """Same seed, same settings, no sharing: the adapter must be stock TRL's to the last bit. A failure means that an
-    override changed something it had no business with."""
+    override changed something unrelated to it."""
     adapters = []
     for trainer_class in (GRPOTrainer, GRPOExtTrainer):
         trainer = build(
@@ -83,7 +83,7 @@ def test_cutting_a_batch_into_micro_batches_does_not_change_the_update(build, sm
 
 
 def test_advantages_of_the_rollout_are_population_normalised(build, small_model):
-    """What the update receives, row by row, against numpy's arithmetic on the logged rewards."""
+    """The advantages that the update receives, against arithmetic on the logged rewards."""
     trainer = build(small_model, peft_config=random_lora(), max_steps=1)
     seen = []
     compute_loss = trainer._compute_loss
@@ -99,7 +99,7 @@ def test_advantages_of_the_rollout_are_population_normalised(build, small_model)
 
 @pytest.mark.parametrize("score", [None, 0.1])
 def test_unscorable_and_dead_groups_leave_no_trace(build, small_model, score):
-    """Every reward None or equal: with beta and entropy off, nothing may move."""
+    """If every reward is None or equal, and beta and entropy are off, no weight may change."""
 
     def no_signal(completions, **columns):
         return [score] * len(completions)
@@ -112,7 +112,7 @@ def test_unscorable_and_dead_groups_leave_no_trace(build, small_model, score):
 
 
 def test_kl_is_zero_at_step_0_and_grows(build, small_model):
-    """A fresh adapter (B = 0) is the reference itself; a KL there means that a pass sees another model."""
+    """A fresh adapter (B = 0) is the reference itself; any other KL there means that a pass uses another model."""
     trainer = build(small_model, peft_config=random_lora(init_lora_weights=True), max_steps=4, learning_rate=1e-2)
     trainer.train()
     kl = log_of(trainer, "kl_sequence")
@@ -120,8 +120,8 @@ def test_kl_is_zero_at_step_0_and_grows(build, small_model):
     assert kl[-1] > 1e-4
 
 
-def test_truncated_answers_can_be_masked(build, small_model):
-    """All answers cut off and masked: no policy gradient, and no NaN."""
+def test_truncated_completions_can_be_masked(build, small_model):
+    """If all completions are cut off and masked, there is no policy gradient and no NaN."""
     trainer = build(
         small_model, peft_config=random_lora(), mask_truncated_completions=True, max_completion_length=2, beta=0.1
     )
@@ -130,7 +130,7 @@ def test_truncated_answers_can_be_masked(build, small_model):
 
 
 def test_off_policy_mask_acts_on_the_sequence_objective(build, small_model):
-    """A threshold that masks every bad answer that drifted changes the update, one that masks none does not."""
+    """A threshold that masks every bad completion that drifted changes the update; one that masks none does not."""
     results = []
     for threshold in (None, 1e9, -1e9):
         trainer = build(
@@ -152,14 +152,14 @@ def test_metrics_file_holds_every_step(build, small_model):
         assert {"reward", "kl", "kl_sequence", "entropy", "frac_dead_groups", "advantages/mean_abs"} <= set(row)
         phases = [row[f"time/{phase}"] for phase in ("generate", "reward", "reference", "update")]
         assert all(seconds > 0 for seconds in phases)
-        # the phases are counted once each: together they are the step that TRL times, to within its own overhead
+        # each phase is counted once: their sum is the step time of TRL, up to its own overhead
         assert sum(phases) == pytest.approx(row["step_time"], rel=0.1)
 
 
-def test_works_without_arguments_of_ours_and_refuses_stock_ones(build, small_model, tokenizer, tmp_path, monkeypatch):
+def test_default_arguments_work_and_a_stock_config_is_refused(build, small_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_model.config._name_or_path = "someone/small"
-    small_model.config.max_position_embeddings = 1024  # by default answers have up to 512 tokens
+    small_model.config.max_position_embeddings = 1024  # by default, completions have up to 512 tokens
     rows = Dataset.from_dict({"prompt": PROMPTS})
     trainer = GRPOExtTrainer(small_model, share_of_digits, None, rows, None, tokenizer, peft_config=random_lora())
     assert trainer.args.output_dir == "small-GRPO"

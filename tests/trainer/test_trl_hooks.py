@@ -8,7 +8,7 @@ import trl
 
 from grpo_ext import GRPOExtTrainer
 
-# The methods of TRL's trainer that we override or call, with the parameters that we know them by.
+# The parameters of each method in the TRL version that grpo-ext was checked with.
 TRL_METHODS = {
     "_generate": "self prompts",
     "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
@@ -45,7 +45,7 @@ TRL_METHODS = {
 
 
 @pytest.mark.parametrize("name", TRL_METHODS)
-def test_the_methods_of_trl_are_those_we_know(name):
+def test_the_methods_of_trl_are_unchanged(name):
     parameters = list(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)
     assert parameters == TRL_METHODS[name].split(), (
         f"TRL {version('trl')} changed GRPOTrainer.{name}; grpo-ext was checked with 1.16.0. Read the new method, "

@@ -44,13 +44,13 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def without_option():
-    """The adapter without any of them, once it was trained."""
+    """The adapter trained without any option, filled in by the first case."""
     return {}
 
 
 @pytest.mark.parametrize("option", slow_but(OPTIONS, ["sequence_level", "unjudged", "sampling"]))
 def test_as_stock_trl(build, small_model, without_option, option):
-    """Adapter, loss and every metric that both log, but for times; and all but padding make a difference."""
+    """Adapter, loss and every metric that both log, except times. Every option but padding has an effect."""
     stock, start = train_on_a_copy(build, small_model, GRPOTrainer, **OPTIONS[option])
     ours, _ = train_on_a_copy(build, small_model, GRPOExtTrainer, **OPTIONS[option])
     assert_same_training(ours, stock)

@@ -1,7 +1,6 @@
-"""vLLM at the place where TRL calls it, without vLLM: TRL's own `VLLMGeneration` sends the merged weights to, and has
-completions drawn by, an object that stands where the server's client or the colocated engine would. It draws with
-transformers in bfloat16, so that its log-probs differ from the trainer's as those of vLLM do. On a GPU with vLLM itself
-this was not run."""
+"""Training with `use_vllm`, without vLLM: an object replaces the server's client or the colocated engine, and TRL's own
+`VLLMGeneration` sends it the merged weights and requests completions from it. It samples with transformers in bfloat16,
+so its log-probs differ from the trainer's, as vLLM's do. This was not run with vLLM itself on a GPU."""
 
 import copy
 from collections import Counter
@@ -22,12 +21,11 @@ SIBLINGS, STEPS = 4, 3
 
 
 class Engine:
-    """A policy of its own that is sent weights and asked for samples; where `before` is given, it answers with what
-    that one drew."""
+    """A separate policy that receives weights and returns samples; if `earlier` is given, those of that engine."""
 
-    def __init__(self, lm, tokenizer, before=None):
-        self.lm, self.tokenizer, self.before = copy.deepcopy(lm).to(torch.bfloat16), tokenizer, before
-        self.drawn = []
+    def __init__(self, lm, tokenizer, earlier=None):
+        self.lm, self.tokenizer, self.earlier = copy.deepcopy(lm).to(torch.bfloat16), tokenizer, earlier
+        self.samples = []
         self.weights_arrived = 0
 
     def load_weights(self, named):
@@ -37,13 +35,13 @@ class Engine:
 
     @torch.no_grad()
     def sample(self, prompts, n, temperature, max_tokens):
-        """Ids and log-probs of n completions of each prompt."""
-        if self.before is not None:
-            self.drawn.append(self.before.drawn[len(self.drawn)])
-            return self.drawn[-1]
+        """Ids and log-probs of n completions per prompt."""
+        if self.earlier is not None:
+            self.samples.append(self.earlier.samples[len(self.samples)])
+            return self.samples[-1]
         ids, logps = [], []
         with torch.random.fork_rng():
-            torch.manual_seed(len(self.drawn))
+            torch.manual_seed(len(self.samples))
             for prompt in prompts:
                 output = self.lm.generate(
                     torch.tensor([prompt]).repeat(n, 1),
@@ -62,12 +60,12 @@ class Engine:
                     length = row.index(eos) + 1 if eos in row else len(row)
                     ids.append(row[:length])
                     logps.append(values[:length])
-        self.drawn.append((ids, logps))
+        self.samples.append((ids, logps))
         return ids, logps
 
 
 class Client:
-    """As TRL's client of a vLLM server."""
+    """Replaces TRL's client of a vLLM server."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -89,7 +87,7 @@ class Client:
 
 
 class Colocated(Client):
-    """As `vllm.LLM` in the process of the trainer, which has one weight loaded at a time and answers each row once."""
+    """Replaces a `vllm.LLM` in the trainer's process: it loads one weight per call and completes each row once."""
 
     @property
     def llm_engine(self):
@@ -98,7 +96,9 @@ class Colocated(Client):
 
     def generate(self, prompts, sampling_params, use_tqdm):
         prompts = [row["prompt_token_ids"] for row in prompts]
-        drawn = self.engine.sample(prompts, sampling_params.n, sampling_params.temperature, sampling_params.max_tokens)
+        samples = self.engine.sample(
+            prompts, sampling_params.n, sampling_params.temperature, sampling_params.max_tokens
+        )
         return [
             SimpleNamespace(
                 prompt_token_ids=prompt,
@@ -109,29 +109,29 @@ class Colocated(Client):
                     )
                 ],
             )
-            for prompt, ids, logps in zip(prompts, *drawn, strict=True)
+            for prompt, ids, logps in zip(prompts, *samples, strict=True)
         ]
 
 
-def reads_of_prompts(trainer, prompts):
-    """Counts, from now on, how often each prompt goes through the model."""
-    reads = Counter()
+def count_prompt_runs(trainer, prompts):
+    """Counts, from now on, how often each prompt passes through the model."""
+    runs = Counter()
 
     def count(module, args):
         for row in args[0].tolist():
             text = trainer.processing_class.decode(row, skip_special_tokens=True)
-            reads.update(prompt for prompt in prompts if text.startswith(prompt[:-1]))
+            runs.update(prompt for prompt in prompts if text.startswith(prompt[:-1]))
 
     trainer.model.get_input_embeddings().register_forward_pre_hook(count)
-    return reads
+    return runs
 
 
 @pytest.fixture
 def trained(build, small_model, tokenizer, monkeypatch):
-    """`trained(kind, mode, before, **settings)`: a trained trainer, the engine that drew for it, and prompts' reads."""
+    """`trained(kind, mode, earlier, **settings)`: trainer, its engine, its initial adapter, runs per prompt."""
 
-    def make(kind, mode, before=None, **settings):
-        engine = Engine(small_model, tokenizer, before)
+    def make(kind, mode, earlier=None, **settings):
+        engine = Engine(small_model, tokenizer, earlier)
 
         def connect(generation):
             if mode == "server":
@@ -161,40 +161,40 @@ def trained(build, small_model, tokenizer, monkeypatch):
             **settings,
         )
         start = adapter_of(trainer)
-        reads = reads_of_prompts(trainer, PROMPTS)
+        runs = count_prompt_runs(trainer, PROMPTS)
         trainer.train()
-        return trainer, engine, start, reads
+        return trainer, engine, start, runs
 
     return make
 
 
-# In "sequence_mask", the clip takes some answers out and leaves others in.
+# In "sequence_mask", the clip masks some completions and keeps others.
 CASES = {
     "server": ("server", {"vllm_importance_sampling_mode": "token_truncate"}),
     "server, masked": ("server", {"vllm_importance_sampling_clip_max": 1.0}),
     "colocate": ("colocate", {"vllm_importance_sampling_mode": "sequence_truncate"}),
     "colocate, old log-probs": ("colocate", {"num_iterations": 3}),
-    # of one token each, where the ratio of an answer is the ratio of its token
+    # one token each, so the ratio of a completion is that of its token
     "server, ours": ("server", {"max_completion_length": 1, "vllm_importance_sampling_clip_max": 1.0}),
 }
 
 
 @pytest.mark.parametrize("case", slow_but(CASES, ["server"]))
-def test_what_vllm_drew_trains_as_in_stock_trl(case, trained):
-    """Completions and log-probs of the sampler that are dropped, mixed up, or replaced by our own sampler's, and
-    weights that do not reach it; in scoring, each prompt is read once for all of its answers."""
+def test_samples_of_vllm_train_as_in_stock_trl(case, trained):
+    """Guards against dropping vLLM's completions or log-probs, mixing them up or replacing them with our own sampler's,
+    and against weights that do not reach it. In scoring, each prompt is run once for all of its completions."""
     mode, settings = CASES[case]
     settings = {"loss_type": "grpo"} | settings
-    stock, drew, start, stock_reads = trained(GRPOTrainer, mode, **settings)
+    stock, stock_engine, start, stock_runs = trained(GRPOTrainer, mode, **settings)
     if case == "server, ours":
         settings["loss_type"] = "grpo_sequence"
-    ours, engine, own_start, reads = trained(GRPOExtTrainer, mode, drew, **settings)
+    ours, engine, own_start, runs = trained(GRPOExtTrainer, mode, stock_engine, **settings)
 
     assert ours.shares_prompts
     assert not ours.parts.sampler.is_shared
-    assert len(engine.drawn) == len(drew.drawn) == (1 if "num_iterations" in settings else STEPS)
-    assert engine.weights_arrived == drew.weights_arrived > 0
-    for name, value in drew.lm.named_parameters():  # merged, and sent whole
+    assert len(engine.samples) == len(stock_engine.samples) == (1 if "num_iterations" in settings else STEPS)
+    assert engine.weights_arrived == stock_engine.weights_arrived > 0
+    for name, value in stock_engine.lm.named_parameters():  # merged and complete
         torch.testing.assert_close(engine.lm.get_parameter(name), value, atol=1e-2, rtol=1e-2)
 
     metric = "sampling/importance_sampling_ratio/mean"
@@ -207,4 +207,4 @@ def test_what_vllm_drew_trains_as_in_stock_trl(case, trained):
         torch.testing.assert_close(trained_to[name], value, atol=2e-6, rtol=0, msg=name)
         moved = max(moved, (value - start[name]).abs().max().item())
     assert moved > 1e-2
-    assert sum(stock_reads.values()) == SIBLINGS * sum(reads.values()) > 0
+    assert sum(stock_runs.values()) == SIBLINGS * sum(runs.values()) > 0
