@@ -34,12 +34,13 @@ from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.report.heldout_file import evaluation_metrics
+from tests.tools.lanes import THOROUGH
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, half_dead, share_of_digits
 from tests.tools.training import SETTINGS
 
-KILLS, MAX_KILLS = 20, 60  # more than KILLS if some phase was never hit
+KILLS, MAX_KILLS = 20 if THOROUGH else 10, 60  # more than KILLS if some phase was never hit
 PHASES = ("other", "generate", "backward", "save")
 # Uses everything that a checkpoint must contain; saves in the middle of rollouts.
 RUN: dict[str, Any] = {

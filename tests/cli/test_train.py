@@ -11,7 +11,7 @@ from tests.tools.paths import ROOT, TINY_MODEL
 
 ROWS = {
     "math": {"question": "1+{}?", "answer": "{}"},
-    "coding": {"text": "Write f, the successor of x.", "test_list": ["assert f({}) == {} + 1"], "code": "{}"},
+    "coding": {"text": "Write f, which returns its argument.", "test_list": ["assert f({}) == {}"], "code": "{}"},
 }
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is missing: apt install bubblewrap")
 SHORT = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 8 --max_eval_prompts 4 --use_cpu".split()

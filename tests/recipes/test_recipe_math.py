@@ -39,7 +39,6 @@ def lines_of(path):
 @pytest.mark.parametrize(
     ("folder", "command"),
     [
-        (".", [*LAUNCH, "recipes/math.py"]),
         (".", [*LAUNCH, "-m", "grpo_ext.recipes.math"]),
         ("recipes", [*LAUNCH, "math.py"]),
         ("recipes", [*LAUNCH, "-m", "grpo_ext.recipes.math"]),
@@ -48,11 +47,11 @@ def lines_of(path):
 )
 def test_every_way_of_launching_it(tmp_path, folder, command):
     """If Python's own `math` is a shared object, a script named math.py in the first folder of sys.path would become
-    `math` for every other module, and `import random` would fail. The tests below start it with `python` from both
-    folders."""
-    code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
+    `math` for every other module, and `import random` would fail. The tests below launch it from the root, and start it
+    with `python` from its folder."""
+    code, output = launch([*command, "--dry_run", "--output_dir", str(tmp_path)], cwd=ROOT / folder)
     assert code == 0, output
-    assert "held-out pass@1: " in output.strip().splitlines()[-1]
+    assert "dry run: all checks passed" in output
 
 
 def test_spawned_workers(tmp_path):
@@ -89,7 +88,7 @@ def test_two_processes(tmp_path):
 
 def test_what_a_run_prints_and_writes(tmp_path):
     """Banner, samples and verdict; adapter, card, checkpoints, metrics, picture and summary."""
-    code, output = launch([sys.executable, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
+    code, output = launch([*LAUNCH, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
     for text in (
@@ -126,7 +125,7 @@ def test_what_a_run_prints_and_writes(tmp_path):
     assert {(len(row["right"]), len(row["answers"])) for row in heldout} == {(8, 4)}
     page = (tmp_path / "report.html").read_text()
     assert "of 8 held-out problems" in page
-    assert "python recipes/math.py --max_steps 2" in page
+    assert "accelerate launch recipes/math.py --max_steps 2" in page
     assert str(tmp_path.parent) not in page
 
 
@@ -214,12 +213,23 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
 def test_the_default_run_learns(tmp_path):
     """With sequence-level GRPO alone and beta > 0. Then a fresh process loads the adapter with plain PEFT and finds the
     same accuracy."""
-    flags = ["--seed", "1", "--eval_samples", "2", "--eval_steps", "100", "--output_dir", str(tmp_path)]
+    flags = [
+        "--seed",
+        "1",
+        "--eval_samples",
+        "2",
+        "--eval_steps",
+        "100",
+        "--max_eval_prompts",
+        "128",
+        "--output_dir",
+        str(tmp_path),
+    ]
     code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # other tests run at the same time
     assert code == 0, output
     summary = json.loads((tmp_path / "summary.json").read_text())
     before, after = summary["sampled_pass_at_1_before"], summary["sampled_pass_at_1_after"]
-    assert before["n"] == after["n"] == 256
+    assert before["n"] == after["n"] == 128
     assert after["value"] - before["value"] >= 0.35
     assert after["value"] >= 0.95
     assert summary["pass_at_1_after"]["value"] >= 0.95
@@ -254,7 +264,7 @@ def test_shuffled_rewards_teach_nothing(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--max_steps", "15", "--disable_tqdm", "True", "--report_to", "none"]
     script_args, args, model_args = recipe.parse(flags)
     tokenizer = load_tokenizer(model_args)
-    problems = load_problems(script_args.dataset_name, tokenizer, max_heldout=256)
+    problems = load_problems(script_args.dataset_name, tokenizer, max_heldout=128)
     order = random.Random(0)
 
     def shuffled(completions, answer, **columns):

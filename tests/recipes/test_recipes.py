@@ -9,6 +9,7 @@ import yaml
 from trl import TrlParser
 
 from grpo_ext import GRPOExtConfig
+from grpo_ext.cli import main
 from grpo_ext.data import PromptFormat, load_problems
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
@@ -25,10 +26,21 @@ TWO_STEPS = (
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
-def started(tmp_path, folder, command):
-    """Run two steps; return the output and the summary."""
-    code, output = launch([*command, *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=ROOT / folder)
-    assert code == 0, output
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """`train("logic", "--flag", ...)`: `grpo-ext train` for two steps; returns the output and the summary."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments):
+        main(["train", *arguments, *TWO_STEPS, "--output_dir", str(tmp_path)])
+        return checked(tmp_path, capsys.readouterr().out)
+
+    return run
+
+
+def checked(tmp_path, output):
+    """What two steps print and leave behind: the output and the summary."""
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
     assert "Traceback" not in output
     left = {path.name for path in tmp_path.iterdir()}
@@ -36,8 +48,8 @@ def started(tmp_path, folder, command):
     return output, json.loads((tmp_path / "summary.json").read_text())
 
 
-def test_dialogue_from_the_root(tmp_path):
-    output, summary = started(tmp_path, ".", [*LAUNCH, "recipes/dialogue.py"])
+def test_dialogue(tmp_path, train):
+    output, summary = train("dialogue")
     assert (summary["recipe"], summary["steps"], summary["k"]) == ("dialogue", 2, 2)
     assert "held out: 8 problems of split 'test'" in output
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -46,29 +58,27 @@ def test_dialogue_from_the_root(tmp_path):
         assert [row["step"] for row in metrics if name in row] == [0, 1, 2]
 
 
-def test_logic_from_inside_the_folder(tmp_path):
-    output, summary = started(tmp_path, "recipes", [*LAUNCH, "logic.py", "--train_problems", "40"])
+def test_logic(train):
+    output, summary = train("logic", "--train_problems", "40")
     assert (summary["recipe"], summary["steps"]) == ("logic", 2)
     assert "40 problems; held out: 8 puzzles of basic_arithmetic" in output
     assert "Question: " in output
 
 
 @needs_sandbox
-def test_coding_as_a_module(tmp_path):
-    output, summary = started(tmp_path, ".", [*LAUNCH, "-m", "grpo_ext.recipes.coding"])
+def test_coding_from_inside_the_folder(tmp_path):
+    code, output = launch([*LAUNCH, "coding.py", *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=RECIPES)
+    assert code == 0, output
+    _, summary = checked(tmp_path, output)
     assert (summary["recipe"], summary["steps"]) == ("coding", 2)
     assert "32 problems; held out: 8 problems taken out of split 'train'" in output
 
 
-def test_guess_a_number(tmp_path, monkeypatch, capsys):
+def test_guess_a_number(train):
     """The preset of the game, with the embedded model in place of a chat model. It has no chat template."""
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    monkeypatch.setenv("COLUMNS", "160")
-    preset = ["--config", str(RECIPES / "guess_number.yaml"), "--model_name_or_path", str(RECIPES / "tiny_math/model")]
-    dialogue.main([*preset, *TWO_STEPS, "--max_turns", "3", "--output_dir", str(tmp_path)])
-    output = capsys.readouterr().out
+    preset = ["--config", "guess_number.yaml", "--model", str(RECIPES / "tiny_math/model")]
+    output, _ = train("dialogue", *preset, "--max_turns", "3")
     assert "80 problems; held out: 20 of 100 numbers" in output
-    assert "held-out pass@1: " in output.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])

@@ -1,9 +1,15 @@
-"""Which cases of a table run in `make quick`; `make test` runs them all."""
+"""Which cases of a table run in `make quick`; `make test` runs them all.
 
+`THOROUGH=1 make test`, before a release, also gives the tests that draw random cases several times as many.
+"""
+
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+THOROUGH = os.environ.get("THOROUGH") == "1"
 
 
 def slow_but(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
