@@ -303,8 +303,8 @@ def _without_copies(train: Dataset, heldout: Dataset) -> tuple[Dataset, str]:
     if len(others) == 0:
         different = len({str(prompt) for prompt in train["prompt"]})
         return train, (
-            f"; every held-out prompt is also trained on ({different} different prompts in {len(train)} rows), so this "
-            f"accuracy does not measure new problems"
+            f"; every held-out prompt is also trained on ({len(train)} rows with {different} different "
+            f"prompt{'s' * (different != 1)}), so this accuracy does not measure new problems"
         )
     return others, f"; {len(train) - len(others)} training rows with the same prompt were left out"
 

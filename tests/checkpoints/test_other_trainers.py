@@ -43,7 +43,7 @@ def test_a_run_of_trl_continues_from_its_last_step(train, tmp_path, caplog):
 def test_a_run_that_would_overwrite_them_is_refused(train, tmp_path):
     train(GRPOTrainer)
     before = contents(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"checkpoint-1, checkpoint-2, checkpoint-3 .*resume_from_checkpoint=True"):
+    with pytest.raises(ValueError, match=r"\(checkpoint-1, checkpoint-2, checkpoint-3\).*resume_from_checkpoint=True"):
         train(GRPOExtTrainer)
     with pytest.raises(ValueError, match=r"checkpoints of another trainer \(checkpoint-3\)"):
         train(GRPOExtTrainer, resume=str(tmp_path / "run" / "checkpoint-2"))

@@ -284,7 +284,7 @@ def test_few_prompts_in_many_rows(tmp_path, tokenizer, prompts):
     rows = [{"question": f"Write a haiku {i % prompts}.", "answer": "1"} for i in range(30)]
     problems = load_problems(write(tmp_path / "d.jsonl", rows), tokenizer)
     shared = questions(problems.train) & questions(problems.heldout)
-    assert bool(shared) == (prompts == 1) == ("held out and trained on" in problems.note)
+    assert bool(shared) == (prompts == 1) == ("held-out prompt is also trained on" in problems.note)
     assert len(problems.train) >= 15
     assert len(problems.heldout) == 6
 
