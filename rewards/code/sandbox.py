@@ -86,7 +86,7 @@ class Outcome:
 def run_program(
     source: str, *, stdin: bytes = b"", limits: Limits = Limits(), allow_unsandboxed: bool = False
 ) -> Outcome:
-    """Run a program as `python program.py` would. An error of the program never raises: a syntax error is "failed".
+    """Run a program as `python program.py` would. No error in the program raises here: a syntax error is "failed".
 
     Args:
         source: text of the program.

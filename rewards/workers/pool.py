@@ -81,7 +81,7 @@ def isolated(
         reward: a reward function with TRL's signature, `f(completions, **columns)`, that returns one number or None per
             completion. It is sent to its workers by cloudpickle at the first call.
         timeout_s: seconds per completion, above 0, measured from the call of the reward and enforced to within 0.2 s. A
-            whole call gets this time for each of its completions. Recommended: ten times that of the slowest one.
+            whole call gets this time for each of its completions. Recommended: ten times what the slowest one takes.
         workers: number of processes that score completions one by one, 1 or more; rewards with the same number share
             them. None (recommended) means one per core of this training process, at most 4, for a reward with
             `scores_independently = True`, and otherwise one worker that gets whole calls.
