@@ -114,6 +114,7 @@ def build(folder: Path) -> None:
     """Write one page per public module, an index, and a search index."""
     import pdoc
 
+    pdoc.docstrings.GOOGLE_LIST_SECTIONS += ["Changed defaults", "Added fields"]  # of the configs
     pdoc.render.configure(docformat="google")
     pdoc.pdoc(*PUBLIC_MODULES, output_directory=folder)
 

@@ -63,3 +63,5 @@ def test_pages_have_the_public_names(tmp_path):
     for page, module in (("grpo_ext.html", grpo_ext), ("grpo_ext/rewards.html", rewards)):
         text = (tmp_path / page).read_text(encoding="utf-8")
         assert [name for name in module.__all__ if f'id="{name}"' not in text] == []
+    options = (tmp_path / "grpo_ext.html").read_text(encoding="utf-8")
+    assert [name for name in ("beta", "kl_stop") if f"<strong>{name}:</strong>" not in options] == []
