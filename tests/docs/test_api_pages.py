@@ -36,6 +36,7 @@ def test_a_broken_reference_is_found(module, reference):
         ("grpo_ext.config", "grpo_ext.losses.kl"),
         ("grpo_ext.config", "grpo_ext.rewards.code.sandbox.Limits.seconds"),
         ("grpo_ext.trainer", "GRPOTrainer"),
+        ("grpo_ext.losses.kl", "ScoringBatch"),  # of another module
         ("grpo_ext.config", "GRPOExtConfig.max_completion_length"),
         ("grpo_ext.config", "losses/kl.py"),
         ("grpo_ext.rewards.workers.worker", "pool.py"),
