@@ -39,10 +39,12 @@ TRL_DEFAULTS: dict[str, Any] = {name: GRPOConfig.__dataclass_fields__[name].defa
 
 @dataclass
 class GRPOExtConfig(GRPOConfig):
-    """Configuration of [`GRPOExtTrainer`]. Every field of `trl.GRPOConfig` keeps its meaning.
+    """Configuration of `GRPOExtTrainer`. Every field of `trl.GRPOConfig` keeps its meaning.
 
-    Changed defaults, chosen for sequence-level GRPO (DeepSeekMath, arXiv:2402.03300; num_generations=8 and epsilon=0.2
-    are TRL's defaults already):
+    The changed defaults are chosen for sequence-level GRPO (DeepSeekMath, arXiv:2402.03300); num_generations=8 and
+    epsilon=0.2 are TRL's defaults already.
+
+    Changed defaults:
         loss_type: `"grpo_sequence"` is sequence-level GRPO, with one probability ratio per completion, see
             `grpo_ext/losses/sequence_grpo.py`. `"grpo"` and every other loss of TRL is computed by TRL itself. None
             (default) selects "grpo_sequence", or TRL's default if an option that acts on single tokens is set

@@ -11,6 +11,7 @@ broken. A cross-reference is text in backticks that is the path of a module or o
 import ast
 import builtins
 import dataclasses
+import functools
 import importlib.util
 import re
 import sys
@@ -31,23 +32,35 @@ PUBLIC_MODULES = (
     "grpo_ext.data",
     "grpo_ext.recipe",
 )
-# Where the classes of others are defined that docstrings mention.
-OTHERS = ("trl", "transformers", "peft", "datasets", "huggingface_hub")
+# Docstrings mention classes of these.
+LIBRARIES = ("trl", "transformers", "peft", "datasets", "huggingface_hub")
 
 DOTTED = re.compile(r"(?:grpo_ext|rewards|recipes)(?:\.\w+)+")
 CLASS = re.compile(r"[A-Z]\w*[a-z]\w*(?:\.\w+)?")
 FILE = re.compile(r"(?:[\w.-]+/)*\w+\.py")
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
-    """Every docstring of the project, with the name of its module."""
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Every module of the project: its name and its syntax tree."""
     for folder in ("grpo_ext", "rewards", "recipes"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             name = ".".join(parts if parts[0] == "grpo_ext" else ("grpo_ext", *parts)).removesuffix(".__init__")
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                    yield name, ast.get_docstring(node) or ""
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Every docstring of the project, with the name of its module."""
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield name, ast.get_docstring(node) or ""
+
+
+@functools.cache
+def home_of_classes() -> dict[str, str]:
+    """The module of every class of the project."""
+    return {node.name: name for name, tree in modules() for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def broken_references(module: str, text: str) -> list[str]:
@@ -64,16 +77,18 @@ def resolves(module: str, reference: str) -> bool:
     if DOTTED.fullmatch(reference):
         return reference.startswith("grpo_ext.") and _has_path(reference)
     if CLASS.fullmatch(reference):
-        return any(_has(place, reference) for place in _places(module))
+        return any(_has(place, reference) for place in _places(module, reference.partition(".")[0]))
     return True
 
 
-def _places(module: str) -> Iterator[ModuleType]:
-    """Where a reader would look for a name without a path: the module, the package, then those of others."""
+def _places(module: str, name: str) -> Iterator[ModuleType]:
+    """Where a class may be: in the module that mentions it, built in, elsewhere in the project, or in a library."""
     yield importlib.import_module(module)
     yield builtins
-    for name in (*PUBLIC_MODULES, *OTHERS):
-        yield importlib.import_module(name)
+    if name in home_of_classes():
+        yield importlib.import_module(home_of_classes()[name])
+    for library in LIBRARIES:
+        yield importlib.import_module(library)
 
 
 def _has_path(path: str) -> bool:
@@ -114,6 +129,7 @@ def build(folder: Path) -> None:
     """Write one page per public module, an index, and a search index."""
     import pdoc
 
+    pdoc.docstrings.GOOGLE_LIST_SECTIONS += ["Changed defaults", "Added fields"]  # of the configs
     pdoc.render.configure(docformat="google")
     pdoc.pdoc(*PUBLIC_MODULES, output_directory=folder)
 

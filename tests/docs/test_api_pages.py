@@ -36,6 +36,7 @@ def test_a_broken_reference_is_found(module, reference):
         ("grpo_ext.config", "grpo_ext.losses.kl"),
         ("grpo_ext.config", "grpo_ext.rewards.code.sandbox.Limits.seconds"),
         ("grpo_ext.trainer", "GRPOTrainer"),
+        ("grpo_ext.losses.kl", "ScoringBatch"),  # of another module
         ("grpo_ext.config", "GRPOExtConfig.max_completion_length"),
         ("grpo_ext.config", "losses/kl.py"),
         ("grpo_ext.rewards.workers.worker", "pool.py"),
@@ -63,3 +64,5 @@ def test_pages_have_the_public_names(tmp_path):
     for page, module in (("grpo_ext.html", grpo_ext), ("grpo_ext/rewards.html", rewards)):
         text = (tmp_path / page).read_text(encoding="utf-8")
         assert [name for name in module.__all__ if f'id="{name}"' not in text] == []
+    options = (tmp_path / "grpo_ext.html").read_text(encoding="utf-8")
+    assert [name for name in ("beta", "kl_stop") if f"<strong>{name}:</strong>" not in options] == []
