@@ -32,7 +32,7 @@ def entries() -> dict[tuple[str, ...], str]:
 
 
 def tables() -> str:
-    """Both tables, as Markdown. Options of TRL without an entry in DEFAULTS have a default that depends on the device."""
+    """Both tables, as Markdown. Options of TRL that DEFAULTS leaves out have a default that depends on the device."""
     own = {field.name: field.default for field in fields(GRPOExtConfig)}
     parents = {field.name for field in fields(GRPOConfig)}
     changed = ["| option of TRL | default | TRL's default | meaning |", "| --- | --- | --- | --- |"]
