@@ -43,7 +43,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Callable[..., Path]:
-    """`environment(wheel)`: the programs of a fresh environment that has the package, and its dependencies from here."""
+    """`environment(wheel)`: the programs of a fresh environment with the package, and its dependencies from here."""
 
     def make(wheel: Path) -> Path:
         venv = tmp_path_factory.mktemp("venv")
