@@ -1,4 +1,4 @@
-"""The notebook: it runs without a GPU or a network, and its committed outputs are those of a whole run.
+"""The notebook: it runs without a GPU or a network, and its committed outputs come from a whole run.
 
 After a change to the notebook, run it again, in place (a few minutes):
 
@@ -94,7 +94,7 @@ def test_every_cell_runs(executed, folder):
 
 @pytest.mark.slow
 def test_its_adapter_is_one_of_plain_peft(executed, folder, tiny_model, tokenizer):
-    """The answer that the last cell prints is that of the saved adapter."""
+    """The last cell prints the answer of the saved adapter."""
     shown = text_of(code_cells(executed)[-1]).rstrip("\n")
     prompt = "Question: 538+478=?\nAnswer:"
     model = PeftModel.from_pretrained(tiny_model, folder / "outputs" / "quickstart" / "sums")
@@ -104,12 +104,12 @@ def test_its_adapter_is_one_of_plain_peft(executed, folder, tiny_model, tokenize
 
 @pytest.mark.slow
 def test_committed_outputs_have_the_form_of_a_run(executed):
-    """A cell that has got, or lost, an output since the notebook was committed was not run again."""
+    """A cell that gained or lost an output was changed and not run again."""
     assert kinds_of_outputs(read_notebook()) == kinds_of_outputs(executed)
 
 
 def test_committed_outputs_are_those_of_one_whole_run():
-    """Every cell once, from first to last, in a fresh kernel."""
+    """Every cell was run once, from first to last, in a fresh kernel."""
     notebook = read_notebook()
     hub = tagged(notebook, NEEDS_GPU)
     assert (hub.execution_count, hub.outputs) == (None, [])
@@ -118,7 +118,7 @@ def test_committed_outputs_are_those_of_one_whole_run():
 
 
 def test_committed_outputs_can_be_published():
-    """No error, no warning with a file of a library, no path of the machine that they come from; small to download."""
+    """No error, and no path of the machine that ran it; small enough to download."""
     notebook = read_notebook()
     assert NOTEBOOK.stat().st_size < 1_000_000
     for cell in code_cells(notebook):
@@ -135,7 +135,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.slow
 def test_the_command_for_a_gpu_is_accepted(tmp_path):
-    """On the embedded model and its problems, as far as the checks before the first step."""
+    """With the embedded model and its problems, up to the checks before the first step."""
     command = tagged(read_notebook(), NEEDS_GPU).source.replace("\\\n", " ").removeprefix("!")
     for name, here in (
         ("{GRPO_EXT}", f"{shlex.quote(sys.executable)} -m grpo_ext"),
