@@ -265,7 +265,8 @@ def train_and_report(
     show_banner(trainer, model_name=base_model, data=f"{len(problems.train)} problems; held out: {problems.note}")
     trainer.preflight()
     if args.dry_run:
-        show("dry run: all checks passed; nothing was trained")
+        if trainer.accelerator.is_main_process:
+            show("dry run: all checks passed; nothing was trained")
         return {}
     resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
     before = None

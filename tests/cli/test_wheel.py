@@ -175,7 +175,7 @@ def test_two_processes_elsewhere(installed, tmp_path):
     launcher = [str(installed / "python"), "-m", "accelerate.commands.accelerate_cli", *two, "--dynamo_backend", "no"]
     command = [*launcher, "-m", "grpo_ext.recipes.math", *SHORT, "--use_cpu", "--dry_run", "--output_dir", "run"]
     output = run(Path(command[0]), *command[1:], cwd=tmp_path)
-    assert "2 prompts x 8 answers = 16 completions" in output
+    assert "16 completions (2 prompts x 8)" in output
     assert output.count("dry run: ") == 1
 
 
