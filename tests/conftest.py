@@ -28,7 +28,6 @@ SLOW = (
     "cli/test_imports.py",  # a new interpreter for each command
     "cli/test_wheel.py",  # builds and installs the package
     "distributed/",  # two processes for every case
-    "docs/test_documents.py::test_python_of_the_readme_runs",
     "engine/test_memory.py",  # updates in forks of a fresh process
     "engine/test_smollm2.py",  # a real language model
     "recipes/test_recipe_math.py",  # whole runs, each in its own process

@@ -21,7 +21,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from grpo_ext.report.bokeh_plots import DARK_COLOURS, bokeh_js, to_bokeh
 from grpo_ext.report.compare import differing_settings, distinct_names, outcome_table, overlay_panels
 from grpo_ext.report.plot_data import PALETTE, Panel, build_panels
 from grpo_ext.report.run_files import COMPLETIONS_FILE, HELDOUT_FILE, NEWEST_ROWS, PAGE_FILE, read_downsampled
@@ -117,6 +116,11 @@ def render_page(template: str, context: dict[str, Any], data: dict[str, Any]) ->
         context: the variables of the template; they are escaped.
         data: data for `page.js`, as JSON in the element `data`.
     """
+    from grpo_ext.report.bokeh_plots import (
+        DARK_COLOURS,
+        bokeh_js,
+    )  # takes a second that the start of a run can do without
+
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -147,6 +151,8 @@ def escape_invisible(value: Any) -> Any:
 
 def _panel_data(panels: list[Panel]) -> list[dict[str, Any]]:
     """Panels in the form that `page.js` reads."""
+    from grpo_ext.report.bokeh_plots import to_bokeh
+
     return [asdict(to_bokeh(panel)) for panel in panels]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import markdown
 from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
 from tests.tools.waiting import PATIENCE
 
@@ -118,10 +118,9 @@ def test_an_editable_installation_has_the_same_names(environment, tmp_path):
     programs = environment(wheel)
     look = f"""if True:
         import importlib.util
-        from grpo_ext.recipes import math
-        from grpo_ext.rewards import logic, math_answer_reward
+        from grpo_ext.rewards import math_answer_reward
         assert not [name for name in {NAMES_OF_USERS!r} if importlib.util.find_spec(name)]
-        print(math.__file__, math_answer_reward(["#### 3"], answer=["3"]))
+        print(importlib.util.find_spec("grpo_ext.recipes.math").origin, math_answer_reward(["#### 3"], answer=["3"]))
     """
     file, score = run(programs / "python", "-c", look, cwd=tmp_path).split()
     assert (file, score) == (str(ROOT / "grpo_ext" / "recipes" / "math.py"), "[1.0]")
@@ -180,9 +179,11 @@ def test_two_processes_elsewhere(installed, tmp_path):
 
 
 def test_the_example_of_the_readme_elsewhere(elsewhere, tmp_path):
-    """As printed, with the embedded model and its problems in place of those of the Hub."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "trainer.train()" in code)
+    """As printed, with the embedded model and its problems in place of those of the Hub; then the new lines of the
+    diff from stock TRL."""
+    blocks = markdown.blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    (code,) = (block.text for block in blocks if block.language == "python")
+    (diff,) = (block.text for block in blocks if block.language == "diff")
     replaced = {
         '"Qwen/Qwen2.5-0.5B"': repr(str(TINY_MODEL)),
         'load_dataset("openai/gsm8k", "main", split="train")': f'load_dataset({str(TINY_DATA)!r}, split="train")',
@@ -191,5 +192,6 @@ def test_the_example_of_the_readme_elsewhere(elsewhere, tmp_path):
     for printed, here in replaced.items():
         assert printed in code
         code = code.replace(printed, here)
-    elsewhere("python", "-c", code)
+    code += "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))
+    elsewhere("python", "-c", f"{code}\nassert (args.loss_type, args.beta) == ('dapo', 0.0)\n")
     assert (tmp_path / "metrics.jsonl").exists()

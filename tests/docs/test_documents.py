@@ -4,8 +4,6 @@ import ast
 import inspect
 import json
 import re
-import subprocess
-import sys
 import textwrap
 import tomllib
 from argparse import ArgumentParser
@@ -212,31 +210,6 @@ def test_flags_in_sentences_exist(page, flags):
 
 
 # The README's example, and the table of options
-
-
-def test_python_of_the_readme_runs(tmp_path):
-    """As printed, with the embedded model in place of the reader's own; then the new lines of the diff."""
-    text = read("README.md")
-    (code,) = [block.text for block in markdown.blocks(text) if block.language == "python"]
-    (diff,) = [block.text for block in markdown.blocks(text) if block.language == "diff"]
-    code += "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))
-    code = (
-        code.replace('"Qwen/Qwen2.5-0.5B"', repr(str(ROOT / "recipes/tiny_math/model")))
-        .replace('load_dataset("openai/gsm8k", "main", split="train")', "embedded()")
-        .replace('"gsm8k-lora"', f"{str(tmp_path)!r}, max_steps=1, max_completion_length=8")
-    )
-    assert code.count("recipes/tiny_math/model") == 1
-    preamble = f"""
-from datasets import load_dataset
-def embedded():
-    return load_dataset({str(ROOT / "recipes/tiny_math/data")!r}, split="train")
-"""
-    check = "\nassert (args.loss_type, args.beta) == ('dapo', 0.0)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", preamble + code + check], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "metrics.jsonl").exists()
 
 
 def test_the_table_of_options_is_current():
