@@ -96,9 +96,8 @@ def packages() -> Finding:
     except PackageNotFoundError:
         return Finding("packages", "yellow", "grpo-ext itself is not installed", "pip install -e .")
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = [
-        (one, _version(one.name)) for one in needed if not one.specifier.contains(_version(one.name), prereleases=True)
-    ]
+    installed = [(one, _version(one.name)) for one in needed]
+    wrong = [(one, here) for one, here in installed if not (here and one.specifier.contains(here, prereleases=True))]
     if wrong:
         text = ", ".join(f"{one.name} {found or 'missing'} (needs {one.specifier})" for one, found in wrong)
         return Finding(
@@ -109,7 +108,7 @@ def packages() -> Finding:
 
 
 def _version(name: str) -> str:
-    """The installed version; "" for a missing package, which is outside every range."""
+    """The installed version; "" for a missing package."""
     try:
         return version(name)
     except PackageNotFoundError:
