@@ -210,8 +210,8 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
 
 @pytest.mark.slow
 def test_the_embedded_run_learns(tmp_path):
-    """In 20 of its 35 steps, with sequence-level GRPO alone and beta > 0. Then a fresh process loads the adapter with plain PEFT and finds the
-    same accuracy."""
+    """In 20 of its 35 steps, with sequence-level GRPO alone and beta > 0. Then a fresh process loads the adapter with
+    plain PEFT and finds the same accuracy."""
     short = "--seed 1 --max_steps 20 --eval_steps 100 --eval_samples 2 --max_eval_prompts 128".split()
     flags = [*short, "--output_dir", str(tmp_path)]
     code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # other tests run at the same time
