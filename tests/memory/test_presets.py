@@ -26,12 +26,13 @@ def test_one_preset_per_size():
 def test_preset_fits_its_card(preset, tmp_path):
     """Guards against a preset that is changed without its plan, or leaves no reserve, and could run out of memory. The
     numbers in its comment must be those of the plan."""
-    about, launch, plan_says, *others = preset.read_text().splitlines()
+    about, launch, anywhere, plan_says, *others = preset.read_text().splitlines()
     gigabytes = int(re.search(r"\d+", preset.name)[0])
     assert re.findall(r"(\d+) GB", about) == [str(gigabytes)]
     assert launch.split("accelerate launch ")[1] == (
         f"--config_file accelerate_configs/single_gpu.yaml recipes/math.py --config recipes/{preset.name}"
     )
+    assert f"grpo-ext train math --config {preset.name} " in anywhere
     comment = " ".join(line.removeprefix("#").removesuffix("\\").strip() for line in others if line.startswith("#"))
     words = shlex.split(re.search(r"grpo-ext plan (--model .*?--gradient_accumulation_steps \d+)", comment)[1])
     parser = argparse.ArgumentParser()

@@ -98,7 +98,7 @@ def test_batched_calls(safe, new_workers):
     assert reward(completions=["six"]) == [0.0]
     assert len(new_workers()) == 1
     with pytest.raises(
-        RuntimeError, match=r"took longer than 6 s on 6 completions, the first being 'a', .*scores_independently"
+        RuntimeError, match=r"took longer than 6 s on 6 completions, the first being 'a'\. .*scores_independently"
     ):
         reward(completions=["a", "hang", "abc", "b", "c", "d"])
     assert vars(reward.failures) == {"completions": 10, "timeouts": 6, "crashes": 0, "errors": 0}
