@@ -25,6 +25,7 @@ from transformers import (
     MaxTimeCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
 )
 
 from grpo_ext.engine.batch import strip_padding
@@ -148,12 +149,18 @@ class GroupSampler:
                 batch.drop_finished(is_active)
                 rows, logits = batch.step(model, tokens_B, **options)
                 logits_BV = logits.new_zeros(len(prompts), logits.size(1)).index_copy_(0, rows, logits)
+        logps_BC = torch.stack(logps, dim=1)
+        if not logps_BC.isfinite().all():
+            raise RuntimeError(
+                "The model returned logits that are NaN or infinite while it sampled. In 16 bits, try float32 "
+                "(bf16=False, fp16=False); otherwise look for NaN in the weights of the model and the adapter."
+            )
         tokens = _truncate(input_ids[:, prompt_tokens:], lengths_B)
         # The last token of a row is sampled but not fed to the model.
         self._kept_rows = {prompts[row] + tuple(tokens[row][:-1]): cache for row, cache in finished_caches.items()}
         self.completions = SampledCompletions(
             tokens=tokens,
-            logps=_truncate(torch.stack(logps, dim=1), lengths_B),
+            logps=_truncate(logps_BC, lengths_B),
             is_cut=is_cut_B.tolist(),
         )
         return input_ids
@@ -166,13 +173,24 @@ class GroupSampler:
         Finished rows are included, with zeros for logits: processors that keep state per row need them, and the random
         state advances as in transformers' loop.
         """
-        tempered_BV = logits_BV.float() / self.temperature
         scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=True))
-        if do_sample:
-            tokens_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
+        if not do_sample:
             tokens_B = scores_BV.argmax(dim=-1)
-        return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
+            return tokens_B, _logps_of(tokens_B, logits_BV.float() / self.temperature)
+        probs_BV = scores_BV.softmax(dim=-1)
+        # `torch.multinomial` draws the same from the same random state, but first checks its input in three passes.
+        noise_BV = torch.empty_like(probs_BV).exponential_()
+        tokens_B = torch.div(probs_BV, noise_BV, out=noise_BV).argmax(dim=-1)
+        if self._only_scales(logits_processor):
+            return tokens_B, probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).log()
+        return tokens_B, _logps_of(tokens_B, logits_BV.float() / self.temperature)
+
+    def _only_scales(self, logits_processor: LogitsProcessorList) -> bool:
+        """Whether tokens are sampled from the distribution whose log-probs are reported."""
+        if not logits_processor:
+            return self.temperature == 1.0
+        (processor,) = logits_processor if len(logits_processor) == 1 else (None,)
+        return type(processor) is TemperatureLogitsWarper and processor.temperature == self.temperature
 
 
 def start_decoding(
@@ -191,6 +209,11 @@ def start_decoding(
     slots = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=prefilled.logits_PV.device)
     return DecodeBatch(prefilled.caches, [prefilled.row_of[prompts[slot[0]]] for slot in slots], slots, lengths_B)
+
+
+def _logps_of(tokens_B: Tensor, tempered_BV: Tensor) -> Tensor:
+    """The log-probs of these tokens, from the logits divided by the temperature."""
+    return tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
 
 
 def _check_stopping(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ them, and an attention mask keeps the siblings apart:
     cache of a slot   [. . p p p p | a b | a b | a b]      . padding, p prompt, a and b two siblings
     queries           [a b]                                a sees p and a, b sees p and b
 
-Legend: R slots, n rows of a slot, B rows of the batch, T cached tokens, V vocabulary.
+Legend: R slots, n rows of a slot, Q = R * n, B rows of the batch, T cached tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from grpo_ext.engine.grouped_attention import grouped_attention
 from grpo_ext.engine.prefill import cache_states, extract_cache_row, join_caches, with_states
 
 # Owners of cached tokens that belong to no row: all rows of the slot see a PROMPT token, no row sees a HIDDEN one.
@@ -54,7 +55,11 @@ class DecodeBatch:
         width = max(map(len, slots))
         padded = [slot + [NO_ROW] * (width - len(slot)) for slot in slots]
         self._rows_Rn = torch.tensor(padded, device=self._device)
-        self._is_row_Rn = self._rows_Rn >= 0
+        self._owners_Rn = self._rows_Rn.where(self._rows_Rn >= 0, HIDDEN)
+        # The active rows, and their places in a flat (R, n): known here, so that no step waits for the device.
+        places = [i * width + j for i, slot in enumerate(slots) for j in range(len(slot))]
+        self._places = torch.tensor(places, device=self._device)
+        self._active_rows = torch.tensor([row for slot in slots for row in slot], device=self._device)
 
     @property
     def active_rows(self) -> list[int]:
@@ -69,22 +74,24 @@ class DecodeBatch:
         Returns:
             Indices of the active rows, and their logits for the next token, shape (active rows, V).
         """
-        places_Rn = self._rows_Rn.clamp(min=0)
-        owners_Rn = self._rows_Rn.masked_fill(~self._is_row_Rn, HIDDEN)
-        self._owners_RT = torch.cat([self._owners_RT, owners_Rn], dim=1)
+        rows_Rn = self._rows_Rn.clamp(min=0)
+        self._owners_RT = torch.cat([self._owners_RT, self._owners_Rn], dim=1)
         if "logits_to_keep" in options:
             options["logits_to_keep"] = self._rows_Rn.size(1)
-        output = lm(
-            input_ids=tokens_B[places_Rn],
-            position_ids=self._positions_B[places_Rn],
-            attention_mask=self._attention_mask(lm),
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
+        with grouped_attention():
+            output = lm(
+                input_ids=tokens_B[rows_Rn],
+                position_ids=self._positions_B[rows_Rn],
+                attention_mask=self._attention_mask(lm),
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
         self._positions_B = self._positions_B + 1
-        return self._rows_Rn[self._is_row_Rn], output.logits[self._is_row_Rn]
+        logits_QV = output.logits.flatten(0, 1)
+        is_full = len(self._places) == len(logits_QV)
+        return self._active_rows, logits_QV if is_full else logits_QV[self._places]
 
     def _attention_mask(self, lm: PreTrainedModel) -> Tensor | None:
         if not self._is_packed:
@@ -108,8 +115,7 @@ class DecodeBatch:
         kept = [i for i, slot in enumerate(slots) if slot]
         if len(kept) < len(slots):
             index = torch.tensor(kept, device=self._device)
-            states = [state[index] for state in cache_states(self._cache)]
-            self._cache = _with_spare_capacity(with_states(self._cache, states))
+            self._cache = _keep_slots(self._cache, kept, index)
             self._owners_RT = self._owners_RT[index]
             self._is_padded = bool((self._owners_RT == HIDDEN).any())
         self._set_slots([slots[i] for i in kept])
@@ -137,6 +143,18 @@ class _LayerWithSpareCapacity(DynamicLayer):
     values: Tensor
     buffers: tuple[Tensor, Tensor] | None
 
+    def keep(self, slots: Sequence[int]) -> None:
+        """Keep these slots only, in ascending order. They move forward in the buffers: no second copy is made."""
+        assert self.buffers is not None
+        tokens = self.keys.shape[-2]
+        for buffer in self.buffers:
+            for place, slot in enumerate(slots):
+                if place != slot:
+                    buffer[place, :, :tokens] = buffer[slot, :, :tokens]
+        keys, values = (buffer[: len(slots)] for buffer in self.buffers)
+        self.buffers = keys, values
+        self.keys, self.values = keys[..., :tokens, :], values[..., :tokens, :]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None or end > self.buffers[0].shape[-2]:
@@ -146,6 +164,16 @@ class _LayerWithSpareCapacity(DynamicLayer):
             buffer[..., start:end, :] = new
         self.keys, self.values = self.buffers[0][..., :end, :], self.buffers[1][..., :end, :]
         return self.keys, self.values
+
+
+def _keep_slots(cache: DynamicCache, slots: Sequence[int], index: Tensor) -> DynamicCache:
+    """The cache with these slots only; `index` is the same as `slots`. Layers that grow in place shrink in place."""
+    kept = set()
+    for layer in cache.layers:
+        if type(layer) is _LayerWithSpareCapacity and layer.buffers is not None:
+            layer.keep(slots)
+            kept |= {id(layer.keys), id(layer.values)}
+    return with_states(cache, [state if id(state) in kept else state[index] for state in cache_states(cache)])
 
 
 def _reallocate(states: Tensor, capacity: int) -> Tensor:

@@ -30,6 +30,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from grpo_ext.engine.grouped_attention import grouped_attention
+
 Prompt = tuple[int, ...]  # token ids without padding
 
 # Layers that keep all their states in `keys`, `values`, `conv_states` and `recurrent_states`, batch dimension first.
@@ -223,13 +225,15 @@ def prefill_segment(
     lm: PreTrainedModel, prompts_kS: Tensor, segment: range, cache: DynamicCache | None, **options: Any
 ) -> DynamicCache:
     """The cache at the end of a segment; `cache` is the one at its start, and is modified."""
-    return lm.base_model(
-        input_ids=prompts_kS[:, segment.start : segment.stop],
-        past_key_values=cache,
-        position_ids=torch.arange(segment.start, segment.stop, device=prompts_kS.device).unsqueeze(0),
-        use_cache=True,
-        **options,
-    ).past_key_values
+    with grouped_attention():
+        output = lm.base_model(
+            input_ids=prompts_kS[:, segment.start : segment.stop],
+            past_key_values=cache,
+            position_ids=torch.arange(segment.start, segment.stop, device=prompts_kS.device).unsqueeze(0),
+            use_cache=True,
+            **options,
+        )
+    return output.past_key_values
 
 
 # Prefill for sampling
@@ -284,15 +288,16 @@ def prefill_prompts(
             if padding_k.any():
                 positions_T = torch.arange(int(starts_k.max()) + ids_kS.size(1), device=device)
                 mask_kT = (positions_T >= padding_k.unsqueeze(1)).long()
-        output = lm(
-            input_ids=ids_kS,
-            position_ids=starts_k.unsqueeze(1) + torch.arange(ids_kS.size(1), device=device),
-            attention_mask=mask_kT,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
+        with grouped_attention():
+            output = lm(
+                input_ids=ids_kS,
+                position_ids=starts_k.unsqueeze(1) + torch.arange(ids_kS.size(1), device=device),
+                attention_mask=mask_kT,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
         caches.append(output.past_key_values)
         logits.append(output.logits[:, -1])
         row_of |= {prompt: len(row_of) + i for i, (prompt, _) in enumerate(batch)}

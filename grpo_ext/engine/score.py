@@ -31,6 +31,7 @@ from grpo_ext.engine.batch import (
     prompt_weights,
 )
 from grpo_ext.engine.decode_cache import can_share_slot
+from grpo_ext.engine.grouped_attention import grouped_attention
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
 from grpo_ext.engine.prefill import cache_states, fork, prefill, with_states
@@ -124,9 +125,10 @@ class ChunkScorer:
         return self._forward(ids_1T, positions_1T, own_cache, attention_mask=mask_11TT)[0]
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache | None, **options: Any) -> Tensor:
-        output = self.lm.base_model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=False, **options
-        )
+        with grouped_attention():
+            output = self.lm.base_model(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=False, **options
+            )
         return output.last_hidden_state
 
     def _score_tokens(

@@ -7,9 +7,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_ext.engine import decode
 from grpo_ext.engine.decode import GroupSampler
+from grpo_ext.engine.decode_cache import DecodeBatch
+from grpo_ext.engine.prefill import cache_states, prefill_prompts
+from grpo_ext.memory.counter import MemoryCounter
 from tests.tools.architectures import ARCHITECTURES, ATTENTIONS, EOS, random_model
 from tests.tools.lanes import slow_but
-from tests.tools.models import random_lora
+from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.scoring import prompts_of, score_by_trl
 
@@ -23,7 +26,10 @@ def generate(model, ids, mask, seed=0, **settings):
 def both(model, ids, mask, **settings):
     sampler = GroupSampler(temperature=0.8)
     ours = generate(model, ids, mask, custom_generate=sampler, **settings)
-    return generate(model, ids, mask, **settings), ours, sampler.completions
+    random_state = torch.get_rng_state()
+    stock = generate(model, ids, mask, **settings)
+    assert torch.equal(random_state, torch.get_rng_state())
+    return stock, ours, sampler.completions
 
 
 def unpadded_greedy(model, ids, mask, **settings):
@@ -133,6 +139,39 @@ def test_a_prompt_is_prefilled_once_and_finished_rows_leave(llama):
     lengths = [len(tokens) for tokens in sampler.completions.tokens]
     assert len(set(lengths)) > 2
     assert sum(counted) == 40 + 33 + sum(length - 1 for length in lengths)
+
+
+@torch.no_grad()
+def test_finished_rows_leave_without_a_copy_of_the_cache(llama):
+    """A copy of the remaining states needs nearly the memory of the cache again, at a moment that neither the plan nor
+    the worst-case step knows."""
+    prompts = [tuple(range(10 + row, 50 + row)) for row in range(8)]
+    prefilled = prefill_prompts(llama, prompts, llama.device, {})
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = [prefilled.row_of[prompt] for prompt in prompts]
+    batch = DecodeBatch(prefilled.caches, rows, [[row] for row in range(8)], lengths)
+    tokens = torch.arange(8) + 3
+    batch.step(llama, tokens)
+    batch.step(llama, tokens)
+    held = sum(states.numel() * states.element_size() for states in cache_states(prefilled.caches[0]))
+    with MemoryCounter() as counter:
+        batch.drop_finished([row not in (0, 5) for row in range(8)])
+    assert counter.peak < held / 20
+    kept, logits = batch.step(llama, tokens)
+    assert kept.tolist() == [1, 2, 3, 4, 6, 7]
+    alone = DecodeBatch(prefilled.caches, rows[6:7], [[0]], lengths)
+    for _ in range(3):
+        _, expected = alone.step(llama, tokens[6:7])
+    torch.testing.assert_close(logits[4:5], expected, rtol=0, atol=1e-5)
+
+
+def test_logits_that_are_not_finite_are_reported(tokenizer):
+    """Sampling would continue with arbitrary tokens, and rewards and update with them."""
+    model = small_llama(tokenizer)
+    torch.nn.init.constant_(model.model.layers[-1].mlp.down_proj.weight, float("nan"))
+    ids, mask = prompts_of(20)
+    with pytest.raises(RuntimeError, match=r"logits that are NaN or infinite.* try float32"):
+        generate(model, ids, mask, custom_generate=GroupSampler(temperature=0.8))
 
 
 def test_how_a_row_ended(llama):

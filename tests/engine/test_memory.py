@@ -54,15 +54,14 @@ def bytes_of_prompt(S: int, tokens: int) -> int:
     - 1: incoming gradients: `totals` over the siblings while their rows run, `state_grads` afterwards.
     - 1: gradients of the leaves, which go to `totals` or to the segment before.
     - 1: the copy by `fork` for the one row of a chunk, or for a segment; layer by layer, its concatenation with the
-      chunk's own states replaces it.
-    - heads / key-value heads: `repeat_kv`, in the graph of every layer, because a chunk on a cache has a mask.
-
+      chunk's own states replaces it, and stays in the graph. Heads that share it do not copy it (`grouped_attention`).
+    - 2 / layers: in one layer at a time, that concatenation while the copy is still there, and its gradient.
     In addition, SDPA keeps that mask in every layer: one float per token of the chunk and per key.
     """
     layers, heads, kv_heads = (SHAPE[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
     head_dim = SHAPE["hidden_size"] // heads
     states = layers * 2 * kv_heads * S * head_dim * 4
-    return states * (4 + heads // kv_heads) + layers * tokens * S * 4
+    return states * 4 + 2 * states // layers + layers * tokens * S * 4
 
 
 @pytest.mark.parametrize("chunk_tokens", [256, 64])

@@ -1,0 +1,82 @@
+"""Attention of grouped queries under a mask, without copies of keys and values.
+
+In grouped-query attention, n query heads share one head of keys and values. If there is a mask and more than one query
+token, transformers' `sdpa` repeats keys and values n times (`repeat_kv`), in the graph of every layer. That is the case
+whenever tokens are run on a shared prompt: in packed decoding, and in scoring. Here, PyTorch's own `enable_gqa` is used
+on a CPU. On other devices it would fall back to a slow kernel, so the query heads of a group become further query
+tokens:
+
+    query (B, kv * n, c, D)  ->  (B, kv, n * c, D), with keys and values as they are, (B, kv, T, D)
+
+Legend: B rows, kv heads of keys and values, n query heads per such head, c query tokens, T keys, D head size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+@contextmanager
+def grouped_attention() -> Iterator[None]:
+    """Inside, transformers' `sdpa` attention does not repeat keys and values. Other attention is not affected, and
+    neither is a function that someone else registered as `sdpa`."""
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if stock is not sdpa_attention_forward:
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, stock)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+
+
+def _attention(
+    stock: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """The result of `stock`, up to rounding."""
+    n = query.shape[1] // key.shape[1]
+    is_plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    # transformers copies nothing for a single query token, and a mask per head cannot be folded.
+    if n == 1 or attention_mask is None or attention_mask.shape[1] > 1 or query.shape[2] == 1 or not is_plain:
+        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    attend = attend_grouped if query.device.type == "cpu" else attend_folded
+    output = attend(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """Attention of all query heads, shape (B, kv * n, c, D); the kernel reads each key and value head n times.
+
+    Args:
+        query: shape (B, kv * n, c, D).
+        key, value: shape (B, kv, T, D).
+        mask: true or 0 for visible keys, shape (B or 1, 1, c, T).
+        options: further arguments of `scaled_dot_product_attention`.
+    """
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, **options)
+
+
+def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """The same, with the n query heads of a group as n times as many query tokens."""
+    kv_heads, (heads, tokens) = key.shape[1], query.shape[1:3]
+    n = heads // kv_heads
+    folded = query.unflatten(1, (kv_heads, n)).flatten(2, 3)
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(1, 1, n, 1), **options)
+    return output.unflatten(2, (n, tokens)).flatten(1, 2)
