@@ -187,9 +187,9 @@ class GroupSampler:
 
     def _only_scales(self, logits_processor: LogitsProcessorList) -> bool:
         """Whether tokens are sampled from the distribution whose log-probs are reported."""
-        if not logits_processor:
-            return self.temperature == 1.0
-        (processor,) = logits_processor if len(logits_processor) == 1 else (None,)
+        if len(logits_processor) != 1:
+            return not logits_processor and self.temperature == 1.0
+        processor = logits_processor[0]
         return type(processor) is TemperatureLogitsWarper and processor.temperature == self.temperature
 
 

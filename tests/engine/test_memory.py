@@ -56,6 +56,7 @@ def bytes_of_prompt(S: int, tokens: int) -> int:
     - 1: the copy by `fork` for the one row of a chunk, or for a segment; layer by layer, its concatenation with the
       chunk's own states replaces it, and stays in the graph. Heads that share it do not copy it (`grouped_attention`).
     - 2 / layers: in one layer at a time, that concatenation while the copy is still there, and its gradient.
+
     In addition, SDPA keeps that mask in every layer: one float per token of the chunk and per key.
     """
     layers, heads, kv_heads = (SHAPE[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
@@ -71,4 +72,4 @@ def test_longer_prompts_only_need_memory_for_their_states(peaks, chunk_tokens):
     short, long = (peaks[PROMPTS[S, chunk_tokens]] for S in (256, 2048))
     allowed = bytes_of_prompt(2048, chunk_tokens) - bytes_of_prompt(256, chunk_tokens)
     print(f"{(long - short) / 1e6:.1f} MB more, {allowed / 1e6:.1f} of them explained by states and their copies")
-    assert long - short < 0.15 * short + allowed
+    assert long - short < 0.15 * short + 1.1 * allowed

@@ -250,7 +250,7 @@ print("accuracy", right / len(rows))
 @pytest.mark.slow
 def test_shuffled_rewards_teach_nothing(tmp_path):
     """The same run with the rewards of each batch in random order: any gain would not come from the rewards."""
-    flags = ["--output_dir", str(tmp_path), "--max_steps", "15", "--disable_tqdm", "True", "--report_to", "none"]
+    flags = ["--output_dir", str(tmp_path), "--max_steps", "10", "--disable_tqdm", "True", "--report_to", "none"]
     script_args, args, model_args = recipe.parse(flags)
     tokenizer = load_tokenizer(model_args)
     problems = load_problems(script_args.dataset_name, tokenizer, max_heldout=128)
