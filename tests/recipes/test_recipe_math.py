@@ -278,5 +278,5 @@ def test_shuffled_rewards_teach_nothing(tmp_path):
 
     before = accuracy()
     trainer.train()
-    assert trainer.state.global_step == 15  # the real run has passed 0.9 by then
+    assert trainer.state.global_step == 10  # the real run is at 0.9 by then
     assert accuracy() < before + 0.1
