@@ -4,8 +4,8 @@
     grpo-ext train math                     wherever the package is installed
 
 Without arguments, it trains the embedded 0.87M-parameter model on three-digit sums, offline, on two CPU cores in a
-minute or two. The model can work out a sum digit by digit, but usually answers at once and wrongly; the rewards alone teach
-it to work sums out. recipes/README.md has the measured results.
+minute or two. The model can work out a sum digit by digit, but usually answers at once and wrongly; the rewards alone
+teach it to work sums out. recipes/README.md has the measured results.
 
     accelerate launch recipes/math.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k \
         --load_in_4bit --max_steps 500
