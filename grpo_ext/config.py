@@ -77,8 +77,8 @@ class GRPOExtConfig(GRPOConfig):
             counts with its prompt, because attention copies the prompt's KV cache per row. A chunk has at least one
             row. Passes without gradients use chunks of up to eight times that size. None (default) for no limit; if
             `gradient_checkpointing` is on, rows are then processed one at a time instead. The result is the same for
-            every value. Recommended: None if a step fits into memory, else the prompt and completion tokens of as many
-            rows as fit.
+            every value. Recommended: None; less than prompt plus completion if even one row does not fit; with
+            `gradient_checkpointing=False`, the tokens of as many rows as fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
             `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
             pass of the completions through the LM head. TRL's `use_bias_correction_kl` keeps its meaning. Recommended:
@@ -207,7 +207,7 @@ class GRPOExtConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Maximum number of tokens with an autograd graph at any one time in the update, 1 or more; unset "
-            "for no limit. Recommended: unset if a step fits into memory, else for example 4096."
+            "for no limit. Recommended: unset; less than prompt plus completion if even one row does not fit."
         },
     )
     kl_estimator: str = field(

@@ -123,11 +123,13 @@ def parse_arguments(
         arguments: dataclass with the recipe's own flags.
     """
     folder = str(Path(folder).resolve())
-    parser = TrlParser((arguments, GRPOExtConfig, PolicyConfig))
-    parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50, max_steps=500)
-    if not {"--model_name_or_path", "--dataset_name", "--config"} & {flag.partition("=")[0] for flag in argv}:
+    parser = TrlParser((arguments, GRPOExtConfig, PolicyConfig), allow_abbrev=False)
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    if not {"model_name_or_path", "dataset_name", "config"} & given:
         argv = ["--config", f"{folder}/{embedded}", *argv]
     argv = _with_preset(argv, folder)
+    steps = -1 if "num_train_epochs" in given and "max_steps" not in given else 500
+    parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50, max_steps=steps)
     settings = parse_flags(parser, argv)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither of them for the embedded run")

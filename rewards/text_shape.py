@@ -5,7 +5,7 @@ r"""Rewards for the shape of a text, not for its correctness: tags, length, conn
     coherence_reward(["因为下雨，所以带伞。"])                    ->  [0.4]
 
 A model can earn each of them without solving anything, and it will find out: nonsense in perfect tags, fifty words of
-filler, "因为因为因为因为因为". Use them in addition to a correctness reward, at a tenth to a fifth of its weight:
+filler, "因为因为因为因为因为". Use them in addition to a correctness reward, at a tenth of its weight:
 
     trainer = GRPOExtTrainer(reward_funcs=[math_answer_reward, format_reward],
                              args=GRPOExtConfig(reward_weights=[1.0, 0.1]), ...)

@@ -41,14 +41,21 @@ def run(options: argparse.Namespace) -> Callable[[], None]:
     Raises:
         ValueError: `what` is neither a recipe nor data, or there is no model for the data.
     """
-    flags = [
-        f"--model_name_or_path{flag[7:]}" if flag.partition("=")[0] == "--model" else flag for flag in options.flags
-    ]
+    flags = [_canonical(flag) for flag in options.flags]
     recipe = options.what
     if recipe not in RECIPES:
         recipe = _recipe_for(recipe, flags)
         flags = ["--dataset_name", options.what, *flags]
     return partial(import_module(f"grpo_ext.recipes.{recipe}").main, flags)
+
+
+def _canonical(flag: str) -> str:
+    """`--model=X` and `--model-name-or-path=X` -> `--model_name_or_path=X`; values are unchanged."""
+    if not flag.startswith("--"):
+        return flag
+    name, equals, value = flag.partition("=")
+    name = name.replace("-", "_").replace("__", "--", 1)
+    return ("--model_name_or_path" if name == "--model" else name) + equals + value
 
 
 def _recipe_for(data: str, flags: list[str]) -> str:

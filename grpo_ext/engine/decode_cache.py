@@ -10,6 +10,7 @@ them, and an attention mask keeps the siblings apart:
 Legend: R slots, n rows of a slot, Q = R * n, B rows of the batch, T cached tokens, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,6 +132,7 @@ def can_share_slot(lm: PreTrainedModel, cache: DynamicCache) -> bool:
     return (
         all(type(layer) is DynamicLayer for layer in cache.layers)
         and config._attn_implementation in ("sdpa", "eager")
+        and "position_ids" in inspect.signature(type(lm).forward).parameters  # BLOOM and MPT count the cached tokens
         and not getattr(config, "alibi", False)
     )
 

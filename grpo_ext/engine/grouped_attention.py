@@ -1,10 +1,10 @@
 """Attention of grouped queries under a mask, without copies of keys and values.
 
 In grouped-query attention, n query heads share one head of keys and values. If there is a mask and more than one query
-token, transformers' `sdpa` repeats keys and values n times (`repeat_kv`), in the graph of every layer. That is the case
-whenever tokens are run on a shared prompt: in packed decoding, and in scoring. Here, PyTorch's own `enable_gqa` is used
-on a CPU. On other devices it would fall back to a slow kernel, so the query heads of a group become further query
-tokens:
+token, transformers' `sdpa` repeats keys and values n times (`repeat_kv`) on CPUs and on CUDA, in the graph of every
+layer. That is the case whenever tokens are run on a shared prompt: in packed decoding, and in scoring. Here, PyTorch's
+own `enable_gqa` is used on a CPU. On CUDA it would fall back to a slow kernel, so on every device but a CPU the query
+heads of a group become further query tokens:
 
     query (B, kv * n, c, D)  ->  (B, kv, n * c, D), with keys and values as they are, (B, kv, T, D)
 
@@ -54,7 +54,8 @@ def _attention(
     n = query.shape[1] // key.shape[1]
     is_plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     # transformers copies nothing for a single query token, and a mask per head cannot be folded.
-    if n == 1 or attention_mask is None or attention_mask.shape[1] > 1 or query.shape[2] == 1 or not is_plain:
+    is_grouped = n > 1 and query.shape[2] > 1 and is_plain
+    if not is_grouped or attention_mask is None or attention_mask.shape[1:3] != (1, query.shape[2]):
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     attend = attend_grouped if query.device.type == "cpu" else attend_folded
     output = attend(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from grpo_ext.evaluation.complete import Evaluation, Problem
 from grpo_ext.evaluation.estimates import Estimate
 from grpo_ext.report.display_text import final_answer_text, gold_answer, shorten, to_text
-from grpo_ext.report.run_files import HELDOUT_FILE, append_row, keep_rows_until
+from grpo_ext.report.run_files import HELDOUT_FILE, keep_rows_until, read_rows, write_rows
 
 SHOWN_PROBLEMS = 4
 
@@ -35,7 +35,7 @@ class HeldoutFile(TrainerCallback):
 
 
 def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, problems: Sequence[Problem]) -> None:
-    """Add the evaluation at this step to `heldout.jsonl`."""
+    """Add the evaluation at this step to `heldout.jsonl`, in place of an earlier one at the same step."""
     answers = [
         {
             "prompt": shorten(to_text(problems[i]["prompt"])),
@@ -57,7 +57,9 @@ def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, proble
         },
         "answers": answers,
     }
-    append_row(Path(output_dir, HELDOUT_FILE), row)
+    path = Path(output_dir, HELDOUT_FILE)
+    earlier = [old for old in read_rows(path) if old["step"] != step] if path.exists() else []
+    write_rows(path, [*earlier, row])
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -32,7 +32,7 @@ def build_summary(
     Args:
         recipe: name of the recipe.
         base_model: name of the base model.
-        seconds: duration of the training, without the evaluations before and after it.
+        seconds: duration of the training in this session, without the evaluations before and after it.
         before, after: evaluations of the starting policy and of the trained one, on the same problems.
     """
     args, state = trainer.args, trainer.state

@@ -45,6 +45,38 @@ def test_what_is_refused(tmp_path, arguments, message):
         main(["train", *(text.format(data=tmp_path / "problems.csv") for text in arguments)])
 
 
+@pytest.mark.parametrize("model", [["--model"], ["--model-name-or-path"], ["--model_name_or_path"]], ids=" ".join)
+def test_every_spelling_of_the_model(tmp_path, model, capsys):
+    """TRL's parser accepts hyphens, but the recipe took such a run for the embedded one, with its settings."""
+    rows = "".join(json.dumps(ROWS["math"]).replace("{}", str(n)) + "\n" for n in range(12))
+    (tmp_path / "problems.jsonl").write_text(rows, encoding="utf-8")
+    _, args, model_args = parse_arguments(
+        ["--dataset-name", "d", "--model-name-or-path", "m"],
+        "math",
+        str(ROOT / "recipes"),
+        embedded="tiny_math.yaml",
+        arguments=RecipeArguments,
+    )
+    assert (args.max_steps, args.learning_rate, model_args.model_name_or_path) == (500, 1e-5, "m")
+    run = ["--dry_run", "--output_dir", str(tmp_path / "run"), *SHORT]
+    main(["train", str(tmp_path / "problems.jsonl"), *model, str(TINY_MODEL), *run])
+    assert "dry run: all checks passed" in capsys.readouterr().out
+
+
+def test_epochs_replace_the_default_number_of_steps():
+    """`max_steps` wins over epochs in transformers, so recipes ignored `--num_train_epochs`."""
+    parse = lambda *flags: parse_arguments(  # noqa: E731
+        ["--model_name_or_path", "m", "--dataset_name", "d", *flags],
+        "math",
+        str(ROOT / "recipes"),
+        embedded="tiny_math.yaml",
+        arguments=RecipeArguments,
+    )[1]
+    assert parse("--num_train_epochs", "2").max_steps == -1
+    assert parse("--num-train-epochs=2", "--max_steps", "7").max_steps == 7
+    assert parse().max_steps == 500
+
+
 def test_an_error_of_the_training_keeps_its_traceback(tmp_path):
     """Other commands print an error as one line, which would hide the place of a fault in a reward or a callback."""
     (tmp_path / "problems.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4, encoding="utf-8")

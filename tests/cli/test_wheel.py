@@ -187,7 +187,7 @@ def test_the_example_of_the_readme_elsewhere(elsewhere, tmp_path):
     replaced = {
         '"Qwen/Qwen2.5-0.5B"': repr(str(TINY_MODEL)),
         'load_dataset("openai/gsm8k", "main", split="train")': f'load_dataset({str(TINY_DATA)!r}, split="train")',
-        '"gsm8k-lora"': f"{str(tmp_path)!r}, max_steps=1, max_completion_length=8",
+        '"gsm8k-lora", max_steps=500': f"{str(tmp_path)!r}, max_steps=1, max_completion_length=8",
     }
     for printed, here in replaced.items():
         assert printed in code
