@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Attention = Callable[..., tuple[Tensor, Any]]
+FoldedMasks = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id of a mask and n: the mask, and the folded one
 
 
 @contextmanager
@@ -32,7 +33,8 @@ def grouped_attention() -> Iterator[None]:
     if stock is not sdpa_attention_forward:
         yield
         return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, stock)
+    masks: FoldedMasks = {}  # all layers of a forward have the same mask
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, stock, masks)
     try:
         yield
     finally:
@@ -41,6 +43,7 @@ def grouped_attention() -> Iterator[None]:
 
 def _attention(
     stock: Attention,
+    masks: FoldedMasks,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -57,8 +60,13 @@ def _attention(
     is_grouped = n > 1 and query.shape[2] > 1 and is_plain
     if not is_grouped or attention_mask is None or attention_mask.shape[1:3] != (1, query.shape[2]):
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-    attend = attend_grouped if query.device.type == "cpu" else attend_folded
-    output = attend(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+    if query.device.type == "cpu":
+        output = attend_grouped(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+    else:
+        if (id(attention_mask), n) not in masks:
+            masks[id(attention_mask), n] = attention_mask, attention_mask.repeat(1, 1, n, 1)
+        _, folded = masks[id(attention_mask), n]
+        output = attend_folded(query, key, value, folded, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -75,9 +83,13 @@ def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **op
 
 
 def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    """The same, with the n query heads of a group as n times as many query tokens."""
+    """The same, with the n query heads of a group as n times as many query tokens.
+
+    Args:
+        mask: the mask n times, shape (B or 1, 1, n * c, T).
+    """
     kv_heads, (heads, tokens) = key.shape[1], query.shape[1:3]
     n = heads // kv_heads
     folded = query.unflatten(1, (kv_heads, n)).flatten(2, 3)
-    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(1, 1, n, 1), **options)
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, **options)
     return output.unflatten(2, (n, tokens)).flatten(1, 2)

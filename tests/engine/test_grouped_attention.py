@@ -73,6 +73,7 @@ def test_folded_heads_equal_grouped_ones():
     *inputs, sees = tensors(torch.float64)
     mask = masks(sees, torch.float64)["float"]
     grouped, grads, _ = result(lambda *inputs: attend_grouped(*inputs, scale=0.3), *inputs, mask)
+    mask = mask.repeat(1, 1, N, 1)
     folded, folded_grads, _ = result(lambda *inputs: attend_folded(*inputs, scale=0.3), *inputs, mask)
     for got, expected in zip((folded, *folded_grads), (grouped, *grads), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
