@@ -124,13 +124,14 @@ def parse_arguments(
     """
     folder = str(Path(folder).resolve())
     parser = TrlParser((arguments, GRPOExtConfig, PolicyConfig), allow_abbrev=False)
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
-    if not {"model_name_or_path", "dataset_name", "config"} & given:
-        argv = ["--config", f"{folder}/{embedded}", *argv]
+    parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50)
+    parser.set_defaults(max_steps=None, num_train_epochs=None)  # until it is known which of the two is given
     argv = _with_preset(argv, folder)
-    steps = -1 if "num_train_epochs" in given and "max_steps" not in given else 500
-    parser.set_defaults(output_dir=f"outputs/{recipe}", logging_steps=1, eval_steps=50, max_steps=steps)
     settings = parse_flags(parser, argv)
+    if not (settings.model_name_or_path or settings.dataset_name or "--config" in argv):
+        argv = ["--config", f"{folder}/{embedded}", *argv]
+        settings = parse_flags(parser, argv)
+    parser.set_defaults(max_steps=500 if settings.num_train_epochs is None else -1, num_train_epochs=3.0)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither of them for the embedded run")
     with _config_in_ascii(with_group_size(argv, settings, folder=folder)) as flags:

@@ -4,8 +4,8 @@
     grpo-ext train coding --config mbpp_qlora.yaml         a preset of the recipes, or a file of yours
     grpo-ext train problems.jsonl --model MODEL            the recipe is chosen by the columns
 
-All flags are those of the recipe (`grpo-ext train math --help`); `--model` is short for `--model_name_or_path`. One
-process trains. For several, start the recipe itself: `accelerate launch -m grpo_ext.recipes.math`.
+All flags are those of the recipe (`grpo-ext train math --help`). One process trains. For several, start the recipe
+itself: `accelerate launch -m grpo_ext.recipes.math`.
 """
 
 import argparse
@@ -41,37 +41,29 @@ def run(options: argparse.Namespace) -> Callable[[], None]:
     Raises:
         ValueError: `what` is neither a recipe nor data, or there is no model for the data.
     """
-    flags = [_canonical(flag) for flag in options.flags]
-    recipe = options.what
+    recipe, flags = options.what, options.flags
     if recipe not in RECIPES:
-        recipe = _recipe_for(recipe, flags)
+        recipe = _recipe_for(options.what, flags)
         flags = ["--dataset_name", options.what, *flags]
     return partial(import_module(f"grpo_ext.recipes.{recipe}").main, flags)
-
-
-def _canonical(flag: str) -> str:
-    """`--model=X` and `--model-name-or-path=X` -> `--model_name_or_path=X`; values are unchanged."""
-    if not flag.startswith("--"):
-        return flag
-    name, equals, value = flag.partition("=")
-    name = name.replace("-", "_").replace("__", "--", 1)
-    return ("--model_name_or_path" if name == "--model" else name) + equals + value
 
 
 def _recipe_for(data: str, flags: list[str]) -> str:
     """The recipe for a data set, after a line that gives the reason."""
     if "/" not in data and not Path(data).exists():
         raise ValueError(f"'{data}' is neither a recipe ({', '.join(RECIPES)}) nor a file, a folder or OWNER/NAME.")
-    names = [flag.partition("=")[0] for flag in flags]
-    if not {"--model_name_or_path", "--config"} & set(names):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "--model_name_or_path", "--model-name-or-path")
+    parser.add_argument("--config")  # may name a model
+    parser.add_argument("--dataset_config", "--dataset-config")
+    given, _ = parser.parse_known_args(flags)
+    if given.model is None and given.config is None:
         raise ValueError(f"which model? For example: grpo-ext train {data} --model Qwen/Qwen2.5-0.5B-Instruct")
     from grpo_ext.console.terminal import show
     from grpo_ext.data import load_splits, program_tests
 
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--dataset_config")
-    columns = next(iter(load_splits(data, config.parse_known_args(flags)[0].dataset_config).rows.values())).column_names
-    tests = program_tests(columns)
+    rows = next(iter(load_splits(data, given.dataset_config).rows.values()))
+    tests = program_tests(rows.column_names)
     recipe, reason = (
         ("coding", f"tests of programs ({', '.join(tests)})") if tests else ("math", "no tests of programs")
     )

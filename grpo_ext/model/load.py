@@ -21,8 +21,13 @@ class PolicyConfig(ModelConfig):
         use_bnb_nested_quant: True. `load_in_4bit` also quantises the quantisation constants, which saves 0.4 bits per
             weight.
         dtype: None, which means bfloat16 if the device supports it (see `frozen_dtype`).
+
+    `--model` is short for `--model_name_or_path`.
     """
 
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The base model: a Hub id or a local folder.", "aliases": ["--model"]}
+    )
     dtype: str | None = field(
         default=None,
         metadata={

@@ -17,6 +17,13 @@ needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap 
 SHORT = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 8 --max_eval_prompts 4 --use_cpu".split()
 
 
+def parse(*flags):
+    """The arguments of the math recipe."""
+    return parse_arguments(
+        list(flags), "math", str(ROOT / "recipes"), embedded="tiny_math.yaml", arguments=RecipeArguments
+    )
+
+
 @pytest.mark.parametrize("recipe", ["math", pytest.param("coding", marks=needs_sandbox)])
 def test_the_columns_choose_the_recipe(tmp_path, capsys, recipe):
     """MBPP has a `code` column, which other data sets use for the answer of a problem: tests of programs win."""
@@ -50,31 +57,22 @@ def test_every_spelling_of_the_model(tmp_path, model, capsys):
     """TRL's parser accepts hyphens, but the recipe took such a run for the embedded one, with its settings."""
     rows = "".join(json.dumps(ROWS["math"]).replace("{}", str(n)) + "\n" for n in range(12))
     (tmp_path / "problems.jsonl").write_text(rows, encoding="utf-8")
-    _, args, model_args = parse_arguments(
-        ["--dataset-name", "d", "--model-name-or-path", "m"],
-        "math",
-        str(ROOT / "recipes"),
-        embedded="tiny_math.yaml",
-        arguments=RecipeArguments,
-    )
+    _, args, model_args = parse("--dataset-name", "d", *model, "m")
     assert (args.max_steps, args.learning_rate, model_args.model_name_or_path) == (500, 1e-5, "m")
     run = ["--dry_run", "--output_dir", str(tmp_path / "run"), *SHORT]
     main(["train", str(tmp_path / "problems.jsonl"), *model, str(TINY_MODEL), *run])
     assert "dry run: all checks passed" in capsys.readouterr().out
 
 
-def test_epochs_replace_the_default_number_of_steps():
-    """`max_steps` wins over epochs in transformers, so recipes ignored `--num_train_epochs`."""
-    parse = lambda *flags: parse_arguments(  # noqa: E731
-        ["--model_name_or_path", "m", "--dataset_name", "d", *flags],
-        "math",
-        str(ROOT / "recipes"),
-        embedded="tiny_math.yaml",
-        arguments=RecipeArguments,
-    )[1]
-    assert parse("--num_train_epochs", "2").max_steps == -1
-    assert parse("--num-train-epochs=2", "--max_steps", "7").max_steps == 7
-    assert parse().max_steps == 500
+def test_epochs_replace_the_default_number_of_steps(tmp_path):
+    """`max_steps` wins over epochs in transformers, so recipes ignored `num_train_epochs`, as a flag or in a file."""
+    task = ["--model_name_or_path", "m", "--dataset_name", "d"]
+    (tmp_path / "epochs.yaml").write_text("num_train_epochs: 2\n", encoding="utf-8")
+    for flags in (["--num_train_epochs", "2"], ["--config", str(tmp_path / "epochs.yaml")]):
+        args = parse(*task, *flags)[1]
+        assert (args.max_steps, args.num_train_epochs) == (-1, 2)
+    assert parse(*task, "--num-train-epochs=2", "--max_steps", "7")[1].max_steps == 7
+    assert (parse(*task)[1].max_steps, parse(*task)[1].num_train_epochs) == (500, 3)
 
 
 def test_an_error_of_the_training_keeps_its_traceback(tmp_path):
@@ -89,9 +87,8 @@ def test_a_preset_is_found_by_its_name(tmp_path, monkeypatch):
     """From any folder; a file of the user with the same name is preferred, and flags win over both."""
     monkeypatch.chdir(tmp_path)
     flags = ["--config=gpu_8gb.yaml", "--seed", "7"]
-    parse = lambda: parse_arguments(flags, "math", str(ROOT / "recipes"), embedded="", arguments=RecipeArguments)  # noqa: E731
-    _, args, model_args = parse()
+    _, args, model_args = parse(*flags)
     assert (args.seed, model_args.load_in_4bit) == (7, True)
     (tmp_path / "gpu_8gb.yaml").write_text(f"model_name_or_path: {TINY_MODEL}\ndataset_name: x\nseed: 3\n")
-    _, args, model_args = parse()
+    _, args, model_args = parse(*flags)
     assert (args.seed, model_args.model_name_or_path) == (7, str(TINY_MODEL))

@@ -106,11 +106,10 @@ def _grpo_ext(words: list[str]) -> None:
     import_module(f"grpo_ext.cli.{name}").add_arguments(parser)
     options = _parsed(parser, rest)
     if name == "train" and options is not None:
-        flags = [re.sub(r"^--model(?==|$)", "--model_name_or_path", flag) for flag in options.flags]
         if options.what in RECIPES:
-            _recipe(options.what, flags)
+            _recipe(options.what, options.flags)
         else:  # data, for the recipe that fits
-            _recipe("math", ["--dataset_name", options.what, *flags])
+            _recipe("math", ["--dataset_name", options.what, *options.flags])
 
 
 def _recipe(name: str, flags: list[str]) -> None:
