@@ -99,7 +99,7 @@ def _check_settings(
         warnings.append(
             f"loss_type='grpo_sequence' has one ratio per completion, the product of the ratios of its tokens. In this "
             f"run, old and new log-probs come from different forwards. In 16 bits, their rounding errors add up over "
-            f"as many as max_completion_length={args.max_completion_length} tokens and may exceed epsilon="
+            f"up to max_completion_length={args.max_completion_length} tokens and may exceed epsilon="
             f"{args.epsilon:g}. Use one update per rollout (num_iterations=1, gradient_accumulation_steps a multiple "
             f"of steps_per_generation={args.steps_per_generation}, use_vllm=False), a loss with one ratio per token "
             f"(loss_type='dapo'), or float32 (bf16=False, fp16=False)."

@@ -7,7 +7,7 @@ find_shape(["instruction", "input", "output"], "alpaca")  ->  Shape(prompt="inst
 A dot in the name of a column selects a key of a dict. Flags take precedence over recognised columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "code
 
 # Columns of tests that the code reward can read, and those of public data sets that it cannot read.
 READ_TESTS = (("test_list",), ("entry_point", "inputs", "outputs"), ("stdin", "stdout"))
-UNREAD_TESTS = {
+UNREAD_TESTS: dict[tuple[str, ...], str] = {
     ("public_test_cases",): "LiveCodeBench",
     ("public_tests",): "CodeContests",
     ("input_output",): "APPS or TACO",
@@ -120,7 +120,7 @@ def refuse_unread_tests(columns: Sequence[str], name: str) -> None:
     Raises:
         ValueError: there are none; the message names the format of the data, if known, and how to rewrite the tests.
     """
-    if any(set(kind) <= set(columns) for kind in READ_TESTS):
+    if _kind_of_tests(READ_TESTS, columns):
         return
     readable = ", or ".join(" and ".join(kind) for kind in READ_TESTS)
     tests = _tests_of(columns)
@@ -136,11 +136,15 @@ def refuse_unread_tests(columns: Sequence[str], name: str) -> None:
 
 def program_tests(columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that hold tests of programs, whether the code reward can read them or not; () if there are none."""
-    return next((kind for kind in (*READ_TESTS, *UNREAD_TESTS) if set(kind) <= set(columns)), ())
+    return _kind_of_tests((*READ_TESTS, *UNREAD_TESTS), columns)
 
 
 def _tests_of(columns: Sequence[str]) -> str | None:
-    return next((known for kind, known in UNREAD_TESTS.items() if set(kind) <= set(columns)), None)
+    return UNREAD_TESTS.get(_kind_of_tests(UNREAD_TESTS, columns))
+
+
+def _kind_of_tests(kinds: Iterable[tuple[str, ...]], columns: Sequence[str]) -> tuple[str, ...]:
+    return next((kind for kind in kinds if set(kind) <= set(columns)), ())
 
 
 def _first(candidates: Sequence[str], by_name: dict[str, str]) -> str | None:

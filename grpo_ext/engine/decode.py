@@ -174,16 +174,17 @@ class GroupSampler:
         state advances as in transformers' loop.
         """
         scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=True))
-        if not do_sample:
+        if do_sample:
+            probs_BV = scores_BV.softmax(dim=-1)
+            # `torch.multinomial` draws the same from the same random state, but first checks its input in three passes.
+            noise_BV = torch.empty_like(probs_BV).exponential_()
+            tokens_B = torch.div(probs_BV, noise_BV, out=noise_BV).argmax(dim=-1)
+            if self._only_scales(logits_processor):
+                return tokens_B, probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).log()
+        else:
             tokens_B = scores_BV.argmax(dim=-1)
-            return tokens_B, _logps_of(tokens_B, logits_BV.float() / self.temperature)
-        probs_BV = scores_BV.softmax(dim=-1)
-        # `torch.multinomial` draws the same from the same random state, but first checks its input in three passes.
-        noise_BV = torch.empty_like(probs_BV).exponential_()
-        tokens_B = torch.div(probs_BV, noise_BV, out=noise_BV).argmax(dim=-1)
-        if self._only_scales(logits_processor):
-            return tokens_B, probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).log()
-        return tokens_B, _logps_of(tokens_B, logits_BV.float() / self.temperature)
+        tempered_BV = logits_BV.float() / self.temperature
+        return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
 
     def _only_scales(self, logits_processor: LogitsProcessorList) -> bool:
         """Whether tokens are sampled from the distribution whose log-probs are reported."""
@@ -209,11 +210,6 @@ def start_decoding(
     slots = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=prefilled.logits_PV.device)
     return DecodeBatch(prefilled.caches, [prefilled.row_of[prompts[slot[0]]] for slot in slots], slots, lengths_B)
-
-
-def _logps_of(tokens_B: Tensor, tempered_BV: Tensor) -> Tensor:
-    """The log-probs of these tokens, from the logits divided by the temperature."""
-    return tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
 
 
 def _check_stopping(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[Tensor, Tensor]:

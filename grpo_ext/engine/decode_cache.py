@@ -60,7 +60,7 @@ class DecodeBatch:
         # The active rows, and their places in a flat (R, n): known here, so that no step waits for the device.
         places = [i * width + j for i, slot in enumerate(slots) for j in range(len(slot))]
         self._places = torch.tensor(places, device=self._device)
-        self._active_rows = torch.tensor([row for slot in slots for row in slot], device=self._device)
+        self._active_rows = torch.tensor(self.active_rows, device=self._device)
 
     @property
     def active_rows(self) -> list[int]:
@@ -187,7 +187,7 @@ def _reallocate(states: Tensor, capacity: int) -> Tensor:
 def _with_spare_capacity(cache: DynamicCache) -> DynamicCache:
     """The same cache; its layers that hold the keys and values of all tokens grow in place from here on."""
     for layer in cache.layers:
-        if type(layer) in (DynamicLayer, _LayerWithSpareCapacity):
+        if type(layer) is DynamicLayer:
             layer.__class__ = _LayerWithSpareCapacity
             layer.buffers = None
     return cache

@@ -11,7 +11,7 @@ heads of a group become further query tokens:
 Legend: B rows, kv heads of keys and values, n query heads per such head, c query tokens, T keys, D head size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Attention = Callable[..., tuple[Tensor, Any]]
 FoldedMasks = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id of a mask and n: the mask, and the folded one
 
 
@@ -29,20 +28,18 @@ FoldedMasks = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id of a mask an
 def grouped_attention() -> Iterator[None]:
     """Inside, transformers' `sdpa` attention does not repeat keys and values. Other attention is not affected, and
     neither is a function that someone else registered as `sdpa`."""
-    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if stock is not sdpa_attention_forward:
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         yield
         return
     masks: FoldedMasks = {}  # all layers of a forward have the same mask
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, stock, masks)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, masks)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 
 
 def _attention(
-    stock: Attention,
     masks: FoldedMasks,
     module: nn.Module,
     query: Tensor,
@@ -53,13 +50,15 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """The result of `stock`, up to rounding."""
+    """The result of `sdpa_attention_forward`, up to rounding."""
     n = query.shape[1] // key.shape[1]
     is_plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     # transformers copies nothing for a single query token, and a mask per head cannot be folded.
     is_grouped = n > 1 and query.shape[2] > 1 and is_plain
     if not is_grouped or attention_mask is None or attention_mask.shape[1:3] != (1, query.shape[2]):
-        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
     if query.device.type == "cpu":
         output = attend_grouped(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
     else:

@@ -58,8 +58,7 @@ def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, proble
         "answers": answers,
     }
     path = Path(output_dir, HELDOUT_FILE)
-    earlier = [old for old in read_rows(path) if old["step"] != step] if path.exists() else []
-    write_rows(path, [*earlier, row])
+    write_rows(path, [*(old for old in read_rows(path) if old["step"] != step), row])
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

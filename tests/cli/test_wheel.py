@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import markdown
-from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
+from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL, tracked_files
 from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -93,10 +93,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_everything_is_in_it(wheel):
     """All of three folders of the checkout, under one name: templates, scripts of the sandbox, presets, and the
     embedded model with its problems. Nothing else, and no other top-level module."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    tracked = {
-        name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and not (ROOT / name).is_symlink()
-    }
+    tracked = {name for name in tracked_files("-co", "--exclude-standard") if (ROOT / name).is_file()}
     ours = {name for name in tracked if name.startswith("grpo_ext/")}
     ours |= {f"grpo_ext/{name}" for name in tracked if name.startswith(("rewards/", "recipes/"))}
     assert set(contents(wheel)) == ours
@@ -127,7 +124,7 @@ def test_an_editable_installation_has_the_same_names(environment, tmp_path):
 
 
 def test_names_of_users_disturb_nothing(elsewhere):
-    """A `rewards.py` beside the user's script hid our package of that name, and then `import grpo_ext` failed."""
+    """Guards against a `rewards.py` next to the user's script that hides our package, so that imports of it fail."""
     look = """if True:
         import grpo_ext
         from grpo_ext.rewards import math_answer_reward, isolated

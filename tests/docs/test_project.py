@@ -13,17 +13,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.tools.paths import ROOT
+from tests.tools.paths import ROOT, tracked_files
 
 TOP_LEVEL = set(
     "grpo_ext rewards recipes tests accelerate_configs pyproject.toml "
     "README.md LICENSE CHANGELOG.md CONTRIBUTING.md Makefile constraints.txt .ci .github .gitignore".split()
 )
-
-
-def tracked_files():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return listed.splitlines()
 
 
 def test_the_top_level_holds_what_was_agreed():

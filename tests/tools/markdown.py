@@ -6,11 +6,10 @@ make math          ->  Block(language="bash", text="make math\n", line=2)
 """
 
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.tools.paths import ROOT
+from tests.tools.paths import tracked_files
 
 _FENCED = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
@@ -29,8 +28,7 @@ class Block:
 
 def pages() -> list[str]:
     """Every page in Markdown that git tracks, relative to the root."""
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return listed.stdout.splitlines()
+    return tracked_files("*.md")
 
 
 def blocks(text: str) -> list[Block]:
