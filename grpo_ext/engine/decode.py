@@ -10,8 +10,9 @@ the tokens that transformers' loop would sample from the same random state, and 
 Legend: B rows, S prompt tokens, C completion tokens, T tokens so far, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,12 @@ from transformers import (
 )
 
 from grpo_ext.engine.batch import strip_padding
+from grpo_ext.engine.captured_decode import CapturedSteps, FixedDecodeBatch, Step, StepRunner, capture_cuda_graph
 from grpo_ext.engine.decode_cache import DecodeBatch, can_share_slot
 from grpo_ext.engine.prefill import PrefilledPrompts, Prompt, prefill_prompts
+
+# Tokens between two looks at which rows have ended: on a GPU, each look waits for the device.
+LOOK_EVERY = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class GroupSampler:
 
     Args:
         temperature: that of the log-probs. For sampling, a logits processor applies the temperature.
+        capture: captures decode steps, see `CapturedSteps`. By default, CUDA graphs on a GPU; elsewhere, nothing is
+            captured.
 
     Attributes:
         temperature: see above; may be changed between calls.
@@ -62,13 +69,14 @@ class GroupSampler:
         completions: the result of the last call; None before the first one.
     """
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, *, capture: Callable[[Step], Step] | None = None):
         self.temperature = temperature
         self.completions: SampledCompletions | None = None
         self.max_new_tokens_per_row: Sequence[int] | None = None
         self._keeps_prompts = self._keeps_rows = False
         self._kept_prompts: PrefilledPrompts | None = None
         self._kept_rows: dict[Prompt, DynamicCache] = {}  # from the last call, by the tokens in each cache
+        self._captured = None if capture is None else CapturedSteps(capture)
 
     @contextmanager
     def keep_prompt_caches(self) -> Iterator[None]:
@@ -107,82 +115,85 @@ class GroupSampler:
         Returns:
             Prompts and completions, shape (B, S + C); finished rows are padded on the right.
         """
-        mask = model_kwargs["attention_mask"]
+        mask, device = model_kwargs["attention_mask"], input_ids.device
         prompts = strip_padding(input_ids, torch.ones_like(input_ids) if mask is None else mask)
         options = {name: value for name, value in model_kwargs.items() if name == "logits_to_keep"}
         prefilled = self._kept_prompts
         if prefilled is None or not prefilled.row_of.keys() >= set(prompts):
-            prefilled = prefill_prompts(model, prompts, input_ids.device, self._kept_rows, **options)
+            prefilled = prefill_prompts(model, prompts, device, self._kept_rows, **options)
         self._kept_prompts = prefilled if self._keeps_prompts else None
+        self._kept_rows = {}
         logits_BV = prefilled.logits_PV[[prefilled.row_of[prompt] for prompt in prompts]]
         limits = [stopping_criteria.max_length - input_ids.size(1)] * len(prompts)
         if self.max_new_tokens_per_row is not None:
             limits = [min(limits[0], limit) for limit in self.max_new_tokens_per_row]
-        batch = start_decoding(model, prefilled, prompts, max_new_tokens=max(limits))
+        if self._captured is None and device.type == "cuda":
+            self._captured = CapturedSteps(capture_cuda_graph)
+        batch = start_decoding(model, prefilled, prompts, max_new_tokens=max(limits), captured=self._captured)
         del prefilled
-        self._kept_rows = {}
+
         prompt_tokens = input_ids.size(1)
-        is_active_B = torch.ones(len(prompts), dtype=torch.bool, device=input_ids.device)
-        is_cut_B = torch.zeros_like(is_active_B)
-        lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=input_ids.device)
-        limits_B = torch.tensor(limits, device=input_ids.device)
-        finished_caches: dict[int, DynamicCache] = {}
+        # If caches are kept, then as they are when their rows end.
+        look_every = 1 if device.type == "cpu" or self._keeps_rows else LOOK_EVERY
+        random_states = _RandomStates(device, look_every)
+        endings = _Endings(limits, device)
         logps: list[Tensor] = []
-        with model._optimize_model_for_decode():
+        finished_caches: dict[int, DynamicCache] = {}
+        with model._optimize_model_for_decode(), self._captured or nullcontext():
             while True:
                 tokens_B, logps_B = self._sample_tokens(
                     input_ids, logits_BV, logits_processor, generation_config.do_sample
                 )
                 logps.append(logps_B)
-                tokens_B = tokens_B.where(is_active_B, generation_config._pad_token_tensor)
+                random_states.record()
+                tokens_B = tokens_B.where(endings.is_active_B, generation_config._pad_token_tensor)
                 input_ids = torch.cat([input_ids, tokens_B.unsqueeze(1)], dim=1)
-                lengths_B += is_active_B
-                stops_B, cuts_B = _check_stopping(stopping_criteria, input_ids)
-                cuts_B |= lengths_B >= limits_B
-                is_cut_B |= is_active_B & cuts_B & ~stops_B
-                is_active_B &= ~(stops_B | cuts_B)
-                is_active = is_active_B.tolist()
-                if self._keeps_rows:
-                    finished_caches |= {row: batch.extract_row(row) for row in batch.active_rows if not is_active[row]}
-                if not any(is_active):
-                    break
-                batch.drop_finished(is_active)
-                rows, logits = batch.step(model, tokens_B, **options)
-                logits_BV = logits.new_zeros(len(prompts), logits.size(1)).index_copy_(0, rows, logits)
+                endings.update(stopping_criteria, input_ids)
+                if len(logps) % look_every == 0 or len(logps) >= max(limits):
+                    is_active = endings.is_active_B.tolist()
+                    if self._keeps_rows:
+                        ended = [row for row in batch.rows if not is_active[row] and row not in finished_caches]
+                        finished_caches |= {row: batch.extract_row(row) for row in ended}
+                    if not any(is_active):
+                        break
+                    batch.drop_finished(is_active)
+                logits_BV = batch.step(model, tokens_B, **options)
         logps_BC = torch.stack(logps, dim=1)
         if not logps_BC.isfinite().all():
             raise RuntimeError(
                 "The model returned logits that are NaN or infinite while it sampled. In 16 bits, try float32 "
                 "(bf16=False, fp16=False); otherwise look for NaN in the weights of the model and the adapter."
             )
-        tokens = _truncate(input_ids[:, prompt_tokens:], lengths_B)
+        lengths = endings.lengths_B.tolist()
+        random_states.restore(max(lengths))
+        tokens = _truncate(input_ids[:, prompt_tokens:], lengths)
         # The last token of a row is sampled but not fed to the model.
         self._kept_rows = {prompts[row] + tuple(tokens[row][:-1]): cache for row, cache in finished_caches.items()}
         self.completions = SampledCompletions(
-            tokens=tokens,
-            logps=_truncate(logps_BC, lengths_B),
-            is_cut=is_cut_B.tolist(),
+            tokens=tokens, logps=_truncate(logps_BC, lengths), is_cut=endings.is_cut_B.tolist()
         )
-        return input_ids
+        return input_ids[:, : prompt_tokens + max(lengths)]
 
     def _sample_tokens(
         self, input_ids: Tensor, logits_BV: Tensor, logits_processor: LogitsProcessorList, do_sample: bool
     ) -> tuple[Tensor, Tensor]:
         """The next token of every row and its log-prob, shapes (B,).
 
-        Finished rows are included, with zeros for logits: processors that keep state per row need them, and the random
-        state advances as in transformers' loop.
+        Rows that have left are included, with zeros for logits: processors that keep state per row need them, and the
+        random state advances as in transformers' loop.
         """
-        scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=True))
+        only_scales = do_sample and self._only_scales(logits_processor)
+        # Other processors may write into their input, which is still needed.
+        scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=not only_scales))
         if do_sample:
             probs_BV = scores_BV.softmax(dim=-1)
             # `torch.multinomial` draws the same from the same random state, but first checks its input in three passes.
             noise_BV = torch.empty_like(probs_BV).exponential_()
             tokens_B = torch.div(probs_BV, noise_BV, out=noise_BV).argmax(dim=-1)
-            if self._only_scales(logits_processor):
-                return tokens_B, probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).log()
         else:
             tokens_B = scores_BV.argmax(dim=-1)
+        if only_scales:
+            return tokens_B, probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).log()
         tempered_BV = logits_BV.float() / self.temperature
         return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
 
@@ -194,22 +205,85 @@ class GroupSampler:
         return type(processor) is TemperatureLogitsWarper and processor.temperature == self.temperature
 
 
+class _Endings:
+    """Which rows have ended, why, and after how many tokens. All of it stays on the device: only reading it waits.
+
+    Args:
+        limits: new tokens that each row may have.
+    """
+
+    def __init__(self, limits: list[int], device: torch.device):
+        self._limits_B = torch.tensor(limits, device=device)
+        self.lengths_B = torch.zeros_like(self._limits_B)
+        self.is_active_B = torch.ones_like(self._limits_B, dtype=torch.bool)
+        self.is_cut_B = torch.zeros_like(self.is_active_B)
+
+    def update(self, criteria: StoppingCriteriaList, input_ids: Tensor) -> None:
+        """Take one more token per row into account, the last one of `input_ids`."""
+        self.lengths_B += self.is_active_B
+        stops_B, cuts_B = _check_stopping(criteria, input_ids)
+        cuts_B |= self.lengths_B >= self._limits_B
+        self.is_cut_B |= self.is_active_B & cuts_B & ~stops_B
+        self.is_active_B &= ~(stops_B | cuts_B)
+
+
+class _RandomStates:
+    """The random states after the last draws. Transformers' loop stops when the last row ends, this one up to
+    `look_every - 1` draws later."""
+
+    def __init__(self, device: torch.device, look_every: int):
+        self._module = torch.get_device_module(device)
+        self._draws = 0
+        self._states: deque[Tensor] = deque(maxlen=look_every)
+        self._is_needed = look_every > 1
+
+    def record(self) -> None:
+        """Call this after each draw."""
+        self._draws += 1
+        if self._is_needed:
+            self._states.append(self._module.get_rng_state())
+
+    def restore(self, draws: int) -> None:
+        """Return to the state after so many draws."""
+        if draws < self._draws:
+            self._module.set_rng_state(self._states[draws - self._draws - 1])
+
+
 def start_decoding(
-    lm: PreTrainedModel, prefilled: PrefilledPrompts, prompts: Sequence[Prompt], *, max_new_tokens: int
+    lm: PreTrainedModel,
+    prefilled: PrefilledPrompts,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    captured: StepRunner | None = None,
 ) -> DecodeBatch:
     """A batch of rows that continue these prompts; `prompts[i]` is the prompt of row i.
 
-    If siblings can share a slot, their number per slot is limited so that together their completions are no longer than
-    the shortest prompt. A shared slot stores and reads its prompt once instead of once per row, but each sibling also
-    attends over the masked tokens of the others.
+    Args:
+        captured: runs the steps in buffers of fixed size; None, or a model that does not allow it, for a cache that
+            grows.
     """
     rows_of: dict[Prompt, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(prompt, []).append(row)
-    width = max(1, min(map(len, prompts)) // max_new_tokens) if can_share_slot(lm, prefilled.caches[0]) else 1
+    is_plain = can_share_slot(lm, prefilled.caches[0])
+    width = siblings_per_slot(prompts, max_new_tokens) if is_plain else 1
     slots = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
+    sources = [prefilled.row_of[prompts[slot[0]]] for slot in slots]
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=prefilled.logits_PV.device)
-    return DecodeBatch(prefilled.caches, [prefilled.row_of[prompts[slot[0]]] for slot in slots], slots, lengths_B)
+    if captured is None or not is_plain:
+        return DecodeBatch(prefilled.caches, sources, slots, lengths_B)
+    return FixedDecodeBatch(prefilled.caches, sources, slots, lengths_B, max_new_tokens=max_new_tokens, run=captured)
+
+
+def siblings_per_slot(prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """The number of siblings that share a slot of the cache: together, their completions are no longer than the
+    shortest prompt.
+
+    A shared slot stores and reads its prompt once instead of once per row, but each sibling also attends over the
+    masked tokens of the others.
+    """
+    return max(1, min(map(len, prompts)) // max_new_tokens)
 
 
 def _check_stopping(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,5 +299,5 @@ def _check_stopping(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[
     return stops, cuts
 
 
-def _truncate(values_BC: Tensor, lengths_B: Tensor) -> list[list[Any]]:
-    return [row[:length] for row, length in zip(values_BC.tolist(), lengths_B.tolist(), strict=True)]
+def _truncate(values_BC: Tensor, lengths: list[int]) -> list[list[Any]]:
+    return [row[:length] for row, length in zip(values_BC.tolist(), lengths, strict=True)]

@@ -7,7 +7,7 @@ them, and an attention mask keeps the siblings apart:
     cache of a slot   [. . p p p p | a b | a b | a b]      . padding, p prompt, a and b two siblings
     queries           [a b]                                a sees p and a, b sees p and b
 
-Legend: R slots, n rows of a slot, Q = R * n, B rows of the batch, T cached tokens, V vocabulary.
+Legend: R slots, n rows of a slot, Q = R * n places, B rows of the batch, T cached tokens, V vocabulary.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from grpo_ext.engine.prefill import cache_states, extract_cache_row, join_caches
 
 # Owners of cached tokens that belong to no row: all rows of the slot see a PROMPT token, no row sees a HIDDEN one.
 PROMPT, HIDDEN = -1, -2
-NO_ROW = -3  # an unused position in a slot
+NO_ROW = -3  # an unused place in a slot
 
 
 class DecodeBatch:
@@ -41,9 +41,10 @@ class DecodeBatch:
         self, caches: Sequence[DynamicCache], prompts: list[int], slots: list[list[int]], prompt_lengths: Tensor
     ):
         self._device = prompt_lengths.device
-        self._cache = _with_spare_capacity(join_caches(caches, torch.tensor(prompts, device=self._device)))
+        self._cache = join_caches(caches, torch.tensor(prompts, device=self._device))
+        self._make_room()
         self._is_packed = any(len(slot) > 1 for slot in slots)
-        self._positions_B = prompt_lengths
+        self._positions_B = prompt_lengths.clone()
         longest = max(cache.get_seq_length() for cache in caches)
         padding_R = longest - prompt_lengths[torch.tensor([slot[0] for slot in slots], device=self._device)]
         is_padding_RT = torch.arange(longest, device=self._device) < padding_R.unsqueeze(1)
@@ -51,75 +52,116 @@ class DecodeBatch:
         self._is_padded = bool(is_padding_RT.any())
         self._set_slots(slots)
 
+    def _make_room(self) -> None:
+        """Let the layers that hold keys and values of all tokens grow in place."""
+        for layer in self._cache.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = _GrowingLayer
+                layer.buffers = None
+
     def _set_slots(self, slots: list[list[int]]) -> None:
         self._slots = slots
         width = max(map(len, slots))
         padded = [slot + [NO_ROW] * (width - len(slot)) for slot in slots]
         self._rows_Rn = torch.tensor(padded, device=self._device)
         self._owners_Rn = self._rows_Rn.where(self._rows_Rn >= 0, HIDDEN)
-        # The active rows, and their places in a flat (R, n): known here, so that no step waits for the device.
+        # The rows, and their places in a flat (R, n): known here, so that no step waits for the device.
         places = [i * width + j for i, slot in enumerate(slots) for j in range(len(slot))]
+        self._is_whole = self.rows == list(range(len(self._positions_B))) and len(places) == len(slots) * width
         self._places = torch.tensor(places, device=self._device)
-        self._active_rows = torch.tensor(self.active_rows, device=self._device)
+        self._row_of_place = torch.tensor(self.rows, device=self._device)
 
     @property
-    def active_rows(self) -> list[int]:
+    def rows(self) -> list[int]:
+        """The rows that are in a slot."""
         return [row for slot in self._slots for row in slot]
 
-    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """Run the model on one token per active row.
+    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> Tensor:
+        """Run the model on one token per row.
 
         Args:
             options: further keyword arguments for the model's forward.
 
         Returns:
-            Indices of the active rows, and their logits for the next token, shape (active rows, V).
+            Logits for the next token, shape (B, V); zeros for rows that have left.
         """
-        rows_Rn = self._rows_Rn.clamp(min=0)
         self._owners_RT = torch.cat([self._owners_RT, self._owners_Rn], dim=1)
+        logits_QV = self._forward(lm, tokens_B, self._attention_mask(lm), **options)
+        self._positions_B += 1
+        return self._by_row(logits_QV)
+
+    def _forward(self, lm: PreTrainedModel, tokens_B: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        """Logits of all places, shape (Q, V)."""
+        rows_Rn = self._rows_Rn.clamp(min=0)
         if "logits_to_keep" in options:
-            options["logits_to_keep"] = self._rows_Rn.size(1)
+            options["logits_to_keep"] = rows_Rn.size(1)
         with grouped_attention():
             output = lm(
                 input_ids=tokens_B[rows_Rn],
                 position_ids=self._positions_B[rows_Rn],
-                attention_mask=self._attention_mask(lm),
+                attention_mask=mask,
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
                 **options,
             )
-        self._positions_B = self._positions_B + 1
-        logits_QV = output.logits.flatten(0, 1)
-        is_full = len(self._places) == len(logits_QV)
-        return self._active_rows, logits_QV if is_full else logits_QV[self._places]
+        logits_QV: Tensor = output.logits.flatten(0, 1)
+        return logits_QV
+
+    def _by_row(self, logits_QV: Tensor) -> Tensor:
+        if self._is_whole:
+            return logits_QV
+        logits_BV = logits_QV.new_zeros(len(self._positions_B), logits_QV.size(1))
+        return logits_BV.index_copy_(0, self._row_of_place, logits_QV.index_select(0, self._places))
 
     def _attention_mask(self, lm: PreTrainedModel) -> Tensor | None:
         if not self._is_packed:
             return (self._owners_RT != HIDDEN).long() if self._is_padded else None
-        owners_R1T = self._owners_RT.unsqueeze(1)
+        return self._mask_by_owner(self._owners_RT, lm.dtype)
+
+    def _mask_by_owner(self, owners_RT: Tensor, dtype: torch.dtype) -> Tensor:
+        """An additive mask: each place sees the prompt and the tokens of its own row; shape (R, 1, n, T)."""
+        owners_R1T = owners_RT.unsqueeze(1)
         sees_RnT = (owners_R1T == PROMPT) | (owners_R1T == self._rows_Rn.unsqueeze(2))
-        mask_RnT = torch.zeros_like(sees_RnT, dtype=lm.dtype).masked_fill(~sees_RnT, torch.finfo(lm.dtype).min)
+        mask_RnT = torch.zeros_like(sees_RnT, dtype=dtype).masked_fill(~sees_RnT, torch.finfo(dtype).min)
         return mask_RnT.unsqueeze(1)
 
     def extract_row(self, row: int) -> DynamicCache:
-        """A cache of one active row, without padding: the states of its prompt and of the tokens fed so far."""
+        """A cache of one row, without padding: the states of its prompt and of the tokens fed so far."""
         slot = next(i for i, rows in enumerate(self._slots) if row in rows)
         owners_T = self._owners_RT[slot]
-        return _without_spare_capacity(extract_cache_row(self._cache, slot, (owners_T == PROMPT) | (owners_T == row)))
+        extracted = extract_cache_row(self._cache, slot, (owners_T == PROMPT) | (owners_T == row))
+        for layer in extracted.layers:
+            if isinstance(layer, BufferedLayer):
+                layer.__class__ = DynamicLayer
+                del layer.buffers
+        return extracted
 
     def drop_finished(self, is_active: Sequence[bool]) -> None:
         """Remove inactive rows, and slots that no longer hold a row."""
         slots = [[row for row in slot if is_active[row]] for slot in self._slots]
-        if slots == self._slots:
-            return
+        if slots != self._slots:
+            self._keep(slots)
+
+    def _keep(self, slots: list[list[int]]) -> None:
+        """Keep these rows in the present slots; slots at the end move into those without a row."""
         kept = [i for i, slot in enumerate(slots) if slot]
         if len(kept) < len(slots):
-            index = torch.tensor(kept, device=self._device)
-            self._cache = _keep_slots(self._cache, kept, index)
+            order = _fill_gaps(kept)
+            index = torch.tensor(order, device=self._device)
+            self._cache = _keep_slots(self._cache, order, index)
             self._owners_RT = self._owners_RT[index]
             self._is_padded = bool((self._owners_RT == HIDDEN).any())
-        self._set_slots([slots[i] for i in kept])
+            slots = [slots[i] for i in order]
+        self._set_slots(slots)
+
+
+def _fill_gaps(kept: list[int]) -> list[int]:
+    """The slots to keep (ascending) in an order that leaves most of them in place: [0, 2, 3] -> [0, 3, 2]."""
+    order = list(range(len(kept)))
+    staying = set(kept) & set(order)
+    movers = iter(kept[len(staying) :])
+    return [slot if slot in staying else next(movers) for slot in order]
 
 
 def can_share_slot(lm: PreTrainedModel, cache: DynamicCache) -> bool:
@@ -137,16 +179,19 @@ def can_share_slot(lm: PreTrainedModel, cache: DynamicCache) -> bool:
     )
 
 
-class _LayerWithSpareCapacity(DynamicLayer):
-    """Keeps keys and values in a buffer with room to grow: a new token is written in place, whereas `DynamicLayer`
-    copies all tokens."""
+class BufferedLayer(DynamicLayer):
+    """Keeps keys and values in buffers that are longer than the cached tokens."""
 
     keys: Tensor
     values: Tensor
     buffers: tuple[Tensor, Tensor] | None
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Keep these slots only, in ascending order. They move forward in the buffers: no second copy is made."""
+        """Keep these slots only. They are moved one after the other within the buffers: no second copy is made.
+
+        Args:
+            slots: no slot may come after its new place, unless it is kept there.
+        """
         assert self.buffers is not None
         tokens = self.keys.shape[-2]
         for buffer in self.buffers:
@@ -155,48 +200,40 @@ class _LayerWithSpareCapacity(DynamicLayer):
                     buffer[place, :, :tokens] = buffer[slot, :, :tokens]
         keys, values = (buffer[: len(slots)] for buffer in self.buffers)
         self.buffers = keys, values
-        self.keys, self.values = keys[..., :tokens, :], values[..., :tokens, :]
+        self.show(tokens)
+
+    def show(self, tokens: int) -> None:
+        """Set keys and values to the first tokens of the buffers."""
+        assert self.buffers is not None
+        self.keys, self.values = (buffer[..., :tokens, :] for buffer in self.buffers)
+
+
+class _GrowingLayer(BufferedLayer):
+    """A new token is written in place, whereas `DynamicLayer` copies all tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None or end > self.buffers[0].shape[-2]:
             capacity = end + max(64, end // 8)
-            self.buffers = _reallocate(self.keys, capacity), _reallocate(self.values, capacity)
+            self.buffers = reallocate(self.keys, capacity), reallocate(self.values, capacity)
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., start:end, :] = new
-        self.keys, self.values = self.buffers[0][..., :end, :], self.buffers[1][..., :end, :]
+        self.show(end)
         return self.keys, self.values
 
 
 def _keep_slots(cache: DynamicCache, slots: Sequence[int], index: Tensor) -> DynamicCache:
-    """The cache with these slots only; `index` is the same as `slots`. Layers that grow in place shrink in place."""
+    """The cache with these slots only; `index` is the same as `slots`. Layers with buffers keep them in place."""
     kept = set()
     for layer in cache.layers:
-        if type(layer) is _LayerWithSpareCapacity and layer.buffers is not None:
+        if isinstance(layer, BufferedLayer) and layer.buffers is not None:
             layer.keep(slots)
             kept |= {id(layer.keys), id(layer.values)}
     return with_states(cache, [state if id(state) in kept else state[index] for state in cache_states(cache)])
 
 
-def _reallocate(states: Tensor, capacity: int) -> Tensor:
-    buffer = states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
+def reallocate(states: Tensor, capacity: int) -> Tensor:
+    """A buffer for `capacity` tokens that begins with these states; the rest is zero."""
+    buffer = states.new_zeros(*states.shape[:-2], capacity, states.shape[-1])
     buffer[..., : states.shape[-2], :] = states
     return buffer
-
-
-def _with_spare_capacity(cache: DynamicCache) -> DynamicCache:
-    """The same cache; its layers that hold the keys and values of all tokens grow in place from here on."""
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            layer.__class__ = _LayerWithSpareCapacity
-            layer.buffers = None
-    return cache
-
-
-def _without_spare_capacity(cache: DynamicCache) -> DynamicCache:
-    """The same cache, with transformers' own layers again."""
-    for layer in cache.layers:
-        if type(layer) is _LayerWithSpareCapacity:
-            layer.__class__ = DynamicLayer
-            del layer.buffers
-    return cache

@@ -9,7 +9,7 @@ import copy
 import functools
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from transformers.generation import GenerationMode
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
+from grpo_ext.engine.autocast import same_autocast_without_cache
 from grpo_ext.engine.batch import Scores, ScoringBatch
 from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.lm_head import TiledHead
@@ -69,15 +70,10 @@ def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) ->
 
 def _recompute_context(lm: PreTrainedModel) -> Any:
     """A factory of contexts in which the backward sees the model as the current forward does."""
-    device_type = lm.device.type
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    autocast = same_autocast_without_cache(lm.device.type)
 
     @contextmanager
     def context() -> Iterator[None]:
-        # Autocast's cache is off: the next chunk would reuse a cast whose graph is already freed.
-        autocast: AbstractContextManager[Any] = torch.autocast(
-            device_type, dtype=dtype, enabled=enabled, cache_enabled=False
-        )
         with autocast, disable_gradient_checkpointing(lm):
             yield
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from grpo_ext.engine.batch import ScoringBatch, Siblings
+from grpo_ext.engine.captured_decode import FixedDecodeBatch
 from grpo_ext.engine.decode import GroupSampler, PrefilledPrompts, prefill_prompts, start_decoding
 from grpo_ext.engine.decode_cache import DecodeBatch
 from grpo_ext.engine.lm_head import TiledHead
@@ -119,11 +120,11 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
         # Decoding reads the values of its bookkeeping, on the device of the logits: it must not be the meta device.
         on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
-        decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion)
+        run_step = (lambda _, step: step()) if kernels.device_type == "cuda" else None
+        decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, captured=run_step)
         del states, on_cpu
         _fill_cache(decode_batch, shape.completion - 1)
-        _, logits = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
-        logits_BV = torch.zeros_like(logits)
+        logits_BV = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
         sampler._sample_tokens(torch.zeros(shape.rows, 1, dtype=torch.long), logits_BV, tempered, True)
         cache_bytes = sum(_bytes(layer) for layer in decode_batch._cache.layers)
@@ -133,6 +134,9 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
 def _fill_cache(decode_batch: DecodeBatch, tokens: int) -> None:
     """Grow the KV cache as if every row had decoded `tokens` tokens."""
     width = max(map(len, decode_batch._slots))
+    if isinstance(decode_batch, FixedDecodeBatch):
+        decode_batch._tokens += tokens * width
+        return
     left = tokens * width
     while left > 0:
         new = min(left, max(width, MIN_GROWTH, decode_batch._cache.get_seq_length() // GROWTH_DIVISOR))

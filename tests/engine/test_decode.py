@@ -76,12 +76,7 @@ def test_greedy_decoding_of_ragged_prompts(architecture):
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 33, 7)])
 def test_any_number_of_siblings_per_slot(llama, monkeypatch, width, lengths):
     """Full and partly filled slots, and rows that leave them one by one."""
-    start_decoding = decode.start_decoding
-    monkeypatch.setattr(
-        decode,
-        "start_decoding",
-        lambda *args, max_new_tokens: start_decoding(*args, max_new_tokens=min(lengths) // width),
-    )
+    monkeypatch.setattr(decode, "siblings_per_slot", lambda *_: width)
     ids, mask = prompts_of(*lengths)
     stock, ours, _ = both(llama.float(), ids, mask, max_new_tokens=64)
     llama.double()
@@ -157,12 +152,12 @@ def test_finished_rows_leave_without_a_copy_of_the_cache(llama):
     with MemoryCounter() as counter:
         batch.drop_finished([row not in (0, 5) for row in range(8)])
     assert counter.peak < held / 20
-    kept, logits = batch.step(llama, tokens)
-    assert kept.tolist() == [1, 2, 3, 4, 6, 7]
-    alone = DecodeBatch(prefilled.caches, rows[6:7], [[0]], lengths)
+    logits = batch.step(llama, tokens)
+    assert batch.rows == [6, 1, 2, 3, 4, 7]
+    alone = DecodeBatch(prefilled.caches, rows[6:7], [[0]], lengths[6:7])
     for _ in range(3):
-        _, expected = alone.step(llama, tokens[6:7])
-    torch.testing.assert_close(logits[4:5], expected, rtol=0, atol=1e-5)
+        expected = alone.step(llama, tokens[6:7])
+    torch.testing.assert_close(logits[6:7], expected, rtol=0, atol=1e-5)
 
 
 def test_logits_that_are_not_finite_are_reported(tokenizer):

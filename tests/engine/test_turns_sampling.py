@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from grpo_ext.engine import captured_decode
 from grpo_ext.engine.batch import strip_padding
 from grpo_ext.engine.decode import GroupSampler
 from tests.tools.architectures import EOS, random_model
-from tests.tools.lanes import slow_but
+from tests.tools.replay import record
 from tests.tools.scoring import prompts_of
 
 TEMPERATURE, MAX_TURN_TOKENS = 0.8, 12
@@ -86,19 +87,27 @@ def slow_turns(model):
     ],
 )
 @pytest.mark.parametrize(
-    "architecture",
-    slow_but(["llama", "mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1"], ["llama"]),
+    ("architecture", "capture"),
+    [
+        ("llama", None),
+        pytest.param("llama", record, id="llama, captured"),
+        *[
+            pytest.param(name, None, marks=pytest.mark.slow)
+            for name in ("mistral", "gemma3", "gemma2", "lfm2", "qwen3_5_text", "falcon_h1")
+        ],
+    ],
 )
 @torch.no_grad()
-def test_kept_caches_equal_recomputed_histories(architecture, lengths):
+def test_kept_caches_equal_recomputed_histories(monkeypatch, architecture, lengths, capture):
     """Tokens and log-probs of three turns. Rows end at different times, turns and observations have different lengths,
     and with long prompts siblings share slots in the first turn. A window of 40 tokens, a convolution or a recurrent
     state that is lost or padded between turns would change the results."""
+    monkeypatch.setattr(captured_decode, "BUCKET_STEPS", 4)
     model = random_model(architecture, "eager" if architecture == "gemma2" else "sdpa")
     prompts = strip_padding(*prompts_of(*lengths, siblings=3))
     torch.manual_seed(0)
     slow, _ = play(slow_turns(model), prompts)
-    sampler = GroupSampler(TEMPERATURE)
+    sampler = GroupSampler(TEMPERATURE, capture=capture)
     torch.manual_seed(0)
     with sampler.keep_row_caches():
         ours, _ = play(shared_turns(model, sampler), prompts)
