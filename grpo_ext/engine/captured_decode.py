@@ -136,7 +136,7 @@ class FixedDecodeBatch(DecodeBatch):
         for layer in self._cache.layers:
             layer.cursor_n = self._cursor_n
 
-    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> Tensor:
+    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         width = self._rows_Rn.size(1)
         self._show(self._tokens + width)
         self._fed_B.copy_(tokens_B)
@@ -151,7 +151,7 @@ class FixedDecodeBatch(DecodeBatch):
         self._tokens += width
         self._cursor_n += width
         self._positions_B += 1
-        return self._by_row(logits_QV)
+        return self._used(logits_QV)
 
     def _show(self, tokens: int) -> None:
         """Let attention see this many tokens, rounded up to a whole bucket; those without an owner are masked."""

@@ -7,7 +7,7 @@ the tokens that transformers' loop would sample from the same random state, and 
     sequences_BT = lm.generate(input_ids, attention_mask=mask, custom_generate=sampler)
     sampler.completions.logps  # one list of floats per row
 
-Legend: B rows, S prompt tokens, C completion tokens, T tokens so far, V vocabulary.
+Legend: B rows, R rows that are still decoded, S prompt tokens, C completion tokens, T tokens so far, V vocabulary.
 """
 
 from collections import deque
@@ -26,12 +26,12 @@ from transformers import (
     MaxTimeCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
 )
 
 from grpo_ext.engine.batch import strip_padding
 from grpo_ext.engine.captured_decode import CapturedSteps, FixedDecodeBatch, Step, StepRunner, capture_cuda_graph
 from grpo_ext.engine.decode_cache import DecodeBatch, can_share_slot
+from grpo_ext.engine.draw import draw
 from grpo_ext.engine.prefill import PrefilledPrompts, Prompt, prefill_prompts
 
 # Tokens between two looks at which rows have ended: on a GPU, each look waits for the device.
@@ -123,7 +123,7 @@ class GroupSampler:
             prefilled = prefill_prompts(model, prompts, device, self._kept_rows, **options)
         self._kept_prompts = prefilled if self._keeps_prompts else None
         self._kept_rows = {}
-        logits_BV = prefilled.logits_PV[[prefilled.row_of[prompt] for prompt in prompts]]
+        logits_RV, rows_R = prefilled.logits_PV[[prefilled.row_of[prompt] for prompt in prompts]], None
         limits = [stopping_criteria.max_length - input_ids.size(1)] * len(prompts)
         if self.max_new_tokens_per_row is not None:
             limits = [min(limits[0], limit) for limit in self.max_new_tokens_per_row]
@@ -135,15 +135,14 @@ class GroupSampler:
         prompt_tokens = input_ids.size(1)
         # If caches are kept, then as they are when their rows end.
         look_every = 1 if device.type == "cpu" or self._keeps_rows else LOOK_EVERY
+        how = {"temperature": self.temperature, "do_sample": generation_config.do_sample}
         random_states = _RandomStates(device, look_every)
         endings = _Endings(limits, device)
         logps: list[Tensor] = []
         finished_caches: dict[int, DynamicCache] = {}
         with model._optimize_model_for_decode(), self._captured or nullcontext():
             while True:
-                tokens_B, logps_B = self._sample_tokens(
-                    input_ids, logits_BV, logits_processor, generation_config.do_sample
-                )
+                tokens_B, logps_B = draw(logits_RV, rows_R, input_ids, logits_processor, **how)
                 logps.append(logps_B)
                 random_states.record()
                 tokens_B = tokens_B.where(endings.is_active_B, generation_config._pad_token_tensor)
@@ -157,7 +156,7 @@ class GroupSampler:
                     if not any(is_active):
                         break
                     batch.drop_finished(is_active)
-                logits_BV = batch.step(model, tokens_B, **options)
+                logits_RV, rows_R = batch.step(model, tokens_B, **options)
         logps_BC = torch.stack(logps, dim=1)
         if not logps_BC.isfinite().all():
             raise RuntimeError(
@@ -173,36 +172,6 @@ class GroupSampler:
             tokens=tokens, logps=_truncate(logps_BC, lengths), is_cut=endings.is_cut_B.tolist()
         )
         return input_ids[:, : prompt_tokens + max(lengths)]
-
-    def _sample_tokens(
-        self, input_ids: Tensor, logits_BV: Tensor, logits_processor: LogitsProcessorList, do_sample: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The next token of every row and its log-prob, shapes (B,).
-
-        Rows that have left are included, with zeros for logits: processors that keep state per row need them, and the
-        random state advances as in transformers' loop.
-        """
-        only_scales = do_sample and self._only_scales(logits_processor)
-        # Other processors may write into their input, which is still needed.
-        scores_BV = logits_processor(input_ids, logits_BV.to(torch.float32, copy=not only_scales))
-        if do_sample:
-            probs_BV = scores_BV.softmax(dim=-1)
-            # `torch.multinomial` draws the same from the same random state, but first checks its input in three passes.
-            noise_BV = torch.empty_like(probs_BV).exponential_()
-            tokens_B = torch.div(probs_BV, noise_BV, out=noise_BV).argmax(dim=-1)
-        else:
-            tokens_B = scores_BV.argmax(dim=-1)
-        if only_scales:
-            return tokens_B, probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).log()
-        tempered_BV = logits_BV.float() / self.temperature
-        return tokens_B, tempered_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - tempered_BV.logsumexp(dim=-1)
-
-    def _only_scales(self, logits_processor: LogitsProcessorList) -> bool:
-        """Whether tokens are sampled from the distribution whose log-probs are reported."""
-        if len(logits_processor) != 1:
-            return not logits_processor and self.temperature == 1.0
-        processor = logits_processor[0]
-        return type(processor) is TemperatureLogitsWarper and processor.temperature == self.temperature
 
 
 class _Endings:

@@ -67,28 +67,29 @@ class DecodeBatch:
         self._owners_Rn = self._rows_Rn.where(self._rows_Rn >= 0, HIDDEN)
         # The rows, and their places in a flat (R, n): known here, so that no step waits for the device.
         places = [i * width + j for i, slot in enumerate(slots) for j in range(len(slot))]
-        self._is_whole = self.rows == list(range(len(self._positions_B))) and len(places) == len(slots) * width
-        self._places = torch.tensor(places, device=self._device)
-        self._row_of_place = torch.tensor(self.rows, device=self._device)
+        is_whole = self.rows == list(range(len(self._positions_B)))
+        self._places = None if len(places) == len(slots) * width else torch.tensor(places, device=self._device)
+        self._row_of_place = None if is_whole else torch.tensor(self.rows, device=self._device)
 
     @property
     def rows(self) -> list[int]:
         """The rows that are in a slot."""
         return [row for slot in self._slots for row in slot]
 
-    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> Tensor:
+    def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Run the model on one token per row.
 
         Args:
             options: further keyword arguments for the model's forward.
 
         Returns:
-            Logits for the next token, shape (B, V); zeros for rows that have left.
+            Logits for the next token of the rows that are in a slot, shape (rows, V), and which rows these are; None if
+            they are all rows, in order.
         """
         self._owners_RT = torch.cat([self._owners_RT, self._owners_Rn], dim=1)
         logits_QV = self._forward(lm, tokens_B, self._attention_mask(lm), **options)
         self._positions_B += 1
-        return self._by_row(logits_QV)
+        return self._used(logits_QV)
 
     def _forward(self, lm: PreTrainedModel, tokens_B: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
         """Logits of all places, shape (Q, V)."""
@@ -108,11 +109,10 @@ class DecodeBatch:
         logits_QV: Tensor = output.logits.flatten(0, 1)
         return logits_QV
 
-    def _by_row(self, logits_QV: Tensor) -> Tensor:
-        if self._is_whole:
-            return logits_QV
-        logits_BV = logits_QV.new_zeros(len(self._positions_B), logits_QV.size(1))
-        return logits_BV.index_copy_(0, self._row_of_place, logits_QV.index_select(0, self._places))
+    def _used(self, logits_QV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits of the places that hold a row, and the rows that they hold."""
+        logits = logits_QV if self._places is None else logits_QV.index_select(0, self._places)
+        return logits, self._row_of_place
 
     def _attention_mask(self, lm: PreTrainedModel) -> Tensor | None:
         if not self._is_packed:

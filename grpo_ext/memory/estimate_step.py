@@ -22,8 +22,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from grpo_ext.engine.batch import ScoringBatch, Siblings
 from grpo_ext.engine.captured_decode import FixedDecodeBatch
-from grpo_ext.engine.decode import GroupSampler, PrefilledPrompts, prefill_prompts, start_decoding
+from grpo_ext.engine.decode import PrefilledPrompts, prefill_prompts, start_decoding
 from grpo_ext.engine.decode_cache import DecodeBatch
+from grpo_ext.engine.draw import draw
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.prefill import prefill
 from grpo_ext.engine.score import score
@@ -114,7 +115,6 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
     lm = base_of(model)
     prompts = [(row // shape.rows_per_prompt, *[0] * (shape.prompt - 1)) for row in range(shape.rows)]
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
-    sampler = GroupSampler(temperature=1.0)
     with torch.no_grad(), MemoryCounter() as counter, kernels.emulated():
         states = prefill_prompts(lm, prompts, META, {}, **options)
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
@@ -124,9 +124,10 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, captured=run_step)
         del states, on_cpu
         _fill_cache(decode_batch, shape.completion - 1)
-        logits_BV = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
+        logits_BV, _ = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
-        sampler._sample_tokens(torch.zeros(shape.rows, 1, dtype=torch.long), logits_BV, tempered, True)
+        ids = torch.zeros(shape.rows, 1, dtype=torch.long)
+        draw(logits_BV, None, ids, tempered, temperature=0.5, do_sample=True)
         cache_bytes = sum(_bytes(layer) for layer in decode_batch._cache.layers)
     return PhaseMemory(cache=cache_bytes, without_head=counter.peak)
 
