@@ -127,7 +127,8 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         logits_BV, _ = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
         ids = torch.zeros(shape.rows, 1, dtype=torch.long)
-        draw(logits_BV, None, ids, tempered, temperature=0.5, do_sample=True)
+        rows_B = torch.arange(shape.rows)  # as soon as a row has left, its noise is separated from that of the others
+        draw(logits_BV, rows_B, ids, tempered, temperature=0.5, do_sample=True)
         cache_bytes = sum(_bytes(layer) for layer in decode_batch._cache.layers)
     return PhaseMemory(cache=cache_bytes, without_head=counter.peak)
 
