@@ -115,7 +115,7 @@ def shared_sampling(
 
 def stop_strings_of(*configs: GenerationConfig) -> list[str]:
     """The stop strings of the first of these settings of `generate` that has any."""
-    found = next((config.stop_strings for config in configs if config.stop_strings), [])
+    found: str | list[str] = next((config.stop_strings for config in configs if config.stop_strings), [])
     return [found] if isinstance(found, str) else list(found)
 
 
