@@ -12,7 +12,12 @@ from grpo_ext import refusals
 from grpo_ext.checkpoints.state import Stateful
 from grpo_ext.checks.watch import Watch
 from grpo_ext.console.phase_timer import PhaseTimer
-from grpo_ext.engine.install import install_shared_scoring, why_sampling_unsupported, why_scoring_unsupported
+from grpo_ext.engine.install import (
+    install_shared_scoring,
+    stop_strings_of,
+    why_sampling_unsupported,
+    why_scoring_unsupported,
+)
 from grpo_ext.engine.scorer import Scorer
 from grpo_ext.losses.dead_groups import SkippedRows
 from grpo_ext.losses.reference_kl import ReferenceKL
@@ -195,8 +200,7 @@ def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer, tokenizer: PreTrainedTok
     is_shared = False
     if trainer.samples_by_generate:
         configs = trainer.generation_config, base_of(trainer.model).generation_config
-        given: str | list[str] = next((config.stop_strings for config in configs if config.stop_strings), [])
-        stop_strings = [given] if isinstance(given, str) else list(given)
+        stop_strings = stop_strings_of(*configs)
         reason = why_sampling_unsupported(*configs)
         is_shared = scorer.shares_prompts and reason is None
         if scorer.shares_prompts and reason is not None:

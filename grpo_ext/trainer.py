@@ -63,7 +63,7 @@ from grpo_ext.losses.sequence_grpo import SequenceGRPO, policy_weights
 from grpo_ext.machine import peak_memory_mb
 from grpo_ext.model.adapters import copy_adapter_values, restore_adapter_in_float32
 from grpo_ext.model.lm_head_lora import hide_head_adapter
-from grpo_ext.model.load import frozen_dtype
+from grpo_ext.model.load import computes_in_float32, frozen_dtype
 from grpo_ext.model.reference import REFERENCE, ReferenceSetup, ReferenceSync, scores_reference, why_unmixable
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.parts import TrainerHooks, build_parts
@@ -114,7 +114,7 @@ class GRPOExtTrainer(GRPOTrainer):
       (`losses/dead_groups.py`); `temperature_schedule` (`rollout/temperature.py`).
     - `rollout_func=Dialogue(...)`: dialogues with text environments (`rollout/dialogue.py`).
     - Stop strings in `generation_kwargs` work (TRL raises), and completions that end with one do not count as cut off.
-    - Old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
+    - In float32, old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
     - Rewards that declare `scores_independently = True`, such as `math_answer_reward`, run in worker processes; others
       do on request (`rollout/reward_workers.py`). An error names the reward that raised it, and a call that takes long
       is reported (`rollout/reward_watch.py`).
@@ -716,9 +716,9 @@ class GRPOExtTrainer(GRPOTrainer):
     def _score_old(self, sampled: SampledRows, mask_BC: Tensor, score: Callable[..., RequestScores]) -> RequestScores:
         if sampled.logps is None or not self.parts.sampler.is_shared:
             return score()
-        scores, gap = self.parts.old_logprobs(
-            sampled, mask_BC, score, step=self.state.global_step, tolerance=self.epsilon_low / 10
-        )
+        is_float32 = self.accelerator.mixed_precision == "no" and computes_in_float32(self.model)
+        tolerance = self.epsilon_low / 10 if is_float32 else 0.0
+        scores, gap = self.parts.old_logprobs(sampled, mask_BC, score, step=self.state.global_step, tolerance=tolerance)
         self._record_metric("sampling/logp_gap", gap)
         return scores
 

@@ -21,7 +21,9 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.generation import GenerationMode
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -107,6 +109,12 @@ def shared_sampling(
             del lm.generate
 
 
+def stop_strings_of(*configs: GenerationConfig) -> list[str]:
+    """The stop strings of the first of these settings of `generate` that has any."""
+    found: str | list[str] = next((config.stop_strings for config in configs if config.stop_strings), [])
+    return [found] if isinstance(found, str) else list(found)
+
+
 def why_sampling_unsupported(*configs: GenerationConfig) -> str | None:
     """The reason why these settings of `generate` need transformers' own decoding loop, as text for a log; None if they
     do not."""
@@ -128,34 +136,47 @@ def why_sampling_unsupported(*configs: GenerationConfig) -> str | None:
 def why_scoring_unsupported(
     model: PreTrainedModel, args: GRPOConfig, *, is_multimodal: bool, is_sharded: bool
 ) -> str | None:
-    """The reason why prompts cannot be shared exactly, as text for a log; None if they can."""
+    """The reason why a trainer with these settings cannot share prompts exactly, as text for a log; None if it can."""
     lm = base_of(model)
     config = lm.config.get_text_config()
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    adapters = model.peft_config.values() if hasattr(model, "peft_config") else ()
-    if config.model_type in INEXACT_ARCHITECTURES:
-        return f"{config.model_type} gives different results if a prompt is split over two forwards"
     if is_multimodal:
         return "its inputs are multimodal"
-    if is_sharded:
-        return "its parameters are sharded, and the processes would run different numbers of forwards"
-    if lm.config.is_encoder_decoder:
-        return "it is an encoder-decoder"
     if args.cast_lm_head_to_fp32:
         return "cast_lm_head_to_fp32 is on"
-    if rope in LENGTH_DEPENDENT_ROPE:
-        return f"its rotary embedding is {rope!r}, which depends on the length of the sequence"
-    if any(adapter.is_prompt_learning for adapter in adapters):
-        return "its adapter uses prompt learning"
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
-        return "its adapter is an activated LoRA"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout is on"
     if getattr(config, "attention_dropout", 0.0):
         return "attention dropout is on"
     if getattr(config, "router_jitter_noise", 0.0):
         return "its routers add noise (router_jitter_noise)"
+    return why_sharing_unsupported(model, is_sharded=is_sharded)
+
+
+def why_sharing_unsupported(model: PreTrainedModel, *, is_sharded: bool) -> str | None:
+    """The reason why this model, in evaluation mode, cannot compute a prompt apart from its completions with the same
+    result, as text for a log; None if it can."""
+    lm = base_of(model)
+    config = lm.config.get_text_config()
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    adapters = model.peft_config.values() if hasattr(model, "peft_config") else ()
+    if config.model_type in INEXACT_ARCHITECTURES:
+        return f"{config.model_type} gives different results if a prompt is split over two forwards"
+    if is_sharded:
+        return "its parameters are sharded, and the processes would run different numbers of forwards"
+    if lm.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if rope in LENGTH_DEPENDENT_ROPE:
+        return f"its rotary embedding is {rope!r}, which depends on the length of the sequence"
+    if any(adapter.is_prompt_learning for adapter in adapters):
+        return "its adapter uses prompt learning"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        return "its adapter is an activated LoRA"
     return _why_cache_unforkable(lm)
+
+
+def has_sharded_parameters(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 has split the parameters of this model over processes."""
+    return is_deepspeed_zero3_enabled() or any(map(is_fsdp_managed_module, model.modules()))
 
 
 def _why_cache_unforkable(lm: PreTrainedModel) -> str | None:

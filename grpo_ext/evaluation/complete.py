@@ -14,13 +14,25 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 
 from grpo_ext.console.terminal import bar
+from grpo_ext.engine.decode import GroupSampler
+from grpo_ext.engine.install import (
+    has_sharded_parameters,
+    shared_sampling,
+    stop_strings_of,
+    why_sampling_unsupported,
+    why_sharing_unsupported,
+)
 from grpo_ext.evaluation.estimates import Estimate, pass_at_k
 from grpo_ext.model.chat import tokenize_prompt
+from grpo_ext.model.unwrap import base_of
+
+logger = get_logger(__name__)
 
 Problem = dict[str, Any]
 GeneratedText = str | list[dict[str, str]]
@@ -93,6 +105,28 @@ def plain_generation_config(
     )
 
 
+def why_prompts_unshared(model: PreTrainedModel, config: GenerationConfig) -> str | None:
+    """The reason why `generate` with this config needs transformers' own decoding loop; None if equal prompts can share
+    a prefill, as in training."""
+    reason = why_sampling_unsupported(config, base_of(model).generation_config)
+    return reason or why_sharing_unsupported(model, is_sharded=has_sharded_parameters(model))
+
+
+@contextmanager
+def _sharing_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+) -> Iterator[None]:
+    """A context in which `model.generate` prefills equal prompts of a call once; if it cannot, the log says why."""
+    reason = why_prompts_unshared(model, config)
+    if reason is not None:
+        logger.warning_once(f"Prompts are not shared in evaluation, so transformers' own loop is taken: {reason}.")
+        yield
+        return
+    lm = base_of(model)
+    with shared_sampling(lm, GroupSampler(config.temperature), stop_strings_of(lm.generation_config), tokenizer):
+        yield
+
+
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,9 +141,13 @@ def complete(
 ) -> list[GeneratedText]:
     """One completion per prompt, in order; several processes share the work.
 
+    A completion ends with an end-of-sequence token of the model or the tokenizer, or with a stop string of the model's
+    generation config. Equal prompts of a batch are prefilled once, so to sample several completions of a prompt, repeat
+    it in a row.
+
     Args:
         temperature: sampling temperature; 0 for greedy decoding.
-        batch_size: prompts decoded at the same time on each process.
+        batch_size: completions decoded at the same time on each process.
         seed: seed of the sampling; the caller's random state is restored.
         description: label of the progress bar; None for no bar.
         template_kwargs: additional arguments of the chat template.
@@ -122,16 +160,20 @@ def complete(
     config = plain_generation_config(model, tokenizer, max_new_tokens, temperature)
     # Every process gets the same number: with sharded parameters, all processes must run every batch together.
     even = [*prompts, *list(prompts[-1:]) * (-len(prompts) % state.num_processes)]
-    with state.split_between_processes(even) as mine, evaluation_mode(model, seed + state.process_index):
+    with (
+        state.split_between_processes(even) as mine,
+        evaluation_mode(model, seed + state.process_index),
+        _sharing_prompts(model, tokenizer, config),
+    ):
         ids = [tokenize_prompt(tokenizer, prompt, **(template_kwargs or {})) for prompt in mine]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths need less padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # less padding; repeats stay adjacent
         texts = [""] * len(ids)
         silent = description is None or not state.is_main_process
         for start in bar(range(0, len(ids), batch_size), description, disable=silent):
             rows = order[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
             inputs = inputs.to(model.device)
-            output = model.generate(**inputs, generation_config=config)
+            output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
             answers = tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
             for i, answer in zip(rows, answers, strict=True):
                 texts[i] = answer

@@ -14,8 +14,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo_ext.console.terminal import bar
 from grpo_ext.engine.decode import GroupSampler, SampledCompletions
-from grpo_ext.engine.install import shared_sampling
-from grpo_ext.evaluation.complete import Evaluation, Problem, build_evaluation, evaluation_mode, plain_generation_config
+from grpo_ext.engine.install import shared_sampling, stop_strings_of
+from grpo_ext.evaluation.complete import (
+    Evaluation,
+    Problem,
+    build_evaluation,
+    evaluation_mode,
+    plain_generation_config,
+    why_prompts_unshared,
+)
 from grpo_ext.model.unwrap import base_of
 from grpo_ext.rollout.chat_turns import TurnTokenizer
 from grpo_ext.rollout.dialogue import Dialogue, SampleTurns
@@ -47,8 +54,12 @@ def evaluate_dialogue(
         batch_size: episodes played at the same time on each process.
         seed: seed of the sampling; the caller's random state is restored.
         description: label of the progress bar; None for no bar.
-        stop_strings: strings that end a turn of the model, in addition to the end-of-sequence token.
+        stop_strings: strings that end a turn of the model, in addition to the end-of-sequence token; if empty, those of
+            the model's generation config.
         template_kwargs: additional arguments of the chat template.
+
+    Raises:
+        ValueError: the model cannot continue from the KV cache of a turn.
     """
     state = PartialState()
 
@@ -81,7 +92,14 @@ def evaluate_dialogue(
 def _sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, stop_strings: list[str]
 ) -> Iterator[SampleTurns]:
+    reason = why_prompts_unshared(model, config)
+    if reason is not None:
+        raise ValueError(
+            f"Dialogue continues each turn from the KV cache of the turn before, which this model or its settings do "
+            f"not allow: {reason}. Evaluate another model, or change that setting."
+        )
     lm, sampler = base_of(model), GroupSampler(config.temperature)
+    stop_strings = stop_strings or stop_strings_of(lm.generation_config)
 
     def draw(histories: list[list[int]], limits: list[int]) -> SampledCompletions:
         sampler.max_new_tokens_per_row = limits

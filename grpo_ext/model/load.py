@@ -53,6 +53,17 @@ def frozen_dtype(args: GRPOConfig) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
+def computes_in_float32(model: nn.Module) -> bool:
+    """Whether every layer computes in float32 or float64 if there is no autocast. A 4-bit layer does if its
+    `bnb_4bit_compute_dtype` is float32; other quantised layers compute in 16 bits."""
+    dtypes = {
+        module.compute_dtype if isinstance(module, Linear4bit) else parameter.dtype
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    }
+    return dtypes <= {torch.float32, torch.float64}
+
+
 def model_init_kwargs(model_args: PolicyConfig, args: GRPOConfig) -> dict[str, object]:
     """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`.
 

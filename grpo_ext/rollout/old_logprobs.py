@@ -1,8 +1,14 @@
-"""Old log-probs without a scoring pass: those of the sampler are used as long as they agree with scoring.
+"""Old log-probs without a scoring pass: in float32, those of the sampler are used as long as they agree with scoring.
 
 TRL scores the completions of a rollout once more if it serves several optimizer steps (`num_iterations > 1`, or
 gradient accumulation that is not aligned with the rollout). Here, the first rollout is scored completely, and later
 ones in one row per process. If that row disagrees, the whole rollout is scored.
+
+In 16 bits, every rollout is scored, because sampler and scorer round differently. In bfloat16 on a CPU (the embedded
+model, and a random llama of 6 layers and hidden size 256), their log-probs differ by 0.008 to 0.017 nats per token
+(standard deviation), and by 0.12 to 0.24 nats on average per completion of 256 tokens; in float32, by 0.0002 at most.
+The ratio of a policy that has not changed yet would be off by a factor of exp(0.12) to exp(0.24), which is the size of
+the clipping range: a tolerance that holds in 16 bits changes the objective.
 
 Legend: B rows, C completion tokens.
 """
@@ -44,7 +50,7 @@ class OldLogprobs:
             mask_BC: 1 on completion tokens.
             score: scores a slice of the rows under the current policy.
             step: selects the row to score.
-            tolerance: largest difference that counts as agreement, in nats per completion.
+            tolerance: differences below it count as agreement, in nats per completion; 0 to score every rollout.
 
         Returns:
             Scores with log-probs only, and the difference in nats per completion.

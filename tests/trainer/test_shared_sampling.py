@@ -6,10 +6,12 @@ import logging
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import BitsAndBytesConfig
 from trl import GRPOTrainer
 
 from grpo_ext.engine.decode import GroupSampler
-from tests.tools.models import random_lora
+from tests.tools.models import NF4, random_lora
+from tests.tools.paths import TINY_MODEL
 from tests.tools.training import adapter_of
 
 STOP = {"generation_kwargs": {"stop_strings": ["1", "2"]}}
@@ -19,34 +21,37 @@ def metric(trainer, name):
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
-def rows_scored(trainer):
-    """The number of rows in each no-grad scoring pass, except reference passes; filled during training."""
-    counts = []
+def scored_without_gradients(trainer):
+    """The log-probs of each no-grad scoring pass, except reference passes; filled during training."""
+    passes = []
     lm = trainer.model.get_base_model()
-    score = lm.forward
+    forward = lm.forward
 
-    def counted(*args, scoring_batch=None, **kwargs):
+    def recorded(*args, scoring_batch=None, **kwargs):
+        if scoring_batch is None:
+            return forward(*args, **kwargs)
+        scores = forward(*args, scoring_batch=scoring_batch, **kwargs)
         layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
         adapters_on = not any(layer.disable_adapters for layer in layers)
-        if scoring_batch is not None and adapters_on and not torch.is_grad_enabled():
-            counts.append(len(scoring_batch.completion_ids_BC))
-        return score(*args, scoring_batch=scoring_batch, **kwargs) if scoring_batch else score(*args, **kwargs)
+        if adapters_on and not torch.is_grad_enabled():
+            passes.append(scores.logps_BC)
+        return scores
 
-    lm.forward = counted
-    return counts
+    lm.forward = recorded
+    return passes
+
+
+TWO_UPDATES = {"num_iterations": 2, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5, "beta": 0.1}
 
 
 def run(build, model, **settings):
-    trainer = build(
-        copy.deepcopy(model),
-        peft_config=random_lora(),
-        **{"num_iterations": 2, "max_steps": 6, "optim": "sgd", "learning_rate": 0.5, "beta": 0.1} | settings,
-    )
+    """A trainer after training, and the number of rows in each pass for old log-probs."""
+    trainer = build(copy.deepcopy(model), peft_config=random_lora(), **TWO_UPDATES | settings)
     start = adapter_of(trainer)
-    counts = rows_scored(trainer) if getattr(trainer, "shares_prompts", False) else []
+    passes = scored_without_gradients(trainer) if getattr(trainer, "shares_prompts", False) else []
     trainer.train()
     assert all(not torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
-    return trainer, counts
+    return trainer, [len(logps_BC) for logps_BC in passes]
 
 
 def same_adapters(one, other):
@@ -63,6 +68,33 @@ def test_old_log_probs_are_the_samplers(build, small_model):
     assert len(gaps) == 3
     assert 0 < max(gaps) < 1e-4
     same_adapters(ours, plain)
+
+
+NF4_IN_16_BITS = BitsAndBytesConfig(**NF4.to_dict() | {"bnb_4bit_compute_dtype": torch.bfloat16})
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"bf16": True}, [8, 8, 8]),
+        ({"quantization_config": NF4_IN_16_BITS}, [8, 8, 8]),
+        ({"quantization_config": NF4}, [8, 1, 1]),
+    ],
+    ids=["autocast", "NF4 in bfloat16", "NF4 in float32"],
+)
+def test_in_16_bits_old_log_probs_are_the_scorers(build, settings, rows):
+    """However large epsilon is, and with it the gap that counts as agreement in float32: the sampler's log-probs would
+    be off by the rounding of 16 bits in every token."""
+    trainer = build(str(TINY_MODEL), peft_config=random_lora(), epsilon=8.0, **TWO_UPDATES | settings)
+    passes, outputs = scored_without_gradients(trainer), []
+    roll_out = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(roll_out(inputs)) or outputs[-1]
+    trainer.train()
+    assert [len(logps_BC) for logps_BC in passes] == rows
+    assert len(metric(trainer, "sampling/logp_gap")) == 3
+    for output, logps_BC in zip(outputs, passes, strict=True):
+        is_scored = torch.equal(output["old_per_token_logps"], logps_BC)
+        assert is_scored == (len(logps_BC) == 8)
 
 
 def test_a_sampler_that_disagrees_is_not_trusted(build, small_model, monkeypatch):
