@@ -204,7 +204,7 @@ def _sampler(trainer: "GRPOExtTrainer", scorer: Scorer, tokenizer: PreTrainedTok
         reason = why_sampling_unsupported(*configs)
         is_shared = scorer.shares_prompts and reason is None
         if scorer.shares_prompts and reason is not None:
-            logger.warning(f"Prompts are not shared in sampling, so transformers' own loop is taken: {reason}.")
+            logger.warning(f"Prompts are not shared in sampling, so transformers' own loop is used: {reason}.")
         refusals.refuse_stop_strings(stop_strings, samples_shared=is_shared, tools=bool(trainer.tools))
     return CompletionSampler(
         is_shared=is_shared,

@@ -78,7 +78,7 @@ def test_what_needs_the_loop_of_transformers(tiny_model, tokenizer, caplog, monk
     with caplog.at_level(logging.WARNING):
         assert complete(tiny_model, tokenizer, SAMPLES, max_new_tokens=40, temperature=0.8) == expected
         complete(tiny_model, tokenizer, PROMPTS, max_new_tokens=4)
-    assert caplog.text.count("transformers' own loop is taken: its cache is a OtherCache") == 1
+    assert caplog.text.count("transformers' own loop is used: its cache is a OtherCache") == 1
     rows, settings = [{"prompt": GuessNumber.rules, "answer": "7"}], {"max_new_tokens": 8, "temperature": 0.8}
     with pytest.raises(ValueError, match=r"the turn before.*its cache is a OtherCache"):
         evaluate_dialogue(tiny_model, tokenizer, rows, Dialogue(GuessNumber), **settings)

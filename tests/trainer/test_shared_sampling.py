@@ -187,7 +187,7 @@ def test_what_needs_the_sampling_loop_of_transformers(build, small_model, caplog
     beams = {"num_beams": 2}
     with caplog.at_level(logging.WARNING):
         trainer = build(copy.deepcopy(small_model), peft_config=random_lora(), generation_kwargs=beams, max_steps=1)
-    assert caplog.text.count("transformers' own loop is taken: the generation mode is beam_sample") == 1
+    assert caplog.text.count("transformers' own loop is used: the generation mode is beam_sample") == 1
     assert not trainer.parts.sampler.is_shared
     trainer.train()
     with pytest.raises(ValueError, match="stop_strings"):
