@@ -41,6 +41,7 @@ from grpo_ext.recipe import (
     prepare_process,
     train_and_report,
 )
+from grpo_ext.engine.install import stop_strings_of
 from grpo_ext.evaluation.dialogue import evaluate_dialogue
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from grpo_ext.rollout.example_envs import Calculator, GuessNumber
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
         environment, problems = Calculator, build_problems(script_args, args, tokenizer)
     dialogue = Dialogue(environment, max_turns=script_args.max_turns, max_turn_tokens=script_args.max_turn_tokens)
     trainer = build_trainer(dialogue_reward, problems, tokenizer, args, model_args, rollout_func=dialogue)
-    evaluate = partial(evaluate_dialogue, stop_strings=(args.generation_kwargs or {}).get("stop_strings", []))
+    evaluate = partial(evaluate_dialogue, stop_strings=stop_strings_of(trainer.generation_config))
     train_and_report(
         trainer, problems, dialogue, recipe="dialogue", eval_samples=script_args.eval_samples, evaluate=evaluate
     )
