@@ -1,4 +1,9 @@
-"""`recipes/math.py` as users run it: every way of launching it, the files that it writes, and that it learns."""
+"""`recipes/math.py` as users run it: every way of launching it, the files that it writes, and that it learns.
+
+If Python's own `math` is a shared object, a script named math.py in the first folder of sys.path would become `math`
+for every other module, and `import random` would fail. So it is started by `python` and `accelerate launch` in its own
+folder, by `torchrun` from the root, and in `cli/test_wheel.py` as a module from elsewhere.
+"""
 
 import json
 import random
@@ -9,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 from trl import get_peft_config
 
 import grpo_ext.recipes.math as recipe
@@ -19,7 +25,7 @@ from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.model.load import load_tokenizer, model_init_kwargs
 from grpo_ext.rewards import math_answer_reward
 from tests.tools.metrics import comparable
-from tests.tools.paths import ROOT, TINY_MODEL
+from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
 from tests.tools.processes import BIN, LAUNCH, launch
 
 TWO_STEPS = (
@@ -34,23 +40,6 @@ SUMMARY_FIELDS = (
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("folder", "command"),
-    [
-        ("recipes", [*LAUNCH, "math.py"]),
-        ("recipes", [*LAUNCH, "-m", "grpo_ext.recipes.math"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(Path(part).name for part in value),
-)
-def test_every_way_of_launching_it(tmp_path, folder, command):
-    """If Python's own `math` is a shared object, a script named math.py in the first folder of sys.path would become
-    `math` for every other module, and `import random` would fail. The tests below launch it from the root and start it
-    with `python` from its folder, those of the wheel launch its module from elsewhere."""
-    code, output = launch([*command, "--dry_run", "--output_dir", str(tmp_path)], cwd=ROOT / folder)
-    assert code == 0, output
-    assert "dry run: all checks passed" in output
 
 
 def test_spawned_workers(tmp_path):
@@ -68,8 +57,8 @@ def test_spawned_workers(tmp_path):
 
 def test_two_processes(tmp_path):
     """Each process takes half of the rollouts and of the held-out problems, and results are printed once."""
-    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
-    code, output = launch(command, cwd=ROOT / "recipes", OMP_NUM_THREADS="1")
+    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "recipes/math.py"]
+    code, output = launch([*torchrun, *TWO_STEPS, "--output_dir", str(tmp_path)], OMP_NUM_THREADS="1")
     assert code == 0, output
     assert "16 completions (2 prompts x 8)" in output
     assert output.count("held-out pass@1: ") == 2  # greedy and sampled
@@ -87,7 +76,8 @@ def test_two_processes(tmp_path):
 
 def test_what_a_run_prints_and_writes(tmp_path):
     """Banner, samples and verdict; adapter, card, checkpoints, metrics, picture and summary."""
-    code, output = launch([*LAUNCH, "recipes/math.py", *TWO_STEPS, "--output_dir", str(tmp_path)])
+    command = [*LAUNCH, "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
+    code, output = launch(command, cwd=ROOT / "recipes")
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
     for text in (
@@ -124,7 +114,7 @@ def test_what_a_run_prints_and_writes(tmp_path):
     assert {(len(row["right"]), len(row["answers"])) for row in heldout} == {(8, 4)}
     page = (tmp_path / "report.html").read_text()
     assert "of 8 held-out problems" in page
-    assert "accelerate launch recipes/math.py --max_steps 2" in page
+    assert "accelerate launch math.py --max_steps 2" in page
     assert str(tmp_path.parent) not in page
 
 
@@ -209,42 +199,29 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_embedded_run_learns(tmp_path):
-    """In 20 of its 35 steps, with sequence-level GRPO alone and beta > 0. Then a fresh process loads the adapter with
-    plain PEFT and finds the same accuracy."""
+def test_the_embedded_run_learns(tmp_path, tiny_model, tokenizer):
+    """In 20 of its 35 steps, with sequence-level GRPO alone and beta > 0. Plain PEFT loads the adapter and finds the
+    same accuracy."""
     short = "--seed 1 --max_steps 20 --eval_steps 100 --eval_samples 2 --max_eval_prompts 128".split()
-    flags = [*short, "--output_dir", str(tmp_path)]
-    code, output = launch([*LAUNCH, "recipes/math.py", *flags], OMP_NUM_THREADS="1")  # other tests run at the same time
-    assert code == 0, output
+    recipe.main([*short, "--output_dir", str(tmp_path)])
     summary = json.loads((tmp_path / "summary.json").read_text())
     before, after = summary["sampled_pass_at_1_before"], summary["sampled_pass_at_1_after"]
     assert before["n"] == after["n"] == 128
     assert after["value"] - before["value"] >= 0.35
     assert after["value"] >= 0.95
     assert summary["pass_at_1_after"]["value"] >= 0.95
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    lengths = [row["completions/mean_length"] for row in metrics if "loss" in row]
+    lengths = [row["completions/mean_length"] for row in lines_of(tmp_path / "metrics.jsonl") if "loss" in row]
     assert lengths[-1] > 1.5 * lengths[0]  # from blurting to steps
 
-    fresh = f"""
-import json
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base, data = "recipes/tiny_math/model", "recipes/tiny_math/data/test.jsonl"
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), {str(tmp_path)!r})
-right = 0
-rows = [json.loads(line) for line in open(data)][:50]
-for row in rows:
-    ids = tokenizer("Question: " + row["question"] + "\\nAnswer:", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, max_new_tokens=48, do_sample=False)[0], skip_special_tokens=True)
-    right += text.endswith("#### " + row["answer"])
-print("accuracy", right / len(rows))
-"""
-    code, output = launch([sys.executable, "-c", fresh])
-    assert code == 0, output
-    found = float(output.split("accuracy ")[1].split()[0])
-    assert found == pytest.approx(summary["pass_at_1_after"]["value"], abs=0.04)
+    model = PeftModel.from_pretrained(tiny_model, tmp_path)
+    rows = lines_of(TINY_DATA / "test.jsonl")[:50]
+    prompts = [f"Question: {row['question']}\nAnswer:" for row in rows]
+    ids = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    completions = tokenizer.batch_decode(
+        model.generate(**ids, max_new_tokens=48, do_sample=False), skip_special_tokens=True
+    )
+    right = [text.endswith("#### " + row["answer"]) for text, row in zip(completions, rows, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(summary["pass_at_1_after"]["value"], abs=0.04)
 
 
 @pytest.mark.slow
