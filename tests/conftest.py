@@ -2,25 +2,15 @@
 
 import gc
 import os
-
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from trl import GRPOConfig, GRPOTrainer
 
-from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 pytest.register_assert_rewrite("tests.tools")  # so that failing assertions there show their values
 
-from tests.tools.models import small_llama
-from tests.tools.paths import TINY_MODEL
-from tests.tools.reward_functions import PROMPTS, share_of_digits
-from tests.tools.training import SETTINGS
+# The fixtures import what they use: the process that distributes the tests of a parallel run needs no torch.
 
 # What `make quick` leaves out, as paths below tests/. Single cases of a table are marked in the table.
 SLOW = (
@@ -74,16 +64,26 @@ def path_of_children() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from transformers import AutoTokenizer
+
+    from tests.tools.paths import TINY_MODEL
+
     return AutoTokenizer.from_pretrained(TINY_MODEL)
 
 
 @pytest.fixture
-def small_model(tokenizer) -> LlamaForCausalLM:
+def small_model(tokenizer):
+    from tests.tools.models import small_llama
+
     return small_llama(tokenizer)
 
 
 @pytest.fixture
 def tiny_model():
+    from transformers import AutoModelForCausalLM
+
+    from tests.tools.paths import TINY_MODEL
+
     return AutoModelForCausalLM.from_pretrained(TINY_MODEL)
 
 
@@ -91,11 +91,17 @@ def tiny_model():
 def build(tokenizer, tmp_path) -> Callable[..., Any]:
     """`build(model, beta=0.0)`: a trainer on PROMPTS, or on `data`; ours, or stock TRL with `trainer=GRPOTrainer`.
     `arguments` are further arguments of the trainer."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from grpo_ext import GRPOExtConfig, GRPOExtTrainer
+    from tests.tools.reward_functions import PROMPTS, share_of_digits
+    from tests.tools.training import SETTINGS
 
     def make(
         model: Any,
         *,
-        trainer: type[GRPOTrainer] = GRPOExtTrainer,
+        trainer: Any = GRPOExtTrainer,
         reward: Any = share_of_digits,
         peft_config: Any = None,
         prompts: list[Any] = PROMPTS,

@@ -1,9 +1,7 @@
 """A stopped and resumed run equals the uninterrupted one bit by bit, under every option with state."""
 
 import shutil
-import sys
 from functools import partial
-from pathlib import Path
 
 import pandas
 import pytest
@@ -13,21 +11,16 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from grpo_ext.checkpoints import files
 from grpo_ext.evaluation.callback import HeldOutAccuracy
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.report.heldout_file import evaluation_metrics
 from grpo_ext.rewards.workers.pool import isolated
-from tests.distributed import two_resumed
 from tests.rewards.worker_rewards import logged
 from tests.tools.lanes import slow_but
 from tests.tools.metrics import comparable
 from tests.tools.models import random_lora, small_llama
-from tests.tools.processes import in_two_processes
 from tests.tools.reward_functions import PROMPTS, half_dead, likes_step_two, share_of_digits
 from tests.tools.training import SETTINGS, adapter_of, record_updates
-
-ACCELERATE = Path(sys.executable).with_name("accelerate")
 
 
 def rarely_good(completions, **columns):
@@ -37,14 +30,12 @@ def rarely_good(completions, **columns):
 # A rollout of 4 micro-batches serves 4 steps (new rollouts at steps 0, 4 and 8); one of 3 serves one and a half.
 LONG = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1, "max_steps": 9}
 MISALIGNED = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "gradient_accumulation_steps": 2}
-ONE_EPOCH = {"prompts": PROMPTS * 3}
 MATRIX = {
     "one rollout per step, epochs of two": {},
     "two steps on a rollout": {"num_iterations": 2},
     "four steps on a rollout": LONG,
-    "rollouts of one and a half steps": MISALIGNED | ONE_EPOCH,
     "epochs that end in half a step": MISALIGNED | {"prompts": PROMPTS[:3]},
-    "rollouts of one and a half steps, used twice": MISALIGNED | ONE_EPOCH | {"num_iterations": 2},
+    "rollouts of one and a half steps, used twice": MISALIGNED | {"prompts": PROMPTS * 3, "num_iterations": 2},
     "micro-batches of half groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "a log every third step": {"logging_steps": 3, "num_iterations": 2},
     "saved at the end of an epoch": {"save_strategy": "epoch", "max_steps": 6},
@@ -57,27 +48,21 @@ MATRIX = {
         "reward": likes_step_two,
     },
     "plain path": LONG | {"share_prompt": False},
-    "TRL loss": LONG | {"loss_type": "grpo", "beta": 0.1},
     "dapo": LONG | {"loss_type": "dapo", "beta": 0.0, "num_iterations": 2},
     "adaptive entropy bonus": {"loss_type": "grpo", "use_adaptive_entropy": True, "entropy_coef_delta": 0.01},
-    "in chunks": LONG | {"chunk_tokens": 40},
-    "exact KL": LONG | {"kl_estimator": "exact"},
+    "exact KL in chunks": LONG | {"kl_estimator": "exact", "chunk_tokens": 40},
     "KL in the log": LONG | {"beta": 0.0, "log_kl": True},
-    "dead groups skipped": LONG | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0},
     "dead groups resampled": LONG | {"dead_groups": "resample", "num_iterations": 2},
     "growing groups": LONG | {"num_generations_max": 12, "reward": rarely_good},
     "replay": {"per_device_train_batch_size": 16, "replay_fraction": 0.5, "num_iterations": 2, "max_steps": 9},
     "linear temperature": LONG | {"temperature_schedule": "linear", "temperature_end": 1.4},
-    "temperature from entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
-    "temperature from entropy, dead groups skipped": {"beta": 0.0, "entropy_coef": 0.0, "dead_groups": "skip"}
+    "temperature from entropy, dead groups skipped": LONG
+    | {"beta": 0.0, "entropy_coef": 0.0, "dead_groups": "skip"}
     | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
-    "mixed reference": LONG | {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "copied reference": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 1.0},
     "adapter on the head": LONG | {"peft_config": random_lora(target_modules=["q_proj", "lm_head"])},
     "previously trained adapter": LONG | {"trained_before": True},
-    "whole model": LONG | {"whole": True},
     "whole model, moving reference": LONG | {"whole": True, "sync_ref_model": True, "ref_model_sync_steps": 2},
-    "truncated completions masked": LONG | {"mask_truncated_completions": True},
     "stop strings": LONG | {"generation_kwargs": {"stop_strings": ["7"]}, "mask_truncated_completions": True},
     "evaluated during training": LONG | {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
     "rewards in a worker, completions logged": LONG
@@ -220,30 +205,3 @@ def test_streamed_data(tmp_path, tokenizer):
         assert torch.equal(value, adapter_of(whole)[name]), name
     with pytest.raises(ValueError, match="was made in pass 2 over a streamed data set"):
         streamed("again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-13"))
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """One launch of two processes, with an uninterrupted and a resumed run of every case of `two_resumed.py`."""
-    folder = tmp_path_factory.mktemp("two")
-    in_two_processes(two_resumed.__file__, folder)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", two_resumed.CASES)
-def test_two_processes_resume_exactly(two, case):
-    """Each process has its own rows, random state and entropies. Both share the order of prompts."""
-    assert files.why_unusable(two / case / "checkpoint-5") is None
-    for process in (0, 1):
-        whole, again = (torch.load(two / f"{case}-{kind}-{process}.pt") for kind in ("whole", "again"))
-        assert again["seen"] == {step: rows for step, rows in whole["seen"].items() if step >= 5}
-        for name, value in whole["adapter"].items():
-            assert torch.equal(again["adapter"][name], value), name
-    assert comparable(two / f"{case}-again" / "metrics.jsonl") == comparable(two / case / "metrics.jsonl")
-
-
-@pytest.mark.slow
-def test_one_process_cannot_resume_a_run_of_two(two, train):
-    with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
-        train("alone", resume=str(two / "rollouts" / "checkpoint-5"))

@@ -166,13 +166,10 @@ def test_training_elsewhere(elsewhere, installed, tmp_path):
     assert "50 rows" in elsewhere("grpo-ext", "audit", "--data", str(TINY_DATA / "test.jsonl"))
 
 
-def test_two_processes_elsewhere(installed, tmp_path):
-    two = "launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no".split()
-    launcher = [str(installed / "python"), "-m", "accelerate.commands.accelerate_cli", *two, "--dynamo_backend", "no"]
-    command = [*launcher, "-m", "grpo_ext.recipes.math", *SHORT, "--use_cpu", "--dry_run", "--output_dir", "run"]
-    output = run(Path(command[0]), *command[1:], cwd=tmp_path)
-    assert "16 completions (2 prompts x 8)" in output
-    assert output.count("dry run: ") == 1
+def test_a_launched_module_elsewhere(installed, tmp_path):
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "-m", "grpo_ext.recipes.math"]
+    output = run(installed / "python", *launcher, *SHORT, "--dry_run", "--output_dir", "run", cwd=tmp_path)
+    assert "dry run: all checks passed" in output
 
 
 def test_the_example_of_the_readme_elsewhere(elsewhere, tmp_path):

@@ -1,29 +1,41 @@
-"""Two processes train the adapter that one process trains on the same completions, however groups are distributed."""
+"""Two processes train the adapter that one process trains on the same completions, however groups are distributed, and
+a resumed run of theirs equals the uninterrupted one bit by bit."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed import two_processes
+from grpo_ext.checkpoints import files
+from tests.distributed import two_processes, two_resumed
 from tests.distributed.two_processes import CASES, STEPS, train
+from tests.tools.metrics import comparable
+from tests.tools.models import random_lora
 from tests.tools.paths import ROOT
 from tests.tools.processes import in_two_processes
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The results of every case in both processes, from one launch."""
+def two(tmp_path_factory) -> Path:
+    """The folder with the results of every case in both processes. Each is launched as a machine of its own, with the
+    documented command: if a rank or address were not passed on, each would train alone or wait for the other."""
     folder = tmp_path_factory.mktemp("two")
-    in_two_processes(two_processes.__file__, folder)
-    return {case: [torch.load(folder / f"{case}-{process}.pt") for process in (0, 1)] for case in CASES}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ROOT / "accelerate_configs" / "multi_gpu.yaml"
+    command = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
+    commands = [f"{command} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
+    in_two_processes(two_processes.__file__, folder, commands)
+    return folder
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(two, case, tmp_path):
     """Gradients that bypass the hooks of data-parallel training would give each process a different adapter. Rewards or
     normalisers that are not gathered would train the wrong adapter. Neither raises an error."""
-    first, second = two[case]
+    first, second = (torch.load(two / f"{case}-{process}.pt") for process in (0, 1))
     for name, value in first["adapter"].items():
         assert torch.equal(value, second["adapter"][name]), f"{name} differs between the processes"
     alone = train(case, 1, tmp_path)
@@ -51,19 +63,20 @@ def test_two_processes_train_as_one(two, case, tmp_path):
         assert second["updates_in_chunks"] == (0 if case == "one_idle" else want_chunks)
 
 
-def test_two_machines_train_as_one_process(tmp_path):
-    """One launcher per machine, with the documented command. If a rank or address were not passed on, each machine
-    would train on its own or wait for the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = ROOT / "accelerate_configs" / "multi_gpu.yaml"
-    command = f"--config_file {config} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1"
-    commands = [f"{command} --main_process_port {port} --machine_rank {rank}" for rank in (0, 1)]
-    in_two_processes(two_processes.__file__, tmp_path, "straddling_chunks", options=commands)
-    first, second = (torch.load(tmp_path / f"straddling_chunks-{process}.pt") for process in (0, 1))
-    alone = train("straddling_chunks", 1, tmp_path)
-    for name, value in alone["adapter"].items():
-        assert torch.equal(first["adapter"][name], second["adapter"][name]), f"{name} differs between the machines"
-        assert (value - alone["start"][name]).abs().max() > 5e-4
-        torch.testing.assert_close(first["adapter"][name], value, atol=5e-6, rtol=0, msg=name)
+@pytest.mark.parametrize("case", two_resumed.CASES)
+def test_two_processes_resume_exactly(two, case):
+    """Each process has its own rows, random state and entropies. Both share the order of prompts."""
+    folder = two / "resumed"
+    assert files.why_unusable(folder / case / "checkpoint-5") is None
+    for process in (0, 1):
+        whole, again = (torch.load(folder / f"{case}-{kind}-{process}.pt") for kind in ("whole", "again"))
+        assert again["seen"] == {step: rows for step, rows in whole["seen"].items() if step >= 5}
+        for name, value in whole["adapter"].items():
+            assert torch.equal(again["adapter"][name], value), name
+    assert comparable(folder / f"{case}-again" / "metrics.jsonl") == comparable(folder / case / "metrics.jsonl")
+
+
+def test_one_process_cannot_resume_a_run_of_two(two, build, small_model):
+    trainer = build(small_model, peft_config=random_lora())
+    with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
+        trainer.train(resume_from_checkpoint=str(two / "resumed" / "rollouts" / "checkpoint-5"))

@@ -33,7 +33,7 @@ def two(request, tmp_path_factory) -> Path:
     """The folder with the results of both processes, from one launch."""
     folder = tmp_path_factory.mktemp(request.param)
     config = ROOT / "accelerate_configs" / f"{request.param}.yaml"
-    in_two_processes(two_sharded.__file__, folder, options=f"--config_file {config}")
+    in_two_processes(two_sharded.__file__, folder, [f"--config_file {config}"])
     return folder
 
 

@@ -1,8 +1,9 @@
 """The training runs that test_processes.py compares: two processes run this file, and a single process imports it.
 
-    accelerate launch --multi_gpu --num_processes 2 tests/distributed/two_processes.py FOLDER [CASE ...]
+    accelerate launch --multi_gpu --num_processes 2 tests/distributed/two_processes.py FOLDER
 
-writes FOLDER/<case>-<process>.pt for every case, or for the named ones: the adapter and the log of that process.
+writes FOLDER/<case>-<process>.pt for every case: the adapter and the log of that process; and the same for every case
+of `two_resumed.py`.
 """
 
 import itertools
@@ -25,6 +26,7 @@ import grpo_ext
 from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.engine import install
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
+from tests.distributed import two_resumed
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import share_of_digits
@@ -40,8 +42,6 @@ WHOLE_GROUPS, HALF_GROUPS, ONE_AND_A_HALF = 4, 2, 6
 OURS: dict[str, Any] = {"loss_type": "grpo_sequence", "entropy_coef": 0.01}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ours": (WHOLE_GROUPS, OURS),
-    "chunks": (WHOLE_GROUPS, OURS | {"chunk_tokens": 40}),
-    "plain": (WHOLE_GROUPS, OURS | {"share_prompt": False}),
     "workers": (WHOLE_GROUPS, OURS | {"reward_workers": None}),
     "straddling": (HALF_GROUPS, OURS),
     "straddling_chunks": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "ddp_find_unused_parameters": False}),
@@ -57,11 +57,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "exact_kl": (ONE_AND_A_HALF, OURS | {"kl_estimator": "exact", "chunk_tokens": 40}),
     "exact_kl_grpo": (HALF_GROUPS, {"loss_type": "grpo", "kl_estimator": "exact", "gradient_accumulation_steps": 2}),
     # two of six questions have dead groups, which are replaced by groups on other questions
-    "resampled": (WHOLE_GROUPS, OURS | {"dead_groups": "resample"}),
     "resampled_straddling": (HALF_GROUPS, OURS | {"dead_groups": "resample", "max_resample_rounds": 2}),
-    # a process whose only group is dead runs no rows, but takes part in the gradient reduction
-    "skipped": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0}),
-    # both run the worst-case step before the first one, and the run is watched
+    # a process whose only group is dead runs no rows, but takes part in the gradient reduction; both run the worst-case
+    # step before the first one, and the run is watched
     "guarded": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0, "guards": True}),
     "skipped_chunks": (WHOLE_GROUPS, {"loss_type": "dapo", "dead_groups": "skip", "beta": 0.0, "chunk_tokens": 40}),
     # some groups become mixed only with more completions, which each process samples for its own groups
@@ -231,8 +229,9 @@ def main() -> None:
     assert Path(grpo_ext.__file__).parent.parent == Path(__file__).resolve().parents[2], grpo_ext.__file__
     process = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    for case in sys.argv[2:] or CASES:
+    for case in CASES:
         torch.save(train(case, 2, folder / str(process)), folder / f"{case}-{process}.pt")
+    two_resumed.train_all(folder / "resumed", process)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,5 @@
-"""The runs that test_resume.py compares, in two processes that run this file: each case whole, and resumed halfway.
+"""Runs of two processes, each case whole and resumed halfway, which test_processes.py compares."""
 
-    accelerate launch --multi_gpu --num_processes 2 tests/distributed/two_resumed.py FOLDER
-
-writes FOLDER/<case>-whole-<process>.pt and FOLDER/<case>-again-<process>.pt: the adapter of that process, and the
-completions and advantages that it was trained on.
-"""
-
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +48,11 @@ def train(case: str, output_dir: Path, resume: Path | None = None) -> dict[str, 
     return {"adapter": adapter_of(trainer), "seen": seen}
 
 
-def main() -> None:
-    folder, process = Path(sys.argv[1]), os.environ["RANK"]
-    torch.set_num_threads(1)
+def train_all(folder: Path, process: int) -> None:
+    """Write <case>-whole-<process>.pt and <case>-again-<process>.pt into the folder: the adapter of this process, and
+    the completions and advantages that it was trained on."""
+    folder.mkdir(exist_ok=True)
     for case in CASES:
         torch.save(train(case, folder / case), folder / f"{case}-whole-{process}.pt")
         again = train(case, folder / f"{case}-again", folder / case / "checkpoint-5")
         torch.save(again, folder / f"{case}-again-{process}.pt")
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()

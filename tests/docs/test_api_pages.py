@@ -2,15 +2,13 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 
 import grpo_ext
 from grpo_ext import rewards
+from tests.docs import api_pages
 from tests.docs.api_pages import broken_references, docstrings
-from tests.tools.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -57,9 +55,7 @@ def test_no_docstring_has_a_broken_reference():
     importlib.util.find_spec("pdoc") is None and os.environ.get("CI") != "true", reason="pdoc is missing: make docs"
 )
 def test_pages_have_the_public_names(tmp_path):
-    command = [sys.executable, "-m", "tests.docs.api_pages", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    api_pages.main(str(tmp_path))
     assert (tmp_path / "index.html").exists()
     for page, module in (("grpo_ext.html", grpo_ext), ("grpo_ext/rewards.html", rewards)):
         text = (tmp_path / page).read_text(encoding="utf-8")

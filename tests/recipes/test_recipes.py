@@ -33,7 +33,7 @@ def train(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*arguments):
-        main(["train", *arguments, *TWO_STEPS, "--output_dir", str(tmp_path)])
+        main(["train", *arguments, *TWO_STEPS, "--reward_workers", "0", "--output_dir", str(tmp_path)])
         return checked(tmp_path, capsys.readouterr().out)
 
     return run
@@ -83,8 +83,8 @@ def test_guess_a_number(train):
 
 @pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])
 def test_every_recipe_drops_its_folder_from_the_path(recipe):
-    """Like recipes/math.py, which test_recipe_math.py starts in every way: otherwise `import math` would find math.py
-    in the folder of the script."""
+    """Like recipes/math.py, which other tests start in every way: otherwise `import math` would find math.py in the
+    folder of the script."""
 
     def guard(path):
         lines = path.read_text().splitlines()

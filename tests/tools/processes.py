@@ -10,7 +10,6 @@ from tests.tools.waiting import PATIENCE
 
 BIN = Path(sys.executable).parent
 LAUNCH = [str(BIN / "accelerate"), "launch"]
-DDP = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
 
 
 def launch(command: list[str], cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
@@ -30,20 +29,14 @@ def launch(command: list[str], cwd: Path = ROOT, **environment: str) -> tuple[in
     return done.returncode, done.stdout
 
 
-def in_two_processes(script: str, folder: Path, *more: str, options: str | list[str] = DDP) -> None:
-    """Run a test script in two processes on the CPU, with their output in `folder/log`.
-
-    `--multi_gpu` launches several processes, whatever device the script uses; `--cpu` would start just one.
+def in_two_processes(script: str, folder: Path, options: list[str]) -> None:
+    """Run a test script in two processes on the CPU, with the folder as its argument and their output in `folder/log`.
 
     Args:
-        more: arguments of the script, after the folder.
-        options: options of `accelerate launch`; a list has one entry per machine, all launched at the same time.
+        options: options of `accelerate launch`, one entry per machine; all are launched at the same time.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    commands = [
-        [*LAUNCH, *of_one.split(), script, folder, *more]
-        for of_one in ([options] if isinstance(options, str) else options)
-    ]
+    commands = [[*LAUNCH, *of_one.split(), script, folder] for of_one in options]
     with (folder / "log").open("w+") as log:
         shared = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
         launched = [subprocess.Popen(command, **shared) for command in commands]

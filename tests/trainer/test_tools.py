@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from grpo_ext import GRPOExtTrainer
+from tests.tools.lanes import thinned
 from tests.tools.models import random_lora, small_shape
 from tests.tools.paths import TINY_MODEL
 from tests.tools.training import (
@@ -160,7 +161,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thinned(CASES, ["tools", "environment_factory"]))
 def test_as_stock_trl(train_caller, case):
     """Later turns are sampled on longer prompts, one per row, where a sampler could lose a row or its random state."""
     kind = case.partition(",")[0]

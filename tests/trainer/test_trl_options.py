@@ -5,7 +5,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_ext import GRPOExtTrainer
-from tests.tools.lanes import slow_but
+from tests.tools.lanes import slow_but, thinned
 from tests.tools.reward_functions import share_of_digits
 from tests.tools.training import adapter_of, assert_same_training, train_on_a_copy
 
@@ -40,6 +40,7 @@ OPTIONS = {
     "padded": {"pad_to_multiple_of": 8},
     "sampling": {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2},
 }
+USUAL = thinned(OPTIONS, ["sequence_level_luspo", "no_scale"])  # luspo: test_shared_prompt.py, none: test_trainer.py
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def without_option():
     return {}
 
 
-@pytest.mark.parametrize("option", slow_but(OPTIONS, ["sequence_level", "unjudged", "sampling"]))
+@pytest.mark.parametrize("option", slow_but(USUAL, ["sequence_level", "unjudged", "sampling"]))
 def test_as_stock_trl(build, small_model, without_option, option):
     """Adapter, loss and every metric that both log, except times. Every option but padding has an effect."""
     stock, start = train_on_a_copy(build, small_model, GRPOTrainer, **OPTIONS[option])
