@@ -14,6 +14,7 @@ pytest.register_assert_rewrite("tests.tools")  # so that failing assertions ther
 
 # What `make quick` leaves out, as paths below tests/. Single cases of a table are marked in the table.
 SLOW = (
+    "benchmarks/test_benchmarks.py",  # a process for each variant
     "checkpoints/test_killed.py",  # dozens of sessions of one run
     "cli/test_imports.py",  # a new interpreter for each command
     "cli/test_wheel.py",  # builds and installs the package

@@ -118,10 +118,15 @@ def _text(file: IO[str]) -> str:
     return file.read()
 
 
-def add_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options that all benchmarks have."""
+def add_options(parser: argparse.ArgumentParser, out: str, warmup: str) -> None:
+    """Add the options that all benchmarks have.
+
+    Args:
+        out: default of `--out`.
+        warmup: description of the warm-up steps.
+    """
     parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps; default 3")
-    parser.add_argument("--warmup", type=int, default=1, help="warm-up steps before those; default 1")
+    parser.add_argument("--warmup", type=int, default=1, help=f"{warmup} before those; default 1")
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
     parser.add_argument(
         "--memory-limit",

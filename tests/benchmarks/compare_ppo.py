@@ -62,7 +62,7 @@ def main() -> int:
 def _sides(workload: Workload, *, is_tiny: bool) -> list[tuple[str, str, dict[str, Any]]]:
     workload = tiny(workload) if is_tiny else workload
     common = {"workload": workload.as_dict()}
-    ours = common | {"side": "ours", "scale": False}
+    ours = common | {"side": "ours", "warmup_workload": workload.as_dict(), "scale": False}
     return [
         *(("ppo", policy, common | {"policy": policy}) for policy in PPO_VARIANTS),
         ("ours", "default", ours | {"settings": {}}),
@@ -139,7 +139,7 @@ def _table(runs: list[Run]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, out="outputs/ppo.json")
+    add_options(parser, out="outputs/ppo.json", warmup="warm-up steps")
     return parser
 
 

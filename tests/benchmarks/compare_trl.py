@@ -2,8 +2,16 @@
 
     python tests/benchmarks/compare_trl.py --quick            # a first look: two small workloads, one step each
     python tests/benchmarks/compare_trl.py                    # every workload and variant
-    python tests/benchmarks/compare_trl.py --only W1 --steps 5
+    python tests/benchmarks/compare_trl.py --only W3,W5 --variants "1 row/default" --steps 1
     python tests/benchmarks/compare_trl.py --scale-g          # for growing numbers of completions per prompt
+
+Workloads, in tokens of a prompt (S), tokens of a completion (C) and completions per prompt (G):
+
+    W1    one prompt, S=512, C=64, G=8
+    W2    one prompt, S=64, C=128, G=8
+    W3    one prompt, S=2048, C=64, G=16
+    W4    4 prompts, S from 128 to 384, C from 6 to 256 (mean 64), G=8
+    W5    8 prompts, S from 100 to 218 (mean 150), C from 52 to 256 (mean 181), G=8: the usual shape of GSM8K
 
 The model has the shape of SmolLM2-135M, with random weights in float32 and LoRA r=16 on every linear layer. Prompts and
 completion lengths are the same on both sides. Every variant runs in its own process, on the GPU if there is one. Ratios
@@ -18,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from children import INTERRUPTED, Children, add_options
-from report import BenchFile, failures, outcome, ratios, ratios_table, runs_table, scale_table
+from report import BenchFile, failures, outcome, ratios, runs_table, scale_table
 from rich.console import Console
 from workloads import FULL, QUICK, SCALE, SMOLLM2_135M, TINY, Workload, tiny
 
@@ -46,7 +54,7 @@ SCALE_VARIANTS = {"stock": ("all rows", "1 row"), "ours": ("default", "one row a
 
 
 def main() -> int:
-    """Return the exit status: 1 if a run failed for a reason other than memory, 130 after Ctrl-C."""
+    """Return the exit status: 1 if a run failed for a reason other than memory, or none was run, 130 after Ctrl-C."""
     arguments = _parser().parse_args()
     if arguments.child:
         from grpo_side import measure
@@ -65,36 +73,37 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the results so far are kept")
         status = INTERRUPTED
+    if not file.runs:
+        console.print("nothing was run: no workload and variant matches all of the options")
+        return status or 1
     if arguments.scale_g:
         console.print(scale_table(file.runs))
     else:
         console.print(runs_table(file.runs))
-        if compared := ratios(file.runs):
-            console.print(ratios_table(compared))
     console.print(f"all numbers: {arguments.out}")
     return status or int(failures(file.runs) > 0)
 
 
 def _compare(arguments: argparse.Namespace, children: Children, file: BenchFile, shape: dict[str, Any]) -> None:
+    variants = QUICK_VARIANTS if arguments.quick or arguments.tiny else VARIANTS
     plan = [
         (workload, side, variant)
         for name, workload in (QUICK if arguments.quick else FULL).items()
         if arguments.only is None or name in arguments.only
         for side in arguments.sides
-        for variant in (QUICK_VARIANTS if arguments.quick else VARIANTS)[side]
+        for variant in (variants if arguments.variants is None else VARIANTS)[side]
         if arguments.variants is None or variant in arguments.variants
     ]
-    if not plan:
-        children.console.print(f"nothing to run: --quick has only {', '.join(QUICK)}")
     for number, (workload, side, variant) in enumerate(plan, start=1):
         _run(arguments, children, file, shape, workload, side, variant, f"({number}/{len(plan)})")
 
 
 def _scale(arguments: argparse.Namespace, children: Children, file: BenchFile, shape: dict[str, Any]) -> None:
-    for number, workload in enumerate(SCALE.values(), start=1):
+    workloads = [workload for name, workload in SCALE.items() if arguments.only is None or name in arguments.only]
+    for number, workload in enumerate(workloads, start=1):
         for side in arguments.sides:
             for variant in SCALE_VARIANTS[side]:
-                _run(arguments, children, file, shape, workload, side, variant, f"({number}/{len(SCALE)})")
+                _run(arguments, children, file, shape, workload, side, variant, f"({number}/{len(workloads)})")
                 if "does_not_fit" not in file.runs[-1]:
                     break
 
@@ -110,13 +119,16 @@ def _run(
     place: str,
 ) -> None:
     workload = tiny(workload) if arguments.tiny else workload
+    # In a run by G, the warm-up step also counts the operations, which depend on its size.
+    warmup_workload = workload if arguments.scale_g else tiny(workload)
     spec = {
         "side": side,
         "workload": workload.as_dict(),
         "shape": shape,
         "settings": VARIANTS[side][variant](workload),
-        "warmup": 0 if arguments.quick else arguments.warmup,
-        "steps": 1 if arguments.quick else arguments.steps,
+        "warmup": arguments.warmup,
+        "warmup_workload": warmup_workload.as_dict(),
+        "steps": 1 if arguments.quick or arguments.tiny else arguments.steps,
         "scale": arguments.scale_g,
     }
     label = f"{place} {workload.title}  {side}, {variant}"
@@ -127,20 +139,27 @@ def _run(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two small workloads, one step, no warm-up")
+    parser.add_argument("--quick", action="store_true", help="two small workloads, three variants, one step")
     parser.add_argument(
         "--scale-g", action="store_true", help="S=512, C=64, G from 2 to 64, and the share of the machine's peak"
     )
-    parser.add_argument("--only", type=_names(*FULL), help="workloads, such as W1,W4; default: all")
+    parser.add_argument("--only", type=_names(*FULL, *SCALE), help="workloads, such as W1,W4; default: all")
     parser.add_argument("--sides", type=_names(*VARIANTS), default=list(VARIANTS), help="stock, ours, or stock,ours")
-    parser.add_argument("--variants", type=lambda text: text.split("/"), help="such as '1 row/default'; default: all")
-    add_options(parser, out="outputs/bench.json")
+    parser.add_argument(
+        "--variants", type=_names(*STOCK, *OURS, separator="/"), help="such as '1 row/default'; default: all"
+    )
+    add_options(
+        parser,
+        out="outputs/bench.json",
+        warmup="warm-up steps, with all rows but a sixteenth of the prompt tokens and an eighth of the completion "
+        "tokens (with --scale-g: of full size),",
+    )
     return parser
 
 
-def _names(*valid: str) -> Callable[[str], list[str]]:
+def _names(*valid: str, separator: str = ",") -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
-        names = text.split(",")
+        names = text.split(separator)
         for name in names:
             if name not in valid:
                 raise argparse.ArgumentTypeError(f"unknown: {name!r}; valid: {', '.join(valid)}")

@@ -15,7 +15,7 @@ import grpo_ext
 
 SEED = 1
 MIB = 2**20
-LOGGED = ("loss", "grad_norm", "reward", "kl", "completions/mean_length")
+LOGGED = ("loss", "grad_norm", "reward", "kl", "num_tokens", "completions/mean_length")
 
 
 def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -28,17 +28,18 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: `side` ("stock" or "ours"), `workload`, `shape` of the model, `settings` (fields of the config in addition
-            to the common ones), `warmup` and `steps`, `scale` (also measure the machine and count operations).
+            to the common ones), `warmup` and `steps`, `warmup_workload` with as many rows as `workload`, `scale` (also
+            measure the machine and count operations).
     """
-    workload = Workload.from_dict(spec["workload"])
-    steps = spec["warmup"] + spec["steps"]
+    workload, short = (Workload.from_dict(spec[name]) for name in ("workload", "warmup_workload"))
+    steps = [short] * spec["warmup"] + [workload] * spec["steps"]
     peak = peak_meter()
     release_free_memory()
     empty = peak.now()
     matmul = matmul_flops() if spec["scale"] else None
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(spec, workload, steps, folder)
+        trainer = _trainer(spec, steps, folder)
         meter = StepMeter(peak, count_flops=spec["scale"] and spec["warmup"] > 0)
         meter.watch(trainer)
         release_free_memory()
@@ -46,11 +47,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         trainer.train()
 
     logged = {name: [row[name] for row in trainer.state.log_history if name in row] for name in LOGGED}
-    _require_lengths(logged["completions/mean_length"], workload, steps)
+    _require_lengths(logged["completions/mean_length"], steps)
     seconds, highest = meter.seconds[spec["warmup"] :], meter.highest[spec["warmup"] :]
+    if any(phases.keys() != set(PHASES) for phases in seconds):
+        raise RuntimeError(f"every step should have the phases {PHASES}; measured: {[dict(step) for step in seconds]}")
     return {
         "seconds": [{"step": sum(phases.values())} | phases for phases in seconds],
-        "peak_mib": {phase: max(step.get(phase, 0) - before for step in highest) / MIB for phase in PHASES},
+        "peak_mib": {phase: max(step[phase] - before for step in highest) / MIB for phase in PHASES},
         "weights_mib": (before - empty) / MIB,
         "memory_meter": type(peak).__name__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -63,15 +66,17 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trainer(spec: dict[str, Any], workload: Workload, steps: int, folder: str) -> GRPOTrainer:
+def _trainer(spec: dict[str, Any], steps: list[Workload], folder: str) -> GRPOTrainer:
+    workload = steps[-1]
     settings = {"per_device_train_batch_size": workload.rows, "gradient_checkpointing": False} | spec["settings"]
     vocabulary = spec["shape"]["vocab_size"]
     lm = causal_lm(spec["shape"], SEED)
-    force_lengths(lm, workload.completions)
-    prompts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids(workload, steps, vocabulary, SEED)]
-    ours = spec["side"] == "ours"
-    config = grpo_ext.GRPOExtConfig if ours else GRPOConfig
-    trainer = grpo_ext.GRPOExtTrainer if ours else GRPOTrainer
+    force_lengths(lm, [step.completions for step in steps])
+    prompts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids(steps, vocabulary, SEED)]
+    config, trainer = GRPOConfig, GRPOTrainer
+    if spec["side"] == "ours":
+        config, trainer = grpo_ext.GRPOExtConfig, grpo_ext.GRPOExtTrainer
+        settings["guards"] = False  # they stop a run whose random adapter differs from its reference
     args = config(
         folder,
         loss_type="grpo",
@@ -89,7 +94,7 @@ def _trainer(spec: dict[str, Any], workload: Workload, steps: int, folder: str) 
         num_generations=workload.generations,
         max_completion_length=max(workload.completions),
         gradient_accumulation_steps=workload.rows // settings["per_device_train_batch_size"],
-        max_steps=steps,
+        max_steps=len(steps),
         shuffle_dataset=False,
         report_to="none",
         save_strategy="no",
@@ -110,7 +115,9 @@ def _trainer(spec: dict[str, Any], workload: Workload, steps: int, folder: str) 
     return made
 
 
-def _require_lengths(mean_lengths: list[float], workload: Workload, steps: int) -> None:
-    expected = sum(workload.completions) / workload.rows
-    if len(mean_lengths) != steps or any(abs(mean - expected) > 0.01 for mean in mean_lengths):
-        raise RuntimeError(f"mean completion lengths are {mean_lengths}; expected {expected} in each of {steps} steps")
+def _require_lengths(mean_lengths: list[float], steps: list[Workload]) -> None:
+    expected = [sum(step.completions) / step.rows for step in steps]
+    if len(mean_lengths) != len(steps) or any(
+        abs(mean - length) > 0.01 for mean, length in zip(mean_lengths, expected, strict=True)
+    ):
+        raise RuntimeError(f"mean completion lengths of the steps are {mean_lengths}; expected {expected}")

@@ -128,6 +128,8 @@ def matmul_flops() -> float:
 class StepMeter(TrainerCallback):
     """Seconds and peak bytes per phase of every optimizer step; `watch(trainer)` before `trainer.train()`.
 
+    Nothing outside these steps is measured, such as the worst-case step that runs before the first one.
+
     With `count_flops`, the first step also counts the operations of its update with torch's `FlopCounterMode`:
     2 x m x n x k per matrix multiplication, and attention itself only on a GPU. With a frozen base, this is
     2 x parameters x tokens for the forward pass, the same for the gradients of the activations, nothing for those of
@@ -164,7 +166,7 @@ class StepMeter(TrainerCallback):
         self, method: Callable[..., Any], phase: str, when: Callable[[], bool] = lambda: True
     ) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if not when():
+            if self._phase is None or not when():
                 return method(*args, **kwargs)
             outer = self._phase
             self._turn(phase)

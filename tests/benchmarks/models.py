@@ -1,6 +1,7 @@
 """Random models of one shape, a tokenizer for them, and completions of prescribed lengths. Does not import TRL."""
 
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,10 +60,10 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def prompt_ids(workload: Workload, steps: int, vocabulary: int, seed: int) -> list[list[int]]:
+def prompt_ids(steps: Sequence[Workload], vocabulary: int, seed: int) -> list[list[int]]:
     """Prompts of all steps, in the order of the steps."""
     draw = random.Random(seed)
-    lengths = workload.prompts * steps
+    lengths = [length for step in steps for length in step.prompts]
     return [[draw.randrange(FIRST_WORD, vocabulary) for _ in range(length)] for length in lengths]
 
 
@@ -81,13 +82,13 @@ class FixedLengths(LogitsProcessor):
         return scores
 
 
-def force_lengths(lm: LlamaForCausalLM, lengths: tuple[int, ...]) -> None:
-    """Make every `lm.generate` sample completions of these lengths; its arguments are passed on."""
-    generate = lm.generate
+def force_lengths(lm: LlamaForCausalLM, lengths: Iterable[tuple[int, ...]]) -> None:
+    """Make each call of `lm.generate` sample completions of the next lengths; its arguments are passed on."""
+    generate, lengths_of_calls = lm.generate, iter(lengths)
 
     def fixed(*args: Any, **kwargs: Any) -> Any:
         width = kwargs["input_ids"].size(1)
-        kwargs.setdefault("logits_processor", LogitsProcessorList([FixedLengths(width, lengths)]))
+        kwargs.setdefault("logits_processor", LogitsProcessorList([FixedLengths(width, next(lengths_of_calls))]))
         return generate(*args, **kwargs)
 
     lm.generate = fixed

@@ -1,5 +1,6 @@
 """One measured run, in its own process: the PPO trainer of TRL 1.5 on a workload with one prompt per step."""
 
+import itertools
 import tempfile
 import time
 from typing import Any
@@ -78,8 +79,9 @@ def _trainer(spec: dict[str, Any], workload: Workload, meter: WholeSteps, folder
     steps = spec["warmup"] + spec["steps"]
     has_adapter = spec["policy"] == "lora"
     policy = causal_lm(shape, SEED)
-    force_lengths(policy, tuple(length + 1 for length in workload.completions))  # no EOS within the response
-    prompts = prompt_ids(workload, steps, shape["vocab_size"], SEED)
+    no_end = tuple(length + 1 for length in workload.completions)  # EOS would follow the response
+    force_lengths(policy, itertools.repeat(no_end))
+    prompts = prompt_ids([workload] * steps, shape["vocab_size"], SEED)
     dataset = Dataset.from_dict({"input_ids": [ids for ids in prompts for _ in range(rows)]})
     args = PPOConfig(
         folder,

@@ -43,7 +43,8 @@ def outcome(run: Run) -> str:
 
 
 def ratios(runs: list[Run]) -> list[dict[str, Any]]:
-    """Stock's fastest step and smallest peak, divided by those of each of our variants: above 1, ours is better."""
+    """Stock's values divided by those of each variant: above 1, the variant is faster or smaller. Times are those of
+    the stock variant with the fastest step, the peak is that of the smallest one."""
     rows = []
     for workload in dict.fromkeys(run["workload"] for run in runs):
         there = [run for run in runs if run["workload"] == workload and fits(run)]
@@ -52,47 +53,40 @@ def ratios(runs: list[Run]) -> list[dict[str, Any]]:
             continue
         fastest = min(stock, key=lambda run: seconds(run, "step"))
         smallest = min(stock, key=peak_mib)
-        for run in there:
-            if run["side"] == "ours":
-                scored = [seconds(r, "reference") + seconds(r, "update") for r in (fastest, run)]
-                rows.append(
-                    {
-                        "workload": workload,
-                        "variant": run["variant"],
-                        "stock_fastest": fastest["variant"],
-                        "stock_smallest": smallest["variant"],
-                        "step_time": seconds(fastest, "step") / seconds(run, "step"),
-                        "reference_and_update_time": scored[0] / scored[1],
-                        "peak_memory": peak_mib(smallest) / peak_mib(run),
-                    }
-                )
+        rows += [
+            {
+                "workload": workload,
+                "side": run["side"],
+                "variant": run["variant"],
+                "stock_fastest": fastest["variant"],
+                "stock_smallest": smallest["variant"],
+                **{phase: seconds(fastest, phase) / seconds(run, phase) for phase in COLUMNS},
+                "peak": peak_mib(smallest) / peak_mib(run),
+            }
+            for run in there
+        ]
     return rows
 
 
 def runs_table(runs: list[Run]) -> Table:
+    """Seconds and peaks, each with its ratio to stock if stock was measured on the same workload."""
     table = Table(
-        "workload", "side", "variant", title="Seconds (median of steps) and peak memory excluding the weights (MiB)"
+        *("workload", "side", "variant"),
+        title="Seconds (median of steps) and peak memory excluding the weights",
+        caption="In parentheses: the time of stock's variant with the fastest step, or the peak of its smallest one, "
+        "divided by this one. Above 1, this one is faster or smaller.",
     )
-    for name in (*COLUMNS, "peak", "sample", "reference", "update"):
+    for name in (*COLUMNS, "peak (MiB)"):
         table.add_column(name, justify="right")
+    compared = {(row["workload"], row["side"], row["variant"]): row for row in ratios(runs)}
     for run in runs:
         head = [run["title"], run["side"], run["variant"]]
         if fits(run):
-            times = [f"{seconds(run, phase):.2f}" for phase in COLUMNS]
-            peaks = [f"{run['result']['peak_mib'][phase]:.0f}" for phase in COLUMNS[1:]]
-            table.add_row(*head, *times, f"{peak_mib(run):.0f}", *peaks)
+            row = compared.get((run["workload"], run["side"], run["variant"]))
+            values = {phase: f"{seconds(run, phase):.2f}" for phase in COLUMNS} | {"peak": f"{peak_mib(run):.0f}"}
+            table.add_row(*head, *(f"{value} ({row[name]:.2f}x)" if row else value for name, value in values.items()))
         else:
             table.add_row(*head, "does not fit" if "does_not_fit" in run else "failed")
-    return table
-
-
-def ratios_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Stock at its best divided by ours: above 1, ours is faster or smaller")
-    for name in ("workload", "ours", "step", "reference + update", "memory", "stock's fastest", "stock's smallest"):
-        table.add_column(name, justify="right" if name in ("step", "reference + update", "memory") else "left")
-    for row in rows:
-        values = [f"{row[key]:.2f}x" for key in ("step_time", "reference_and_update_time", "peak_memory")]
-        table.add_row(row["workload"], row["variant"], *values, row["stock_fastest"], row["stock_smallest"])
     return table
 
 

@@ -33,7 +33,8 @@ TINY = SMOLLM2_135M | {
     "head_dim": 32,
 }
 RAGGED_SEED = 53  # its 32 draws have mean 64.25 after the clip, minimum 6, maximum 256
-TINY_PROMPT, TINY_COMPLETION = 16, 8  # divisors of the lengths in a tiny run
+GSM8K_SEED = 410  # prompts: mean 150.4, from 100 to 218; completions: mean 180.5, from 52 to 256, which 11 of 64 reach
+TINY_PROMPT, TINY_COMPLETION = 16, 8  # divisors of the lengths in a tiny run and in warm-up steps
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,43 @@ def uniform(name: str, prompt: int, completion: int, generations: int) -> Worklo
 
 def ragged(name: str) -> Workload:
     """Four prompts of 128-384 tokens; completion lengths are log-normal around a mean of 64, clipped to [1, 256]."""
-    draw, sigma = random.Random(RAGGED_SEED), 1.0
-    lengths = (draw.lognormvariate(math.log(64) - sigma**2 / 2, sigma) for _ in range(4 * 8))
-    return Workload(name, (128, 213, 299, 384), tuple(min(256, max(1, round(length))) for length in lengths))
+    draw = random.Random(RAGGED_SEED)
+    return Workload(name, (128, 213, 299, 384), _log_normal(draw, mean=64, sigma=1.0, number=4 * 8))
+
+
+def gsm8k(name: str) -> Workload:
+    """Eight prompts of about 150 tokens, with eight completions each of about 180, clipped to [1, 256]: the usual shape
+    of GSM8K. Prompt lengths are triangular on [90, 230], completion lengths log-normal."""
+    draw = random.Random(GSM8K_SEED)
+    prompts = tuple(round(draw.triangular(90, 230, 130)) for _ in range(8))
+    return Workload(name, prompts, _log_normal(draw, mean=190, sigma=0.4, number=8 * 8))
+
+
+def _log_normal(draw: random.Random, *, mean: float, sigma: float, number: int) -> tuple[int, ...]:
+    """Lengths around `mean` before they are clipped to [1, 256]."""
+    lengths = (draw.lognormvariate(math.log(mean) - sigma**2 / 2, sigma) for _ in range(number))
+    return tuple(min(256, max(1, round(length))) for length in lengths)
 
 
 def tiny(workload: Workload) -> Workload:
-    """The same proportions at a size that takes seconds, to try out the benchmark itself."""
+    """The same rows with a fraction of the tokens: for warm-up steps, and to try out the benchmark itself."""
     return replace(
         workload,
-        prompts=tuple(max(1, length // TINY_PROMPT) for length in workload.prompts),
-        completions=tuple(max(1, length // TINY_COMPLETION) for length in workload.completions),
+        prompts=tuple(max(2, length // TINY_PROMPT) for length in workload.prompts),
+        completions=tuple(max(2, length // TINY_COMPLETION) for length in workload.completions),
     )
 
 
 FULL = {
     workload.name: workload
-    for workload in (uniform("W1", 512, 64, 8), uniform("W2", 64, 128, 8), uniform("W3", 2048, 64, 16), ragged("W4"))
+    for workload in (
+        uniform("W1", 512, 64, 8),
+        uniform("W2", 64, 128, 8),
+        uniform("W3", 2048, 64, 16),
+        ragged("W4"),
+        gsm8k("W5"),
+    )
 }
 QUICK = {workload.name: workload for workload in (uniform("W1", 192, 32, 8), uniform("W2", 32, 32, 8))}
-SCALE = {generations: uniform(f"G={generations}", 512, 64, generations) for generations in (2, 4, 8, 16, 32, 64)}
+SCALE = {f"G={number}": uniform(f"G={number}", 512, 64, number) for number in (2, 4, 8, 16, 32, 64)}
 PPO = {workload.name: workload for workload in (uniform("W1", 512, 64, 8), uniform("short", 64, 64, 8))}
