@@ -116,7 +116,8 @@ def why_prompts_unshared(model: PreTrainedModel, config: GenerationConfig) -> st
 def _sharing_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
 ) -> Iterator[None]:
-    """A context in which `model.generate` prefills equal prompts of a call once; if it cannot, a log line gives the reason."""
+    """A context in which `model.generate` prefills equal prompts of a call once. If it cannot, a log line gives the
+    reason."""
     reason = why_prompts_unshared(model, config)
     if reason is not None:
         logger.warning_once(f"Prompts are not shared in evaluation, so transformers' own loop is used: {reason}.")
