@@ -178,5 +178,5 @@ class _FixedLayer(BufferedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.buffers is not None
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, self.cursor_n, new)
+            buffer.index_copy_(2, self.cursor_n, new.to(buffer.dtype))  # autocast may leave keys in float32, not values
         return self.keys, self.values
