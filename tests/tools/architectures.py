@@ -88,10 +88,11 @@ ATTENTIONS = [
 ]
 
 
-def random_model(architecture, attention="eager", dtype=None):
-    """A random model with an adapter, in float64 unless `dtype` is given. On a CPU, experts run only in float32."""
+def random_model(architecture, attention="eager", dtype=None, **settings):
+    """A random model with an adapter, in float64 unless `dtype` is given. On a CPU, experts run only in float32.
+    `settings` change its config."""
     name, changes = ARCHITECTURES[architecture]
-    config = getattr(transformers, f"{name}Config")(**TINY | changes)
+    config = getattr(transformers, f"{name}Config")(**TINY | changes | settings)
     config._attn_implementation = attention
     torch.manual_seed(0)
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name.removesuffix('Text')}ForCausalLM")
