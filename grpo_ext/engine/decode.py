@@ -33,6 +33,7 @@ from grpo_ext.engine.captured_decode import CapturedSteps, FixedDecodeBatch, Ste
 from grpo_ext.engine.decode_cache import DecodeBatch, can_share_slot
 from grpo_ext.engine.draw import draw
 from grpo_ext.engine.prefill import PrefilledPrompts, Prompt, prefill_prompts
+from grpo_ext.engine.stacked_lora import stacked_lora
 
 # Tokens between two looks at which rows have ended: on a GPU, each look waits for the device.
 LOOK_EVERY = 8
@@ -140,7 +141,7 @@ class GroupSampler:
         endings = _Endings(limits, device)
         logps: list[Tensor] = []
         finished_caches: dict[int, DynamicCache] = {}
-        with model._optimize_model_for_decode(), self._captured or nullcontext():
+        with model._optimize_model_for_decode(), stacked_lora(model), self._captured or nullcontext():
             while True:
                 tokens_B, logps_B = draw(logits_RV, rows_R, input_ids, logits_processor, **how)
                 logps.append(logps_B)

@@ -29,6 +29,7 @@ from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.prefill import prefill
 from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
+from grpo_ext.engine.stacked_lora import stacked_lora
 from grpo_ext.memory.counter import MemoryCounter
 from grpo_ext.memory.device_kernels import DeviceKernels, HeadCall
 from grpo_ext.memory.step_shapes import PhaseShape
@@ -124,7 +125,8 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, captured=run_step)
         del states, on_cpu
         _fill_cache(decode_batch, shape.completion - 1)
-        logits_BV, _ = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
+        with stacked_lora(lm):  # its copies are held until the last step
+            logits_BV, _ = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
         ids = torch.zeros(shape.rows, 1, dtype=torch.long)
         rows_B = torch.arange(shape.rows)  # as soon as a row has left, its noise is separated from that of the others
