@@ -3,7 +3,8 @@
 On a GPU, a decode step of a small model takes as long as Python and PyTorch need to launch its thousands of kernels. A
 CUDA graph launches all of them at once, but always runs the same kernels on the same addresses. Here, tokens, positions
 and the KV cache therefore stay in place. Attention covers cached tokens in steps of `BUCKET_STEPS` decode steps, and
-rows leave only when half of the places would be free. For each of these shapes, one graph is captured.
+rows leave only when half of the places would be free. For each of these shapes, one graph is captured. Devices other
+than CPUs and CUDA use the same buffers, without a graph.
 
 The graph holds the forward only. The draw, the logits processors and the stopping criteria run as usual, so they and
 the random state cannot differ. A graph lives until the shape changes or the rollout ends: its buffers would otherwise
@@ -30,6 +31,11 @@ MASK_ALIGNMENT = 16  # CUDA attention copies a mask whose rows are not a multipl
 
 Step = Callable[[], Tensor]
 StepRunner = Callable[[Hashable, Step], Tensor]  # the result of a step; steps of the same shape have the same key
+
+
+def run_uncaptured(_: Hashable, step: Step) -> Tensor:
+    """Run every step as it is."""
+    return step()
 
 
 def capture_cuda_graph(step: Step) -> Step:

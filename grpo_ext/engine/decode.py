@@ -29,7 +29,14 @@ from transformers import (
 )
 
 from grpo_ext.engine.batch import strip_padding
-from grpo_ext.engine.captured_decode import CapturedSteps, FixedDecodeBatch, Step, StepRunner, capture_cuda_graph
+from grpo_ext.engine.captured_decode import (
+    CapturedSteps,
+    FixedDecodeBatch,
+    Step,
+    StepRunner,
+    capture_cuda_graph,
+    run_uncaptured,
+)
 from grpo_ext.engine.decode_cache import DecodeBatch, can_share_slot
 from grpo_ext.engine.draw import draw
 from grpo_ext.engine.prefill import PrefilledPrompts, Prompt, prefill_prompts
@@ -130,7 +137,8 @@ class GroupSampler:
             limits = [min(limits[0], limit) for limit in self.max_new_tokens_per_row]
         if self._captured is None and device.type == "cuda":
             self._captured = CapturedSteps(capture_cuda_graph)
-        batch = start_decoding(model, prefilled, prompts, max_new_tokens=max(limits), captured=self._captured)
+        run_step = self._captured or (None if device.type == "cpu" else run_uncaptured)
+        batch = start_decoding(model, prefilled, prompts, max_new_tokens=max(limits), run_step=run_step)
         del prefilled
 
         prompt_tokens = input_ids.size(1)
@@ -225,12 +233,12 @@ def start_decoding(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    captured: StepRunner | None = None,
+    run_step: StepRunner | None = None,
 ) -> DecodeBatch:
     """A batch of rows that continue these prompts; `prompts[i]` is the prompt of row i.
 
     Args:
-        captured: runs the steps in buffers of fixed size; None, or a model that does not allow it, for a cache that
+        run_step: runs each step, in buffers of fixed size. If it is None, or the model does not allow that, the cache
             grows.
     """
     rows_of: dict[Prompt, list[int]] = {}
@@ -241,9 +249,9 @@ def start_decoding(
     slots = [rows[i : i + width] for rows in rows_of.values() for i in range(0, len(rows), width)]
     sources = [prefilled.row_of[prompts[slot[0]]] for slot in slots]
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=prefilled.logits_PV.device)
-    if captured is None or not is_plain:
+    if run_step is None or not is_plain:
         return DecodeBatch(prefilled.caches, sources, slots, lengths_B)
-    return FixedDecodeBatch(prefilled.caches, sources, slots, lengths_B, max_new_tokens=max_new_tokens, run=captured)
+    return FixedDecodeBatch(prefilled.caches, sources, slots, lengths_B, max_new_tokens=max_new_tokens, run=run_step)
 
 
 def siblings_per_slot(prompts: Sequence[Prompt], max_new_tokens: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from grpo_ext.engine.batch import ScoringBatch, Siblings
-from grpo_ext.engine.captured_decode import FixedDecodeBatch
+from grpo_ext.engine.captured_decode import FixedDecodeBatch, run_uncaptured
 from grpo_ext.engine.decode import PrefilledPrompts, prefill_prompts, start_decoding
 from grpo_ext.engine.decode_cache import DecodeBatch
 from grpo_ext.engine.draw import draw
@@ -121,8 +121,8 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         logits_BV = states.logits_PV[[states.row_of[prompt] for prompt in prompts]]
         # Decoding reads the values of its bookkeeping, on the device of the logits: it must not be the meta device.
         on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
-        run_step = (lambda _, step: step()) if kernels.device_type == "cuda" else None
-        decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, captured=run_step)
+        run_step = run_uncaptured if kernels.device_type == "cuda" else None
+        decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, run_step=run_step)
         del states, on_cpu
         _fill_cache(decode_batch, shape.completion - 1)
         with stacked_lora(lm):  # its copies are held until the last step

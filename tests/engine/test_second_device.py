@@ -22,11 +22,10 @@ CPU = torch.device("cpu")
 NEVER = TINY["vocab_size"]  # an end-of-sequence id that is never sampled
 
 # Host syncs of one call of `generate`. TOKENS_PER_SYNC: sampled tokens per look at which rows have ended.
-TOKENS_PER_SYNC = 1
+TOKENS_PER_SYNC = 8
 SYNCS_PER_CALL = 24
 SYNCS_PER_PROMPT_LENGTH = 2  # prompts of equal length share a prefill
 SYNCS_PER_DEPARTURE = 5  # the batch is rearranged when rows leave it
-PADDED_SYNCS_PER_TOKEN = 1  # transformers reads a mask of padded prompts to see whether it can be left out
 
 
 class Model(NamedTuple):
@@ -156,14 +155,13 @@ def sample(model, setting, where, ids, mask, tokens, eos):
     return sampler.completions.tokens, torch.get_rng_state()
 
 
-def most_syncs(tokens, prompt_lengths, departures, *, is_padded):
+def most_syncs(tokens, prompt_lengths, departures):
     """The ceiling of one call: `departures` is how often rows leave before the last ones end."""
     return (
         SYNCS_PER_CALL
         + SYNCS_PER_PROMPT_LENGTH * len(set(prompt_lengths))
         + SYNCS_PER_DEPARTURE * departures
         + -(-tokens // TOKENS_PER_SYNC)
-        + (PADDED_SYNCS_PER_TOKEN * tokens if is_padded else 0)
     )
 
 
@@ -195,18 +193,17 @@ def test_sampling(device, model, prompt_lengths, packing):
     print(counts.report())
     lengths = {len(row) for row in tokens}
     assert len(lengths) > 1, "no row ended before another"
-    is_padded = packing == "unpacked" and len(set(prompt_lengths)) > 1
-    assert counts.syncs.total() <= most_syncs(12, prompt_lengths, len(lengths) - 1, is_padded=is_padded)
+    assert counts.syncs.total() <= most_syncs(12, prompt_lengths, len(lengths) - 1)
 
 
 # Kernel launches per sampled token: of each layer, and of everything else.
 LAUNCHES_PER_TOKEN = {
-    (LORA, "packed"): (71, 56),
-    (LORA, "unpacked"): (70, 49),
-    (LORA_16, "packed"): (94, 60),
-    (LORA_16, "unpacked"): (93, 53),
-    (NO_ADAPTER, "packed"): (43, 56),
-    (NO_ADAPTER, "unpacked"): (42, 49),
+    (LORA, "packed"): (54, 55),
+    (LORA, "unpacked"): (52, 54),
+    (LORA_16, "packed"): (63, 60),
+    (LORA_16, "unpacked"): (61, 59),
+    (NO_ADAPTER, "packed"): (43, 55),
+    (NO_ADAPTER, "unpacked"): (41, 54),
 }
 PROMPTS = {"packed": (64, 64), "unpacked": (7, 7)}  # four siblings share a slot for up to 16 tokens
 
@@ -233,7 +230,7 @@ def test_launches_and_syncs_per_sampled_token(device, model, packing):
         with device.counting() as counts:
             sample(models[layers], model, device.torch_device, ids, mask, tokens, NEVER)
         syncs = counts.syncs.total()
-        assert syncs <= most_syncs(tokens, PROMPTS[packing], 0, is_padded=False), counts.report()
+        assert syncs <= most_syncs(tokens, PROMPTS[packing], 0), counts.report()
         return counts.launches.total()
 
     per_layer, rest = rates(count, 8, 16)
