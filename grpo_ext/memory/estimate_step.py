@@ -48,16 +48,19 @@ class PhaseMemory:
         cache: KV cache (or recurrent states) of the prompts; in sampling, of prompts and completions.
         without_head, with_head: peak bytes outside, and during, a call of the LM head.
         head_workspace: the part of `with_head` that the head itself allocates.
+        before_decoding: peak bytes while the cache is set up for decoding; 0 except in sampling. It grows faster with
+            the number of layers than the peak while decoding, which includes the logits.
     """
 
     cache: float
     without_head: float
     with_head: float = 0
     head_workspace: float = 0
+    before_decoding: float = 0
 
     @property
     def total(self) -> float:
-        return max(self.without_head, self.with_head)
+        return max(self.without_head, self.with_head, self.before_decoding)
 
     @property
     def head(self) -> float:
@@ -123,7 +126,9 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
         run_step = run_uncaptured if kernels.device_type == "cuda" else None
         decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, run_step=run_step)
+        before_decoding = counter.peak
         del states, on_cpu
+        counter.peak = counter.live
         _fill_cache(decode_batch, shape.completion - 1)
         with stacked_lora(lm):  # its copies are held until the last step
             logits_BV, _ = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
@@ -132,7 +137,7 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         rows_B = torch.arange(shape.rows)  # as soon as a row has left, its noise is separated from that of the others
         draw(logits_BV, rows_B, ids, tempered, temperature=0.5, do_sample=True)
         cache_bytes = sum(_bytes(layer) for layer in decode_batch._cache.layers)
-    return PhaseMemory(cache=cache_bytes, without_head=counter.peak)
+    return PhaseMemory(cache=cache_bytes, without_head=counter.peak, before_decoding=before_decoding)
 
 
 def _fill_cache(decode_batch: DecodeBatch, tokens: int) -> None:
