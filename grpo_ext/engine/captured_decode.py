@@ -143,6 +143,7 @@ class FixedDecodeBatch(DecodeBatch):
             layer.cursor_n = self._cursor_n
 
     def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """See `DecodeBatch.step`. The next step may overwrite the logits."""
         width = self._rows_Rn.size(1)
         self._show(self._tokens + width)
         self._fed_B.copy_(tokens_B)

@@ -222,7 +222,7 @@ class _RandomStates:
             self._states.append(self._module.get_rng_state())
 
     def restore(self, draws: int) -> None:
-        """Return to the state after so many draws."""
+        """Return to the state after the given number of draws."""
         if draws < self._draws:
             self._module.set_rng_state(self._states[draws - self._draws - 1])
 

@@ -190,7 +190,7 @@ class BufferedLayer(DynamicLayer):
         """Keep these slots only. They are moved one after the other within the buffers: no second copy is made.
 
         Args:
-            slots: no slot may come after its new place, unless it is kept there.
+            slots: the slot for each place, see `_fill_gaps`. One that moves takes the place of one that is not kept.
         """
         assert self.buffers is not None
         tokens = self.keys.shape[-2]
