@@ -41,6 +41,7 @@ from grpo_ext.engine.decode_cache import DecodeBatch, can_share_slot
 from grpo_ext.engine.draw import draw
 from grpo_ext.engine.prefill import PrefilledPrompts, Prompt, prefill_prompts
 from grpo_ext.engine.stacked_lora import stacked_lora
+from grpo_ext.engine.unpacked_weights import WeightUnpacker
 
 # Tokens between two looks at which rows have ended: on a GPU, each look waits for the device.
 LOOK_EVERY = 8
@@ -85,6 +86,7 @@ class GroupSampler:
         self._kept_prompts: PrefilledPrompts | None = None
         self._kept_rows: dict[Prompt, DynamicCache] = {}  # from the last call, by the tokens in each cache
         self._captured = None if capture is None else CapturedSteps(capture)
+        self._unpacker = WeightUnpacker()
 
     @contextmanager
     def keep_prompt_caches(self) -> Iterator[None]:
@@ -149,7 +151,9 @@ class GroupSampler:
         endings = _Endings(limits, device)
         logps: list[Tensor] = []
         finished_caches: dict[int, DynamicCache] = {}
-        with model._optimize_model_for_decode(), stacked_lora(model), self._captured or nullcontext():
+        # LoRA first: it leaves layers alone whose base has another forward.
+        layers = stacked_lora(model), self._unpacker.unpacked(model)
+        with model._optimize_model_for_decode(), layers[0], layers[1], self._captured or nullcontext():
             while True:
                 tokens_B, logps_B = draw(logits_RV, rows_R, input_ids, logits_processor, **how)
                 logps.append(logps_B)

@@ -15,13 +15,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from trl import TrlParser
 
 from grpo_ext.console.terminal import show
-from grpo_ext.machine import GIB
+from grpo_ext.machine import GIB, free_memory_per_process
 from grpo_ext.memory.plan import Plan, Planner
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
@@ -128,6 +127,5 @@ def _this_device(use_cpu: bool) -> tuple[str, float, str]:
         card = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
         return "cuda", card.total_memory, "the memory of the card"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = psutil.virtual_memory().available
     shared = f", shared by {processes} processes" if processes > 1 else ""
-    return "cpu", free / processes, f"the free memory of this machine{shared}"
+    return "cpu", free_memory_per_process(), f"the free memory of this machine{shared}"
