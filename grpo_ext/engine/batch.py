@@ -11,7 +11,8 @@ Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c token
 size.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ class ScoringBatch:
         with_entropies: compute entropies.
         with_hidden: return the last hidden states (no-grad passes only).
         ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
+        loss: the loss of the scores of all rows, if its gradient in the scores of a row depends on no other row. Chunks
+            with gradients are then computed once, see `loss_in_chunks.py`.
     """
 
     completion_ids_BC: Tensor
@@ -70,6 +73,7 @@ class ScoringBatch:
     with_entropies: bool = True
     with_hidden: bool = False
     ref_hidden_BCH: Tensor | None = None
+    loss: "Callable[[Scores], Tensor] | None" = None
 
     @property
     def all_groups(self) -> list[Siblings]:
@@ -105,6 +109,8 @@ class Scores:
     Attributes:
         hidden_BCH: last hidden states, in host memory.
         aux_loss: load-balancing loss of a mixture of experts, a scalar.
+        loss_gradient: a scalar 0 with the gradient of `ScoringBatch.loss`; the other scores then have none. None if the
+            scores have gradients, or if there are none.
     """
 
     logps_BC: Tensor
@@ -112,6 +118,7 @@ class Scores:
     kls_BC: Tensor | None
     hidden_BCH: Tensor | None
     aux_loss: Tensor | None
+    loss_gradient: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +135,12 @@ class ChunkScores:
     @property
     def differentiable(self) -> list[Tensor | None]:
         return [self.logps_nc, self.entropies_nc, self.kls_nc]
+
+    def detached(self) -> "ChunkScores":
+        """The same scores without a graph."""
+        logps_nc, entropies_nc, kls_nc = (None if part is None else part.detach() for part in self.differentiable)
+        assert logps_nc is not None
+        return replace(self, logps_nc=logps_nc, entropies_nc=entropies_nc, kls_nc=kls_nc)
 
 
 # Grouping

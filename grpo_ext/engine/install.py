@@ -31,6 +31,7 @@ from grpo_ext.engine.autocast import same_autocast_without_cache
 from grpo_ext.engine.batch import Scores, ScoringBatch
 from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.loss_in_chunks import loss_in_chunks
 from grpo_ext.engine.prefill import why_unforkable
 from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
@@ -57,7 +58,8 @@ def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) ->
         # Checkpointed layers drop the cache and merely log it: completions would lose their prompt.
         with disable_gradient_checkpointing(self):
             if torch.is_grad_enabled() and not scoring_batch.fits_one_chunk():
-                return score_in_chunks(self, scoring_batch, head, _recompute_context(self))
+                run = score_in_chunks if scoring_batch.loss is None else loss_in_chunks
+                return run(self, scoring_batch, head, _recompute_context(self))
             return score(self, scoring_batch, head)
 
     if is_compiled:

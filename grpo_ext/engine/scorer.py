@@ -45,6 +45,7 @@ class ScoringRequest:
         ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
         idle_rows: rows without a gradient. A prompt whose rows are all idle runs apart from the rest.
         skip_idle: leave out prompts whose rows are all idle, instead of running them.
+        loss: see `ScoringBatch`.
     """
 
     scoring_pass: ScoringPass
@@ -61,6 +62,7 @@ class ScoringRequest:
     ref_hidden_BCH: Tensor | None = None
     idle_rows: frozenset[int] = frozenset()
     skip_idle: bool = False
+    loss: Callable[[Scores], Tensor] | None = None
 
     def __getitem__(self, rows: slice) -> "ScoringRequest":
         """The same request for some of the rows. Only for passes without idle rows and without an exact KL."""
@@ -123,6 +125,7 @@ class Scorer:
             with_entropies=request.with_entropies,
             with_hidden=request.with_hidden,
             ref_hidden_BCH=request.ref_hidden_BCH,
+            loss=request.loss,
         )
         with self.autocast():
             scores: Scores = model(scoring_batch=batch)

@@ -209,7 +209,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     )
     assert trainer.accelerator.num_processes == processes
     start = adapter_of(trainer)
-    with patch.object(install, "score_in_chunks", wraps=install.score_in_chunks) as chunked:
+    with patch.object(install, "loss_in_chunks", wraps=install.loss_in_chunks) as chunked:
         trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     return {
