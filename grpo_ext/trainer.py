@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +99,16 @@ MULTIMODAL_INPUTS = (
 )
 # Attributes of the trainer that a rollout of TRL changes in place.
 CHANGED_IN_PLACE = ("state", "generation_config", "_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
-# Attributes of the trainer that TRL's loss changes.
-CHANGED_BY_LOSS = ("entropy_coef", "_entropy_window_stats", "_last_world_entropy")
-# Methods of the trainer that the gradient of a loss depends on.
+# Methods of the trainer that compute the loss of a micro-batch.
 LOSS_HOOKS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+# Attributes of the trainer that are replaced while a loss is computed.
+LOSS_ATTRIBUTES = (
+    "beta",
+    "entropy_coef",
+    "_entropy_window_stats",
+    "_last_world_entropy",
+    "_get_per_token_logps_and_entropies",
+)
 # TRL's table of completions: plain columns, and groups of columns with one column per reward function or logged name.
 LOGGED, LOGGED_BY_NAME = ("prompt", "completion", "advantages"), ("rewards", "extra")
 
@@ -777,7 +782,7 @@ class GRPOExtTrainer(GRPOTrainer):
         loss_of = self._sequence_loss if self.loss_type == "grpo_sequence" else self._trl_loss
         with self._updating(inputs) as micro_batch:
             if torch.is_grad_enabled() and self._why_loss_inseparable() is None:
-                micro_batch.loss = partial(self._loss_of_scores, loss_of, model, micro_batch, self._loss_scale())
+                micro_batch.loss = self._loss_of_scores(loss_of, model, micro_batch)
             loss = loss_of(model, micro_batch)
             if micro_batch.loss_gradient is None:
                 return loss
@@ -802,25 +807,22 @@ class GRPOExtTrainer(GRPOTrainer):
         return 1.0 if scaler is None else scaler.get_scale()
 
     def _loss_of_scores(
-        self,
-        loss_of: Callable[[nn.Module, MicroBatch], Tensor],
-        model: nn.Module,
-        micro_batch: MicroBatch,
-        scale: float,
-        scores: Scores,
-    ) -> Tensor:
-        """`scale` times the loss that this micro-batch has if these are its scores. Nothing is recorded."""
-        inputs = dict(micro_batch.inputs)
-        add_old_logps(inputs, scores.logps_BC)
-        outer = self._micro_batch
-        self._micro_batch = MicroBatch(inputs=inputs, scores=scores, exact_kls_BC=scores.kls_BC)
-        changed = {name: getattr(self, name) for name in CHANGED_BY_LOSS}
-        changed["_metrics"] = defaultdict(lambda: defaultdict(list))
-        try:
-            with without_collectives(self.accelerator), WithoutReads(), replaced(self, **changed):
-                return scale * loss_of(model, self._micro_batch)
-        finally:
-            self._micro_batch = outer
+        self, loss_of: Callable[[nn.Module, MicroBatch], Tensor], model: nn.Module, micro_batch: MicroBatch
+    ) -> Callable[[Scores], Tensor]:
+        """A function from scores to the loss that this micro-batch has with them, at the scale of fp16. It records
+        nothing, and may be called while `loss_of` runs."""
+        attributes, scale = {name: getattr(self, name) for name in LOSS_ATTRIBUTES}, self._loss_scale()
+
+        def loss(scores: Scores) -> Tensor:
+            inputs = dict(micro_batch.inputs)
+            add_old_logps(inputs, scores.logps_BC)
+            given = MicroBatch(inputs=inputs, scores=scores, exact_kls_BC=scores.kls_BC)
+            metrics: Any = defaultdict(lambda: defaultdict(list))
+            silently = replaced(self, **attributes, _micro_batch=given, _metrics=metrics)
+            with silently, without_collectives(self.accelerator), WithoutReads():
+                return scale * loss_of(model, given)
+
+        return loss
 
     @contextmanager
     def _updating(self, inputs: dict[str, Any]) -> Iterator[MicroBatch]:

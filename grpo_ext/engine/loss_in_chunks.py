@@ -107,7 +107,8 @@ class _ChunkLosses:
 
     def gradients(self, chunk: ChunkScores) -> list[Tensor | None]:
         """One gradient per score of `chunk.differentiable`, None if the loss does not depend on it."""
-        leaves, filled = [], []
+        leaves: list[Tensor] = []
+        filled: list[Tensor | None] = []
         for scores_BC, scores_nc in zip(self._scores, chunk.differentiable, strict=True):
             if scores_BC is None or scores_nc is None:
                 filled.append(None)

@@ -5,13 +5,15 @@ Legend: B rows, C completion tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from grpo_ext.engine.batch import Scores
 from grpo_ext.losses.dead_groups import rows_without_advantage
+
+if TYPE_CHECKING:
+    from grpo_ext.engine.batch import Scores
 
 
 @dataclass(kw_only=True)
@@ -31,8 +33,8 @@ class MicroBatch:
     inputs: dict[str, Any]
     separates_idle: bool = False
     skip_idle: bool = False
-    loss: Callable[[Scores], Tensor] | None = None
-    scores: Scores | None = None
+    loss: "Callable[[Scores], Tensor] | None" = None
+    scores: "Scores | None" = None
     loss_gradient: Tensor | None = None
     exact_kls_BC: Tensor | None = None
 
