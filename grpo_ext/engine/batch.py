@@ -59,8 +59,8 @@ class ScoringBatch:
         with_entropies: compute entropies.
         with_hidden: return the last hidden states (no-grad passes only).
         ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
-        loss: the loss of the scores of all rows, if its gradient in the scores of a row depends on no other row. Chunks
-            with gradients are then computed once, see `loss_in_chunks.py`.
+        loss: the loss of the scores of all rows, if its gradient in the scores of a row depends on no other row. Its
+            gradient is then computed together with the scores, see `loss_in_chunks.py`.
     """
 
     completion_ids_BC: Tensor
@@ -94,12 +94,14 @@ class ScoringBatch:
         with_empty = self.experts_per_token is not None
         return split_into_chunks(siblings, self.max_rows, self.chunk_tokens, with_empty=with_empty)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens with a graph at the same time if all rows are on one graph, counted as `chunk_tokens` counts them."""
+        return sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.all_groups)
+
     def fits_one_chunk(self) -> bool:
         """Whether one plain graph over all rows stays within `chunk_tokens`."""
-        if self.chunk_tokens is None:
-            return True
-        tokens = sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.all_groups)
-        return tokens <= self.chunk_tokens
+        return self.chunk_tokens is None or self.tokens <= self.chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ class Scores:
         aux_loss: load-balancing loss of a mixture of experts, a scalar.
         loss_gradient: a scalar 0 with the gradient of `ScoringBatch.loss`; the other scores then have none. None if the
             scores have gradients, or if there are none.
+        chunk_tokens: the limit that the scores were computed with; less than requested after an out-of-memory error.
     """
 
     logps_BC: Tensor
@@ -119,6 +122,7 @@ class Scores:
     hidden_BCH: Tensor | None
     aux_loss: Tensor | None
     loss_gradient: Tensor | None = None
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch and its gradient in one pass over chunks of completions, in the memory of one chunk.
+"""The gradient of the loss of a micro-batch, in one pass over chunks of completions and in the memory of one chunk.
 
 For losses whose gradient in a row does not depend on the scores of other rows. Each chunk is scored with a graph, the
 gradient of the loss in its scores is computed, and the graph is run backward at once:
@@ -12,7 +12,7 @@ and runs every chunk twice.
 Legend: B rows, C completion tokens, n rows of a chunk, c tokens of its longest completion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,13 +37,14 @@ from grpo_ext.engine.prefill import (
     prefill_in_segments,
     share_prefix_storage,
 )
-from grpo_ext.engine.score import ChunkScorer
+from grpo_ext.engine.score import ChunkScorer, score
 
 
 def loss_in_chunks(
     lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, context: Callable[[], AbstractContextManager[Any]]
 ) -> Scores:
-    """Scores without gradients, and `loss_gradient`, a 0 that has the gradient of `batch.loss`.
+    """Scores without gradients, and `loss_gradient`, a 0 that has the gradient of `batch.loss`. Rows that fit one chunk
+    are on one graph, as in `score`.
 
     Args:
         context: see `score_in_chunks`.
@@ -73,13 +74,9 @@ class _LossInChunks(torch.autograd.Function):
         *parameters: nn.Parameter,
     ) -> Any:
         gradients = Gradients(parameters)
-        losses = _ChunkLosses(batch)
-        chunks: list[ChunkScores] = []
-        with torch.enable_grad(), context(), RouterRecorder(lm, None) as router:
-            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
-            for siblings in batch.all_groups:
-                chunks += _run_group(scorer, siblings, losses, gradients)
-        scores = assemble_scores(batch, chunks, None)
+        with torch.enable_grad(), context():
+            run = _run_whole if batch.fits_one_chunk() else _run_chunks
+            scores = run(lm, batch, head, gradients)
         ctx.gradients = gradients.sums
         outputs = scores.logps_BC, scores.entropies_BC, scores.kls_BC
         ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
@@ -89,6 +86,26 @@ class _LossInChunks(torch.autograd.Function):
     def backward(ctx: Any, *output_grads: Tensor) -> Any:
         scaled, ctx.gradients = [None if grad is None else grad.mul_(output_grads[3]) for grad in ctx.gradients], None
         return None, None, None, None, *scaled
+
+
+def _run_whole(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, gradients: Gradients) -> Scores:
+    """Run all rows on one graph."""
+    assert batch.loss is not None
+    scores = score(lm, batch, head)
+    on_graph = [scores.logps_BC, scores.entropies_BC, scores.kls_BC]
+    leaves = [None if part is None else part.detach().requires_grad_() for part in on_graph]
+    gradients.backward(_pairs(on_graph, _loss_gradients(batch.loss, leaves, leaves)), [])
+    return _scores(leaf if leaf is None else leaf.detach() for leaf in leaves)
+
+
+def _run_chunks(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, gradients: Gradients) -> Scores:
+    chunks: list[ChunkScores] = []
+    losses = _ChunkLosses(batch)
+    with RouterRecorder(lm, None) as router:
+        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
+        for siblings in batch.all_groups:
+            chunks += _run_group(scorer, siblings, losses, gradients)
+    return assemble_scores(batch, chunks, None)
 
 
 class _ChunkLosses:
@@ -102,30 +119,45 @@ class _ChunkLosses:
         assert batch.loss is not None
         self._loss = batch.loss
         shape, device = batch.completion_ids_BC.shape, batch.completion_ids_BC.device
-        has_scores = True, batch.with_entropies, batch.ref_hidden_BCH is not None
-        self._scores = [torch.zeros(shape, device=device) if has else None for has in has_scores]
+        is_requested = True, batch.with_entropies, batch.ref_hidden_BCH is not None
+        self._scores = [torch.zeros(shape, device=device) if requested else None for requested in is_requested]
 
     def gradients(self, chunk: ChunkScores) -> list[Tensor | None]:
-        """One gradient per score of `chunk.differentiable`, None if the loss does not depend on it."""
-        leaves: list[Tensor] = []
+        """The gradient of each score in `chunk.differentiable`."""
+        leaves = [None if part is None else part.detach().requires_grad_() for part in chunk.differentiable]
         filled: list[Tensor | None] = []
-        for scores_BC, scores_nc in zip(self._scores, chunk.differentiable, strict=True):
-            if scores_BC is None or scores_nc is None:
-                filled.append(None)
-                continue
-            leaf_nc = scores_nc.detach().requires_grad_()
-            scores_BC[chunk.rows, : leaf_nc.size(1)] = leaf_nc.detach()
-            with_leaf_BC = scores_BC.clone()
-            with_leaf_BC[chunk.rows, : leaf_nc.size(1)] = leaf_nc
-            leaves.append(leaf_nc)
+        for scores_BC, leaf_nc in zip(self._scores, leaves, strict=True):
+            with_leaf_BC = None
+            if scores_BC is not None and leaf_nc is not None:
+                with_leaf_BC = scores_BC.clone()
+                with_leaf_BC[chunk.rows, : leaf_nc.size(1)] = leaf_nc
+                scores_BC[chunk.rows, : leaf_nc.size(1)] = leaf_nc.detach()
             filled.append(with_leaf_BC)
-        logps_BC, entropies_BC, kls_BC = filled
-        assert logps_BC is not None
-        loss = self._loss(
-            Scores(logps_BC=logps_BC, entropies_BC=entropies_BC, kls_BC=kls_BC, hidden_BCH=None, aux_loss=None)
-        )
-        found = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
-        return [None if scores_BC is None else next(found) for scores_BC in filled]
+        return _loss_gradients(self._loss, filled, leaves)
+
+
+def _loss_gradients(
+    loss: Callable[[Scores], Tensor], scores_BC: Sequence[Tensor | None], leaves: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradient of the loss in each leaf; None if the leaf is None, or if the loss does not depend on it.
+
+    Args:
+        scores_BC: log-probs, entropies and exact KL of all rows, computed from the leaves.
+    """
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(loss(_scores(scores_BC)), inputs, allow_unused=True))
+    return [None if leaf is None else next(found) for leaf in leaves]
+
+
+def _scores(parts_BC: Iterable[Tensor | None]) -> Scores:
+    logps_BC, entropies_BC, kls_BC = parts_BC
+    assert logps_BC is not None
+    return Scores(logps_BC=logps_BC, entropies_BC=entropies_BC, kls_BC=kls_BC, hidden_BCH=None, aux_loss=None)
+
+
+def _pairs(outputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    pairs = zip(outputs, grads, strict=True)
+    return [(output, grad) for output, grad in pairs if output is not None and grad is not None]
 
 
 def _run_group(
@@ -139,10 +171,9 @@ def _run_group(
     for chunk in chunks:
         scored = scorer.score(siblings, chunk, prompt.cache())
         scored_chunks.append(scored.detached())
-        pairs = zip(scored.differentiable, losses.gradients(scored), strict=True)
-        outputs = [(output, grad) for output, grad in pairs if output is not None and grad is not None]
-        prompt.add(gradients.backward(outputs, prompt.leaves))
-        del scored, pairs, outputs  # the graph of this chunk is freed before the next one is built
+        pairs = _pairs(scored.differentiable, losses.gradients(scored))
+        prompt.add(gradients.backward(pairs, prompt.leaves))
+        del scored, pairs  # the graph of this chunk is freed before the next one is built
     if states is None:
         backward_prompt(scorer, siblings, boundaries, prompt.grads(), gradients)
     else:

@@ -34,7 +34,7 @@ from grpo_ext.engine.decode_cache import can_share_slot
 from grpo_ext.engine.grouped_attention import grouped_attention
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
-from grpo_ext.engine.prefill import cache_states, fork, prefill, with_states
+from grpo_ext.engine.prefill import cache_states, fork, prefill_in_segments, prompt_segments, with_states
 
 ALWAYS_PACKED_TOKENS = 512  # a chunk with at most this many tokens is packed even if its prompt is shorter
 
@@ -50,9 +50,12 @@ def score(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead) -> Scores:
     with RouterRecorder(lm, batch.experts_per_token) as router:
         scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
         for siblings in batch.joined_groups():
-            cache = prefill(lm, prompt_ids(batch, siblings), **router.forward_options)
-            if cache is not None:
-                prompt_sums.append(router.pop_sums(prompt_weights(batch, siblings, siblings.prompt_tokens - 1)))
+            limit = None if torch.is_grad_enabled() else batch.chunk_tokens
+            segments, cache = prompt_segments(siblings.prompt_tokens - 1, limit), None
+            caches = prefill_in_segments(lm, prompt_ids(batch, siblings), limit, **router.forward_options)
+            for segment, boundary in zip(segments, caches, strict=True):
+                prompt_sums.append(router.pop_sums(prompt_weights(batch, siblings, len(segment))))
+                cache = boundary
             chunks += [scorer.score(siblings, chunk, cache) for chunk in batch.chunks(siblings)]
     if not chunks:
         return empty_scores(lm, batch)
