@@ -243,7 +243,7 @@ class GRPOExtTrainer(GRPOTrainer):
         if reference.adapter_follows:
             refusals.refuse_reference_sync(args, is_sharded=self.is_sharded, why_unmixable=why_unmixable(self.model))
             self.add_callback(ReferenceSync(self.model))
-        if args.dead_groups == "skip" and (reason := self._why_dead_groups_are_kept()) is not None:
+        if args.asks_to_skip and (reason := self._why_dead_groups_are_kept()) is not None:
             logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
         follower = self.ref_model if args.sync_ref_model else None
         facts = [fingerprint(self) if self.accelerator.is_main_process else None]
@@ -791,6 +791,9 @@ class GRPOExtTrainer(GRPOTrainer):
     def _why_dead_groups_are_kept(self) -> str | None:
         if not self.shares_prompts:
             return "prompts are not shared"
+        for name in ("compute_loss", "_compute_loss"):
+            if getattr(getattr(self, name), "__func__", None) is not getattr(GRPOExtTrainer, name):
+                return f"{name} is overridden, and may give their answers a gradient"
         return why_dead_groups_have_gradient(
             beta=self.beta,
             log_kl=self.args.log_kl,
@@ -799,6 +802,8 @@ class GRPOExtTrainer(GRPOTrainer):
             aux_loss_coef=self.router_aux_loss_coef,
             has_aux_loss=self.aux_loss_enabled,
             top_entropy_quantile=self.top_entropy_quantile,
+            temperature_schedule=self.args.temperature_schedule,
+            noise_alpha=self.args.neftune_noise_alpha,
         )
 
     def _sequence_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
