@@ -255,7 +255,7 @@ class GRPOExtTrainer(GRPOTrainer):
         if reference.adapter_follows:
             refusals.refuse_reference_sync(args, is_sharded=self.is_sharded, why_unmixable=why_unmixable(self.model))
             self.add_callback(ReferenceSync(self.model))
-        if args.dead_groups == "skip" and (reason := self._why_dead_groups_are_kept()) is not None:
+        if args.asks_to_skip and (reason := self._why_dead_groups_are_kept()) is not None:
             logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
         in_chunks = args.chunk_tokens is not None or args.gradient_checkpointing
         if in_chunks and self.shares_prompts and (reason := self._why_loss_inseparable()) is not None:
@@ -790,16 +790,19 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _why_loss_inseparable(self) -> str | None:
         """The reason why chunks cannot be run forward and backward at once; None if they can."""
-        changed = (name for name in LOSS_HOOKS if getattr(self, name) != getattr(GRPOExtTrainer, name).__get__(self))
-        overridden = next(changed, None)
-        if overridden is not None:
-            return f"{overridden} is overridden"
+        if (name := self._overridden(*LOSS_HOOKS)) is not None:
+            return f"{name} is overridden"
         return why_inseparable(
             loss_type=self.loss_type,
             has_aux_loss=self.aux_loss_enabled,
             aux_loss_coef=self.router_aux_loss_coef,
             top_entropy_quantile=self.top_entropy_quantile,
         )
+
+    def _overridden(self, *names: str) -> str | None:
+        """The first of these methods that a subclass or an attribute of this object replaces; None if there is none."""
+        methods = ((name, getattr(getattr(self, name), "__func__", None)) for name in names)
+        return next((name for name, method in methods if method is not getattr(GRPOExtTrainer, name)), None)
 
     def _loss_scale(self) -> float:
         """The factor that keeps small gradients from becoming 0 in fp16."""
@@ -848,6 +851,8 @@ class GRPOExtTrainer(GRPOTrainer):
     def _why_dead_groups_are_kept(self) -> str | None:
         if not self.shares_prompts:
             return "prompts are not shared"
+        if (name := self._overridden("compute_loss", "_compute_loss")) is not None:
+            return f"{name} is overridden, and may give their answers a gradient"
         return why_dead_groups_have_gradient(
             beta=self.beta,
             log_kl=self.args.log_kl,
@@ -856,6 +861,8 @@ class GRPOExtTrainer(GRPOTrainer):
             aux_loss_coef=self.router_aux_loss_coef,
             has_aux_loss=self.aux_loss_enabled,
             top_entropy_quantile=self.top_entropy_quantile,
+            temperature_schedule=self.args.temperature_schedule,
+            noise_alpha=self.args.neftune_noise_alpha,
         )
 
     def _sequence_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:

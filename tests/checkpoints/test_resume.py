@@ -56,9 +56,8 @@ MATRIX = {
     "growing groups": LONG | {"num_generations_max": 12, "reward": rarely_good},
     "replay": {"per_device_train_batch_size": 16, "replay_fraction": 0.5, "num_iterations": 2, "max_steps": 9},
     "linear temperature": LONG | {"temperature_schedule": "linear", "temperature_end": 1.4},
-    "temperature from entropy, dead groups skipped": LONG
-    | {"beta": 0.0, "entropy_coef": 0.0, "dead_groups": "skip"}
-    | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
+    "temperature from entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
+    "dead groups skipped": LONG | {"beta": 0.0, "entropy_coef": 0.0},
     "copied reference": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 1.0},
     "adapter on the head": LONG | {"peft_config": random_lora(target_modules=["q_proj", "lm_head"])},
     "previously trained adapter": LONG | {"trained_before": True},

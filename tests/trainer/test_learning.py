@@ -131,8 +131,8 @@ def test_arms_of_the_study():
         "token": {"loss_type": "grpo", "scale_rewards": "group"},
         "stock": {"loss_type": "grpo", "scale_rewards": "group"},
         "exact": {"kl_estimator": "exact"},
-        "keep": no_regularisation,
-        "skip": no_regularisation | {"dead_groups": "skip"},
+        "keep": no_regularisation | {"dead_groups": "keep"},
+        "skip": no_regularisation,  # the default
         "resample": no_regularisation | {"dead_groups": "resample"},
     }
 
