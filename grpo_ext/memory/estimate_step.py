@@ -125,7 +125,9 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         # Decoding reads the values of its bookkeeping, on the device of the logits: it must not be the meta device.
         on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
         run_step = run_uncaptured if kernels.device_type == "cuda" else None
-        decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, run_step=run_step)
+        decode_batch = start_decoding(
+            lm, on_cpu, prompts, range(shape.rows), max_new_tokens=shape.completion, run_step=run_step
+        )
         before_decoding = counter.peak
         del states, on_cpu
         counter.peak = counter.live
