@@ -127,9 +127,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkScores:
-    """Scores of one chunk of a group; `rows` are indices into the micro-batch."""
+    """Scores of one chunk of a group; `rows`, or `rows_n` on the device, are indices into the micro-batch."""
 
     rows: list[int]
+    rows_n: Tensor
     logps_nc: Tensor
     entropies_nc: Tensor | None
     kls_nc: Tensor | None

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo_ext.engine.batch import (
@@ -29,6 +30,7 @@ from grpo_ext.engine.batch import (
     prompt_ids,
 )
 from grpo_ext.engine.chunk_gradients import Gradients, LeafStates, backward_prompt
+from grpo_ext.engine.chunk_indices import index_chunks
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder
 from grpo_ext.engine.prefill import (
@@ -102,7 +104,8 @@ def _run_chunks(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, gradi
     chunks: list[ChunkScores] = []
     losses = _ChunkLosses(batch)
     with RouterRecorder(lm, None) as router:
-        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
+        indices = index_chunks(batch, batch.all_groups)
+        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=indices)
         for siblings in batch.all_groups:
             chunks += _run_group(scorer, siblings, losses, gradients)
     return assemble_scores(batch, chunks, None)
@@ -129,9 +132,9 @@ class _ChunkLosses:
         for scores_BC, leaf_nc in zip(self._scores, leaves, strict=True):
             with_leaf_BC = None
             if scores_BC is not None and leaf_nc is not None:
-                with_leaf_BC = scores_BC.clone()
-                with_leaf_BC[chunk.rows, : leaf_nc.size(1)] = leaf_nc
-                scores_BC[chunk.rows, : leaf_nc.size(1)] = leaf_nc.detach()
+                padded_nC = pad(leaf_nc, (0, scores_BC.size(1) - leaf_nc.size(1)))
+                with_leaf_BC = scores_BC.index_copy(0, chunk.rows_n, padded_nC)
+                scores_BC.index_copy_(0, chunk.rows_n, padded_nC.detach())
             filled.append(with_leaf_BC)
         return _loss_gradients(self._loss, filled, leaves)
 

@@ -31,6 +31,7 @@ from grpo_ext.engine.batch import (
     prompt_weights,
 )
 from grpo_ext.engine.chunk_gradients import Gradients, LeafStates, RouterShares, backward_prompt
+from grpo_ext.engine.chunk_indices import index_chunks
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder, total_router_sums
 from grpo_ext.engine.prefill import (
@@ -73,7 +74,8 @@ class _ChunkedScore(torch.autograd.Function):
         chunks: list[ChunkScores] = []
         prompt_sums = []
         with RouterRecorder(lm, batch.experts_per_token) as router:
-            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
+            indices = index_chunks(batch, batch.all_groups)
+            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=indices)
             for siblings in batch.all_groups:
                 boundaries: list[DynamicCache] = []
                 segments = prompt_segments(siblings.prompt_tokens - 1, batch.chunk_tokens)
@@ -95,7 +97,8 @@ class _ChunkedScore(torch.autograd.Function):
         """Gradients of the parameters, group by group: first the completions, then their prompt."""
         gradients, shares = Gradients(ctx.parameters), RouterShares(ctx.total_sums, output_grads[3])
         with torch.enable_grad(), ctx.context(), RouterRecorder(ctx.lm, ctx.batch.experts_per_token) as router:
-            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router)
+            indices = index_chunks(ctx.batch, ctx.batch.all_groups)
+            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router, indices=indices)
             for siblings, boundaries in zip(ctx.batch.all_groups, ctx.boundaries, strict=True):
                 state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients, shares)
                 backward_prompt(scorer, siblings, boundaries, state_grads, gradients, shares)
@@ -115,7 +118,7 @@ def _backward_completions(
     for chunk in scorer.batch.chunks(siblings):
         scored = scorer.score(siblings, chunk, prompt.cache())
         outputs = [
-            (output, grad[scored.rows, : output.size(1)])
+            (output, grad.index_select(0, scored.rows_n)[:, : output.size(1)])
             for output, grad in zip(scored.differentiable, output_grads, strict=False)
             if output is not None and grad is not None
         ]

@@ -62,7 +62,6 @@ class WeightUnpacker:
         finally:
             for forward in forwards:
                 vars(forward.layer).pop("forward", None)
-                forward.release()
 
 
 def _can_unpack(layer: Any) -> bool:
@@ -102,10 +101,6 @@ class _UnpackedForward:
             self._weight = dequantise(layer.weight, layer.weight.quant_state, x.dtype).to(dtype)
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, self._weight, bias).to(input_dtype)
-
-    def release(self) -> None:
-        """Drop the dequantised weight."""
-        self._weight = None
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
