@@ -8,7 +8,6 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from grpo_ext import GRPOExtTrainer
 from grpo_ext.engine.scorer import Scorer
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
