@@ -14,7 +14,7 @@ from grpo_ext.memory.plan import GROUP_SIZES, Planner
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
-from tests.tools.lanes import slow_but
+from tests.tools.lanes import slow_but, thinned
 from tests.tools.paths import ROOT
 
 AUTO = ["--num_generations", "auto"]
@@ -79,11 +79,11 @@ def planner():
     return Planner(PolicyConfig(model_name_or_path=f"{FOLDER}/tiny_math/model"), "cpu")
 
 
+IN_CHUNKS, AT_ONCE = {"chunk_tokens": 104}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{"chunk_tokens": 104}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}],
-)
+@pytest.mark.parametrize("options", thinned([IN_CHUNKS, AT_ONCE], [AT_ONCE]))
 def test_larger_groups_need_no_more_memory(planner, options):
     """Otherwise a smaller group might fit when the largest does not, and `auto` would refuse a run that can train."""
     sizes = {"rows": 8, "accumulation": 4, "prompt": 40, "completion": 12} | options
