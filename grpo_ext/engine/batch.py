@@ -11,7 +11,7 @@ Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c token
 size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -140,6 +140,18 @@ class ChunkScores:
     @property
     def differentiable(self) -> list[Tensor | None]:
         return [self.logps_nc, self.entropies_nc, self.kls_nc]
+
+    @staticmethod
+    def joined(parts: "Sequence[ChunkScores]") -> "ChunkScores":
+        """The scores of a chunk from those of consecutive tokens of it."""
+
+        def join(scores: Sequence[Tensor | None]) -> Tensor | None:
+            computed = [part for part in scores if part is not None]
+            return torch.cat(computed, dim=1) if computed else None
+
+        logps_nc, entropies_nc, kls_nc = map(join, zip(*(part.differentiable for part in parts), strict=True))
+        assert logps_nc is not None
+        return replace(parts[0], logps_nc=logps_nc, entropies_nc=entropies_nc, kls_nc=kls_nc)
 
     def detached(self) -> "ChunkScores":
         """The same scores without a graph."""

@@ -8,7 +8,7 @@ completions.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class ChunkIndices:
         places_T: places of the tokens in a flat (n, w); `scores_T` those in a flat (n, c).
         host_rows_T: row of the micro-batch of each token.
         host_scores_T: `scores_T` in host memory.
+        start: number of completion tokens that come before these.
     """
 
     rows: list[int]
@@ -42,6 +43,21 @@ class ChunkIndices:
     scores_T: Tensor
     host_rows_T: list[int]
     host_scores_T: Tensor
+    start: int = 0
+
+    def part(self, segment: range) -> "ChunkIndices":
+        """The indices of some tokens of a chunk of one row."""
+        (row,), scores_T = self.rows, torch.arange(len(segment), device=self.rows_n.device)
+        return replace(
+            self,
+            longest=len(segment),
+            width=len(segment),
+            places_T=scores_T,
+            scores_T=scores_T,
+            host_rows_T=[row] * len(segment),
+            host_scores_T=torch.arange(len(segment)),
+            start=segment.start,
+        )
 
 
 def index_chunks(batch: ScoringBatch, groups: Sequence[Siblings]) -> dict[int, ChunkIndices]:

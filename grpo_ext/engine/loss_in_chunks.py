@@ -6,8 +6,8 @@ gradient of the loss in its scores is computed, and the graph is run backward at
     prompt --> leaves --fork--> chunk 1 --> scores --> loss --backward--> gradients of the leaves --> prompt
                       --fork--> chunk 2 --> scores --> loss --backward-->
 
-No forward is repeated, except that of a prompt that is longer than a chunk. `score_chunked.py` serves all other losses,
-and runs every chunk twice.
+No forward is repeated, except those of prompts and completions that are longer than a chunk. `score_chunked.py` serves
+all other losses, and runs every chunk twice.
 
 Legend: B rows, C completion tokens, n rows of a chunk, c tokens of its longest completion.
 """
@@ -32,6 +32,7 @@ from grpo_ext.engine.batch import (
 from grpo_ext.engine.chunk_gradients import Gradients, LeafStates, backward_prompt
 from grpo_ext.engine.chunk_indices import index_chunks
 from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.long_completions import LongCompletion
 from grpo_ext.engine.moe_aux_loss import RouterRecorder
 from grpo_ext.engine.prefill import (
     cache_states,
@@ -167,11 +168,17 @@ def _run_group(
     scorer: ChunkScorer, siblings: Siblings, losses: _ChunkLosses, gradients: Gradients
 ) -> list[ChunkScores]:
     """Score all chunks of a group, add the gradients of the loss, and return the scores without a graph."""
-    chunks = scorer.batch.chunks(siblings)
+    chunks, limit = scorer.batch.chunks(siblings), scorer.batch.chunk_tokens
+    assert limit is not None
     boundaries, states = _prefill(scorer, siblings, chunks)
     prompt = LeafStates(boundaries[-1] if boundaries else None)
     scored_chunks = []
     for chunk in chunks:
+        if len(chunk) == 1 and siblings.lengths[chunk.start] > limit:
+            completion = LongCompletion(scorer, siblings, chunk, prompt)
+            scored_chunks.append(completion.score())
+            completion.backward(losses.gradients(scored_chunks[-1]), gradients)
+            continue
         scored = scorer.score(siblings, chunk, prompt.cache())
         scored_chunks.append(scored.detached())
         pairs = _pairs(scored.differentiable, losses.gradients(scored))

@@ -105,6 +105,34 @@ class ChunkScorer:
             hidden_TH, targets_nc.flatten().index_select(0, indices.places_T), indices, router_sums
         )
 
+    def score_segment(
+        self, siblings: Siblings, chunk: range, segment: range, cache: DynamicCache | None
+    ) -> tuple[ChunkScores, DynamicCache]:
+        """Score some tokens of a chunk of one row.
+
+        Args:
+            segment: which tokens of the completion.
+            cache: everything before them, without the token before the first of them; it is modified.
+
+        Returns:
+            Their scores, and the cache with their states added.
+        """
+        indices = self.indices[siblings.rows[chunk.start]]
+        targets_1c = self.batch.completion_ids_BC.index_select(0, indices.rows_n)[:, : indices.longest]
+        ids_1c = torch.cat([indices.first_n1, targets_1c[:, :-1]], dim=1)
+        tokens = slice(segment.start, segment.stop)
+        places_1s = torch.arange(segment.start, segment.stop, device=ids_1c.device).unsqueeze(0)
+        with grouped_attention():
+            output = self.lm.base_model(
+                input_ids=ids_1c[:, tokens],
+                position_ids=siblings.prompt_tokens - 1 + places_1s,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        part = indices.part(segment)
+        scores = self._score_tokens(output.last_hidden_state[0], targets_1c[0, tokens], part, None)
+        return scores, output.past_key_values
+
     def _should_pack(self, siblings: Siblings, chunk: range, cache: DynamicCache) -> bool:
         """Whether to pack the rows of a chunk into one row, without copies of the prompt's states or work on padding.
 
@@ -147,7 +175,7 @@ class ChunkScorer:
         batch, n, c = self.batch, len(indices.rows), indices.longest
         ref_hidden_TH = None
         if batch.ref_hidden_BCH is not None:
-            ref_hidden_ncH = batch.ref_hidden_BCH[indices.rows, :c]
+            ref_hidden_ncH = batch.ref_hidden_BCH[indices.rows, indices.start : indices.start + c]
             ref_hidden_TH = ref_hidden_ncH.flatten(0, 1)[indices.host_scores_T].to(hidden_TH.device)
 
         def score_at(tokens: Tensor | slice, temperature: float) -> Sequence[Tensor | None]:

@@ -12,6 +12,7 @@ CHUNKS = {
     "one row, with the graph of the prompt": 165,
     "one row, with the shorter prompt": 110,
     "segments of a prompt": 24,
+    "segments of a completion": 5,
 }
 
 
