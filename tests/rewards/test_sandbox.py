@@ -108,6 +108,19 @@ HARMFUL = {
     "more memory": "return resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "more processes": "return resource.setrlimit(resource.RLIMIT_NPROC, (4096, 4096))",
     "priority": "return os.nice(-5)",
+    "limits of another process": "return resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    "priority of another process": "return os.setpriority(os.PRIO_PROCESS, os.getppid(), 9)",
+    "priority of a user": "return os.setpriority(os.PRIO_USER, 0, 9)",
+    "cores of another process": "return os.sched_setaffinity(os.getppid(), {0})",
+    # memory that no limit counts
+    "extended attributes": "open('x', 'w').close(); return os.setxattr('x', 'user.x', bytes(65000))",
+    # channels between programs, through the files that all of them can read
+    "flock": "import fcntl; return fcntl.flock(open(os.__file__), fcntl.LOCK_EX)",
+    "a lock of fcntl": "import fcntl; return fcntl.lockf(open(os.__file__), fcntl.LOCK_SH)",
+    "a lock of fcntl by another number": "return checked(libc.syscall(72, 3, ctypes.c_long(2**32 + 5), bytes(32)))",
+    "a lease": "import fcntl; return fcntl.fcntl(open(os.__file__), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "inotify": "return checked(libc.inotify_init1(0))",
+    "dnotify": "import fcntl; return fcntl.fcntl(os.open('/lib', os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
     "a name look-up": "return socket.getaddrinfo('example.com', 80)",
 }
 
@@ -221,6 +234,9 @@ try:
 except OSError:
     print(10**7 < total <= 2**24)
 """
+FLOODS_WITH_FILES = """
+for number in range(10**7): open(f"/tmp/{number}", "w").close()
+"""
 OPEN_FILES = """
 import os
 for number in range(256):
@@ -283,6 +299,7 @@ BEHAVIOURS = [
     ("open('x', 'wb').write(bytes(2 * 10**7))", FAILED, b""),
     ("open('x', 'wb').truncate(10**12)", FAILED, b""),
     (FILLS_THE_DISK, OK, b"True\n"),
+    (FLOODS_WITH_FILES, FAILED, b""),
     # output
     ("print('x' * 10**7)", OUTPUT, None),
     ("for _ in range(1000): print('x' * 10**6)", OUTPUT, None),
@@ -290,7 +307,7 @@ BEHAVIOURS = [
     ("import os; os.ftruncate(1, 10**12)", FAILED, b""),
     ("import os; os.posix_fallocate(1, 0, 10**12)", FAILED, b""),
     # the environment of a program
-    (OPEN_FILES, OK, b"0 False\n1 False\n2 True\n3 True\n"),
+    (OPEN_FILES, OK, b"0 False\n1 False\n2 True\n"),
     ("import os; print(os.listdir(), sorted(os.listdir('/dev')))", OK, b"[] ['null', 'urandom', 'zero']\n"),
     ("import os; print({*os.environ} <= {'PWD', 'LC_CTYPE'})", OK, b"True\n"),
     ("import resource; print(resource.getrlimit(resource.RLIMIT_CORE))", OK, b"(0, 0)\n"),
