@@ -16,6 +16,7 @@ from grpo_ext.rewards.code.formats import FORMATS
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "code")
 
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """The columns of the question and the gold answer.

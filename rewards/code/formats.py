@@ -64,7 +64,7 @@ def read_tests(row: dict[str, Any]) -> RowTests | None:
                 tests = read(row)
                 if not tests.tests:
                     raise ValueError("there are no tests; expected a list of one or more tests")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, SyntaxError) as error:
                 raise ValueError(f"{', '.join(columns)}: {_shown(error)}") from error
             return tests
     return None

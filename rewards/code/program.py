@@ -3,6 +3,7 @@
     program_reward(["```python\\ndef add(a, b): return a + b\\n```"],
                    entry_point=["add"], inputs=[[[1, 2], [3, 4]]], outputs=[[3, 7]])  ->  [1.0]
 
+Each test is a run of its own, with its own time limit: it shares no files, processes or variables with the other tests.
 Arguments go into the sandbox, returned values come out, and this process compares them. So a program gains nothing by
 patching or reading its surroundings, by printing, or by exiting early: only correct values score.
 For what the sandbox stops and what it does not, see `grpo_ext.rewards.code.sandbox`.

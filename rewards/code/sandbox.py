@@ -8,15 +8,23 @@ Inside the sandbox a program finds:
   /dev/null, /dev/urandom and /dev/zero
 - a new, empty /tmp in memory
 - no network, no /proc, no environment variables, no host processes and no privileges
-- none of the system calls in `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`
+- none of the system calls in `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`, no file locks (so no SQLite databases
+  in files), and no extended attributes
 
 When the program ends, or at the deadline, every process that it started is killed.
 
-What the sandbox does not stop:
+bubblewrap is a tool for building sandboxes, not a sandbox with a security policy of its own. The protection is what its
+options and the seccomp filter in `sandbox_policy.py` give, and no more. What they do not stop:
 
-- Kernel vulnerabilities: system calls go to the kernel of this machine. Only a virtual machine would change that.
+- Kernel vulnerabilities: system calls go to the kernel of this machine, and the filter is a deny list: a call that a
+  later kernel adds is allowed until the list names it. Only a virtual machine would change that. gVisor is not
+  supported.
 - Memory use: the kernel limits each process separately, so a program can use up to `memory_mb` x `processes`, and
-  several programs run at the same time. It can also slow down whatever shares its cores.
+  several programs run at the same time. No cgroup limits them together: run the training in one with a memory limit if
+  this matters. A program can also slow down whatever shares its cores.
+- Files without content: they are counted every WATCH_SECONDS, so a program may exceed `files` for that long.
+- Channels by timing: programs that run at the same time can signal each other by the load of shared cores and caches.
+  Expected values are in none of them.
 - Reading the shared libraries and the standard library of this machine.
 - With `allow_unsandboxed=True`, nearly anything: the program runs as your user, and can read and write your files, use
   your network and end your processes. It still gets an empty environment, a new working directory, and limits on time,
@@ -170,6 +178,7 @@ class Sandbox:
             assert self._started is not None
             if not begun:
                 raise _start_error(self._started.log())
+            status: Literal["ok", "failed", "timeout", "output"]
             status, elapsed = self._started.watch(seconds, self._limits.files)
             if status == "timeout" or self._allow_unsandboxed or not self._started.is_clean():
                 self.close()
@@ -223,7 +232,7 @@ class _Started:
                 cwd=folder,
                 start_new_session=True,
             )
-        message, descriptors = b"", []
+        message, descriptors = b"", list[int]()
         if _wait_readable(ours.fileno(), START_TIMEOUT_SECONDS):
             message, descriptors, _, _ = socket.recv_fds(ours, 64, 1)
         if not message or not descriptors:

@@ -509,7 +509,7 @@ print(state())
         "os.makedirs('/tmp/left/' + 'x/' * 500)",
         "os.symlink('/', '/tmp/left')",
         "os.mkdir('/tmp/left', 0)",
-        "os.fork() or (os.setsid(), os.fork() or time.sleep(600))",
+        "os.fork() or (os.setsid(), os.fork() and os._exit(0), time.sleep(600))",
         "sys.modules['left'] = os.left = os",
         "os.kill(os.getppid(), 9)",
         "os.kill(os.getppid(), 19)",
