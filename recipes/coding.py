@@ -11,7 +11,7 @@ This only shows that everything is installed: the model knows nothing but sums, 
 learnt (held-out pass@1: 0.00).
 
 Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`, or the
-columns of HumanEval, LeetCode, APPS, TACO, LiveCodeBench, CodeContests, open-r1 or KodCode; see rewards/code/formats.py.
+columns of HumanEval, LeetCode, APPS, TACO, LiveCodeBench, CodeContests, open-r1 or KodCode (rewards/code/formats.py).
 No gold answer is needed. Rows with a test that cannot be converted are left out. Every field of GRPOExtConfig, of
 TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, and may be set in a YAML file given by
 `--config`; flags win.

@@ -215,7 +215,7 @@ class _Substitute(ast.NodeTransformer):
 
 
 def _either(function: str) -> str:
-    """An expression for a function of the program, or for a method of its class `Solution`."""
+    """An expression for a function of the program, or for a method of its class Solution."""
     if not function.isidentifier():
         raise ValueError(f"{function!r} is not the name of a function")
     return f"(Solution().{function} if 'Solution' in globals() else {function})"

@@ -181,7 +181,7 @@ def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
     if shape != "no tests":
         refuse_unread_tests(problems.train.column_names, path)
     else:
-        with pytest.raises(ValueError, match="has no tests for the code reward, which reads .*, or test_list, or"):
+        with pytest.raises(ValueError, match=r"has no tests for the code reward, which reads .*, or test_list, or"):
             refuse_unread_tests(problems.train.column_names, path)
 
 

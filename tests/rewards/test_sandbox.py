@@ -448,12 +448,14 @@ def test_other_users_than_root_get_a_user_namespace():
     programs = ["import os; print(os.getuid())", COUNTS_FORKS, ATTEMPT.replace("{attempt}", HARMFUL["unmounting"])]
     # Imported while still root: other users may not be able to enter the folders of TMPDIR and of the checkout.
     script = f"""import os
-from grpo_ext.rewards.code.sandbox import run_program
+from grpo_ext.rewards.code.sandbox import Sandbox, run_program
 os.chdir("/")
 os.setgroups([])
 os.setgid(61000)
 os.setuid(61000)
-for program in {programs}: print(run_program(program).stdout)"""
+for program in {programs}: print(run_program(program).stdout)
+with Sandbox("import os; print(input(), os.getpid(), os.listdir())") as sandbox:
+    print(*(sandbox.run(line).stdout.split() for line in (b"a", b"b")))"""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "grpo_ext", "rewards")
         shutil.copytree(ROOT / "rewards", package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -463,6 +465,7 @@ for program in {programs}: print(run_program(program).stdout)"""
     shown = done.stdout.splitlines()
     assert shown[:2] == [rb"b'65534\n'", rb"b'True\n'"]
     assert b"stopped" in shown[2]
+    assert shown[3] == b"[b'a', b'3', b'[]'] [b'b', b'4', b'[]']"  # two processes of one sandbox
 
 
 def test_root_becomes_an_unused_user():
