@@ -77,10 +77,11 @@ class GRPOExtConfig(GRPOConfig):
             used as well, and the log says why. Recommended: True.
         chunk_tokens: maximum number of tokens with an autograd graph at any one time in the update, 1 or more. A row
             counts with its prompt, because attention copies the prompt's KV cache per row. A chunk has at least one
-            row; prompts and completions that are longer than a chunk are cut along their tokens. Passes without gradients use chunks of up to eight times that size. None (default) for no limit; if
+            row; prompts and completions that are longer than a chunk are cut along their tokens. Passes without
+            gradients use chunks of up to eight times that size. None (default) for no limit; if
             `gradient_checkpointing` is on, rows are then processed one at a time instead. The result is the same for
-            every value. After an out-of-memory error, the run goes on with chunks of half the size, and says so.
-            Recommended: None; less than prompt plus completion if even one row does not fit; with
+            every value. After an out-of-memory error, the run goes on with chunks of half the size, and a log line gives
+            the size. Recommended: None; less than prompt plus completion if even one row does not fit; with
             `gradient_checkpointing=False`, the tokens of as many rows as fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
             `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
