@@ -80,8 +80,8 @@ class GRPOExtConfig(GRPOConfig):
             row; prompts and completions that are longer than a chunk are cut along their tokens. Passes without
             gradients use chunks of up to eight times that size. None (default) for no limit; if
             `gradient_checkpointing` is on, rows are then processed one at a time instead. The result is the same for
-            every value. After an out-of-memory error, the run goes on with chunks of half the size, and a log line gives
-            the size. Recommended: None; less than prompt plus completion if even one row does not fit; with
+            every value. After an out-of-memory error, the run goes on with chunks of half the size, which a log line
+            gives. Recommended: None; less than prompt plus completion if even one row does not fit; with
             `gradient_checkpointing=False`, the tokens of as many rows as fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
             `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
