@@ -216,7 +216,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
         "start": start,
         "adapter": adapter_of(trainer),
         "shares": trainer.shares_prompts,
-        "updates_in_chunks": chunked.call_count,
+        "updates_in_chunks": sum(not call.args[1].fits_one_chunk() for call in chunked.call_args_list),
         "grad_norm": [row["grad_norm"] for row in logs],
         # logged by the steps that began with a rollout
         **{name: [row[name] for row in logs if name in row] for name in ("reward", "reward_std")},
