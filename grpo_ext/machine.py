@@ -1,5 +1,6 @@
 """The machine that a run uses: device name, memory, and installed versions. torch is imported on first use."""
 
+import functools
 import os
 import platform
 import resource
@@ -55,8 +56,8 @@ def free_memory_per_process(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     """
     free = psutil.virtual_memory().available
     try:
-        limit, used = ((cgroup / name).read_text() for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limit, used = ((cgroup / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines())
         # The kernel gives up cached files that nobody has used recently.
         free = min(free, int(limit) - int(used) + int(statistics["inactive_file"]))
     except (OSError, ValueError, KeyError):  # no control group, or no limit: "max"
@@ -64,6 +65,7 @@ def free_memory_per_process(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+@functools.cache  # reads a file of each package
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that determine what a run computes: {"torch": "2.8.0", ...}."""
     return {package: version(package) for package in PACKAGES}

@@ -27,6 +27,7 @@ from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.engine import install
 from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
 from tests.distributed import two_resumed
+from tests.tools.lanes import THOROUGH
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import share_of_digits
@@ -72,6 +73,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # the second process has only masked tokens: it takes TRL's path while the first one shares prompts
     "one_idle": (HALF_GROUPS, OURS | {"chunk_tokens": 40, "mask_truncated_completions": True}),
 }
+
+# Each of these has the settings of other cases, or a loss that another test trains; they run with THOROUGH=1.
+THOROUGH_ONLY = ("straddling_plain", "whole_model", "mixed_dr_grpo", "exact_kl_grpo", "skipped_chunks", "replayed")
+CASES = {name: case for name, case in CASES.items() if THOROUGH or name not in THOROUGH_ONLY}
 
 
 def given_completions(prompts: list[str], trainer: GRPOExtTrainer) -> dict[str, Any]:
