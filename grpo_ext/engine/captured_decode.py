@@ -167,6 +167,10 @@ class FixedDecodeBatch(DecodeBatch):
         for layer in self._cache.layers:
             layer.show(shown)
 
+    def skip_steps(self, steps: int) -> None:
+        """See `DecodeBatch.skip_steps`."""
+        self._tokens += steps * self._rows_Rn.size(1)
+
     def drop_finished(self, is_active: Sequence[bool]) -> None:
         """Remove inactive rows, once half of the places or more would be free."""
         slots = [[row for row in slot if is_active[row]] for slot in self._slots]

@@ -42,7 +42,7 @@ class Gradients:
         for i, grad in enumerate(grads[len(leaves) :]):
             if grad is not None:
                 sum_ = self.sums[i]
-                self.sums[i] = grad if sum_ is None else sum_.add_(grad)
+                self.sums[i] = grad if sum_ is None else sum_ + grad  # two parameters may share a gradient tensor
         return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=False)]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -25,6 +26,8 @@ from grpo_ext.engine.prefill import cache_states, extract_cache_row, join_caches
 # Owners of cached tokens that belong to no row: all rows of the slot see a PROMPT token, no row sees a HIDDEN one.
 PROMPT, HIDDEN = -1, -2
 NO_ROW = -3  # an unused place in a slot
+# The buffers of the cache grow by this many tokens, or by this part of their length.
+MIN_GROWTH, GROWTH_DIVISOR = 64, 8
 
 
 class DecodeBatch:
@@ -75,6 +78,11 @@ class DecodeBatch:
     def rows(self) -> list[int]:
         """The rows that are in a slot."""
         return [row for slot in self._slots for row in slot]
+
+    @property
+    def cache_layers(self) -> list[Any]:
+        """The layers of the cache."""
+        return self._cache.layers
 
     def step(self, lm: PreTrainedModel, tokens_B: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Run the model on one token per row.
@@ -136,6 +144,18 @@ class DecodeBatch:
                 layer.__class__ = DynamicLayer
                 del layer.buffers
         return extracted
+
+    def skip_steps(self, steps: int) -> None:
+        """Let the cache grow as it would in this many steps, with undefined values. This is for plans of memory."""
+        width, left = self._rows_Rn.size(1), steps * self._rows_Rn.size(1)
+        while left > 0:
+            # In larger parts than a step, but smaller than those in which buffers grow.
+            new = min(left, max(width, MIN_GROWTH, self._cache.get_seq_length() // (2 * GROWTH_DIVISOR)))
+            for layer in self._cache.layers:
+                if getattr(layer, "keys", None) is not None:
+                    layer.update(*(_undefined(states, new) for states in (layer.keys, layer.values)))
+            left -= new
+        self._owners_RT = pad(self._owners_RT, (0, steps * width))
 
     def drop_finished(self, is_active: Sequence[bool]) -> None:
         """Remove inactive rows, and slots that no longer hold a row."""
@@ -214,7 +234,7 @@ class _GrowingLayer(BufferedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None or end > self.buffers[0].shape[-2]:
-            capacity = end + max(64, end // 8)
+            capacity = end + max(MIN_GROWTH, end // GROWTH_DIVISOR)
             self.buffers = reallocate(self.keys, capacity), reallocate(self.values, capacity)
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., start:end, :] = new
@@ -230,6 +250,10 @@ def _keep_slots(cache: DynamicCache, slots: Sequence[int], index: Tensor) -> Dyn
             layer.keep(slots)
             kept |= {id(layer.keys), id(layer.values)}
     return with_states(cache, [state if id(state) in kept else state[index] for state in cache_states(cache)])
+
+
+def _undefined(states: Tensor, tokens: int) -> Tensor:
+    return states.new_empty(*states.shape[:-2], tokens, states.shape[-1])
 
 
 def reallocate(states: Tensor, capacity: int) -> Tensor:

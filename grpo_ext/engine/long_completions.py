@@ -6,7 +6,7 @@
 The loss may depend on all tokens of a completion, so its gradient is known only once all segments are scored: the
 forward runs twice. Activations then take the memory of one segment. Keys and values still grow with the completion.
 
-Legend: c tokens of the completion, s tokens of a segment.
+Legend: c tokens of the completion.
 """
 
 import torch
@@ -34,14 +34,13 @@ class LongCompletion:
 
     def score(self) -> ChunkScores:
         """The scores of the row without a graph. The states at the end of each segment are kept."""
-        scored = []
-        cache = self._start()
+        scored, cache = [], self._prompt.cache()
         with torch.no_grad():
             for segment in self._segments:
-                part, cache = self._scorer.score_segment(self._siblings, self._chunk, segment, cache)
+                start = None if cache is None else fork(cache, [0])
+                part, cache = self._scorer.score_segment(self._siblings, self._chunk, segment, start)
                 scored.append(part)
                 self._boundaries = [*(share_prefix_storage(earlier, cache) for earlier in self._boundaries), cache]
-                cache = fork(cache, [0])
         return ChunkScores.joined(scored)
 
     def backward(self, grads: list[Tensor | None], gradients: Gradients) -> None:
@@ -68,7 +67,3 @@ class LongCompletion:
             state_grads = gradients.backward(outputs, leaves)
             del scored, after, outputs, cache  # freed before those of the next segment are allocated
         self._prompt.add(state_grads)
-
-    def _start(self) -> DynamicCache | None:
-        cache = self._prompt.cache()
-        return None if cache is None else fork(cache, [0])

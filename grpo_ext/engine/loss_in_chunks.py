@@ -21,25 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo_ext.engine.batch import (
-    ChunkScores,
-    Scores,
-    ScoringBatch,
-    Siblings,
-    assemble_scores,
-    prompt_ids,
-)
+from grpo_ext.engine.batch import ChunkScores, Scores, ScoringBatch, Siblings, assemble_scores, prompt_ids
 from grpo_ext.engine.chunk_gradients import Gradients, LeafStates, backward_prompt
 from grpo_ext.engine.chunk_indices import index_chunks
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.long_completions import LongCompletion
 from grpo_ext.engine.moe_aux_loss import RouterRecorder
-from grpo_ext.engine.prefill import (
-    cache_states,
-    prefill,
-    prefill_in_segments,
-    share_prefix_storage,
-)
+from grpo_ext.engine.prefill import cache_states, prefill, prefill_in_segments, share_prefix_storage
 from grpo_ext.engine.score import ChunkScorer, score
 
 
@@ -87,8 +75,10 @@ class _LossInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> Any:
-        scaled, ctx.gradients = [None if grad is None else grad.mul_(output_grads[3]) for grad in ctx.gradients], None
-        return None, None, None, None, *scaled
+        gradients, ctx.gradients = ctx.gradients, None
+        for i, grad in enumerate(gradients):
+            gradients[i] = None if grad is None else grad * output_grads[3]
+        return None, None, None, None, *gradients
 
 
 def _run_whole(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, gradients: Gradients) -> Scores:
@@ -194,8 +184,8 @@ def _run_group(
 def _prefill(
     scorer: ChunkScorer, siblings: Siblings, chunks: list[range]
 ) -> tuple[list[DynamicCache], list[Tensor] | None]:
-    """The caches at the ends of the prompt's segments, and, if the graph of the prompt fits beside that of each chunk,
-    the states at its end on that graph."""
+    """The caches at the ends of the prompt's segments. If the graph of the prompt fits together with that of each
+    chunk, also the states at its end on that graph."""
     batch, lm, prompts = scorer.batch, scorer.lm, prompt_ids(scorer.batch, siblings)
     limit, width = batch.chunk_tokens, siblings.prompt_tokens
     assert limit is not None

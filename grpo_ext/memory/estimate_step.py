@@ -15,15 +15,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from grpo_ext.engine.batch import Scores, ScoringBatch, Siblings
-from grpo_ext.engine.captured_decode import FixedDecodeBatch, run_uncaptured
+from grpo_ext.engine.captured_decode import run_uncaptured
 from grpo_ext.engine.decode import PrefilledPrompts, prefill_prompts, start_decoding
-from grpo_ext.engine.decode_cache import DecodeBatch
 from grpo_ext.engine.draw import draw
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.loss_in_chunks import loss_in_chunks
@@ -36,8 +34,6 @@ from grpo_ext.memory.step_shapes import PhaseShape
 from grpo_ext.model.unwrap import base_of
 
 META = torch.device("meta")
-# `_fill_cache` appends MIN_GROWTH tokens or 1 / GROWTH_DIVISOR of the cache at a time; the sampler appends one by one.
-MIN_GROWTH, GROWTH_DIVISOR = 64, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,36 +127,15 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         before_decoding = counter.peak
         del states, on_cpu
         counter.peak = counter.live
-        _fill_cache(decode_batch, shape.completion - 1)
+        decode_batch.skip_steps(shape.completion - 1)
         with stacked_lora(lm):  # its copies are held until the last step
             logits_BV, _ = decode_batch.step(lm, torch.zeros(shape.rows, dtype=torch.long), **options)
         tempered = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
         ids = torch.zeros(shape.rows, 1, dtype=torch.long)
         rows_B = torch.arange(shape.rows)  # as soon as a row has left, its noise is separated from that of the others
         draw(logits_BV, rows_B, ids, tempered, temperature=0.5, do_sample=True)
-        cache_bytes = sum(_bytes(layer) for layer in decode_batch._cache.layers)
+        cache_bytes = sum(_bytes(layer) for layer in decode_batch.cache_layers)
     return PhaseMemory(cache=cache_bytes, without_head=counter.peak, before_decoding=before_decoding)
-
-
-def _fill_cache(decode_batch: DecodeBatch, tokens: int) -> None:
-    """Grow the KV cache as if every row had decoded `tokens` tokens."""
-    width = max(map(len, decode_batch._slots))
-    if isinstance(decode_batch, FixedDecodeBatch):
-        decode_batch._tokens += tokens * width
-        return
-    left = tokens * width
-    while left > 0:
-        new = min(left, max(width, MIN_GROWTH, decode_batch._cache.get_seq_length() // GROWTH_DIVISOR))
-        for layer in decode_batch._cache.layers:
-            if getattr(layer, "keys", None) is not None:
-                keys, values = (_empty_tokens(states, new) for states in (layer.keys, layer.values))
-                layer.update(keys, values)
-        left -= new
-    decode_batch._owners_RT = F.pad(decode_batch._owners_RT, (0, tokens * width))
-
-
-def _empty_tokens(states: Tensor, tokens: int) -> Tensor:
-    return states.new_empty(*states.shape[:-2], tokens, states.shape[-1])
 
 
 def _bytes(layer: Any) -> int:
