@@ -32,9 +32,12 @@ def refuse_impossible(config: Any) -> None:
             f"multi_objective_aggregation={config.multi_objective_aggregation!r}. Use 'sum_then_normalize', or "
             f"scale_rewards='group'."
         )
-    if config.chunk_tokens is not None and config.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={config.chunk_tokens} must be at least 1, for example 4096, or None.")
-    if config.chunk_tokens is not None and not config.share_prompt:
+    is_number = isinstance(config.chunk_tokens, int)
+    if config.chunk_tokens not in (None, "auto") and (not is_number or config.chunk_tokens < 1):
+        raise ValueError(
+            f"chunk_tokens={config.chunk_tokens!r} must be at least 1, for example 4096, or 'auto', or None."
+        )
+    if is_number and not config.share_prompt:
         raise ValueError(
             f"chunk_tokens={config.chunk_tokens} limits shared scoring, but share_prompt=False selects TRL's plain "
             f"path. Use share_prompt=True, or chunk_tokens=None."

@@ -213,6 +213,8 @@ def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("worst-case step", f"{worst.seconds:.1f} s, peak memory {worst.peak_mb / 1000:.2f} GB")
+    if worst.chunks is not None:
+        table.add_row("update", worst.chunks)
     if scores:
         shown = ", ".join(f"{name}: {v if v is None else round(v, 3)}" for name, (v, *_) in scores.items())
         table.add_row("rewards", f"{shown} (for a completion without an answer)")

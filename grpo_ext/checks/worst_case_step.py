@@ -13,6 +13,7 @@ environment knows. Rewards are not called. Gradients, metrics and random state a
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo_ext.checks.chunk_size import Shape, choose_chunk_size
 from grpo_ext.engine.out_of_memory import is_out_of_memory
 from grpo_ext.machine import peak_memory_mb
 from grpo_ext.memory.plan import ADAM_STATES
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstCase:
-    """Duration in seconds and peak memory in MB of the step; a prompt and a completion with their special tokens."""
+    """Duration in seconds and peak memory in MB of the step; how the update is cut if that was measured; a prompt and a
+    completion with their special tokens."""
 
     seconds: float
     peak_mb: float
+    chunks: str | None
     prompt: str
     completion: str
 
@@ -79,8 +83,11 @@ def run_worst_case_step(
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
             rollout = _rollout(trainer, [row] * rows, longest)
-            _update(trainer, rollout)
-            seconds, peak = time.monotonic() - started, peak_memory_mb(trainer.accelerator.device)
+            chunks, peak = None, peak_memory_mb(trainer.accelerator.device)
+            if args.chunk_tokens == "auto" and trainer.shares_prompts:
+                chunks = _choose_chunk_size(trainer, rollout, len(longest))
+            _update(trainer, rollout, _rows_with_most_prompts(trainer, rollout))
+            seconds, peak = time.monotonic() - started, max(peak, peak_memory_mb(trainer.accelerator.device))
             completion = trainer.sample_completion(first)
             limits = trainer.parts.scorer.limits.state_dict()
     except (RuntimeError, MemoryError) as error:
@@ -95,7 +102,7 @@ def run_worst_case_step(
         ) from error
     trainer.parts.scorer.limits.load_state_dict(limits)  # what did not fit here would not fit later
     decode = text_tokenizer(trainer.processing_class).decode
-    return WorstCase(seconds=seconds, peak_mb=peak, prompt=decode(first), completion=decode(completion))
+    return WorstCase(seconds=seconds, peak_mb=peak, chunks=chunks, prompt=decode(first), completion=decode(completion))
 
 
 def _rollout(trainer: "GRPOExtTrainer", examples: list[dict[str, Any]], longest: list[int]) -> dict[str, Tensor]:
@@ -146,17 +153,42 @@ def _roll_out(
     return trainer.roll_out_with(examples, prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, rewards=rewards)
 
 
-def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor]) -> None:
-    """Compute loss and gradients of the micro-batch with the most prompts."""
+def _rows_with_most_prompts(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor]) -> slice:
+    """The micro-batch with the most prompts."""
+    size, G = trainer.args.per_device_train_batch_size, trainer.num_generations
+    start = max(range(0, len(rollout["prompt_ids"]), size), key=lambda row: (row + size - 1) // G - row // G)
+    return slice(start, start + size)
+
+
+def _choose_chunk_size(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor], prompt_tokens: int) -> str:
+    """Choose the size for all processes, that of the one with the least memory, and return the reason."""
+    accelerator, limits = trainer.accelerator, trainer.parts.scorer.limits
+    rows = _rows_with_most_prompts(trainer, rollout)
+    size, G = rows.stop - rows.start, trainer.num_generations
+    row_tokens = prompt_tokens + rollout["completion_ids"].size(1)
+
+    def update(count: int) -> None:
+        limits.choose(count * row_tokens)
+        _update(trainer, rollout, slice(0, count))
+        trainer.model.zero_grad(set_to_none=True)
+
+    shape = Shape(row_tokens=row_tokens, rows_per_prompt=min(size, G), prompts=max(1, -(-size // G)))
+    chosen = choose_chunk_size(shape, update, accelerator.device)
+    own = torch.tensor([math.inf if chosen.tokens is None else chosen.tokens], device=accelerator.device)
+    least = accelerator.gather(own).min().item()
+    limits.choose(None if math.isinf(least) else int(least))
+    return (
+        chosen.reason if least == own.item() else f"chunks of {least:.0f} tokens, for the process with the least memory"
+    )
+
+
+def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor], rows: slice) -> None:
+    """Compute loss and gradients of these rows, in addition to the optimizer states."""
     args = trainer.args
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     parameters = trainable_parameters(trainer.model).values()
     optimizer_states = [torch.zeros_like(p) for p in parameters for _ in range(ADAM_STATES)]
-    size, G = args.per_device_train_batch_size, trainer.num_generations
-    starts = range(0, len(rollout["prompt_ids"]), size)
-    start = max(starts, key=lambda row: (row + size - 1) // G - row // G)
-    rows = slice(start, start + size)
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(
             trainer.model, {name: value[rows] if value.ndim else value for name, value in rollout.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from grpo_ext.engine.batch import Scores, ScoringBatch
+from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, Scores, ScoringBatch
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,22 @@ def score_within_memory(score: Callable[[ScoringBatch], Scores], batch: ScoringB
 
 
 class MemoryLimits:
-    """The limits on tokens that out-of-memory errors have imposed on later scoring passes.
+    """The limits on tokens of scoring passes that memory imposes: chosen before the first step, or after an
+    out-of-memory error. Passes with gradients and those without have limits of their own; None if none is known.
 
-    Each pass with gradients, and each without, has its own limit; None if none is known.
+    Attributes:
+        is_chosen: whether `choose` was called.
     """
 
     def __init__(self) -> None:
+        self.is_chosen = False
         self._limits: dict[str, int | None] = {"with_graph": None, "without_graph": None}
+
+    def choose(self, chunk_tokens: int | None) -> None:
+        """Set the limit of passes with gradients. That of the others follows from it."""
+        without_graph = None if chunk_tokens is None else NO_GRAD_CHUNK_FACTOR * chunk_tokens
+        self.is_chosen = True
+        self._limits = {"with_graph": chunk_tokens, "without_graph": without_graph}
 
     def apply(self, chunk_tokens: int | None, *, with_graph: bool) -> int | None:
         """The smaller one of the requested limit and the imposed one; None for no limit."""
@@ -71,10 +80,11 @@ class MemoryLimits:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._limits)
+        return {"is_chosen": self.is_chosen, **self._limits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._limits = dict(state)
+        self.is_chosen = state["is_chosen"]
+        self._limits = {name: state[name] for name in self._limits}
 
 
 def _name(with_graph: bool) -> str:

@@ -118,7 +118,7 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
         generations=chosen,
         rows=settings.per_device_train_batch_size,
         accumulation=max(1, rollout // (settings.per_device_train_batch_size * processes)),
-        chunk_tokens=settings.chunk_tokens,
+        chunk_tokens=None if isinstance(settings.chunk_tokens, str) else settings.chunk_tokens,
         gradient_checkpointing=settings.gradient_checkpointing,
         beta=settings.beta,
     )
