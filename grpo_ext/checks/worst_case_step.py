@@ -177,9 +177,8 @@ def _choose_chunk_size(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor], pr
     own = torch.tensor([math.inf if chosen.tokens is None else chosen.tokens], device=accelerator.device)
     least = accelerator.gather(own).min().item()
     limits.choose(None if math.isinf(least) else int(least))
-    return (
-        chosen.reason if least == own.item() else f"chunks of {least:.0f} tokens, for the process with the least memory"
-    )
+    is_own = least == own.item()
+    return chosen.reason if is_own else f"chunks of {least:.0f} tokens, which the process with the least memory needs"
 
 
 def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor], rows: slice) -> None:
