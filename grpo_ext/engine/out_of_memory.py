@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, Scores, ScoringBatch
@@ -21,7 +22,8 @@ MIN_CHUNK_TOKENS = 64
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and should_reduce_batch_size(error))
+    is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_known or (isinstance(error, RuntimeError) and should_reduce_batch_size(error))
 
 
 def score_within_memory(score: Callable[[ScoringBatch], Scores], batch: ScoringBatch) -> Scores:

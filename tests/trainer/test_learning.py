@@ -80,7 +80,7 @@ def test_twelve_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkey
     for name, value in want.items():
         assert torch.equal(start[name], same_start[name])
         moved = (value - start[name]).abs().max()
-        assert moved > 2e-4, f"{name} moved by only {moved:.1e}, so agreement to 1e-6 proves little"
+        assert moved > 1e-4, f"{name} moved by only {moved:.1e}, so agreement to 1e-6 proves little"
         torch.testing.assert_close(got[name], value, atol=1e-6, rtol=0, msg=name)
 
 
