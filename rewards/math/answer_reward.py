@@ -45,6 +45,8 @@ from grpo_ext.rewards.math.latex import normalize
 MAX_PROMPT_CHARACTERS = 4000  # only the end of a prompt is searched for a copied question
 
 _TOKEN = re.compile(r"\\?[A-Za-z]+|\d+|\S")
+_LETTER = re.compile("[A-J]")
+_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*(\S.*)")  # (C) 42
 _OPERATOR = re.compile(r"[-+*/^=<>]|\\(?:frac|sqrt|cdot|times|le|ge)")
 
 
@@ -95,12 +97,14 @@ class MathAnswerReward:
 
     def _score(self, text: str, gold: object, prompt: str) -> float | None:
         gold_text = _extract_gold(gold)
-        expected = _parse_gold(gold_text)
+        expected = _parse_gold(_letter_of(gold_text))
         answer_text = extract_final_answer(text, boxed_only=self.strict) or ""
         if gold_text and _same_text(gold_text, answer_text):
             return 1.0
         if expected is None:
             return None
+        if choice := _CHOICE.fullmatch(normalize(answer_text[:MAX_CHARACTERS])):
+            answer_text = choice[1] if _LETTER.fullmatch(_letter_of(gold_text)) else choice[2]
         received = parse_answer(answer_text)
         if received is None or not answers_match(expected, received):
             return 0.0
@@ -121,7 +125,7 @@ def check_gold(answer: Sequence[object]) -> None:
     Raises:
         ValueError: some gold answers cannot be parsed; the message names their rows.
     """
-    bad = [row for row, gold in enumerate(answer) if _parse_gold(_extract_gold(gold)) is None]
+    bad = [row for row, gold in enumerate(answer) if _parse_gold(_letter_of(_extract_gold(gold))) is None]
     if bad:
         shown = ", ".join(f"row {row}: {str(answer[row])[:60]!r}" for row in bad[:5])
         raise ValueError(
@@ -134,6 +138,12 @@ def check_gold(answer: Sequence[object]) -> None:
 def _extract_gold(gold: object) -> str:
     text = "" if gold is None else str(gold)
     return extract_final_answer(text) or text.strip()
+
+
+def _letter_of(gold: str) -> str:
+    """The letter of a gold answer that is a choice with its text, `(C) Alice`; any other gold answer as it is."""
+    choice = _CHOICE.fullmatch(gold)
+    return choice[1] if choice else gold
 
 
 def _same_text(gold: str, answer: str) -> bool:

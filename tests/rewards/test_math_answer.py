@@ -530,6 +530,12 @@ CASES = [
     (r"\boxed{2024^{4046}}", "2024^{4046}", RIGHT),
     #
     # WORDINGS
+    (r"\boxed{(C) 42}", "C", RIGHT),
+    (r"\boxed{(C) 42}", "42", RIGHT),
+    (r"\boxed{(C) 42}", "B", WRONG),
+    (r"\boxed{D}", "(D) Alina", RIGHT),
+    (r"\boxed{C}", "(A) Cecile", WRONG),
+    (r"\boxed{-2} and \boxed{1}", "1, -2", RIGHT),
     ("The answer is 42 because 6*7=42.", "42", RIGHT),
     ("<answer>The answer is 42</answer>", "42", RIGHT),
     ("#### `42`", "42", RIGHT),
