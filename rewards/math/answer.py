@@ -161,7 +161,7 @@ def _parse(text: str) -> ParsedAnswer:
     parts, signs = split_outside_brackets(text, _RELATION_SIGN)
     if signs:
         return _parse_relation(parts, signs)
-    if r"\pm" in text:
+    if r"\pm" in text and r"\pmod" not in text:
         return Collection("", (_parse(text.replace(r"\pm", "+").lstrip("+ ")), _parse(text.replace(r"\pm", "-"))))
     return parse_number(text) or strip_unit(text)
 

@@ -6,6 +6,7 @@ match_outer_brackets("(1, [2, 3])")  ->  ("(", "1, [2, 3]", ")")
 """
 
 import re
+from functools import lru_cache
 
 from grpo_ext.rewards.math.latex_arguments import brace_arguments
 
@@ -80,6 +81,7 @@ _REPLACEMENTS = [
 ]
 
 
+@lru_cache(maxsize=1024)  # an answer is normalized several times, and a gold answer for each completion of its group
 def normalize(text: str) -> str:
     """Rewrite a text in the notation that `parse_number` and `parse_expression` understand.
 

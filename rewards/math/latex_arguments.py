@@ -12,8 +12,8 @@ import re
 MAX_DEPTH = 40  # of braces and nested arguments; a deeper text is returned unchanged
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+|\s+|.", re.DOTALL)
-_ARGUMENTS = {"^": 1, r"\sqrt": 1, r"\frac": 2, r"\binom": 2}
-_HAS_ARGUMENTS = re.compile(r"\^|\{|\\(?:sqrt|frac|binom)")
+_ARGUMENTS = {"^": 1, r"\sqrt": 1, r"\frac": 2, r"\binom": 2, r"\pmod": 1}
+_HAS_ARGUMENTS = re.compile(r"\^|\{|\\(?:sqrt|frac|binom|pmod)")
 _BRACKETED_NUMBER = re.compile(r"\(\s*(-?\d+)\s*\)")
 
 
@@ -22,7 +22,7 @@ class _TooDeepError(Exception):
 
 
 def brace_arguments(text: str) -> str:
-    """The text with braces around all arguments of `^`, `\\frac`, `\\binom` and `\\sqrt`."""
+    """The text with braces around all arguments of `^`, `\\frac`, `\\binom`, `\\sqrt` and `\\pmod`."""
     if not _HAS_ARGUMENTS.search(text):
         return text
     try:
