@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 0.5,
     "disable_dropout": True,
 }
+# Added fields that are None until they are resolved, which shows whether the user set them.
+RESOLVED_DEFAULTS: dict[str, Any] = {"dead_groups": "skip"}
 TRL_DEFAULTS: dict[str, Any] = {name: GRPOConfig.__dataclass_fields__[name].default for name in DEFAULTS}
 
 
@@ -61,7 +63,7 @@ class GRPOExtConfig(GRPOConfig):
         learning_rate: peak learning rate, above 0; 1e-5 by default. LoRA usually needs more than full fine-tuning.
             Recommended: 1e-5 to 1e-4 for LoRA on models of 0.5B to 7B.
         entropy_coef: weight of the entropy bonus, in units of advantage per nat, 0 or more; 0.01 by default. 0 turns
-            the bonus off. Recommended: 0.01; 0 with `dead_groups="skip"`.
+            the bonus off. Recommended: 0.01; 0 together with `beta=0`, so that dead groups are skipped.
         max_grad_norm: maximum norm of the gradient; larger gradients are scaled down to it. 0 turns clipping off; 0.5
             by default. Recommended: 0.5 to 1.0.
         disable_dropout: True (default) sets every dropout to 0, including LoRA's, so that sampling and update give the
@@ -75,9 +77,11 @@ class GRPOExtConfig(GRPOConfig):
             used as well, and the log says why. Recommended: True.
         chunk_tokens: maximum number of tokens with an autograd graph at any one time in the update, 1 or more. A row
             counts with its prompt, because attention copies the prompt's KV cache per row. A chunk has at least one
-            row. Passes without gradients use chunks of up to eight times that size. None (default) for no limit; if
+            row; prompts and completions that are longer than a chunk are cut along their tokens. Passes without
+            gradients use chunks of up to eight times that size. None (default) for no limit; if
             `gradient_checkpointing` is on, rows are then processed one at a time instead. The result is the same for
-            every value. Recommended: None; less than prompt plus completion if even one row does not fit; with
+            every value. After an out-of-memory error, the run goes on with chunks of half the size, which a log line
+            gives. Recommended: None; less than prompt plus completion if even one row does not fit; with
             `gradient_checkpointing=False`, the tokens of as many rows as fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
             `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
@@ -85,11 +89,14 @@ class GRPOExtConfig(GRPOConfig):
             "k3".
         log_kl: False by default. True logs `kl` even if `beta` is 0; this costs one reference pass per rollout.
             Recommended: False; True to watch, with `beta=0`, how far the policy moves.
-        dead_groups: what to do with groups whose completions all earned the same reward. `"keep"` (default). `"skip"`
-            excludes them from the update if they carry no gradient: `beta`, `entropy_coef` and the weight of a
-            load-balancing loss are 0. `"resample"` replaces them with groups of other prompts (as in DAPO,
-            arXiv:2503.14476, section 3.2). Recommended: "skip" if it applies, which gives the same adapter in less
-            time; "resample" if `frac_dead_groups` is above 0.5 and sampling is cheap compared with the update.
+        dead_groups: what to do with groups whose completions all earned the same reward. `"skip"` (default) excludes
+            them from the update if that gives the same adapter: `beta`, `entropy_coef` and the weight of a
+            load-balancing loss are 0, prompts are shared, no other option uses their scores, and the loss is not
+            overridden. The metrics `entropy`, `ratio` and `clip_ratio` then describe the other groups only. If the
+            adapter would differ, dead groups are kept, and the log says why if "skip" was set explicitly. `"keep"`
+            always keeps them. `"resample"` replaces them with groups of other prompts (as in DAPO, arXiv:2503.14476,
+            section 3.2). Recommended: "skip"; "resample" if `frac_dead_groups` is above 0.5 and sampling is cheap
+            compared with the update.
         max_resample_rounds: maximum number of resampling rounds per rollout with `dead_groups="resample"`, 1 or more;
             3 by default. Each round samples a group for every group that is still dead. Recommended: 3.
         num_generations_max: maximum number of completions per prompt, more than `num_generations`; None (default) for
@@ -179,7 +186,7 @@ class GRPOExtConfig(GRPOConfig):
         default=DEFAULTS["entropy_coef"],
         metadata={
             "help": "Weight of the entropy bonus, in advantage per nat, 0 or more; 0 turns it off. Recommended: 0.01; "
-            "0 with dead_groups='skip'."
+            "0 together with beta=0, so that dead groups are skipped."
         },
     )
     max_grad_norm: float = field(
@@ -218,10 +225,11 @@ class GRPOExtConfig(GRPOConfig):
         },
     )
     dead_groups: str = field(
-        default="keep",
+        default=None,  # type: ignore[assignment]  # resolved in __post_init__
         metadata={
             "help": "What to do with groups whose completions all earned the same reward: "
-            f"{', '.join(DEAD_GROUPS)}. Recommended: skip if beta and entropy_coef are 0, else keep."
+            f"{', '.join(DEAD_GROUPS)}. Recommended: skip, the default, which keeps them if the adapter would differ "
+            "without them; resample if most groups are dead."
         },
     )
     max_resample_rounds: int = field(
@@ -331,6 +339,9 @@ class GRPOExtConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refuse_words(self)
+        self.asks_to_skip = self.dead_groups == "skip"
+        if self.dead_groups is None:
+            self.dead_groups = RESOLVED_DEFAULTS["dead_groups"]
         self._resolve_objective()
         self._fit_device()
         try:

@@ -1,9 +1,12 @@
 """The machine that a run uses: device name, memory, and installed versions. torch is imported on first use."""
 
+import functools
+import os
 import platform
 import resource
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -44,6 +47,25 @@ def peak_memory_mb(device: "torch.device") -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # macOS counts bytes, Linux KiB
 
 
+def free_memory_per_process(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of RAM that this process can still take: what is available on this machine, or left in its container, in
+    equal parts for the processes of a run.
+
+    Args:
+        cgroup: folder in which Linux describes the control group (version 2) of a container.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((cgroup / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines())
+        # The kernel gives up cached files that nobody has used recently.
+        free = min(free, int(limit) - int(used) + int(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no control group, or no limit: "max"
+        pass
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@functools.cache  # reads a file of each package
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that determine what a run computes: {"torch": "2.8.0", ...}."""
     return {package: version(package) for package in PACKAGES}

@@ -68,6 +68,7 @@ class Parts:
             "temperature": self.temperature,
             "old_logprobs": self.old_logprobs,
             "skipped_rows": self.skipped_rows,
+            "memory_limits": self.scorer.limits,
             **({} if self.watch is None else {"watch": self.watch}),
         }
         return named | {type(stage).__name__: stage for stage in self.stages if isinstance(stage, Stateful)}

@@ -16,6 +16,7 @@ The hooks of a step, and the parts (`parts.py`) that do their work:
 
 import copy
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +52,7 @@ from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.phase_timer import PhaseTimer
 from grpo_ext.console.progress import show_one_progress
 from grpo_ext.console.terminal import escaping_unencodable, forgiving_stdout
-from grpo_ext.engine.batch import order_by_group, prompt_groups
+from grpo_ext.engine.batch import Scores, order_by_group, prompt_groups
 from grpo_ext.engine.decode import SampledCompletions
 from grpo_ext.engine.scorer import RequestScores, ScoringPass, ScoringRequest
 from grpo_ext.hooks import replaced, results_of
@@ -59,6 +60,7 @@ from grpo_ext.jsonable import as_json
 from grpo_ext.losses.advantages import combine_rewards, population_advantages
 from grpo_ext.losses.dead_groups import why_dead_groups_have_gradient
 from grpo_ext.losses.micro_batch import MicroBatch
+from grpo_ext.losses.separable import WithoutReads, why_inseparable, without_collectives
 from grpo_ext.losses.sequence_grpo import SequenceGRPO, policy_weights
 from grpo_ext.machine import peak_memory_mb
 from grpo_ext.model.adapters import copy_adapter_values, restore_adapter_in_float32
@@ -97,6 +99,16 @@ MULTIMODAL_INPUTS = (
 )
 # Attributes of the trainer that a rollout of TRL changes in place.
 CHANGED_IN_PLACE = ("state", "generation_config", "_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
+# Methods of the trainer that compute the loss of a micro-batch.
+LOSS_HOOKS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+# Attributes of the trainer that are replaced while a loss is computed.
+LOSS_ATTRIBUTES = (
+    "beta",
+    "entropy_coef",
+    "_entropy_window_stats",
+    "_last_world_entropy",
+    "_get_per_token_logps_and_entropies",
+)
 # TRL's table of completions: plain columns, and groups of columns with one column per reward function or logged name.
 LOGGED, LOGGED_BY_NAME = ("prompt", "completion", "advantages"), ("rewards", "extra")
 
@@ -243,8 +255,11 @@ class GRPOExtTrainer(GRPOTrainer):
         if reference.adapter_follows:
             refusals.refuse_reference_sync(args, is_sharded=self.is_sharded, why_unmixable=why_unmixable(self.model))
             self.add_callback(ReferenceSync(self.model))
-        if args.dead_groups == "skip" and (reason := self._why_dead_groups_are_kept()) is not None:
+        if args.asks_to_skip and (reason := self._why_dead_groups_are_kept()) is not None:
             logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
+        in_chunks = args.chunk_tokens is not None or args.gradient_checkpointing
+        if in_chunks and self.shares_prompts and (reason := self._why_loss_inseparable()) is not None:
+            logger.warning(f"Each chunk of an update runs its forward twice: {reason}.")
         follower = self.ref_model if args.sync_ref_model else None
         facts = [fingerprint(self) if self.accelerator.is_main_process else None]
         self._checkpoints = Checkpoints(
@@ -668,6 +683,8 @@ class GRPOExtTrainer(GRPOTrainer):
         micro_batch = self._micro_batch if scoring_pass is ScoringPass.UPDATE else None
         if micro_batch is not None and not micro_batch.has_rows(completion_ids):
             micro_batch = None
+        if micro_batch is not None and micro_batch.scores is not None:
+            return micro_batch.scores.logps_BC, micro_batch.scores.entropies_BC, None
         sampled = self._rollout.rows if self._rollout is not None else None
         if sampled is not None and not sampled.are_rows_of(completion_ids, mask):
             sampled = None
@@ -724,7 +741,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _after_update_pass(self, micro_batch: MicroBatch, scores: RequestScores) -> RequestScores:
         """Pass the scores of an update to the parts, and fill in the rows that were skipped."""
-        micro_batch.exact_kls_BC = scores.kls_BC
+        micro_batch.exact_kls_BC, micro_batch.loss_gradient = scores.kls_BC, scores.loss_gradient
         if torch.is_grad_enabled() and scores.entropies_BC is not None:
             if micro_batch.skip_idle:
                 logps_BC, entropies_BC = self.parts.skipped_rows.fill(
@@ -762,10 +779,53 @@ class GRPOExtTrainer(GRPOTrainer):
             return super().compute_loss(model, micro_batch.inputs, *args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss_of = self._sequence_loss if self.loss_type == "grpo_sequence" else self._trl_loss
         with self._updating(inputs) as micro_batch:
-            if self.loss_type == "grpo_sequence":
-                return self._sequence_loss(model, micro_batch)
-            return self._trl_loss(model, micro_batch)
+            if torch.is_grad_enabled() and self._why_loss_inseparable() is None:
+                micro_batch.loss = self._loss_of_scores(loss_of, model, micro_batch)
+            loss = loss_of(model, micro_batch)
+            if micro_batch.loss_gradient is None:
+                return loss
+            return loss + micro_batch.loss_gradient / self._loss_scale()
+
+    def _why_loss_inseparable(self) -> str | None:
+        """The reason why chunks cannot be run forward and backward at once; None if they can."""
+        if (name := self._overridden(*LOSS_HOOKS)) is not None:
+            return f"{name} is overridden"
+        return why_inseparable(
+            loss_type=self.loss_type,
+            has_aux_loss=self.aux_loss_enabled,
+            aux_loss_coef=self.router_aux_loss_coef,
+            top_entropy_quantile=self.top_entropy_quantile,
+        )
+
+    def _overridden(self, *names: str) -> str | None:
+        """The first of these methods that a subclass or an attribute of this object replaces; None if there is none."""
+        methods = ((name, getattr(getattr(self, name), "__func__", None)) for name in names)
+        return next((name for name, method in methods if method is not getattr(GRPOExtTrainer, name)), None)
+
+    def _loss_scale(self) -> float:
+        """The factor that keeps small gradients from becoming 0 in fp16."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def _loss_of_scores(
+        self, loss_of: Callable[[nn.Module, MicroBatch], Tensor], model: nn.Module, micro_batch: MicroBatch
+    ) -> Callable[[Scores], Tensor]:
+        """A function from scores to the loss that this micro-batch has with them, at the scale of fp16. It records
+        nothing, and may be called while `loss_of` runs."""
+        attributes, scale = {name: getattr(self, name) for name in LOSS_ATTRIBUTES}, self._loss_scale()
+
+        def loss(scores: Scores) -> Tensor:
+            inputs = dict(micro_batch.inputs)
+            add_old_logps(inputs, scores.logps_BC)
+            given = MicroBatch(inputs=inputs, scores=scores, exact_kls_BC=scores.kls_BC)
+            metrics: Any = defaultdict(lambda: defaultdict(list))
+            silently = replaced(self, **attributes, _micro_batch=given, _metrics=metrics)
+            with silently, without_collectives(self.accelerator), WithoutReads():
+                return scale * loss_of(model, given)
+
+        return loss
 
     @contextmanager
     def _updating(self, inputs: dict[str, Any]) -> Iterator[MicroBatch]:
@@ -791,6 +851,8 @@ class GRPOExtTrainer(GRPOTrainer):
     def _why_dead_groups_are_kept(self) -> str | None:
         if not self.shares_prompts:
             return "prompts are not shared"
+        if (name := self._overridden("compute_loss", "_compute_loss")) is not None:
+            return f"{name} is overridden, and may give their answers a gradient"
         return why_dead_groups_have_gradient(
             beta=self.beta,
             log_kl=self.args.log_kl,
@@ -799,6 +861,8 @@ class GRPOExtTrainer(GRPOTrainer):
             aux_loss_coef=self.router_aux_loss_coef,
             has_aux_loss=self.aux_loss_enabled,
             top_entropy_quantile=self.top_entropy_quantile,
+            temperature_schedule=self.args.temperature_schedule,
+            noise_alpha=self.args.neftune_noise_alpha,
         )
 
     def _sequence_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
@@ -833,6 +897,8 @@ class GRPOExtTrainer(GRPOTrainer):
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._record_metric("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
+        if micro_batch.scores is not None:
+            return loss / self._accumulation()
         totals = self.accelerator.reduce(torch.stack([torch.stack(pair) for pair in metrics.values()]))
         for name, (total, count) in zip(metrics, totals.tolist(), strict=True):
             self._record_metric(name, total / max(count, 1.0))

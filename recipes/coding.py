@@ -10,9 +10,9 @@ Without arguments, it trains the embedded model on the 40 problems of recipes/ti
 This only shows that everything is installed: the model knows nothing but sums, so every program is wrong and nothing is
 learnt (held-out pass@1: 0.00).
 
-Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`; see
-rewards/code/program.py. No gold answer is needed. Tests in the format of HumanEval, APPS, TACO, LiveCodeBench,
-CodeContests or KodCode are rejected, with a message that says what to write instead. Every field of GRPOExtConfig, of
+Data: a question with either `entry_point`, `inputs` and `outputs`, or `stdin` and `stdout`, or `test_list`, or the
+columns of HumanEval, LeetCode, APPS, TACO, LiveCodeBench, CodeContests, open-r1 or KodCode (rewards/code/formats.py).
+No gold answer is needed. Rows with a test that cannot be converted are left out. Every field of GRPOExtConfig, of
 TRL's ModelConfig and of RecipeArguments (grpo_ext/recipe.py) is a flag, and may be set in a YAML file given by
 `--config`; flags win.
 """
@@ -69,7 +69,7 @@ def judged(problems: Problems) -> Problems:
     dropped = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
     if not len(train) or not len(heldout):
         raise SystemExit(
-            "No problem has tests that the reward supports; rewards/code/program.py says which columns hold them."
+            "No problem has tests that the reward supports; rewards/code/formats.py says which columns hold them."
         )
     note = f"; {dropped} problems with unsupported tests were left out" if dropped else ""
     return replace(problems, train=train, heldout=heldout, note=problems.note + note)

@@ -6,8 +6,8 @@
 It covers the fields that TRL and this project add to transformers' arguments, except `MAY_DIFFER`, and the fields of
 transformers in `COMPARED_TRAINING_ARGUMENTS`. It ignores the length of the run (`max_steps`, `num_train_epochs`),
 logging, saving, evaluation and publishing, and settings that only change rounding (`chunk_tokens`,
-`gradient_checkpointing`, workers). If the length changes, schedules that depend on it (learning rate, temperature)
-continue with the new length.
+`gradient_checkpointing`, workers, keeping or skipping dead groups). If the length changes, schedules that depend on it
+(learning rate, temperature) continue with the new length.
 """
 
 import hashlib
@@ -37,6 +37,8 @@ MAY_DIFFER = {
     *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
     "model_init_kwargs",  # compared by their effect: the weights, the dtype and the config of the model
 }
+# Values that give the same trajectory, so that one may replace another.
+SAME_TRAJECTORY = {"dead_groups": ("keep", "skip")}
 # Fields of an adapter's config that do not define the adapter: the location of its base, and bookkeeping of PEFT.
 ADAPTER_MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 # Fields of a model's config that do not define the model.
@@ -74,7 +76,7 @@ def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     Options that did not exist when the checkpoint was made are not compared.
     """
     for name in saved:
-        if name == "base_model" or name not in now or saved[name] == now[name]:
+        if name == "base_model" or name not in now or _same(name, saved[name], now[name]):
             continue  # the name of the base model may change: the same weights may have moved
         was, now_is = (f"{name}={_shown(*values)}" for values in ((saved[name], now[name]), (now[name], saved[name])))
         if name == "weights":
@@ -84,6 +86,11 @@ def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
             f"restore {was}."
         )
     return None
+
+
+def _same(name: str, saved: Any, now: Any) -> bool:
+    interchangeable = SAME_TRAJECTORY.get(name, ())
+    return saved == now or (saved in interchangeable and now in interchangeable)
 
 
 def _shown(value: Any, other: Any) -> str:

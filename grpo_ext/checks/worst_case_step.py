@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo_ext.engine.out_of_memory import is_out_of_memory
 from grpo_ext.machine import peak_memory_mb
 from grpo_ext.memory.plan import ADAM_STATES
 from grpo_ext.model.adapters import trainable_parameters
@@ -81,7 +82,10 @@ def run_worst_case_step(
             _update(trainer, rollout)
             seconds, peak = time.monotonic() - started, peak_memory_mb(trainer.accelerator.device)
             completion = trainer.sample_completion(first)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+            limits = trainer.parts.scorer.limits.state_dict()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise RuntimeError(
             f"One step of the largest shape does not fit into memory: {rows} rows in the sampler and "
             f"{args.per_device_train_batch_size} in the update, with the longest prompt and "
@@ -89,6 +93,7 @@ def run_worst_case_step(
             f"max_completion_length, max_prompt_tokens (now {args.max_prompt_tokens}), or per_device_train_batch_size "
             f"with more gradient_accumulation_steps. `grpo-ext plan` shows what fits."
         ) from error
+    trainer.parts.scorer.limits.load_state_dict(limits)  # what did not fit here would not fit later
     decode = text_tokenizer(trainer.processing_class).decode
     return WorstCase(seconds=seconds, peak_mb=peak, prompt=decode(first), completion=decode(completion))
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -23,6 +23,7 @@ OPTION_NAMES = {
     "completion": "completion tokens",
     "chunk_tokens": "chunk_tokens",
 }
+PASS_RATES = (0.1, 0.3, 0.5)  # of a single completion
 REMARKS = {"nf4": "with quantisation constants; head, embeddings and norms are not quantised"}
 
 
@@ -150,8 +151,44 @@ def _as_json(made: "Plan") -> dict[str, object]:
         "lines": {what: round(amount) for what, amount, _ in footprint_lines(footprint)},
         "phases": {name: round(footprint.total_in(name)) for name in footprint.phases},
         "largest": made.largest,
+        "group_sizes": [asdict(option) | {"total": round(option.total)} for option in group_options(made)],
         "changes": [{"change": change, "total": round(total)} for change, total in made.changes],
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOption:
+    """A number of completions per prompt for the planned rollout.
+
+    Attributes:
+        prompts: prompts per rollout.
+        total: bytes at the peak of a step.
+        mixed: expected share of groups with right and wrong completions, per pass rate of a completion.
+        is_auto: whether `num_generations=auto` selects it.
+    """
+
+    num_generations: int
+    prompts: int
+    total: float
+    mixed: dict[float, float]
+    is_auto: bool
+
+
+def group_options(made: "Plan") -> list[GroupOption]:
+    """The planned group size and its alternatives, in increasing order."""
+    from grpo_ext.memory.auto_group_size import auto_size, mixed_share
+
+    rollout = made.step.rows * made.step.accumulation
+    return [
+        GroupOption(
+            num_generations=size,
+            prompts=rollout // size,
+            total=total,
+            mixed={rate: mixed_share(size, rate) for rate in PASS_RATES},
+            is_auto=size == auto_size(rollout),
+        )
+        for size, total in made.by_group_size.items()
+    ]
 
 
 def footprint_lines(footprint: "Footprint") -> list[tuple[str, float, str]]:
@@ -160,11 +197,11 @@ def footprint_lines(footprint: "Footprint") -> list[tuple[str, float, str]]:
     phase = footprint.phases[peak]
     rows = [(f"weights, {kind}", amount, REMARKS.get(kind, "")) for kind, amount in footprint.weights.items()]
     rows.append(("adapter, gradients, AdamW", footprint.trained, "float32"))
-    states = "of all completions" if peak == "sampling" else "of the prompt, once for all of its completions"
+    states = "of all completions" if peak == "sampling" else "of the prompt, once for its whole group"
     rows.append((f"{peak}: keys and values", phase.cache, states))
     rows.append((f"{peak}: vocabulary tile", phase.head, "" if phase.head else "not in memory at the peak"))
     rest = footprint.total - footprint.overhead - sum(amount for _, amount, _ in rows)
-    rows.append((f"{peak}: the rest", rest, "activations, their gradients, copies of keys and values"))
+    rows.append((f"{peak}: the rest", rest, "activations, their gradients, KV copies"))
     rows.append(("overhead", footprint.overhead, "everything except tensors"))
     return rows
 
@@ -202,8 +239,24 @@ def _show(made: "Plan", title: str, device_type: str) -> None:
             show(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'does not fit yet'}")
         if not made.changes or made.changes[-1][1] > made.budget:
             show("  Use a smaller model, or shorter prompts.")
+    _show_groups(made)
     if device_type == "cuda":
         show("These figures are calculated. Plans for a GPU have not been compared with a real card yet.")
+
+
+def _show_groups(made: "Plan") -> None:
+    rates = ", ".join(map(str, PASS_RATES))
+    show(f"Group sizes for this rollout, with the share of mixed groups at pass rates of {rates}:")
+    for option in group_options(made):
+        remarks = {
+            "requested": option.num_generations == made.step.generations,
+            "auto": option.is_auto,
+            "does not fit": option.total > made.budget,
+        }
+        remark = ", ".join(remark for remark, holds in remarks.items() if holds)
+        sizes = f"{option.num_generations:>2} x {option.prompts} prompt{'s' * (option.prompts > 1)}"
+        shares = "  ".join(f"{share:.2f}" for share in option.mixed.values())
+        show(f"  {sizes:<24} {_gb(option.total)} GB  {shares}" + (f"  ({remark})" if remark else ""))
 
 
 def _gb(amount: float) -> str:

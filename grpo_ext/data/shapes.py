@@ -7,32 +7,14 @@ find_shape(["instruction", "input", "output"], "alpaca")  ->  Shape(prompt="inst
 A dot in the name of a column selects a key of a dict. Flags take precedence over recognised columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_ext.rewards.code.formats import FORMATS
+
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "code")
-
-# Columns of tests that the code reward can read, and those of public data sets that it cannot read.
-READ_TESTS = (("test_list",), ("entry_point", "inputs", "outputs"), ("stdin", "stdout"))
-UNREAD_TESTS: dict[tuple[str, ...], str] = {
-    ("public_test_cases",): "LiveCodeBench",
-    ("public_tests",): "CodeContests",
-    ("input_output",): "APPS or TACO",
-    ("test", "entry_point"): "HumanEval",
-    ("test",): "KodCode",
-}
-HOW_TO_WRITE_TESTS = {
-    "LiveCodeBench": "give each row `stdin` and `stdout`, the lists of `input` and `output` of its test cases",
-    "CodeContests": "give each row `stdin` and `stdout`: row['stdin'] = row['public_tests']['input'], row['stdout'] = "
-    "row['public_tests']['output']",
-    "APPS or TACO": "give each row `stdin` and `stdout`: tests = json.loads(row['input_output']), row['stdin'] = "
-    "tests['inputs'], row['stdout'] = tests['outputs']",
-    "HumanEval": "give each row `test_list`, a list of its assertions as strings, which call the function by its name "
-    "instead of `candidate`",
-    "KodCode": "give each row `test_list`, a list of its assertions as strings",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +80,8 @@ def find_shape(
     if answer is None and "instruction" in by_name:
         answer = by_name.get("output")
     if answer is None and needs_answer:
-        tests = _tests_of(columns)
-        way_out = f" It has tests in the format of {tests}: type grpo-ext train coding." if tests else ""
+        tests = program_tests(columns)
+        way_out = f" It has tests of programs ({', '.join(tests)}): type grpo-ext train coding." if tests else ""
         raise ValueError(_unknown("answer", ANSWER_COLUMNS, columns, name) + way_out)
     return Shape(prompt=prompt, answer=answer, context=context)
 
@@ -118,33 +100,19 @@ def refuse_unread_tests(columns: Sequence[str], name: str) -> None:
     """Refuse data without tests in a format that the code reward can read.
 
     Raises:
-        ValueError: there are none; the message names the format of the data, if known, and how to rewrite the tests.
+        ValueError: there are none; the message lists the formats.
     """
-    if _kind_of_tests(READ_TESTS, columns):
-        return
-    readable = ", or ".join(" and ".join(kind) for kind in READ_TESTS)
-    tests = _tests_of(columns)
-    if tests is not None:
+    if not program_tests(columns):
+        readable = ", or ".join(" and ".join(kind) for kind in FORMATS)
         raise ValueError(
-            f"{name} has tests in the format of {tests}, which the code reward cannot read. Write a .jsonl file that "
-            f"it can read: {HOW_TO_WRITE_TESTS[tests]}."
+            f"{name} has no tests for the code reward, which reads {readable}. Columns of the data: "
+            f"{', '.join(columns)}."
         )
-    raise ValueError(
-        f"{name} has no tests for the code reward, which reads {readable}. Columns of the data: {', '.join(columns)}."
-    )
 
 
 def program_tests(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns that hold tests of programs, whether the code reward can read them or not; () if there are none."""
-    return _kind_of_tests((*READ_TESTS, *UNREAD_TESTS), columns)
-
-
-def _tests_of(columns: Sequence[str]) -> str | None:
-    return UNREAD_TESTS.get(_kind_of_tests(UNREAD_TESTS, columns))
-
-
-def _kind_of_tests(kinds: Iterable[tuple[str, ...]], columns: Sequence[str]) -> tuple[str, ...]:
-    return next((kind for kind in kinds if set(kind) <= set(columns)), ())
+    """The columns that hold tests of programs; () if there are none."""
+    return next((kind for kind in FORMATS if set(kind) <= set(columns)), ())
 
 
 def _first(candidates: Sequence[str], by_name: dict[str, str]) -> str | None:

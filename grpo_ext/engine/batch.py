@@ -11,7 +11,8 @@ Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c token
 size.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ class ScoringBatch:
         with_entropies: compute entropies.
         with_hidden: return the last hidden states (no-grad passes only).
         ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
+        loss: the loss of the scores of all rows, if its gradient in the scores of a row depends on no other row. Its
+            gradient is then computed together with the scores, see `loss_in_chunks.py`.
     """
 
     completion_ids_BC: Tensor
@@ -70,6 +73,7 @@ class ScoringBatch:
     with_entropies: bool = True
     with_hidden: bool = False
     ref_hidden_BCH: Tensor | None = None
+    loss: "Callable[[Scores], Tensor] | None" = None
 
     @property
     def all_groups(self) -> list[Siblings]:
@@ -90,12 +94,14 @@ class ScoringBatch:
         with_empty = self.experts_per_token is not None
         return split_into_chunks(siblings, self.max_rows, self.chunk_tokens, with_empty=with_empty)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens with a graph at the same time if all rows are on one graph, counted as `chunk_tokens` counts them."""
+        return sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.all_groups)
+
     def fits_one_chunk(self) -> bool:
         """Whether one plain graph over all rows stays within `chunk_tokens`."""
-        if self.chunk_tokens is None:
-            return True
-        tokens = sum((1 + len(s.rows)) * s.prompt_tokens + len(s.rows) * s.lengths[0] for s in self.all_groups)
-        return tokens <= self.chunk_tokens
+        return self.chunk_tokens is None or self.tokens <= self.chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,9 @@ class Scores:
     Attributes:
         hidden_BCH: last hidden states, in host memory.
         aux_loss: load-balancing loss of a mixture of experts, a scalar.
+        loss_gradient: a scalar 0 with the gradient of `ScoringBatch.loss`; the other scores then have none. None if the
+            scores have gradients, or if there are none.
+        chunk_tokens: the limit that the scores were computed with; less than requested after an out-of-memory error.
     """
 
     logps_BC: Tensor
@@ -112,13 +121,16 @@ class Scores:
     kls_BC: Tensor | None
     hidden_BCH: Tensor | None
     aux_loss: Tensor | None
+    loss_gradient: Tensor | None = None
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkScores:
-    """Scores of one chunk of a group; `rows` are indices into the micro-batch."""
+    """Scores of one chunk of a group; `rows`, or `rows_n` on the device, are indices into the micro-batch."""
 
     rows: list[int]
+    rows_n: Tensor
     logps_nc: Tensor
     entropies_nc: Tensor | None
     kls_nc: Tensor | None
@@ -128,6 +140,24 @@ class ChunkScores:
     @property
     def differentiable(self) -> list[Tensor | None]:
         return [self.logps_nc, self.entropies_nc, self.kls_nc]
+
+    @staticmethod
+    def joined(parts: "Sequence[ChunkScores]") -> "ChunkScores":
+        """The scores of a chunk from those of consecutive tokens of it."""
+
+        def join(scores: Sequence[Tensor | None]) -> Tensor | None:
+            computed = [part for part in scores if part is not None]
+            return torch.cat(computed, dim=1) if computed else None
+
+        logps_nc, entropies_nc, kls_nc = map(join, zip(*(part.differentiable for part in parts), strict=True))
+        assert logps_nc is not None
+        return replace(parts[0], logps_nc=logps_nc, entropies_nc=entropies_nc, kls_nc=kls_nc)
+
+    def detached(self) -> "ChunkScores":
+        """The same scores without a graph."""
+        logps_nc, entropies_nc, kls_nc = (None if part is None else part.detach() for part in self.differentiable)
+        assert logps_nc is not None
+        return replace(self, logps_nc=logps_nc, entropies_nc=entropies_nc, kls_nc=kls_nc)
 
 
 # Grouping

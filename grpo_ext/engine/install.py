@@ -31,6 +31,8 @@ from grpo_ext.engine.autocast import same_autocast_without_cache
 from grpo_ext.engine.batch import Scores, ScoringBatch
 from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.loss_in_chunks import loss_in_chunks
+from grpo_ext.engine.out_of_memory import score_within_memory
 from grpo_ext.engine.prefill import why_unforkable
 from grpo_ext.engine.score import score
 from grpo_ext.engine.score_chunked import score_in_chunks
@@ -53,12 +55,17 @@ def install_shared_scoring(lm: PreTrainedModel, *, is_compiled: bool = False) ->
     """
     fused_forward, head = lm.forward, TiledHead.of(lm)
 
+    def score_once(self: PreTrainedModel, batch: ScoringBatch) -> Scores:
+        if torch.is_grad_enabled() and batch.loss is not None:
+            return loss_in_chunks(self, batch, head, _recompute_context(self))
+        if torch.is_grad_enabled() and not batch.fits_one_chunk():
+            return score_in_chunks(self, batch, head, _recompute_context(self))
+        return score(self, batch, head)
+
     def score_batch(self: PreTrainedModel, scoring_batch: ScoringBatch) -> Scores:
         # Checkpointed layers drop the cache and merely log it: completions would lose their prompt.
         with disable_gradient_checkpointing(self):
-            if torch.is_grad_enabled() and not scoring_batch.fits_one_chunk():
-                return score_in_chunks(self, scoring_batch, head, _recompute_context(self))
-            return score(self, scoring_batch, head)
+            return score_within_memory(functools.partial(score_once, self), scoring_batch)
 
     if is_compiled:
         score_batch = torch.compiler.disable(score_batch)

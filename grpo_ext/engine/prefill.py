@@ -127,13 +127,13 @@ def with_states(cache: DynamicCache, states: Sequence[Tensor]) -> DynamicCache:
     return new
 
 
-def fork(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+def fork(cache: DynamicCache, rows: Sequence[int] | Tensor) -> DynamicCache:
     """A cache whose row i continues from row `rows[i]` of `cache`; gradients of the copies add up in that row.
 
     The states are copied, because some layers write into their states in place.
     """
     states = cache_states(cache)
-    index = torch.tensor(list(rows), device=states[0].device)
+    index = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), device=states[0].device)
     return with_states(cache, [state.index_select(0, index) for state in states])
 
 

@@ -11,7 +11,7 @@ Legend: B rows, S prompt tokens, C completion tokens, n rows of a chunk, c token
 all its completions, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,12 @@ from grpo_ext.engine.batch import (
     prompt_ids,
     prompt_weights,
 )
+from grpo_ext.engine.chunk_indices import ChunkIndices, index_chunks
 from grpo_ext.engine.decode_cache import can_share_slot
 from grpo_ext.engine.grouped_attention import grouped_attention
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
-from grpo_ext.engine.prefill import cache_states, fork, prefill, with_states
+from grpo_ext.engine.prefill import cache_states, fork, prefill_in_segments, prompt_segments, with_states
 
 ALWAYS_PACKED_TOKENS = 512  # a chunk with at most this many tokens is packed even if its prompt is shorter
 
@@ -48,11 +49,15 @@ def score(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead) -> Scores:
     chunks: list[ChunkScores] = []
     prompt_sums = []
     with RouterRecorder(lm, batch.experts_per_token) as router:
-        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
-        for siblings in batch.joined_groups():
-            cache = prefill(lm, prompt_ids(batch, siblings), **router.forward_options)
-            if cache is not None:
-                prompt_sums.append(router.pop_sums(prompt_weights(batch, siblings, siblings.prompt_tokens - 1)))
+        groups = batch.joined_groups()
+        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=index_chunks(batch, groups))
+        for siblings in groups:
+            limit = None if torch.is_grad_enabled() else batch.chunk_tokens
+            segments, cache = prompt_segments(siblings.prompt_tokens - 1, limit), None
+            caches = prefill_in_segments(lm, prompt_ids(batch, siblings), limit, **router.forward_options)
+            for segment, boundary in zip(segments, caches, strict=True):
+                prompt_sums.append(router.pop_sums(prompt_weights(batch, siblings, len(segment))))
+                cache = boundary
             chunks += [scorer.score(siblings, chunk, cache) for chunk in batch.chunks(siblings)]
     if not chunks:
         return empty_scores(lm, batch)
@@ -62,12 +67,17 @@ def score(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead) -> Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkScorer:
-    """Scores chunks of a group on the cache of its prompt. The fields are as in `score`."""
+    """Scores chunks of a group on the cache of its prompt. The fields are as in `score`.
+
+    Attributes:
+        indices: those of every chunk, from `index_chunks`.
+    """
 
     lm: PreTrainedModel
     batch: ScoringBatch
     head: TiledHead
     router: RouterRecorder
+    indices: Mapping[int, ChunkIndices]
 
     def score(self, siblings: Siblings, chunk: range, cache: DynamicCache | None) -> ChunkScores:
         """Score one chunk.
@@ -76,28 +86,52 @@ class ChunkScorer:
             chunk: a range into `siblings.rows`.
             cache: the prefilled prompt, all tokens except the last one; None for a prompt of one token.
         """
-        rows = [siblings.rows[i] for i in chunk]
-        longest = siblings.lengths[chunk.start]
-        prompt_indices = [siblings.prompt_indices[i] for i in chunk]
-        # The last token predicts nothing, but it is routed. A forward of a single token would be treated as a decoding
-        # step, in which recurrent layers write into their states in place.
-        width = max(2, longest + (self.batch.experts_per_token is not None))
-        targets_nc = pad(self.batch.completion_ids_BC[rows, :longest], (0, width - longest))
-        lengths_n1 = targets_nc.new_tensor([[siblings.lengths[i]] for i in chunk])
-        places_c = torch.arange(width, device=targets_nc.device)
-        is_token_nc = places_c < lengths_n1
-        first_n1 = targets_nc.new_tensor([[siblings.prompts[i][-1]] for i in prompt_indices])
-        ids_nc = torch.cat([first_n1, targets_nc[:, :-1]], dim=1)
+        indices = self.indices[siblings.rows[chunk.start]]
+        ids_BC, width = self.batch.completion_ids_BC, indices.width
+        targets_nc = pad(ids_BC.index_select(0, indices.rows_n)[:, : indices.longest], (0, width - indices.longest))
+        places_c = torch.arange(width, device=ids_BC.device)
+        ids_nc = torch.cat([indices.first_n1, targets_nc[:, :-1]], dim=1)
         positions_nc = (siblings.prompt_tokens - 1 + places_c).expand_as(targets_nc)
         router_sums = None
         if cache is not None and self._should_pack(siblings, chunk, cache):
-            hidden_TH = self._forward_packed(ids_nc, positions_nc, is_token_nc, cache)
+            hidden_TH = self._forward_packed(ids_nc, positions_nc, indices, cache)
         else:
             # Padding is on the right, where no token of the row attends, so no attention mask is needed.
-            forked = None if cache is None else fork(cache, prompt_indices)
-            hidden_TH = self._forward(ids_nc, positions_nc, forked, **self.router.forward_options)[is_token_nc]
-            router_sums = self.router.pop_sums(places_c <= lengths_n1)
-        return self._score_tokens(rows, hidden_TH, targets_nc, is_token_nc[:, :longest], router_sums)
+            forked = None if cache is None else fork(cache, indices.prompts_n)
+            hidden_ncH = self._forward(ids_nc, positions_nc, forked, **self.router.forward_options)
+            hidden_TH = hidden_ncH.flatten(0, 1).index_select(0, indices.places_T)
+            router_sums = self.router.pop_sums(places_c <= indices.lengths_n1)
+        return self._score_tokens(
+            hidden_TH, targets_nc.flatten().index_select(0, indices.places_T), indices, router_sums
+        )
+
+    def score_segment(
+        self, siblings: Siblings, chunk: range, segment: range, cache: DynamicCache | None
+    ) -> tuple[ChunkScores, DynamicCache]:
+        """Score some tokens of a chunk of one row.
+
+        Args:
+            segment: which tokens of the completion.
+            cache: everything before them, without the token before the first of them; it is modified.
+
+        Returns:
+            Their scores, and the cache with their states added.
+        """
+        indices = self.indices[siblings.rows[chunk.start]]
+        targets_1c = self.batch.completion_ids_BC.index_select(0, indices.rows_n)[:, : indices.longest]
+        ids_1c = torch.cat([indices.first_n1, targets_1c[:, :-1]], dim=1)
+        tokens = slice(segment.start, segment.stop)
+        places_1s = torch.arange(segment.start, segment.stop, device=ids_1c.device).unsqueeze(0)
+        with grouped_attention():
+            output = self.lm.base_model(
+                input_ids=ids_1c[:, tokens],
+                position_ids=siblings.prompt_tokens - 1 + places_1s,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        part = indices.part(segment)
+        scores = self._score_tokens(output.last_hidden_state[0], targets_1c[0, tokens], part, None)
+        return scores, output.past_key_values
 
     def _should_pack(self, siblings: Siblings, chunk: range, cache: DynamicCache) -> bool:
         """Whether to pack the rows of a chunk into one row, without copies of the prompt's states or work on padding.
@@ -113,13 +147,17 @@ class ChunkScorer:
             and self.batch.experts_per_token is None
         )
 
-    def _forward_packed(self, ids_nc: Tensor, positions_nc: Tensor, is_token_nc: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward_packed(
+        self, ids_nc: Tensor, positions_nc: Tensor, indices: ChunkIndices, cache: DynamicCache
+    ) -> Tensor:
         """Run all rows as one row, separated by an attention mask; returns hidden states, shape (T, H)."""
-        rows_T, places_T = is_token_nc.nonzero(as_tuple=True)
+        rows_T, places_T = indices.places_T // indices.width, indices.places_T % indices.width
         sees_TT = (rows_T.unsqueeze(1) == rows_T) & (places_T.unsqueeze(1) >= places_T)
         minimum = torch.finfo(self.lm.dtype).min
         mask_TT = torch.zeros_like(sees_TT, dtype=self.lm.dtype).masked_fill(~sees_TT, minimum)
-        ids_1T, positions_1T = ids_nc[is_token_nc].unsqueeze(0), positions_nc[is_token_nc].unsqueeze(0)
+        ids_1T, positions_1T = (
+            values_nc.flatten().index_select(0, indices.places_T).unsqueeze(0) for values_nc in (ids_nc, positions_nc)
+        )
         own_cache = with_states(cache, cache_states(cache))  # the forward replaces its layers' states
         mask_11TT = pad(mask_TT, (cache.get_seq_length(), 0))[None, None]
         return self._forward(ids_1T, positions_1T, own_cache, attention_mask=mask_11TT)[0]
@@ -132,19 +170,13 @@ class ChunkScorer:
         return output.last_hidden_state
 
     def _score_tokens(
-        self,
-        rows: list[int],
-        hidden_TH: Tensor,
-        targets_nc: Tensor,
-        is_token_nc: Tensor,
-        router_sums: RouterSums | None,
+        self, hidden_TH: Tensor, targets_T: Tensor, indices: ChunkIndices, router_sums: RouterSums | None
     ) -> ChunkScores:
-        batch, (n, c) = self.batch, is_token_nc.shape
-        targets_T = targets_nc[:, :c][is_token_nc]
+        batch, n, c = self.batch, len(indices.rows), indices.longest
         ref_hidden_TH = None
         if batch.ref_hidden_BCH is not None:
-            ref_hidden_TH = batch.ref_hidden_BCH[rows, :c][is_token_nc.to(batch.ref_hidden_BCH.device)]
-            ref_hidden_TH = ref_hidden_TH.to(hidden_TH.device)
+            ref_hidden_ncH = batch.ref_hidden_BCH[indices.rows, indices.start : indices.start + c]
+            ref_hidden_TH = ref_hidden_ncH.flatten(0, 1)[indices.host_scores_T].to(hidden_TH.device)
 
         def score_at(tokens: Tensor | slice, temperature: float) -> Sequence[Tensor | None]:
             logps_T, entropies_T = self.head.score(
@@ -154,17 +186,18 @@ class ChunkScorer:
                 return logps_T, entropies_T, None
             return logps_T, entropies_T, self.head.exact_kl(hidden_TH[tokens], ref_hidden_TH[tokens], temperature)
 
-        temperatures = [batch.temperatures[row] for row in rows]
-        logps_T, entropies_T, kls_T = _score_per_temperature(score_at, temperatures, is_token_nc)
+        temperatures_T = [batch.temperatures[row] for row in indices.host_rows_T]
+        logps_T, entropies_T, kls_T = _score_per_temperature(score_at, temperatures_T, targets_T.device)
         assert logps_T is not None
 
         def unflatten(values_T: Tensor) -> Tensor:
             rest = values_T.shape[1:]
-            # `masked_scatter` keeps the scores on the graph even if there are no tokens.
-            return values_T.new_zeros(n, c, *rest).masked_scatter(is_token_nc.view(n, c, *(1 for _ in rest)), values_T)
+            # `index_copy` keeps the scores on the graph even if there are no tokens.
+            return values_T.new_zeros(n * c, *rest).index_copy(0, indices.scores_T, values_T).view(n, c, *rest)
 
         return ChunkScores(
-            rows=rows,
+            rows=indices.rows,
+            rows_n=indices.rows_n,
             logps_nc=unflatten(logps_T),
             entropies_nc=None if entropies_T is None else unflatten(entropies_T),
             kls_nc=None if kls_T is None else unflatten(kls_T),
@@ -175,17 +208,15 @@ class ChunkScorer:
 
 def _score_per_temperature(
     score_at: Callable[[Tensor | slice, float], Sequence[Tensor | None]],
-    temperatures_n: list[float],
-    is_token_nc: Tensor,
+    temperatures_T: list[float],
+    device: torch.device,
 ) -> Sequence[Tensor | None]:
     """Scores of all tokens, with one call of `score_at` for all tokens of the same temperature."""
-    row_of_T = is_token_nc.nonzero()[:, 0].tolist() if len(set(temperatures_n)) > 1 else []
-    if not row_of_T:
-        return score_at(slice(None), temperatures_n[0])
     tokens_at: dict[float, list[int]] = {}
-    for token, row in enumerate(row_of_T):
-        tokens_at.setdefault(temperatures_n[row], []).append(token)
-    device = is_token_nc.device
+    for token, temperature in enumerate(temperatures_T):
+        tokens_at.setdefault(temperature, []).append(token)
+    if len(tokens_at) <= 1:
+        return score_at(slice(None), next(iter(tokens_at), 1.0))
     scored = [score_at(torch.tensor(tokens, device=device), temperature) for temperature, tokens in tokens_at.items()]
     inverse = torch.tensor([token for tokens in tokens_at.values() for token in tokens], device=device).argsort()
     columns = ([part for part in parts if part is not None] for parts in zip(*scored, strict=True))

@@ -30,16 +30,14 @@ from grpo_ext.engine.batch import (
     prompt_ids,
     prompt_weights,
 )
+from grpo_ext.engine.chunk_gradients import Gradients, LeafStates, RouterShares, backward_prompt
+from grpo_ext.engine.chunk_indices import index_chunks
 from grpo_ext.engine.lm_head import TiledHead
-from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
+from grpo_ext.engine.moe_aux_loss import RouterRecorder, total_router_sums
 from grpo_ext.engine.prefill import (
-    cache_states,
-    fork,
     prefill_in_segments,
-    prefill_segment,
     prompt_segments,
     share_prefix_storage,
-    with_states,
 )
 from grpo_ext.engine.score import ChunkScorer
 
@@ -76,7 +74,8 @@ class _ChunkedScore(torch.autograd.Function):
         chunks: list[ChunkScores] = []
         prompt_sums = []
         with RouterRecorder(lm, batch.experts_per_token) as router:
-            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router)
+            indices = index_chunks(batch, batch.all_groups)
+            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=indices)
             for siblings in batch.all_groups:
                 boundaries: list[DynamicCache] = []
                 segments = prompt_segments(siblings.prompt_tokens - 1, batch.chunk_tokens)
@@ -96,44 +95,14 @@ class _ChunkedScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor | None) -> Any:
         """Gradients of the parameters, group by group: first the completions, then their prompt."""
-        gradients = _Gradients(ctx.parameters, ctx.total_sums, aux_loss_grad=output_grads[3])
+        gradients, shares = Gradients(ctx.parameters), RouterShares(ctx.total_sums, output_grads[3])
         with torch.enable_grad(), ctx.context(), RouterRecorder(ctx.lm, ctx.batch.experts_per_token) as router:
-            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router)
+            indices = index_chunks(ctx.batch, ctx.batch.all_groups)
+            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router, indices=indices)
             for siblings, boundaries in zip(ctx.batch.all_groups, ctx.boundaries, strict=True):
-                state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients)
-                _backward_prompt(scorer, siblings, boundaries, state_grads, gradients)
+                state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients, shares)
+                backward_prompt(scorer, siblings, boundaries, state_grads, gradients, shares)
         return None, None, None, None, *gradients.sums
-
-
-class _Gradients:
-    """Gradients of the parameters, summed over chunks."""
-
-    def __init__(self, parameters: tuple[nn.Parameter, ...], total: RouterSums | None, aux_loss_grad: Tensor | None):
-        self.parameters = parameters
-        self.sums: list[Tensor | None] = [None] * len(parameters)
-        self._total, self._aux_loss_grad = total, aux_loss_grad
-
-    def backward(
-        self, outputs: list[Tensor], output_grads: list[Tensor], leaves: list[Tensor], router_sums: RouterSums | None
-    ) -> list[Tensor]:
-        """Add the gradients of the parameters to `sums`, and return those of the leaves.
-
-        Args:
-            router_sums: the router sums of this chunk, for its share in the load-balancing loss of the whole batch.
-        """
-        pairs = list(zip(outputs, output_grads, strict=True))
-        if router_sums is not None and self._total is not None and self._aux_loss_grad is not None:
-            pairs.append((router_sums.loss_share(self._total), self._aux_loss_grad))
-        pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
-        if not pairs:  # a prompt may depend on no trainable parameter
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        inputs = (*leaves, *self.parameters)
-        grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-        for i, grad in enumerate(grads[len(leaves) :]):
-            if grad is not None:
-                sum_ = self.sums[i]
-                self.sums[i] = grad if sum_ is None else sum_.add_(grad)
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=False)]
 
 
 def _backward_completions(
@@ -141,41 +110,17 @@ def _backward_completions(
     siblings: Siblings,
     boundaries: list[DynamicCache],
     output_grads: tuple[Tensor | None, ...],
-    gradients: _Gradients,
+    gradients: Gradients,
+    shares: RouterShares,
 ) -> list[Tensor]:
     """Run the chunks of one group on leaf states; returns the gradient of each prompt state, summed over siblings."""
-    leaves = [state.detach().requires_grad_() for state in cache_states(boundaries[-1])] if boundaries else []
-    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    prompt = LeafStates(boundaries[-1] if boundaries else None)
     for chunk in scorer.batch.chunks(siblings):
-        cache = with_states(boundaries[-1], leaves) if boundaries else None
-        scored = scorer.score(siblings, chunk, cache)
-        outputs, grads = [], []
-        for output, grad in zip(scored.differentiable, output_grads, strict=False):
-            if output is not None and grad is not None:
-                outputs.append(output)
-                grads.append(grad[scored.rows, : output.size(1)])
-        for sum_, grad in zip(totals, gradients.backward(outputs, grads, leaves, scored.router_sums), strict=True):
-            sum_.add_(grad)
-    return totals
-
-
-def _backward_prompt(
-    scorer: ChunkScorer,
-    siblings: Siblings,
-    boundaries: list[DynamicCache],
-    state_grads: list[Tensor],
-    gradients: _Gradients,
-) -> None:
-    """Send the gradients of the prompt's states through its segments, last to first."""
-    lm, batch, router = scorer.lm, scorer.batch, scorer.router
-    prompts = prompt_ids(batch, siblings)
-    segments = prompt_segments(siblings.prompt_tokens - 1, batch.chunk_tokens)
-    for k in reversed(range(len(segments))):
-        leaves, before = [], None
-        if k > 0:
-            leaves = [state.detach().requires_grad_() for state in cache_states(boundaries[k - 1])]
-            before = fork(with_states(boundaries[k - 1], leaves), range(len(prompts)))
-        states = cache_states(prefill_segment(lm, prompts, segments[k], before, **router.forward_options))
-        router_sums = router.pop_sums(prompt_weights(batch, siblings, len(segments[k])))
-        state_grads = gradients.backward(states, state_grads, leaves, router_sums)
-        del before, states, router_sums  # freed before those of the next segment are allocated
+        scored = scorer.score(siblings, chunk, prompt.cache())
+        outputs = [
+            (output, grad.index_select(0, scored.rows_n)[:, : output.size(1)])
+            for output, grad in zip(scored.differentiable, output_grads, strict=False)
+            if output is not None and grad is not None
+        ]
+        prompt.add(gradients.backward(outputs + shares.of(scored.router_sums), prompt.leaves))
+    return prompt.grads()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, Scores, ScoringBatch, Siblings, find_siblings
+from grpo_ext.engine.out_of_memory import MemoryLimits
 
 Plain = Callable[[], tuple[Tensor, Tensor | None, Tensor | None]]
 
@@ -45,6 +46,7 @@ class ScoringRequest:
         ref_hidden_BCH: last hidden states of the reference if the exact KL to it is requested, else None.
         idle_rows: rows without a gradient. A prompt whose rows are all idle runs apart from the rest.
         skip_idle: leave out prompts whose rows are all idle, instead of running them.
+        loss: see `ScoringBatch`.
     """
 
     scoring_pass: ScoringPass
@@ -61,6 +63,7 @@ class ScoringRequest:
     ref_hidden_BCH: Tensor | None = None
     idle_rows: frozenset[int] = frozenset()
     skip_idle: bool = False
+    loss: Callable[[Scores], Tensor] | None = None
 
     def __getitem__(self, rows: slice) -> "ScoringRequest":
         """The same request for some of the rows. Only for passes without idle rows and without an exact KL."""
@@ -88,12 +91,14 @@ class Scorer:
         requires_sharing: whether plain scoring would ignore part of the model, such as an adapter on the LM head.
         experts_per_token: top-k of a mixture of experts if the run uses its load-balancing loss, else None.
         autocast: creates the context of each forward.
+        limits: limits on tokens that out-of-memory errors have imposed so far.
     """
 
     shares_prompts: bool
     requires_sharing: bool
     experts_per_token: int | None
     autocast: Callable[[], AbstractContextManager[object]]
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
 
     def __call__(self, model: nn.Module, request: ScoringRequest, plain: Plain) -> RequestScores:
         """The scores of every row, shapes (B, C), 0 on padding.
@@ -111,6 +116,8 @@ class Scorer:
             return RequestScores(
                 logps_BC=logps_BC, entropies_BC=entropies_BC, kls_BC=None, hidden_BCH=None, aux_loss=aux_loss
             )
+        with_graph = torch.is_grad_enabled()
+        chunk_tokens = self.limits.apply(_chunk_tokens(request, groups), with_graph=with_graph)
         idle = [group for group in groups if request.idle_rows.issuperset(group.rows)]
         batch = ScoringBatch(
             completion_ids_BC=request.input_ids_BT[:, -request.completion_tokens :],
@@ -118,14 +125,16 @@ class Scorer:
             temperatures=request.temperatures,
             separate_groups=[] if request.skip_idle else idle,
             max_rows=request.max_rows,
-            chunk_tokens=_chunk_tokens(request, groups),
+            chunk_tokens=chunk_tokens,
             experts_per_token=self.experts_per_token if request.with_aux_loss else None,
             with_entropies=request.with_entropies,
             with_hidden=request.with_hidden,
             ref_hidden_BCH=request.ref_hidden_BCH,
+            loss=request.loss,
         )
         with self.autocast():
             scores: Scores = model(scoring_batch=batch)
+        self.limits.observe(chunk_tokens, scores.chunk_tokens, with_graph=with_graph)
         skipped = [row for group in idle for row in group.rows] if request.skip_idle else []
         return RequestScores(**vars(scores), skipped_rows=skipped)
 

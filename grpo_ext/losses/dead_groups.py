@@ -1,7 +1,7 @@
 """Dead groups in the update: rows without an advantage run apart from the others, or are skipped.
 
 Skipping them gives the same update as keeping them, bit for bit. This requires that groups without a gradient run apart
-from the others even if they are kept.
+from the others even if they are kept. If anything but time would change, they are kept.
 
 Legend: B rows, C completion tokens.
 """
@@ -58,6 +58,8 @@ def why_dead_groups_have_gradient(
     aux_loss_coef: float,
     has_aux_loss: bool,
     top_entropy_quantile: float,
+    temperature_schedule: str,
+    noise_alpha: float | None,
 ) -> str | None:
     """The reason why dead groups cannot be skipped, as text for a log; None if they can."""
     if beta != 0.0:
@@ -70,4 +72,8 @@ def why_dead_groups_have_gradient(
         return f"router_aux_loss_coef={aux_loss_coef}, and their tokens count in the load-balancing loss"
     if top_entropy_quantile < 1.0:
         return f"top_entropy_quantile={top_entropy_quantile} is computed over the tokens of all answers"
+    if temperature_schedule == "entropy":
+        return f"temperature_schedule={temperature_schedule!r} follows the entropy of all answers"
+    if noise_alpha:
+        return f"neftune_noise_alpha={noise_alpha}, and the noise of the other answers would change"
     return None

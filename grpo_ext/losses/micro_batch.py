@@ -3,13 +3,17 @@
 Legend: B rows, C completion tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from grpo_ext.losses.dead_groups import rows_without_advantage
+
+if TYPE_CHECKING:
+    from grpo_ext.engine.batch import Scores
 
 
 @dataclass(kw_only=True)
@@ -20,12 +24,18 @@ class MicroBatch:
         inputs: TRL's tensors; scoring may add further entries.
         separates_idle: whether rows without an advantage have no gradient, and run apart from the others.
         skip_idle: whether those rows are skipped.
+        loss: the loss of the scores of all rows, if scoring may compute its gradient in chunks.
+        scores: the scores to use instead of scoring the rows.
+        loss_gradient: what scoring returned, see `Scores`.
         exact_kls_BC: the exact KL to the reference; None before scoring, or if it was not requested.
     """
 
     inputs: dict[str, Any]
     separates_idle: bool = False
     skip_idle: bool = False
+    loss: "Callable[[Scores], Tensor] | None" = None
+    scores: "Scores | None" = None
+    loss_gradient: Tensor | None = None
     exact_kls_BC: Tensor | None = None
 
     def scoring_options(self) -> dict[str, Any]:
@@ -34,6 +44,7 @@ class MicroBatch:
             "ref_hidden_BCH": self.inputs.get("ref_hidden_states"),
             "idle_rows": rows_without_advantage(self.inputs["advantages"]) if self.separates_idle else frozenset(),
             "skip_idle": self.skip_idle,
+            "loss": self.loss,
         }
 
     def has_rows(self, completion_ids_BC: Tensor) -> bool:

@@ -1,12 +1,18 @@
-"""`--num_generations auto` in a recipe: the largest group size that divides the rollout, if it fits into memory.
+"""`--num_generations auto` in a recipe: groups as large as a rollout allows without losing its variety of prompts.
 
     settings = parse_flags(parser, argv)
     parser.parse_args_and_config(with_group_size(argv, settings, folder=folder))
 
+    rollout, in completions      32    64    128    256
+    completions per prompt        4     8     16     32
+
+The rule: the largest of 4, 8, 16 and 32 that divides the rollout and leaves at least 8 prompts in it; 4 if the rollout
+has fewer than 32 completions. For a given rollout, larger groups need no more memory, because a prompt is held once for
+its whole group. If the size that the rule gives does not fit, no smaller one does.
+
 TRL's field only accepts a number, and the rollout must be a multiple of it. All settings are therefore parsed once,
 from the flags and the file of `--config`, to choose the number; `--num_generations NUMBER` is then appended to the
-flags. For a given rollout, larger groups need no more memory, because a prompt is held once for its whole group. If the
-largest size does not fit, no other does.
+flags.
 """
 
 import os
@@ -15,19 +21,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from trl import TrlParser
 
 from grpo_ext.console.terminal import show
-from grpo_ext.machine import GIB
-from grpo_ext.memory.plan import Plan, Planner
+from grpo_ext.machine import GIB, free_memory_per_process
+from grpo_ext.memory.plan import GROUP_SIZES, Plan, Planner
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 
 AUTO = "auto"
-GROUP_SIZES = (32, 16, 8, 4)
+MIN_PROMPTS = 8  # per rollout
 DEFAULT_PROMPT_TOKENS = 512  # assumed if `max_prompt_tokens` is not set: the data is not loaded yet
 
 
@@ -56,8 +61,8 @@ def with_group_size(argv: list[str], settings: Namespace, *, folder: str) -> lis
         folder: replaces `$RECIPES` in that name.
 
     Raises:
-        ValueError: no group size divides the rollout, the largest one that does needs too much memory, or the policy
-            cannot be planned.
+        ValueError: no group size divides the rollout, the chosen one needs too much memory, or the policy cannot be
+            planned.
     """
     if settings.num_generations != AUTO:
         return argv
@@ -66,6 +71,19 @@ def with_group_size(argv: list[str], settings: Namespace, *, folder: str) -> lis
     if int(os.environ.get("RANK", 0)) == 0:
         show(reason)
     return [*argv, "--num_generations", str(group_size)]
+
+
+def auto_size(rollout: int) -> int | None:
+    """The group size for a rollout of that many completions; None if no size divides it."""
+    dividing = [size for size in GROUP_SIZES if rollout % size == 0]
+    with_prompts = [size for size in dividing if rollout // size >= MIN_PROMPTS]
+    return max(with_prompts or dividing[:1], default=None)
+
+
+def mixed_share(group_size: int, pass_rate: float) -> float:
+    """The expected share of groups with both right and wrong completions, if a completion is right with probability
+    `pass_rate`, independently of the others: 1 - p^G - (1 - p)^G. Other groups carry no gradient."""
+    return 1 - pass_rate**group_size - (1 - pass_rate) ** group_size
 
 
 def choose_group_size(settings: Namespace) -> tuple[int, str]:
@@ -80,9 +98,8 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = settings.steps_per_generation or settings.gradient_accumulation_steps
     rollout = settings.generation_batch_size or settings.per_device_train_batch_size * accumulation * processes
-    dividing = [size for size in GROUP_SIZES if rollout % size == 0]
-    least = GROUP_SIZES[-1]
-    if not dividing:
+    chosen, least = auto_size(rollout), GROUP_SIZES[0]
+    if chosen is None:
         raise ValueError(
             f"num_generations=auto needs a rollout that is a multiple of {least}, got {rollout} (batch "
             f"{settings.per_device_train_batch_size} x accumulation {accumulation} x {processes} process"
@@ -98,7 +115,7 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
     step = StepShape(
         prompt=max(2, min(settings.max_prompt_tokens or DEFAULT_PROMPT_TOKENS, max_prompt)),
         completion=settings.max_completion_length,
-        generations=dividing[0],
+        generations=chosen,
         rows=settings.per_device_train_batch_size,
         accumulation=max(1, rollout // (settings.per_device_train_batch_size * processes)),
         chunk_tokens=settings.chunk_tokens,
@@ -112,13 +129,13 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
     )
     if not plan.fits:
         raise ValueError(
-            f"num_generations=auto: a rollout of {rollout} answers does not fit: {planned}. `grpo-ext plan` suggests "
-            f"what to change."
+            f"num_generations=auto: a rollout of {rollout} answers, {chosen} per prompt, does not fit: {planned}. "
+            f"`grpo-ext plan` suggests what to change."
         )
-    sizes = ", ".join(map(str, sorted(GROUP_SIZES)))
-    return dividing[0], (
-        f"num_generations=auto: {dividing[0]}, the largest of {sizes} that divides the rollout of {rollout} answers, "
-        f"and it fits: {planned}."
+    return chosen, (
+        f"num_generations=auto: {chosen}, for {rollout // chosen} prompts per rollout of {rollout} answers. The rule: "
+        f"the largest of {', '.join(map(str, GROUP_SIZES))} that divides the rollout and leaves at least {MIN_PROMPTS} "
+        f"prompts, or {least} if the rollout has fewer than {least * MIN_PROMPTS} answers. It fits: {planned}."
     )
 
 
@@ -128,6 +145,5 @@ def _this_device(use_cpu: bool) -> tuple[str, float, str]:
         card = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
         return "cuda", card.total_memory, "the memory of the card"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = psutil.virtual_memory().available
     shared = f", shared by {processes} processes" if processes > 1 else ""
-    return "cpu", free / processes, f"the free memory of this machine{shared}"
+    return "cpu", free_memory_per_process(), f"the free memory of this machine{shared}"

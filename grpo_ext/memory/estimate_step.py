@@ -20,15 +20,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
-from grpo_ext.engine.batch import ScoringBatch, Siblings
+from grpo_ext.engine.batch import Scores, ScoringBatch, Siblings
 from grpo_ext.engine.captured_decode import FixedDecodeBatch, run_uncaptured
 from grpo_ext.engine.decode import PrefilledPrompts, prefill_prompts, start_decoding
 from grpo_ext.engine.decode_cache import DecodeBatch
 from grpo_ext.engine.draw import draw
 from grpo_ext.engine.lm_head import TiledHead
+from grpo_ext.engine.loss_in_chunks import loss_in_chunks
 from grpo_ext.engine.prefill import prefill
 from grpo_ext.engine.score import score
-from grpo_ext.engine.score_chunked import score_in_chunks
 from grpo_ext.engine.stacked_lora import stacked_lora
 from grpo_ext.memory.counter import MemoryCounter
 from grpo_ext.memory.device_kernels import DeviceKernels, HeadCall
@@ -125,7 +125,9 @@ def _sampling(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Ph
         # Decoding reads the values of its bookkeeping, on the device of the logits: it must not be the meta device.
         on_cpu = PrefilledPrompts(caches=states.caches, row_of=states.row_of, logits_PV=torch.empty(0))
         run_step = run_uncaptured if kernels.device_type == "cuda" else None
-        decode_batch = start_decoding(lm, on_cpu, prompts, max_new_tokens=shape.completion, run_step=run_step)
+        decode_batch = start_decoding(
+            lm, on_cpu, prompts, range(shape.rows), max_new_tokens=shape.completion, run_step=run_step
+        )
         before_decoding = counter.peak
         del states, on_cpu
         counter.peak = counter.live
@@ -170,6 +172,12 @@ def _bytes(layer: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+def _any_loss(scores: Scores) -> Tensor:
+    """A loss whose gradient flows through all scores of an update."""
+    assert scores.entropies_BC is not None
+    return (scores.logps_BC + scores.entropies_BC).sum()
+
+
 def _scoring(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> PhaseMemory:
     """The update on a micro-batch, or the reference pass over a rollout."""
     lm = base_of(model)
@@ -193,13 +201,14 @@ def _scoring(model: PeftModel, shape: PhaseShape, kernels: DeviceKernels) -> Pha
             max_rows=shape.max_rows,
             chunk_tokens=shape.chunk_tokens,
             with_entropies=with_graph,
+            loss=_any_loss,
         )
         head = _RecordingHead(lm=lm, softcap=None, scale=1.0, counter=counter)
         with torch.set_grad_enabled(with_graph):
-            scores = score_in_chunks(lm, rows, head, kernels.emulated) if in_chunks else score(lm, rows, head)
+            scores = loss_in_chunks(lm, rows, head, kernels.emulated) if in_chunks else score(lm, rows, head)
         if with_graph:
-            assert scores.entropies_BC is not None
-            torch.autograd.backward([scores.logps_BC, scores.entropies_BC], [torch.empty_like(scores.logps_BC)] * 2)
+            loss = _any_loss(scores) if scores.loss_gradient is None else scores.loss_gradient
+            loss.backward()
     model.zero_grad()
     states = prefill(lm, torch.zeros(1, shape.prompt, dtype=torch.long, device=META))
     cache_bytes = sum(map(_bytes, states.layers)) if states else 0

@@ -11,7 +11,7 @@ amount. tests/memory/test_plan.py compares plans with measured peaks on a CPU; n
 import bisect
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ RESERVED_FRACTION = 0.1
 OVERHEAD_BYTES = {"cuda": 600 * 2**20, "cpu": 16 * 2**20}
 ADAM_STATES = 2  # float32 numbers per trained parameter
 MAX_GENERATIONS = 256
+GROUP_SIZES = (4, 8, 16, 32)  # the usual numbers of completions per prompt, in increasing order
 # Sizes to maximise; multiples of these units are tried.
 SEARCH_UNITS = {"generations": 1, "prompt": 64, "completion": 64, "chunk_tokens": 128}
 
@@ -82,6 +83,8 @@ class Plan:
             with the other sizes unchanged. For `chunk_tokens`, None if no limit is small enough, 0 if none is needed.
         changes: if the run does not fit, flags to change, cheapest first, each with the bytes needed once it and all
             flags before it are applied. If the last entry does not fit, nothing does.
+        by_group_size: total bytes for each number of completions per prompt, the planned one and those of `GROUP_SIZES`
+            that divide the rollout. Rollout and micro-batch stay the same, so larger groups mean fewer prompts.
     """
 
     step: StepShape
@@ -89,6 +92,7 @@ class Plan:
     memory: float
     largest: dict[str, int | None]
     changes: list[tuple[str, float]]
+    by_group_size: dict[int, float] = field(default_factory=dict)
 
     @property
     def budget(self) -> float:
@@ -174,7 +178,7 @@ def plan_memory(
 
     Args:
         memory: bytes of the device.
-        with_largest: whether to search for the largest sizes, which takes a few seconds.
+        with_largest: whether to search for the largest sizes and to plan other group sizes, which takes a few seconds.
 
     Raises:
         SystemExit, ValueError: as in `Planner` and `refuse_impossible_step`.
@@ -182,12 +186,20 @@ def plan_memory(
     planner = Planner(policy, device_type)
     refuse_impossible_step(step, planner.config.max_position_embeddings)
     plan = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])
+    if with_largest:
+        plan = replace(plan, by_group_size=_by_group_size(planner, step))
     if not plan.fits:
         return replace(plan, changes=_suggest_changes(planner, step, plan.budget))
     if not with_largest:
         return plan
     largest = {name: planner.largest(step, name, plan.budget) for name in SEARCH_UNITS}
     return replace(plan, largest={name: _at_least(found, getattr(step, name)) for name, found in largest.items()})
+
+
+def _by_group_size(planner: Planner, step: StepShape) -> dict[int, float]:
+    rollout = step.rows * step.accumulation
+    sizes = {size for size in GROUP_SIZES if rollout % size == 0} | {step.generations}
+    return {size: planner.footprint(replace(step, generations=size)).total for size in sorted(sizes)}
 
 
 def _at_least(found: int | None, requested: int | None) -> int | None:

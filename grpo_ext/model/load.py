@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -68,13 +69,15 @@ def model_init_kwargs(model_args: PolicyConfig, args: GRPOConfig) -> dict[str, o
     """Keyword arguments of `from_pretrained` for `GRPOExtConfig.model_init_kwargs`.
 
     A base that stays frozen under an adapter gets the precision of the run's autocast. A full fine-tune uses float32.
+    Those that `args` already has are kept and take precedence, for example `{"use_kernels": True}`.
     """
     frozen = frozen_dtype(args) if model_args.use_peft else torch.float32
     dtype = model_args.dtype or str(frozen).removeprefix("torch.")
     kwargs: dict[str, object] = {"revision": model_args.model_revision, "dtype": dtype}
     if model_args.attn_implementation is not None:
         kwargs["attn_implementation"] = model_args.attn_implementation
-    return kwargs
+    own: Any = args.model_init_kwargs  # a dict: the config has parsed a flag's JSON
+    return kwargs | (own or {})
 
 
 def quantization(model_args: PolicyConfig, args: GRPOConfig) -> BitsAndBytesConfig | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grpo_ext.config import DEFAULTS
+from grpo_ext.config import DEFAULTS, RESOLVED_DEFAULTS
 from grpo_ext.machine import device_name, package_versions
 from grpo_ext.model.adapters import count_parameters
 from grpo_ext.report.run_files import SETTINGS_FILE
@@ -125,7 +125,9 @@ def _changed_settings(args: TrainingArguments, settings: dict[str, Any]) -> list
     changed = []
     for field in dataclasses.fields(args):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = DEFAULTS.get(field.name, default)  # some fields are None until they are resolved
+        default = (DEFAULTS | RESOLVED_DEFAULTS).get(
+            field.name, default
+        )  # some fields are None until they are resolved
         value = getattr(args, field.name)
         is_empty = value in (None, "", [], {}) and default in (None, "", [], {})
         if field.name in settings and value != default and not is_empty and field.name not in REPLACED_FIELDS:

@@ -44,7 +44,7 @@ ARMS = {
     "token": TOKEN_LEVEL,
     "stock": TOKEN_LEVEL,
     "exact": "--kl_estimator exact",
-    "keep": REWARD_ALONE,
+    "keep": f"{REWARD_ALONE} --dead_groups keep",
     "skip": f"{REWARD_ALONE} --dead_groups skip",
     "resample": f"{REWARD_ALONE} --dead_groups resample",
 }

@@ -8,10 +8,12 @@ relative error of 1e-9, and NaN equals NaN.
 
 import ast
 import builtins
+import contextlib
 import functools
 import json
 import marshal
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,20 @@ class Case:
     accepts: Callable[[Any], bool]
 
 
+def returns_any_case(function: str, arguments: list[Any], expected: list[object]) -> Case:
+    """The test that `function(*arguments)` returns one of the values in `expected`; see `returns_case`."""
+    cases = [returns_case(function, arguments, value) for value in expected]
+
+    def accepts(got: Any) -> bool:
+        for case in cases:
+            with contextlib.suppress(Exception):  # malformed for this value, but perhaps not for the next
+                if case.accepts(got):
+                    return True
+        return False
+
+    return Case(cases[0].call, accepts)
+
+
 def returns_case(function: str, arguments: list[Any], expected: object) -> Case:
     """The test that `function(*arguments)` returns `expected`. A list equals a tuple: JSON and Arrow have no tuples.
 
@@ -61,10 +77,11 @@ def returns_case(function: str, arguments: list[Any], expected: object) -> Case:
 
 
 def assert_case(text: str) -> Case:
-    """Parse a test in the form that data sets use: a call with literal arguments, compared with a literal.
+    """Parse a test in the form that data sets use: a call with constant arguments, compared with a constant.
 
     Supported: `assert f(x) == y`, `assert f(x)`, `assert not f(x)`, `assert f(x) is None` (or True, or False),
-    `assert math.isclose(f(x), y, rel_tol=z)`, `assert abs(f(x) - y) < z`, and `WRAPPERS` around the call.
+    `assert math.isclose(f(x), y, rel_tol=z)`, `assert abs(f(x) - y) < z`, and `WRAPPERS` around the call. A call may be
+    that of a method, `Solution().f(x)`. A constant may have arithmetic, such as `1.0 / 3`, `3 * 19` and `"a" + "b"`.
 
     Raises:
         ValueError: the test has none of these forms. Use this to find the rows to drop from a data set.
@@ -74,10 +91,10 @@ def assert_case(text: str) -> Case:
         if not isinstance(statement, ast.Assert):
             raise ValueError("it is not an assert statement")
         return _case_of_condition(statement.test)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except (ValueError, TypeError, ArithmeticError, SyntaxError) as error:
         raise ValueError(
-            f"the test {text!r} is not supported ({error}). Valid: a call with literal arguments, compared with a "
-            "literal, as in 'assert f([1, 2]) == 3'. grpo_ext.rewards.code.cases.assert_case finds the rows to drop."
+            f"the test {text!r} is not supported ({error}). Valid: a call with constant arguments, compared with "
+            "a constant, as in 'assert f([1, 2]) == 3'. grpo_ext.rewards.code.cases.assert_case finds the rows to drop."
         ) from None
 
 
@@ -181,14 +198,20 @@ def _expect_close(call: ast.expr, expected: Any, **tolerances: Any) -> Case:
 
 
 def _case_of_call(node: ast.expr, accepts: Callable[[Any], bool], *wrappers: tuple[Any, ...]) -> Case:
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ValueError(f"{ast.unparse(node)} is not a call of a function by its name")
-    if node.func.id in WRAPPERS and node.args and not _is_literal(node.args[0]):
-        return _case_of_call(node.args[0], accepts, (node.func.id, *map(_literal_value, node.args[1:])), *wrappers)
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[inner, *more]) if name in WRAPPERS and not _is_literal(inner):
+            return _case_of_call(inner, accepts, (name, *map(_literal_value, more)), *wrappers)
+        case ast.Call(func=ast.Name()):
+            pass
+        case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(), args=made_of, keywords=[]))):
+            for argument in made_of:
+                _literal_value(argument)
+        case _:
+            raise ValueError(f"{ast.unparse(node)} is not a call of a function by its name, or of a method")
     keywords = {keyword.arg: _literal_value(keyword.value) for keyword in node.keywords}
     if None in keywords:
         raise ValueError("** is not a literal argument")
-    return Case(_encode_call(node.func.id, list(map(_literal_value, node.args)), keywords, wrappers), accepts)
+    return Case(_encode_call(ast.unparse(node.func), list(map(_literal_value, node.args)), keywords, wrappers), accepts)
 
 
 def _encode_call(
@@ -206,15 +229,60 @@ def _call_and_expected(left: ast.expr, right: ast.expr) -> tuple[ast.expr, Any]:
 
 
 def _literal_value(node: ast.expr) -> Any:
+    """The value of a constant expression.
+
+    Raises:
+        ValueError, TypeError, ArithmeticError: it is not constant, or cannot be computed.
+    """
     match node:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in WRAPPERS:
             return getattr(builtins, name)(*map(_literal_value, arguments))
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _ARITHMETIC:
+            return _computed(_ARITHMETIC[type(sign)], _literal_value(left), _literal_value(right))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_literal_value(operand)
+        case ast.List(elts=items):
+            return list(map(_literal_value, items))
+        case ast.Tuple(elts=items):
+            return tuple(map(_literal_value, items))
+        case ast.Set(elts=items):
+            return set(map(_literal_value, items))
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            return {_literal_value(key): _literal_value(value) for key, value in zip(keys, values, strict=True) if key}
     return ast.literal_eval(node)
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+MAX_CONSTANT = 100_000  # items of a repeated constant, or bits of a power
+
+
+def _computed(compute: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    """`compute(left, right)`, unless the result could be huge."""
+    size = 0
+    if compute is operator.mul:
+        for items, count in ((left, right), (right, left)):
+            if hasattr(items, "__len__") and isinstance(count, int):
+                size = len(items) * count
+    elif compute is operator.mod and not isinstance(left, int | float):
+        raise ValueError("formatting is not a constant")  # "%1000000000d" % 1
+    elif compute is operator.pow and isinstance(left, int) and isinstance(right, int):
+        size = left.bit_length() * right
+    if size > MAX_CONSTANT:
+        raise ValueError(f"a constant has a size of {size}; at most {MAX_CONSTANT} is supported")
+    return compute(left, right)
 
 
 def _is_literal(node: ast.expr) -> bool:
     try:
         _literal_value(node)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, ArithmeticError):
         return False
     return True

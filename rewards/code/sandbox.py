@@ -8,15 +8,23 @@ Inside the sandbox a program finds:
   /dev/null, /dev/urandom and /dev/zero
 - a new, empty /tmp in memory
 - no network, no /proc, no environment variables, no host processes and no privileges
-- none of the system calls in `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`
+- none of the system calls in `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`, no file locks (so no SQLite databases
+  in files), and no extended attributes
 
 When the program ends, or at the deadline, every process that it started is killed.
 
-What the sandbox does not stop:
+bubblewrap is a tool for building sandboxes, not a sandbox with a security policy of its own. The protection is what its
+options and the seccomp filter in `sandbox_policy.py` give, and no more. What they do not stop:
 
-- Kernel vulnerabilities: system calls go to the kernel of this machine. Only a virtual machine would change that.
+- Kernel vulnerabilities: system calls go to the kernel of this machine, and the filter is a deny list: a call that a
+  later kernel adds is allowed until the list names it. Only a virtual machine would change that. gVisor is not
+  supported.
 - Memory use: the kernel limits each process separately, so a program can use up to `memory_mb` x `processes`, and
-  several programs run at the same time. It can also slow down whatever shares its cores.
+  several programs run at the same time. No cgroup limits them together: run the training in one with a memory limit if
+  this matters. A program can also slow down whatever shares its cores.
+- Files without content: they are counted every WATCH_SECONDS, so a program may exceed `files` for that long.
+- Channels by timing: programs that run at the same time can signal each other by the load of shared cores and caches.
+  Expected values are in none of them.
 - Reading the shared libraries and the standard library of this machine.
 - With `allow_unsandboxed=True`, nearly anything: the program runs as your user, and can read and write your files, use
   your network and end your processes. It still gets an empty environment, a new working directory, and limits on time,
@@ -33,10 +41,12 @@ import os
 import secrets
 import select
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -45,6 +55,7 @@ from grpo_ext.rewards.code.sandbox_policy import bubblewrap_command, host_python
 
 # Time limit for starting bwrap and Python on a busy machine. The program's own time starts after that.
 START_TIMEOUT_SECONDS = 30
+WATCH_SECONDS = 0.05  # how often the files in /tmp are counted
 # systemd's range for dynamic users, which exist only while a service runs.
 TRANSIENT_USERS = range(61184, 65520)
 LAUNCHER = (Path(__file__).parent / "guest" / "launch.py").read_text(encoding="utf-8")
@@ -59,6 +70,8 @@ class Limits:
         memory_mb: address space of one process in MiB. Python itself takes about 20.
         processes: processes and threads at the same time. Not enforced with `allow_unsandboxed`.
         file_mb: total size of /tmp in MiB; with `allow_unsandboxed`, the size of each file.
+        files: files and folders in /tmp, counted every WATCH_SECONDS. A program with more of them fails. Not enforced
+            with `allow_unsandboxed`.
         output_kb: size of standard output in KiB, at most `file_mb`. A program that writes more fails.
     """
 
@@ -66,6 +79,7 @@ class Limits:
     memory_mb: int = 512
     processes: int = 16
     file_mb: int = 16
+    files: int = 4096
     output_kb: int = 1024
 
 
@@ -77,10 +91,12 @@ class Outcome:
         status: "ok" for exit code 0, "failed" for any other exit code or a signal, "timeout" at the deadline, "output"
             if it wrote too much.
         stdout: standard output, truncated at the limit.
+        seconds: time from the program's first statement to its end.
     """
 
     status: Literal["ok", "failed", "timeout", "output"]
     stdout: bytes
+    seconds: float = field(default=0.0, compare=False)
 
 
 def run_program(
@@ -97,53 +113,186 @@ def run_program(
     Raises:
         RuntimeError: bwrap or libseccomp is missing, or no sandbox can be started on this machine.
     """
-    with ExitStack() as stack:
-        program, given, output, log = (
-            stack.enter_context(_memory_file(content))
-            for content in (source.encode("utf-8", "surrogatepass"), stdin, b"", b"")
-        )
-        ready, ready_end = (stack.enter_context(FileIO(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True))
-        inherited = [program.fileno(), ready_end.fileno()]
-        command: list[str] = []
-        user = 0
-        if allow_unsandboxed:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-        else:
-            folder = "/"
-            user = secrets.choice(TRANSIENT_USERS) if os.geteuid() == 0 else 0
-            seccomp = stack.enter_context(_memory_file(seccomp_filter()))
-            inherited.append(seccomp.fileno())
-            command = [*bubblewrap_command(limits.file_mb), "--seccomp", str(seccomp.fileno()), "--"]
-        command += [str(host_python()), "-I", "-S", "-B", "-X", "utf8", "-c", LAUNCHER]
-        command += map(
-            str, (program.fileno(), ready_end.fileno(), user, *_rlimit_arguments(limits, not allow_unsandboxed))
-        )
-        process = subprocess.Popen(
-            command,
-            stdin=given,
-            stdout=output,
-            stderr=log,
-            pass_fds=inherited,
-            env={},
-            cwd=folder,
-            start_new_session=True,
-        )
+    with Sandbox(source, limits=limits, allow_unsandboxed=allow_unsandboxed) as sandbox:
+        return sandbox.run(stdin)
+
+
+class Sandbox:
+    """Runs one program on many inputs. A run finds no files, processes or memory of an earlier one.
+
+        with Sandbox("print(input()[::-1])") as sandbox:
+            sandbox.run(b"abc"), sandbox.run(b"xyz")
+
+    The runs share one start of bubblewrap and Python: each is a new process, forked from one that has not run any of
+    the program. After a run that exceeded a limit or wrote to /tmp, the next one starts a new sandbox. So does
+    every run with `allow_unsandboxed`.
+
+    Args:
+        source: text of the program.
+        limits: resource limits of each run.
+        modules: modules of the standard library to import before the runs, so that each run imports them at once.
+        allow_unsandboxed: as in `run_program`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        limits: Limits = Limits(),
+        modules: tuple[str, ...] = (),
+        allow_unsandboxed: bool = False,
+    ):
+        self._source, self._limits, self._modules = source, limits, modules
+        self._allow_unsandboxed = allow_unsandboxed
+        self._started: _Started | None = None
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the sandbox and every process in it."""
+        if self._started is not None:
+            self._started.end()
+            self._started = None
+
+    def run(self, stdin: bytes = b"", *, seconds: float | None = None) -> Outcome:
+        """Run the program.
+
+        Args:
+            stdin: its standard input.
+            seconds: a time limit in place of `limits.seconds`.
+
+        Raises:
+            RuntimeError: as in `run_program`.
+        """
+        seconds = self._limits.seconds if seconds is None else seconds
+        with _memory_file(stdin) as given, _memory_file(b"") as output:
+            begun = self._started is not None and self._started.begin(given, output)
+            if not begun:
+                self.close()
+                self._started = _Started(self._source, self._limits, self._modules, self._allow_unsandboxed)
+                begun = self._started.begin(given, output)
+            assert self._started is not None
+            if not begun:
+                raise _start_error(self._started.log())
+            status: Literal["ok", "failed", "timeout", "output"]
+            status, elapsed = self._started.watch(seconds, self._limits.files)
+            if status == "timeout" or self._allow_unsandboxed or not self._started.is_clean():
+                self.close()
+            stdout = os.pread(output.fileno(), self._limits.output_kb * 1024 + 1, 0)
+        if status != "timeout" and len(stdout) > self._limits.output_kb * 1024:
+            status = "output"
+        return Outcome(status, stdout[: self._limits.output_kb * 1024], elapsed)
+
+
+class _Started:
+    """A started sandbox, in which `guest/launch.py` waits for runs."""
+
+    def __init__(self, source: str, limits: Limits, modules: tuple[str, ...], allow_unsandboxed: bool):
+        self._kept = ExitStack()
+        self._log = self._kept.enter_context(_memory_file(b""))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_sandbox = not allow_unsandboxed
         try:
-            ready_end.close()
-            if not (_wait_readable(ready.fileno(), START_TIMEOUT_SECONDS) and ready.read(1)):
-                why = os.pread(log.fileno(), 4096, 0).decode(errors="replace").strip()
-                raise RuntimeError(f"The sandbox for model-written programs cannot be started on this machine: {why}")
-            ended = stack.enter_context(FileIO(os.pidfd_open(process.pid)))
-            in_time = _wait_readable(ended.fileno(), limits.seconds)
-        finally:
+            self._start(source, limits, modules)
+        except BaseException:
+            self.end()
+            raise
+
+    def _start(self, source: str, limits: Limits, modules: tuple[str, ...]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = self._kept.enter_context(ours)
+        with ExitStack() as stack:
+            stack.enter_context(theirs)
+            program = stack.enter_context(_memory_file(source.encode("utf-8", "surrogatepass")))
+            inherited = [program.fileno(), theirs.fileno()]
+            command: list[str] = []
+            user = 0
+            folder = "/"
+            if self._is_sandbox:
+                user = secrets.choice(TRANSIENT_USERS) if os.geteuid() == 0 else 0
+                seccomp = stack.enter_context(_memory_file(seccomp_filter()))
+                inherited.append(seccomp.fileno())
+                command = [*bubblewrap_command(limits.file_mb), "--seccomp", str(seccomp.fileno()), "--"]
+            else:
+                folder = self._kept.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            command += [str(host_python()), "-I", "-S", "-B", "-X", "utf8", "-c", LAUNCHER]
+            command += map(str, (program.fileno(), theirs.fileno(), user, int(self._is_sandbox), ",".join(modules)))
+            command += _rlimit_arguments(limits, self._is_sandbox)
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=inherited,
+                env={},
+                cwd=folder,
+                start_new_session=True,
+            )
+        message, descriptors = b"", list[int]()
+        if _wait_readable(ours.fileno(), START_TIMEOUT_SECONDS):
+            message, descriptors, _, _ = socket.recv_fds(ours, 64, 1)
+        if not message or not descriptors:
+            raise _start_error(self.log())
+        self._tmp = descriptors[0]  # a path only: it can be asked for its size, not be read
+        self._kept.callback(os.close, self._tmp)
+        self._used_at_start = self._used()
+
+    def log(self) -> str:
+        """What bubblewrap and the launcher wrote, such as the reason why they cannot start."""
+        return os.pread(self._log.fileno(), 4096, 0).decode(errors="replace").strip()
+
+    def begin(self, given: FileIO, output: FileIO) -> bool:
+        """Start a run, and wait for the program's first statement. False if the sandbox has ended."""
+        try:
+            socket.send_fds(self._control, [b"r"], [given.fileno(), output.fileno()])
+            return (
+                _wait_readable(self._control.fileno(), START_TIMEOUT_SECONDS) and self._control.recv(64) == b"started"
+            )
+        except OSError:
+            return False
+
+    def watch(self, seconds: float, files: int) -> tuple[Literal["ok", "failed", "timeout"], float]:
+        """Wait for the end of a run. Returns how it ended, and its seconds."""
+        begun = time.monotonic()
+        while True:
+            left = begun + seconds - time.monotonic()
+            if left <= 0:
+                return "timeout", seconds
+            if _wait_readable(self._control.fileno(), min(left, WATCH_SECONDS)):
+                try:
+                    message = self._control.recv(64)
+                except OSError:
+                    message = b""
+                return ("ok" if message == b"0" else "failed"), time.monotonic() - begun
+            if self._is_sandbox and self._used()[0] - self._used_at_start[0] > files:
+                self.end()
+                return "failed", time.monotonic() - begun
+
+    def is_clean(self) -> bool:
+        """Whether the last run left the sandbox as it was."""
+        return self._process is not None and self._used() == self._used_at_start
+
+    def _used(self) -> tuple[int, int, int]:
+        """The number of files and of blocks in use in /tmp, and when the folder was last changed."""
+        state = os.fstatvfs(self._tmp)
+        changed = os.fstat(self._tmp).st_ctime_ns
+        return state.f_files - state.f_ffree, state.f_blocks - state.f_bfree, changed
+
+    def end(self) -> None:
+        """Kill every process of the sandbox."""
+        process, self._process = self._process, None
+        if process is not None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        stdout = os.pread(output.fileno(), limits.output_kb * 1024 + 1, 0)
-    if not in_time:
-        return Outcome("timeout", stdout[: limits.output_kb * 1024])
-    if len(stdout) > limits.output_kb * 1024:
-        return Outcome("output", stdout[:-1])
-    return Outcome("failed" if process.returncode else "ok", stdout)
+        self._kept.close()
+
+
+def _start_error(log: str) -> RuntimeError:
+    return RuntimeError(f"The sandbox for model-written programs cannot be started on this machine: {log}")
 
 
 def _rlimit_arguments(limits: Limits, limit_processes: bool) -> list[str]:

@@ -20,16 +20,27 @@ MISSING_MESSAGE = (
 )
 
 # System calls that fail with EPERM: those that an attack on the kernel might need and the standard library does not,
-# all sockets except socket pairs, and memory that is not covered by any limit.
+# all sockets except socket pairs, memory that is not covered by any limit (such as extended attributes), and locks,
+# leases, queues and notifications, by which programs that run at the same time could signal each other.
 DENIED_CALLS = """
-    acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init finit_module fsconfig
-    fsmount fsopen fspick init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load
-    kexec_load keyctl lookup_dcookie mbind memfd_create memfd_secret migrate_pages modify_ldt mount mount_setattr
-    move_mount move_pages msgget name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality
-    pidfd_getfd pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot
-    request_key semget set_mempolicy setdomainname sethostname setns settimeofday shmget socket swapoff swapon syslog
-    umount2 unshare uselib userfaultfd vhangup vmsplice
+    acct add_key adjtimex bpf cachestat chroot clock_adjtime clock_settime delete_module fanotify_init finit_module
+    flock fsconfig fsetxattr fsmount fsopen fspick init_module inotify_add_watch inotify_init inotify_init1
+    io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie
+    lsetxattr mbind memfd_create memfd_secret migrate_pages modify_ldt mount mount_setattr move_mount move_pages
+    mq_open msgget name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality pidfd_getfd
+    pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot request_key
+    semget set_mempolicy setdomainname sethostname setns settimeofday setxattr setxattrat shmget socket swapoff swapon
+    syslog umount2 unshare uselib userfaultfd vhangup vmsplice
 """
+# The commands of fcntl for locks, leases and notifications, which fail with EPERM too.
+DENIED_FCNTL = (
+    *(5, 6, 7),  # F_GETLK, F_SETLK, F_SETLKW
+    *(36, 37, 38),  # F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW
+    *(1024, 1025, 1026),  # F_SETLEASE, F_GETLEASE, F_NOTIFY
+)
+# Calls that change another process if their argument of this number is not 0: runs share the process that starts them.
+DENIED_TO_OTHERS = {"prlimit64": 0, "sched_setaffinity": 0, "sched_setattr": 0, "sched_setparam": 0}
+DENIED_TO_OTHERS |= {"sched_setscheduler": 0, "setpriority": 1, "ioprio_set": 1}
 CLONE_NEWUSER = 0x10000000
 
 
@@ -100,7 +111,8 @@ def seccomp_filter() -> bytes:
     Raises:
         RuntimeError: libseccomp is not installed.
     """
-    allow, fail, masked_equal = 0x7FFF0000, 0x00050000, 7  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, SCMP_CMP_MASKED_EQ
+    allow, fail = 0x7FFF0000, 0x00050000  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO
+    not_equal, masked_equal = 1, 7  # SCMP_CMP_NE, SCMP_CMP_MASKED_EQ
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
@@ -118,6 +130,12 @@ def seccomp_filter() -> bytes:
 
     for name in DENIED_CALLS.split():
         deny(name, errno.EPERM)
+    for command in DENIED_FCNTL:
+        deny("fcntl", errno.EPERM, _Comparison(1, masked_equal, 2**32 - 1, command))
+    for name, argument in DENIED_TO_OTHERS.items():
+        deny(name, errno.EPERM, _Comparison(argument, not_equal, 0, 0))
+    deny("setpriority", errno.EPERM, _Comparison(0, not_equal, 0, 0))  # of a group, or of a user
+    deny("ioprio_set", errno.EPERM, _Comparison(0, not_equal, 1, 0))
     deny("clone", errno.EPERM, _Comparison(0, masked_equal, CLONE_NEWUSER, CLONE_NEWUSER))
     deny("clone3", errno.ENOSYS)  # a filter cannot read its flags; the C library falls back to clone
     with FileIO(os.memfd_create("filter"), "r+") as file:

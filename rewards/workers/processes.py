@@ -84,13 +84,31 @@ class Worker:
         """
         self._process.join(seconds)
         if self._process.is_alive():
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except (AttributeError, OSError):  # no such group (yet)
-                self._process.kill()
+            if not self._kill_group():
+                self._process.kill()  # it has no group (yet)
             self._process.join()
+        elif not _exists(self._process.pid):  # else the number belongs to another process, so the group was empty
+            self._kill_group()
         self.connection.close()
         return self._process.exitcode
+
+    def _kill_group(self) -> bool:
+        """Kill the processes that the worker has started, and the worker. False if there are none."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (AttributeError, OSError):
+            return False
+        return True
+
+
+def _exists(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Measure seconds and peak memory per phase of an optimizer step, from outside any GRPO trainer.
 
 sample      `_generate`
-reference   `_get_per_token_logps_and_entropies` without gradients
+reference   `_get_per_token_logps_and_entropies` in the rollout
 update      the rest of the step: rewards (cheap here), forward, backward, optimizer
 """
 
@@ -150,9 +150,17 @@ class StepMeter(TrainerCallback):
     def watch(self, trainer: Trainer) -> None:
         trainer.add_callback(self)
         trainer._generate = self._timed(trainer._generate, "sample")
-        trainer._get_per_token_logps_and_entropies = self._timed(
-            trainer._get_per_token_logps_and_entropies, "reference", when=lambda: not torch.is_grad_enabled()
-        )
+        roll_out, score = trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies
+
+        def rolled_out(*args: Any, **kwargs: Any) -> Any:
+            # In the rollout only: grpo-ext scores each chunk twice if a script replaces this method in the update.
+            trainer._get_per_token_logps_and_entropies = self._timed(score, "reference")
+            try:
+                return roll_out(*args, **kwargs)
+            finally:
+                del trainer._get_per_token_logps_and_entropies
+
+        trainer._generate_and_score_completions = rolled_out
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.seconds.append(defaultdict(float))
@@ -162,11 +170,9 @@ class StepMeter(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._turn(None)
 
-    def _timed(
-        self, method: Callable[..., Any], phase: str, when: Callable[[], bool] = lambda: True
-    ) -> Callable[..., Any]:
+    def _timed(self, method: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._phase is None or not when():
+            if self._phase is None:
                 return method(*args, **kwargs)
             outer = self._phase
             self._turn(phase)

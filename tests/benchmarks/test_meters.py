@@ -25,6 +25,25 @@ def test_only_optimizer_steps_are_measured(build, small_model):
     assert meter.update_flops > 0
 
 
+def test_a_measured_step_runs_as_many_tokens(build, small_model):
+    """A meter that replaced methods of the update would make the trainer run each chunk twice."""
+    tokens = []
+    for is_measured in (False, True):
+        trainer = build(small_model, guards=False, peft_config=random_lora(), chunk_tokens=40, max_steps=1)
+        lm = trainer.model.get_base_model().base_model
+        counts = []
+        hook = lm.register_forward_pre_hook(
+            lambda module, args, kwargs, counts=counts: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        if is_measured:
+            StepMeter(peak_meter(), count_flops=False).watch(trainer)
+        trainer.train()
+        hook.remove()
+        small_model = trainer.model.unload()
+        tokens.append(sum(counts))
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("meter", [KernelPeak, SampledPeak])
 def test_the_peak_includes_memory_that_was_freed_again(meter):
     if meter is KernelPeak and sys.platform != "linux":

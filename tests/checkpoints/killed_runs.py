@@ -40,7 +40,7 @@ from tests.tools.paths import TINY_MODEL
 from tests.tools.reward_functions import PROMPTS, half_dead, share_of_digits
 from tests.tools.training import SETTINGS
 
-KILLS, MAX_KILLS = 20 if THOROUGH else 10, 60  # more than KILLS if some phase was never hit
+KILLS, MAX_KILLS = 20 if THOROUGH else 6, 60  # more than KILLS if some phase was never hit
 PHASES = ("other", "generate", "backward", "save")
 # Uses everything that a checkpoint must contain; saves in the middle of rollouts.
 RUN: dict[str, Any] = {

@@ -18,8 +18,8 @@ from grpo_ext.checkpoints import files
 from grpo_ext.report.run_reader import read_metrics
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora, small_llama
-from tests.tools.reward_functions import PROMPTS, likes_step_two, share_of_digits
-from tests.tools.training import adapter_of
+from tests.tools.reward_functions import PROMPTS, half_dead, likes_step_two, share_of_digits
+from tests.tools.training import adapter_of, log_of
 
 # Every option that writes its own file into a checkpoint.
 EVERYTHING = {
@@ -276,7 +276,7 @@ def test_checkpoint_of_another_run_is_refused(saved, again, tmp_path, small_mode
         "beta=0.1; this run has beta=0.0": {"beta": 0.0},
         "num_iterations=1; this run has num_iterations=2": {"num_iterations": 2},
         "max_completion_length=12; this run has max_completion_length=13": {"max_completion_length": 13},
-        "dead_groups=keep; this run has dead_groups=resample": {"dead_groups": "resample"},
+        "dead_groups=skip; this run has dead_groups=resample": {"dead_groups": "resample"},
     }
     for message, changes in differences.items():
         with pytest.raises(ValueError, match=f"The checkpoint was made with {message}"):
@@ -286,6 +286,27 @@ def test_checkpoint_of_another_run_is_refused(saved, again, tmp_path, small_mode
     longer = again(**may_differ)
     longer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert longer.state.global_step == 3
+
+
+@pytest.mark.parametrize("field", ["keep", None])
+def test_a_checkpoint_from_before_dead_groups_were_skipped_by_default(saved, again, tmp_path, field):
+    """Its fingerprint has the old default, or lacks the field. The adapter does not depend on it, so the run goes on,
+    and ends as it would have ended."""
+    settings = {"reward": half_dead, "beta": 0.0, "entropy_coef": 0.0, "num_iterations": 2, "max_steps": 4}
+    settings |= {"per_device_train_batch_size": 16}
+    whole = saved(dead_groups="keep", **settings)
+    folder = tmp_path / "run" / "checkpoint-3"  # in the middle of a rollout
+    if field is None:
+        run = json.loads((folder / "run.json").read_text())
+        del run["dead_groups"]
+        (folder / "run.json").write_text(json.dumps(run))
+        files.seal(folder)
+    resumed = again(output_dir=str(tmp_path / "again"), **settings)
+    assert resumed.args.dead_groups == "skip"
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert log_of(resumed, "frac_dead_groups")[-1] == 0.5
+    for name, value in adapter_of(resumed).items():
+        assert torch.equal(value, adapter_of(whole)[name]), name
 
 
 def test_another_number_of_processes_is_refused(saved, again):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 SHORT = (
     "--max_steps 2 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_completion_length 24 "
-    "--max_eval_prompts 8 --eval_steps 2"
+    "--max_eval_prompts 8 --eval_samples 0 --eval_steps 2"
 ).split()
 NAMES_OF_USERS = ("rewards", "recipes", "data", "config")
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_ext.data import load_problems
 from grpo_ext.evaluation.complete import complete
 from tests.distributed import two_sharded
+from tests.tools.lanes import THOROUGH
 from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
 from tests.tools.processes import in_two_processes
 
@@ -25,7 +26,9 @@ with_deepspeed = [
         reason="needs: pip install wheel && DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
     ),
 ]
-CONFIGS = ["fsdp2", *(pytest.param(name, marks=with_deepspeed) for name in ("deepspeed_zero2", "deepspeed_zero3"))]
+# FSDP2 needs a launch of its own, and takes TRL's path: with THOROUGH=1.
+FSDP2 = pytest.param("fsdp2", marks=pytest.mark.skipif(not THOROUGH, reason="run with THOROUGH=1"))
+CONFIGS = [FSDP2, *(pytest.param(name, marks=with_deepspeed) for name in ("deepspeed_zero2", "deepspeed_zero3"))]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -89,7 +92,7 @@ def test_a_whole_run_of_a_recipe(two):
     lm = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     assert before["completions"] == greedy(lm)
     evaluations = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert [row["step"] for row in evaluations] == [0, 1, 2]
     assert all(len(row["right"]) == HELD_OUT for row in evaluations)
     after = greedy(PeftModel.from_pretrained(lm, run))
     assert [answer["text"] for answer in evaluations[-1]["answers"]] == after[:4]
@@ -101,10 +104,10 @@ def test_a_whole_run_of_a_recipe(two):
 
 
 def test_a_resumed_run(two):
-    """Equal to the bit from the checkpoint of step 2 on. FSDP and DeepSpeed name the optimizer's files differently."""
+    """Equal to the bit from the checkpoint of step 1 on. FSDP and DeepSpeed name the optimizer's files differently."""
     whole, again = (load_file(two / name / "adapter_model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
-    half = load_file(two / "whole" / "checkpoint-2" / "adapter_model.safetensors")
+    half = load_file(two / "whole" / "checkpoint-1" / "adapter_model.safetensors")
     assert not any(torch.equal(value, half[name]) for name, value in whole.items())
     completions = [(two / name / "completions.jsonl").read_text().splitlines() for name in ("whole", "again")]
-    assert completions[1] == [line for line in completions[0] if json.loads(line)["step"] > 2]
+    assert completions[1] == [line for line in completions[0] if json.loads(line)["step"] > 1]

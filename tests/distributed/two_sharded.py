@@ -35,7 +35,7 @@ from tests.tools.training import SETTINGS, adapter_of
 ROWS = 8  # in all processes together
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # Nine problems in batches of four are two batches in one process and one in the other.
-RECIPE = "--max_steps 4 --save_steps 2 --eval_steps 2 --max_eval_prompts 9 --per_device_eval_batch_size 4"
+RECIPE = "--max_steps 2 --save_steps 1 --eval_steps 1 --max_eval_prompts 9 --per_device_eval_batch_size 4"
 RECIPE += " --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --eval_samples 0 --bf16 false"
 RECIPE += f" --use_cpu {str(not USES_DEEPSPEED).lower()} --disable_tqdm true --report_to none"
 
@@ -104,7 +104,7 @@ def main() -> None:
         except ValueError as error:
             (folder / f"refused-{process}").write_text(str(error))
         math.main([*RECIPE.split(), "--output_dir", str(folder / "whole")])
-        resumed = ["--resume_from_checkpoint", str(folder / "whole" / "checkpoint-2")]
+        resumed = ["--resume_from_checkpoint", str(folder / "whole" / "checkpoint-1")]
         math.main([*RECIPE.split(), "--output_dir", str(folder / "again"), *resumed])
 
 

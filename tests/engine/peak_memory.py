@@ -55,16 +55,22 @@ def update(model: Any, how: str, S: int, C: int, G: int, chunk_tokens: int | Non
     if how == "shared":
         siblings = find_siblings(ids, mask, C)
         rows = ScoringBatch(
-            completion_ids_BC=ids[:, S:], groups=siblings, temperatures=[1.0] * len(ids), chunk_tokens=chunk_tokens
+            completion_ids_BC=ids[:, S:],
+            groups=siblings,
+            temperatures=[1.0] * len(ids),
+            chunk_tokens=chunk_tokens,
+            loss=lambda scores: loss_of(scores.logps_BC, scores.entropies_BC),
         )
-        scores = model(scoring_batch=rows)
-        logps, entropies = scores.logps_BC, scores.entropies_BC
-    else:
-        labels = ids.clone()
-        labels[:, :S] = -100
-        output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-        logps, entropies = output.log_probs, output.entropy
-    (logps - 0.01 * entropies).mean().backward()
+        model(scoring_batch=rows).loss_gradient.backward()
+        return
+    labels = ids.clone()
+    labels[:, :S] = -100
+    output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    loss_of(output.log_probs, output.entropy).backward()
+
+
+def loss_of(logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    return (logps - 0.01 * entropies).mean()
 
 
 def measure(model: Any, case: tuple[Any, ...]) -> int:

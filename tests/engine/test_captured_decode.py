@@ -8,8 +8,7 @@ import torch
 
 from grpo_ext.engine import captured_decode
 from grpo_ext.engine.decode import GroupSampler
-from tests.tools.architectures import ATTENTIONS, random_model
-from tests.tools.lanes import slow_but
+from tests.tools.architectures import attentions, random_model
 from tests.tools.replay import record
 from tests.tools.scoring import prompts_of
 
@@ -34,7 +33,7 @@ def sample(model, ids, mask, sampler, **settings):
 
 @pytest.mark.parametrize("lengths", [(150, 150), (40, 33, 7)], ids=["shared_slots", "ragged"])
 @pytest.mark.parametrize(
-    ("architecture", "attention"), slow_but(ATTENTIONS, [("llama", "eager"), ("llama", "sdpa"), ("mistral", "sdpa")])
+    ("architecture", "attention"), attentions([("llama", "eager"), ("llama", "sdpa"), ("mistral", "sdpa")])
 )
 def test_replayed_steps_sample_the_same_tokens(architecture, attention, lengths):
     """A replay reads and writes the addresses of its recording, and depends on no number that Python computes."""

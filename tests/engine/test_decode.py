@@ -10,7 +10,7 @@ from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.decode_cache import DecodeBatch
 from grpo_ext.engine.prefill import cache_states, prefill_prompts
 from grpo_ext.memory.counter import MemoryCounter
-from tests.tools.architectures import ARCHITECTURES, ATTENTIONS, EOS, random_model
+from tests.tools.architectures import ARCHITECTURES, EOS, attentions, random_model
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora, small_llama
 from tests.tools.paths import TINY_MODEL
@@ -49,7 +49,7 @@ def llama():
 
 @pytest.mark.parametrize(
     ("architecture", "attention"),
-    slow_but(ATTENTIONS, [("llama", "eager"), ("gemma3", "sdpa"), ("qwen3_next", "eager")]),
+    attentions([("llama", "eager"), ("gemma3", "sdpa"), ("qwen3_next", "eager")]),
 )
 def test_samples_the_tokens_of_transformers(architecture, attention):
     """Two prompts of 150 tokens, four siblings each, some of which end early; three share a slot if possible."""

@@ -14,10 +14,10 @@ from tests.tools.paths import ROOT
 from tests.tools.waiting import PATIENCE
 
 C = 64
-PLAIN = {G: ("plain", 256, C, G, None) for G in (4, 32)}
+PLAIN = {G: ("plain", 256, C, G, None) for G in (4, 16)}
 GROUPS = {G: ("shared", 256, C, G, 4 * (256 + C)) for G in (4, 32)}  # chunks of four rows
 # Chunks of 256 and of 64 tokens: prompts are prefilled in segments of that length, and rows are scored one at a time.
-PROMPTS = {(S, chunk): ("shared", S, C, 4, chunk) for S in (256, 2048) for chunk in (256, 64)}
+PROMPTS = {(S, chunk): ("shared", S, C, 4, chunk) for S in (256, 1024) for chunk in (256, 64)}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def peaks():
 
 def test_more_siblings_need_no_more_memory(peaks):
     """A graph that outlives its chunk (of a row or of the whole group) would grow with G, as on the plain path."""
-    assert peaks[PLAIN[32]] > 4 * peaks[PLAIN[4]], "activations do not dominate in this shape: the test proves nothing"
+    assert peaks[PLAIN[16]] > 2.5 * peaks[PLAIN[4]], (
+        "activations do not dominate in this shape: the test proves nothing"
+    )
     assert peaks[GROUPS[32]] < 1.15 * peaks[GROUPS[4]]
 
 
@@ -69,7 +71,7 @@ def bytes_of_prompt(S: int, tokens: int) -> int:
 def test_longer_prompts_only_need_memory_for_their_states(peaks, chunk_tokens):
     """Guards against a graph over the whole prompt, and against copies of all earlier states in every segment, which
     grow as S squared."""
-    short, long = (peaks[PROMPTS[S, chunk_tokens]] for S in (256, 2048))
-    allowed = bytes_of_prompt(2048, chunk_tokens) - bytes_of_prompt(256, chunk_tokens)
+    short, long = (peaks[PROMPTS[S, chunk_tokens]] for S in (256, 1024))
+    allowed = bytes_of_prompt(1024, chunk_tokens) - bytes_of_prompt(256, chunk_tokens)
     print(f"{(long - short) / 1e6:.1f} MB more, {allowed / 1e6:.1f} of them explained by states and their copies")
     assert long - short < 0.15 * short + 1.1 * allowed

@@ -11,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 from grpo_ext.engine.batch import Siblings, find_siblings, join_equal_lengths, split_into_chunks
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.model.unwrap import base_of
-from tests.tools.architectures import ARCHITECTURES, ATTENTIONS, IN_FLOAT32, TEMPERATURE, TINY, random_model
+from tests.tools.architectures import ARCHITECTURES, IN_FLOAT32, TEMPERATURE, TINY, attentions, random_model
 from tests.tools.lanes import slow_but
 from tests.tools.scoring import gradients, padded_batch, score_by_trl, scoring_batch_of
 
@@ -23,7 +23,7 @@ def shared(model, ids, mask, C, **settings):
 
 @pytest.mark.parametrize(
     ("architecture", "attention"),
-    slow_but(ATTENTIONS, [("llama", "sdpa"), ("gemma3", "eager"), ("qwen3_next", "sdpa")]),
+    attentions([("llama", "sdpa"), ("gemma3", "eager"), ("qwen3_next", "sdpa")]),
 )
 def test_equals_trl(architecture, attention):
     """In float64: log-probs and entropies to 1e-6 (the fused head runs in float32), and the gradient of every adapter

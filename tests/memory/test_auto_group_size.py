@@ -4,16 +4,17 @@ from itertools import pairwise
 
 import psutil
 import pytest
+import torch
 from trl import TrlParser
 
 import grpo_ext.recipes.math as recipe
 from grpo_ext import GRPOExtConfig
-from grpo_ext.memory.auto_group_size import GROUP_SIZES, parse_flags, with_group_size
-from grpo_ext.memory.plan import Planner
+from grpo_ext.memory.auto_group_size import auto_size, mixed_share, parse_flags, with_group_size
+from grpo_ext.memory.plan import GROUP_SIZES, Planner
 from grpo_ext.memory.step_shapes import StepShape
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
-from tests.tools.lanes import slow_but
+from tests.tools.lanes import slow_but, thinned
 from tests.tools.paths import ROOT
 
 AUTO = ["--num_generations", "auto"]
@@ -35,20 +36,41 @@ def batch(rows, accumulation=1):
     return ["--per_device_train_batch_size", str(rows), "--gradient_accumulation_steps", str(accumulation)]
 
 
-@pytest.mark.parametrize(("rows", "accumulation", "expected"), slow_but([(8, 2, 16), (12, 1, 4)], [(12, 1, 4)]))
-def test_largest_size_that_divides_the_rollout(rows, accumulation, expected, available, capsys):
-    """TRL refuses a rollout that is not a multiple of the group size, after everything is loaded. One printed line
-    reports the choice and the memory that it was planned for."""
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [(8, 4), (12, 4), (28, 4), (32, 4), (40, 4), (64, 8), (72, 8), (96, 8), (128, 16), (256, 32), (288, 32), (512, 32)],
+)
+def test_the_rule(rollout, expected):
+    """A step of few prompts follows their noise, and small groups are often dead: at least 8 prompts, then the largest
+    groups. Below 32 answers there are fewer than 8 prompts with any size, and 4 leaves the most."""
+    assert auto_size(rollout) == expected
+
+
+@pytest.mark.parametrize(("rows", "accumulation", "expected"), slow_but([(8, 8, 8), (12, 1, 4)], [(8, 8, 8)]))
+def test_one_line_reports_the_rule_the_choice_and_the_memory(rows, accumulation, expected, available, capsys):
+    """TRL refuses a rollout that is not a multiple of the group size, after everything is loaded."""
     available(64)
     _, args, _ = recipe.parse([*AUTO, *batch(rows, accumulation)])
+    rollout = rows * accumulation
     assert args.num_generations == expected
-    assert args.generation_batch_size % expected == 0
+    assert args.generation_batch_size == rollout
     (printed,) = capsys.readouterr().out.splitlines()
-    assert printed.startswith(
-        f"num_generations=auto: {expected}, the largest of 4, 8, 16, 32 that divides the rollout of "
-    )
-    assert f" rollout of {rows * accumulation} answers, and it fits: 0." in printed
+    assert printed.startswith(f"num_generations=auto: {expected}, for {rollout // expected} prompts per rollout of ")
+    assert "at least 8 prompts" in printed
+    assert "4, 8, 16, 32" in printed
+    assert "It fits: 0." in printed
     assert "out of 57.60 GB (the free memory of this machine, less a tenth)" in printed
+
+
+@pytest.mark.parametrize(
+    ("size", "pass_rate", "share"), [(2, 0.5, 0.5), (4, 0.5, 0.875), (4, 0.1, 0.3438), (8, 0.1, 0.5695)]
+)
+def test_share_of_mixed_groups(size, pass_rate, share):
+    """By hand, and against groups drawn at random."""
+    assert mixed_share(size, pass_rate) == pytest.approx(share, abs=5e-5)
+    right = torch.rand(100_000, size, generator=torch.Generator().manual_seed(0)) < pass_rate
+    drawn = (right.any(dim=1) & ~right.all(dim=1)).float().mean().item()
+    assert drawn == pytest.approx(share, abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +79,17 @@ def planner():
     return Planner(PolicyConfig(model_name_or_path=f"{FOLDER}/tiny_math/model"), "cpu")
 
 
+IN_CHUNKS, AT_ONCE = {"chunk_tokens": 104}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{"chunk_tokens": 104}, {"gradient_checkpointing": False, "rows": 32, "accumulation": 1}],
-)
+@pytest.mark.parametrize("options", thinned([IN_CHUNKS, AT_ONCE], [AT_ONCE]))
 def test_larger_groups_need_no_more_memory(planner, options):
     """Otherwise a smaller group might fit when the largest does not, and `auto` would refuse a run that can train."""
     sizes = {"rows": 8, "accumulation": 4, "prompt": 40, "completion": 12} | options
     needs = [planner.footprint(StepShape(generations=size, **sizes)).total for size in GROUP_SIZES]
-    assert all(larger <= smaller for larger, smaller in pairwise(needs))
-    assert needs[0] < needs[-1]
+    assert all(larger <= smaller for smaller, larger in pairwise(needs))
+    assert needs[-1] < needs[0]
 
 
 def test_a_number_is_left_unchanged(capsys):
@@ -82,12 +104,12 @@ def test_a_number_is_left_unchanged(capsys):
 def test_auto_in_a_config_file_and_flags_that_override_it(tmp_path, available):
     """The file is parsed before TRL parses it, and its other settings must count too."""
     available(64)
-    settings = "model_name_or_path: $RECIPES/tiny_math/model\ndataset_name: d\nper_device_train_batch_size: 4\n"
-    (tmp_path / "c.yaml").write_text(settings + "gradient_accumulation_steps: 4\nnum_generations: auto\n")
+    settings = "model_name_or_path: $RECIPES/tiny_math/model\ndataset_name: d\nper_device_train_batch_size: 16\n"
+    (tmp_path / "c.yaml").write_text(settings + "gradient_accumulation_steps: 8\nnum_generations: auto\n")
     config = ["--config", str(tmp_path / "c.yaml")]
     assert recipe.parse(config)[1].num_generations == 16
-    assert recipe.parse([*config, "--num_generations", "8"])[1].num_generations == 8
-    assert recipe.parse([*config, "--gradient_accumulation_steps", "2"])[1].num_generations == 8
+    assert recipe.parse([*config, "--num_generations", "32"])[1].num_generations == 32
+    assert recipe.parse([*config, "--gradient_accumulation_steps", "4"])[1].num_generations == 8
 
 
 def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
@@ -95,7 +117,7 @@ def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
     available(64)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    argv = ["--config", f"{FOLDER}/tiny_math.yaml", *AUTO, *batch(8), "--output_dir", "x"]
+    argv = ["--config", f"{FOLDER}/tiny_math.yaml", *AUTO, *batch(8, 8), "--output_dir", "x"]
     settings = parse_flags(TrlParser((RecipeArguments, GRPOExtConfig, PolicyConfig)), argv)
     assert with_group_size(argv, settings, folder=FOLDER)[-1] == "16"
     memory = "28.80 GB (the free memory of this machine, shared by 2 processes, less a tenth)"
@@ -138,7 +160,9 @@ def test_missing_model_or_data_is_the_error_of_the_recipe(flags, capsys):
 def test_a_machine_with_too_little_memory(available):
     """Refused before a model is loaded, with the memory needed and available."""
     available(0.01)
-    message = r"rollout of 8 answers does not fit: 0\.\d+ GB planned .*, out of 0\.01 GB \(the free memory"
+    message = (
+        r"rollout of 8 answers, 4 per prompt, does not fit: 0\.\d+ GB planned .*, out of 0\.01 GB \(the free memory"
+    )
     with pytest.raises(ValueError, match=message):
         recipe.parse([*AUTO, *batch(8)])
 

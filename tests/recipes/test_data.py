@@ -156,19 +156,21 @@ def test_flags_name_the_columns(tmp_path, tokenizer):
 
 
 CODE = {
-    "mbpp_full": ({"text": "Add.", "code": "x", "test_list": ["assert f(1) == 2"]}, None),
-    "humaneval": ({"prompt": "def f():", "test": "def check(candidate): ...", "entry_point": "f"}, "HumanEval"),
-    "apps": ({"question": "q", "input_output": "{}"}, "APPS"),
-    "livecodebench": ({"question_content": "q", "public_test_cases": "[]"}, "LiveCodeBench"),
-    "kodcode": ({"question": "q", "solution": "s", "test": "def test_f(): ..."}, "KodCode"),
-    "code_contests": ({"description": "q", "public_tests": {"input": ["1"], "output": ["2"]}}, "CodeContests"),
+    "mbpp_full": {"text": "Add.", "code": "x", "test_list": ["assert f(1) == 2"]},
+    "humaneval": {"prompt": "def f():", "test": "def check(candidate): ...", "entry_point": "f"},
+    "apps": {"question": "q", "input_output": "{}"},
+    "livecodebench": {"question_content": "q", "public_test_cases": "[]"},
+    "kodcode": {"question": "q", "solution": "s", "test": "def test_f(): ..."},
+    "code_contests": {"description": "q", "public_tests": {"input": ["1"], "output": ["2"]}},
+    "open_r1": {"prompt": "q", "verification_info": {"language": "python", "test_cases": []}},
+    "no tests": {"prompt": "q", "solution": "s"},
 }
 
 
 @pytest.mark.parametrize("shape", CODE)
 def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
-    """Data without an answer column is accepted, and unsupported tests are reported by the name of their format."""
-    row, refused = CODE[shape]
+    """Data without an answer column is accepted, and data without tests is refused with the columns to give."""
+    row = CODE[shape]
     rows = [
         {name: f"{text}{i}" if name != "test" and isinstance(text, str) else text for name, text in row.items()}
         for i in range(10)
@@ -176,10 +178,10 @@ def test_a_code_reward_needs_tests_and_no_answer(tmp_path, tokenizer, shape):
     path = write(tmp_path / "d.jsonl", rows)
     problems = load_problems(path, tokenizer, prompt_format=PromptFormat(needs_answer=False))
     assert len(problems.train) == 8
-    if refused is None:
+    if shape != "no tests":
         refuse_unread_tests(problems.train.column_names, path)
     else:
-        with pytest.raises(ValueError, match=rf"has tests in the format of {refused}.*give each row `"):
+        with pytest.raises(ValueError, match=r"has no tests for the code reward, which reads .*, or test_list, or"):
             refuse_unread_tests(problems.train.column_names, path)
 
 

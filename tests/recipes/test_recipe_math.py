@@ -24,6 +24,7 @@ from grpo_ext.evaluation.callback import load_initial_evaluation
 from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.model.load import load_tokenizer, model_init_kwargs
 from grpo_ext.rewards import math_answer_reward
+from tests.tools.lanes import THOROUGH
 from tests.tools.metrics import comparable
 from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
 from tests.tools.processes import BIN, LAUNCH, launch
@@ -33,6 +34,7 @@ TWO_STEPS = (
     "--max_eval_prompts 8 --eval_samples 2 --eval_steps 1 --save_steps 1 --seed 0"
 ).split()
 IN_THIS_PROCESS = [*TWO_STEPS, "--reward_workers", "0"]
+ONE_STEP = [*IN_THIS_PROCESS, "--max_steps", "1", "--eval_samples", "0"]
 SUMMARY_FIELDS = (
     "recipe base_model device steps seconds prompts_seen completions_seen pass_at_1_before pass_at_1_after "
     "pass_at_k_before pass_at_k_after k peak_memory_mb trainable_parameters total_parameters versions seed"
@@ -50,7 +52,7 @@ def test_spawned_workers(tmp_path):
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import multiprocessing as m\nm.set_start_method('spawn', force=True)\n"
     )
-    command = [sys.executable, "math.py", *TWO_STEPS, "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "math.py", *ONE_STEP, "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
     code, output = launch(command, cwd=ROOT / "recipes", PYTHONPATH=str(tmp_path / "site"))
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
@@ -58,14 +60,14 @@ def test_spawned_workers(tmp_path):
 
 def test_two_processes(tmp_path):
     """Each process takes half of the rollouts and of the held-out problems, and results are printed once."""
-    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *TWO_STEPS, "--output_dir", str(tmp_path)]
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *ONE_STEP, "--output_dir", str(tmp_path)]
     code, output = launch(command, cwd=ROOT / "recipes", OMP_NUM_THREADS="1")
     assert code == 0, output
     assert "16 completions (2 prompts x 8)" in output
-    assert output.count("held-out pass@1: ") == 2  # greedy and sampled
+    assert output.count("held-out pass@1: ") == 1
     assert json.loads((tmp_path / "summary.json").read_text())["pass_at_1_after"]["n"] == 8
     rollouts = lines_of(tmp_path / "completions.jsonl")
-    assert [(row["step"], len(row["groups"])) for row in rollouts] == [(1, 2), (2, 2)]
+    assert [(row["step"], len(row["groups"])) for row in rollouts] == [(1, 2)]
     for group in (group for row in rollouts for group in row["groups"]):
         assert len(group["answers"]) == 8
         assert int(group["gold"]) == sum(
@@ -173,7 +175,7 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, caplog):
 
 def test_a_resumed_recipe_reports_from_its_start(tmp_path):
     """The evaluation before training is kept from the first session, and report and log are those of one run."""
-    flags = [*IN_THIS_PROCESS, "--max_steps", "3", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
+    flags = [*IN_THIS_PROCESS, "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
     recipe.main(flags)
 
     def left_behind():
@@ -182,8 +184,7 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
         return summary, comparable(tmp_path / "metrics.jsonl")
 
     at_once = left_behind()
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    shutil.rmtree(tmp_path / "checkpoint-2")
     recipe.main([*flags, "--resume_from_checkpoint", "True"])
     assert left_behind() == at_once
     before = load_initial_evaluation(tmp_path, problems=8, samples=2)
@@ -225,6 +226,7 @@ def test_the_embedded_run_learns(tmp_path, tiny_model, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="run with THOROUGH=1")
 def test_shuffled_rewards_teach_nothing(tmp_path):
     """The same run with the rewards of each batch in random order: any gain would not come from the rewards."""
     flags = ["--output_dir", str(tmp_path), "--max_steps", "10", "--disable_tqdm", "True", "--report_to", "none"]

@@ -67,7 +67,9 @@ def test_logic(train):
 
 @needs_sandbox
 def test_coding_from_inside_the_folder(tmp_path):
-    code, output = launch([*LAUNCH, "coding.py", *TWO_STEPS, "--output_dir", str(tmp_path)], cwd=RECIPES)
+    code, output = launch(
+        [*LAUNCH, "coding.py", *TWO_STEPS, "--reward_workers", "0", "--output_dir", str(tmp_path)], cwd=RECIPES
+    )
     assert code == 0, output
     _, summary = checked(tmp_path, output)
     assert (summary["recipe"], summary["steps"]) == ("coding", 2)

@@ -172,7 +172,7 @@ def test_settings_are_recorded_without_secrets(build, small_model, monkeypatch, 
     assert run["command"] == f"python train.py --hub_token '{REDACTED}' --beta=0.2 '--run_name=x-{REDACTED}'"
     assert run["settings"]["learning_rate"] == 2e-4
     assert {"learning_rate", "num_generations"} <= set(run["changed"])
-    assert not {"temperature", "loss_type", "debug"} & set(run["changed"])
+    assert not {"temperature", "loss_type", "dead_groups", "debug"} & set(run["changed"])
     assert run["adapter"]["r"] == 4
     assert run["steps"] == 1
 

@@ -375,6 +375,27 @@ def test_an_idle_worker_may_be_killed(safe, new_workers, caplog):
     assert "The worker of reward 'Remembering' has ended" in caplog.text
 
 
+@pytest.mark.parametrize("ending", ["close", "exit", "kill"])
+def test_what_a_reward_has_forked_ends_with_its_worker(safe, new_workers, monkeypatch, tmp_path, ending):
+    """A judge that starts servers would leave them behind, with their memory, whenever its worker ends."""
+    path = tmp_path / "child"
+    monkeypatch.setenv("CHILD", str(path))
+    reward = safe()
+    if ending == "exit":
+        assert reward(completions=["fork and exit"]) == [None]
+        child = int(path.read_text())
+    else:
+        child = int(reward(completions=["fork"])[0])
+        assert is_alive(child)
+    if ending == "kill":
+        for worker in new_workers():
+            os.kill(worker, signal.SIGKILL)
+        assert becomes(lambda: not new_workers())
+        assert reward(completions=["a", "b", "c", "d"]) == [1.0] * 4
+    reward.close()
+    assert becomes(lambda: not is_alive(child))
+
+
 def test_independent_rewards_share_workers(safe, new_workers):
     """Otherwise three rewards on four cores would be twelve processes, each with sympy in memory."""
     for reward in (safe(), safe(process_id), safe(report_on)):

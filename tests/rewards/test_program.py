@@ -290,6 +290,12 @@ ASSERTS = [
     ("assert math.isclose(3.14, f(1))", "def f(x): return 3.14", "def f(x): return 3.14001"),
     ("assert abs(f(1) - 3.14) < 1e-2", "def f(x): return 3.149", "def f(x): return 3.2"),
     ("assert abs(f(1) - 3.14) <= 0.01", "def f(x): return 3.149", "def f(x): return '3.14'"),
+    ("assert f(1.0 / 3) == 1.0 / 3", "def f(x): return x", "def f(x): return 0.3"),
+    ("assert f('a' + 'b') == 'ab' * 2", "def f(x): return x + x", "def f(x): return x"),
+    ("assert f([1, 0 ** 0], 3 * 19) == [1, 1, 57]", "def f(x, y): return [*x, y]", "def f(x, y): return x"),
+    ("assert f(2 ** 40 // 3 % 7 - 1) == (-1) ** 2", "def f(x): return 1", "def f(x): return -1"),
+    ("assert Solution().f(1) == 1", "class Solution:\n  def f(self, x): return x", "class Solution: pass"),
+    ("assert sorted(A(3).f(1)) == [1]", "class A(list):\n  __init__ = print\n  def f(self, x): return {x}", "A = set"),
     ("assert f(5, 12) == 314.15926535897927", "def f(r, h): return 3.141592653589793 * 100", "def f(r, h): return 314"),
 ]  # fmt: skip
 
@@ -324,6 +330,11 @@ def test_asserts_of_data_sets():
         "assert math.isclose(f(1), 'a')",
         "assert f(1) == {frozenset({1})}",  # could never pass, see grpo_ext.rewards.code.cases
         "assert True",
+        "assert 'a'.f(1) == 2",
+        "assert Solution(x).f(1) == 2",
+        "assert f(9 ** 9 ** 9) == 2",
+        "assert f('a' * 10 ** 9) == 2",
+        "assert f(1 / 0) == 2",
     ],
 )
 def test_an_unsupported_test_is_an_error(line):
@@ -345,6 +356,7 @@ def test_an_unsupported_test_is_an_error(line):
         ({"test_list": [[]]}, "a list of one or more tests"),
         ({"test_list": ["assert f(1) == 2"]}, "Expecting value"),  # neither a list nor JSON text of one
         ({"stdin": [["1", "2"]], "stdout": [["1"]]}, "shorter"),
+        ({"stdin": [[1]], "stdout": [["1"]]}, "must be a text or a list of lines; got 1"),
         ({"entry_point": ["f"], "inputs": [[[1], [2]]], "outputs": [[1]]}, "shorter"),
         ({"entry_point": ["f"], "inputs": [[1]], "outputs": [[1]]}, "must be a list"),
         ({"entry_point": ["f("], "inputs": [[[1]]], "outputs": [[1]]}, "must be a name or an expression"),
@@ -394,6 +406,32 @@ def test_which_white_space_counts():
     assert program_reward(programs, stdin=stdin, stdout=stdout) == [RIGHT, RIGHT, WRONG, WRONG, WRONG, WRONG]
 
 
+@pytest.mark.parametrize(
+    ("output", "expected", "tolerance", "score"),
+    [
+        ("0.30000000000000004", "0.3", None, RIGHT),
+        ("3", "3.0", None, RIGHT),
+        ("1e-3 yes", "0.001 yes", None, RIGHT),
+        ("0.300001", "0.3", None, WRONG),
+        ("0.300001", "0.3", 1e-4, RIGHT),
+        ("0.31", "0.3", 1e-4, WRONG),
+        ("3.0", "3", None, WRONG),  # an integer is expected, so its text counts
+        ("3.0", "3", 1e-4, WRONG),
+        ("0.3 no", "0.3 yes", None, WRONG),
+        ("0.3 0.3", "0.3", None, WRONG),
+        ("0.3 0.3", "0.3\n0.3", None, WRONG),
+        ("nan", "0.3", None, WRONG),
+        ("inf", "1e999", None, WRONG),
+        ("1e9999", "1e999", None, WRONG),
+        ("", "0.3", None, WRONG),
+    ],
+)
+def test_floats_in_the_output(output, expected, tolerance, score):
+    """Two right programs may print other last digits. A number that needs a tolerance has a decimal point."""
+    columns = {"stdin": [[""]], "stdout": [[expected]], "float_tolerance": [tolerance]}
+    assert program_reward([f"print({output!r})"], **columns) == [score]
+
+
 def test_an_empty_program_scores_zero():
     """If a test expects no output, an empty program would pass it."""
     assert program_reward(["", "pass"], stdin=[["1"]] * 2, stdout=[[""]] * 2) == [WRONG, RIGHT]
@@ -412,17 +450,81 @@ def test_the_fraction_of_passed_tests():
         "",
     ]
     columns = {name: [value] * len(programs) for name, value in DOUBLE.items()}
-    assert reward(programs, **columns) == [1, 1 / 3, 2 / 3, 2 / 3, 1 / 3, 0, 0]
+    assert reward(programs, **columns) == [1, 1 / 3, 2 / 3, 2 / 3, 2 / 3, 0, 0]
     assert reward(["print(3)"], stdin=[["1 2", "0 3", "0 4"]], stdout=[["3", "3", "4"]]) == [2 / 3]
 
 
-def test_all_tests_of_a_program_share_one_deadline():
+def test_the_tests_of_a_program_take_bounded_time_together():
     """If each test had the whole limit to itself, a program could block the training for a thousand times as long."""
     started = time.monotonic()
     for share in (False, True):
-        reward = ProgramReward(share=share, limits=Limits(seconds=1))
+        reward = ProgramReward(share=share, limits=Limits(seconds=1), total_seconds=3)
         assert reward(["while True: pass"], stdin=[["1"] * 1000], stdout=[["1"] * 1000]) == [0]
+    reward = ProgramReward(share=True, limits=Limits(seconds=1), total_seconds=3)
+    assert reward(["import time\ndef f(): time.sleep(9)"], test_list=[["assert f()"] * 1000]) == [0]
     assert time.monotonic() - started < 600
+
+
+def test_starting_the_sandbox_costs_the_program_nothing():
+    """Data sets of programming contests have hundreds of tests per problem. The starts alone take longer than this
+    limit, and a right program must not fail for it."""
+    numbers = range(150)
+    columns = {"stdin": [[f"{n} 2\n" for n in numbers]], "stdout": [[f"{n + 2}\n" for n in numbers]]}
+    reward = ProgramReward(share=True, limits=Limits(seconds=3))
+    assert reward(["print(sum(map(int, input().split())))"], **columns) == [RIGHT]
+    writes = "open('/tmp/x', 'x').write('1')\nprint(sum(map(int, input().split())))"  # needs a sandbox per test
+    assert reward([writes], **columns) == [RIGHT]
+    calls = {"entry_point": ["add"], "inputs": [[[n, 2] for n in numbers]], "outputs": [[n + 2 for n in numbers]]}
+    assert reward(["def add(x, y): return x + y"], **calls) == [RIGHT]
+
+
+def test_each_test_has_the_whole_time_limit():
+    """Data sets state the limit per test. A program that needs half of it for each of four tests is right."""
+    reward = ProgramReward(limits=Limits(seconds=4))
+    program = "import time; time.sleep(2); print(input())"
+    assert reward([program], stdin=[list("abcd")], stdout=[list("abcd")]) == [RIGHT]
+
+
+STATE_FOUND = """
+import os, sys, time
+def state():
+    found = os.listdir("/tmp")
+    found += [n for n in range(2, os.getpid()) if n != os.getppid() and alive(n)]
+    found += [name for name in ("left", "solution_left") if name in sys.modules or hasattr(os, name)]
+    {leaves}
+    return found
+def alive(n):
+    try: os.kill(n, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
+print(state())
+"""
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        "open('/tmp/left', 'w').write('x')",
+        "os.makedirs('/tmp/left/' + 'x/' * 500)",
+        "os.symlink('/', '/tmp/left')",
+        "os.mkdir('/tmp/left', 0)",
+        "os.fork() or (os.setsid(), os.fork() and os._exit(0), time.sleep(600))",
+        "sys.modules['left'] = os.left = os",
+        "os.kill(os.getppid(), 9)",
+        "os.kill(os.getppid(), 19)",
+    ],
+)
+def test_a_test_leaves_nothing_to_the_next(leaves):
+    """A program that remembers earlier tests could count them, or leave a module to be imported."""
+    program = STATE_FOUND.format(leaves=leaves)
+    tests = {"stdin": [["", "", ""]], "stdout": [["[]", "[]", "[]"]]}
+    score = ProgramReward(share=True, limits=Limits(seconds=5))([program], **tests)
+    if "getppid" in leaves:  # such a run may itself fail
+        assert score[0] in (0, 1 / 3, 2 / 3, 1)
+        assert program_reward(["print([])"], **tests) == [RIGHT]
+    else:
+        assert score == [RIGHT]
 
 
 def test_each_call_has_its_own_arguments():

@@ -10,6 +10,13 @@ import time
 from pathlib import Path
 
 
+def child_that_stays():
+    child = os.fork()
+    if not child:
+        time.sleep(100_000)
+    return child
+
+
 def obey(completions, **columns):
     """Does what the completion says, or scores its length."""
     (text,) = completions
@@ -28,6 +35,11 @@ def obey(completions, **columns):
             sys.exit(0)
         case "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
+        case "fork":
+            return [float(child_that_stays())]
+        case "fork and exit":
+            Path(os.environ["CHILD"]).write_text(str(child_that_stays()), encoding="utf-8")
+            os._exit(3)
         case "two":
             return [1.0, 2.0]
         case "unknown":

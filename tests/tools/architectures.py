@@ -1,11 +1,14 @@
 """Tiny random models of every supported architecture, with an adapter, TRL's fused head and shared scoring."""
 
+from typing import Any
+
 import torch
 import transformers
 from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from grpo_ext.engine.install import install_shared_scoring
+from tests.tools.lanes import slow_but, thinned
 from tests.tools.models import random_lora
 
 TEMPERATURE = 0.8
@@ -86,6 +89,18 @@ ATTENTIONS = [
     for attention in ("eager", "sdpa")
     if (architecture, attention) != ("gemma2", "sdpa")
 ]
+
+
+def attentions(quick: list[tuple[str, str]]) -> list[Any]:
+    """Cases for `pytest.mark.parametrize`: each architecture with each attention that it has if THOROUGH=1, otherwise
+    with one of them, in turn, and those in `quick`. All others are slow."""
+    one_each = {
+        architecture: [case for case in ATTENTIONS if case[0] == architecture][i % 2 - 1]
+        for i, architecture in enumerate(ARCHITECTURES)
+        if architecture not in dict(quick)
+    }
+    chosen = [*quick, *one_each.values()]
+    return slow_but(thinned(ATTENTIONS, [case for case in ATTENTIONS if case not in chosen]), quick)
 
 
 def random_model(architecture, attention="eager", dtype=None, **settings):

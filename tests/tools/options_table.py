@@ -14,7 +14,7 @@ from pathlib import Path
 from trl import GRPOConfig
 
 from grpo_ext import TRL_DEFAULTS, GRPOExtConfig
-from grpo_ext.config import DEFAULTS
+from grpo_ext.config import DEFAULTS, RESOLVED_DEFAULTS
 from tests.tools.paths import ROOT
 
 README = ROOT / "grpo_ext" / "README.md"
@@ -33,7 +33,7 @@ def entries() -> dict[tuple[str, ...], str]:
 
 def tables() -> str:
     """Both tables, as Markdown. Options of TRL that DEFAULTS leaves out have a default that depends on the device."""
-    own = {field.name: field.default for field in fields(GRPOExtConfig)}
+    own = {field.name: field.default for field in fields(GRPOExtConfig)} | RESOLVED_DEFAULTS
     parents = {field.name for field in fields(GRPOConfig)}
     changed = ["| option of TRL | default | TRL's default | meaning |", "| --- | --- | --- | --- |"]
     added = ["| new option | default | meaning |", "| --- | --- | --- |"]

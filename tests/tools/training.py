@@ -66,14 +66,15 @@ def tokens_of_the_policy(inputs: dict[str, Any], tokenizer: Any, not_sampled: re
 
 def record_updates(trainer: Any) -> dict[int, Any]:
     """Tokens and advantages of every micro-step of the run, by micro-step; filled during training."""
-    seen, compute_loss = {}, trainer.compute_loss
+    seen, prepare_inputs = {}, trainer._prepare_inputs
 
-    def watched(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model.training:
+    def watched(*args: Any) -> dict[str, Any]:
+        inputs = prepare_inputs(*args)
+        if trainer.model.training:
             seen[trainer._step] = inputs["completion_ids"].tolist(), inputs["advantages"].tolist()
-        return compute_loss(model, inputs, *args, **kwargs)
+        return inputs
 
-    trainer.compute_loss = watched
+    trainer._prepare_inputs = watched  # a wrapped `compute_loss` would keep dead groups
     return seen
 
 

@@ -19,6 +19,7 @@ def test_defaults_of_sequence_level_grpo(tmp_path):
     assert (args.learning_rate, args.entropy_coef, args.max_grad_norm) == (1e-5, 0.01, 0.5)
     assert (args.loss_type, args.scale_rewards, args.kl_estimator) == ("grpo_sequence", "population", "k3")
     assert args.disable_dropout
+    assert args.dead_groups == "skip"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="only for machines without an accelerator")

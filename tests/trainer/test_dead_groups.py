@@ -1,5 +1,5 @@
-"""Dead groups that the update skips: the same adapter to the bit, fewer tokens, the same metrics; and when they are
-kept."""
+"""Dead groups that the update skips by default: the same adapter to the bit, fewer tokens, the same metrics; and when
+they are kept."""
 
 import copy
 import logging
@@ -55,17 +55,18 @@ UPDATES = [
     ("grpo", HALVES),
     ("dapo", ALL_AT_ONCE),
     ("cispo", ONE_GROUP_AT_A_TIME),
+    *((loss_type, HALVES) for loss_type in ("bnpo", "dr_grpo", "sapo", "luspo", "vespo")),
 ]
 
 
 @pytest.mark.parametrize(
     ("loss_type", "settings"),
-    slow_but(thinned(UPDATES, [UPDATES[1], UPDATES[3], UPDATES[4]]), UPDATES[:1]),
+    slow_but(thinned(UPDATES, [UPDATES[1], UPDATES[3], UPDATES[4], *UPDATES[6:]]), UPDATES[:1]),
 )
 def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):
     settings = {"loss_type": loss_type, **settings}
-    keep, all_tokens = train(build, small_model, **settings)
-    skip, tokens = train(build, small_model, dead_groups="skip", **settings)
+    keep, all_tokens = train(build, small_model, dead_groups="keep", **settings)
+    skip, tokens = train(build, small_model, **settings)
     start = adapter_of(build(copy.deepcopy(small_model), peft_config=random_lora()))
     for name, value in adapter_of(keep).items():
         assert torch.equal(adapter_of(skip)[name], value), name
@@ -80,9 +81,7 @@ def test_skip_is_keep_to_the_bit(build, small_model, loss_type, settings):
 
 def test_all_dead(build, small_model):
     """If every group is dead, the update runs no tokens and changes no weights."""
-    trainer, tokens = train(
-        build, small_model, dead_groups="skip", reward=lambda completions, **columns: [0.5] * len(completions)
-    )
+    trainer, tokens = train(build, small_model, reward=lambda completions, **columns: [0.5] * len(completions))
     assert tokens == 0
     assert log_of(trainer, "loss") == [0.0] * 5
     start = adapter_of(build(copy.deepcopy(small_model), peft_config=random_lora()))
@@ -96,15 +95,23 @@ def test_all_dead(build, small_model):
         slow(({"entropy_coef": 0.01}, "entropy_coef=0.01")),
         slow(({"log_kl": True}, "log_kl")),
         slow(({"loss_type": "grpo", "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5")),
+        slow(
+            ({"temperature_schedule": "entropy", "temperature_entropy_target": 2.0}, "temperature_schedule='entropy'")
+        ),
+        slow(({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0")),
         slow(({"share_prompt": False}, "prompts are not shared")),
     ],
 )
-def test_kept_if_they_carry_a_gradient(build, small_model, caplog, settings, reason):
-    """The reason is logged, and training is that of `dead_groups="keep"`."""
-    with caplog.at_level(logging.WARNING):
-        skip, tokens = train(build, small_model, dead_groups="skip", **{"max_steps": 2} | settings)
-    assert [record.message for record in caplog.records if "dead_groups" in record.message and reason in record.message]
-    keep, all_tokens = train(build, small_model, **{"max_steps": 2} | settings)
-    assert tokens == all_tokens
-    for name, value in adapter_of(keep).items():
-        assert torch.equal(adapter_of(skip)[name], value), name
+def test_kept_if_skipping_would_change_the_run(build, small_model, caplog, settings, reason):
+    """Training is that of `dead_groups="keep"`. The reason is logged if the user asked for "skip", and only then."""
+    settings = {"max_steps": 2} | settings
+    keep, all_tokens = train(build, small_model, dead_groups="keep", **settings)
+    for asked in ({}, {"dead_groups": "skip"}):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            skip, tokens = train(build, small_model, **settings | asked)
+        said = [record.message for record in caplog.records if "dead_groups" in record.message]
+        assert [reason in message for message in said] == ([True] if asked else [])
+        assert tokens == all_tokens
+        for name, value in adapter_of(keep).items():
+            assert torch.equal(adapter_of(skip)[name], value), name

@@ -16,7 +16,7 @@ from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import TINY_DATA, TINY_MODEL
 from tests.tools.training import SETTINGS, adapter_of, log_of
 
-STEPS = 20
+STEPS = 12
 # Adam divides a gradient by its own size. With the usual epsilon of 1e-8, a gradient that is only rounding error would
 # become a full step. Here, a gradient of norm 0.4 over 163,840 parameters is 1e-3 per parameter.
 STOCK = {
@@ -39,7 +39,7 @@ STOCK = {
 
 
 @pytest.mark.slow
-def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkeypatch):
+def test_twelve_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkeypatch):
     """On the completions that stock TRL samples as it learns. A difference in the update, such as another normaliser or
     a misplaced row, would accumulate over the steps. The tolerance covers rounding, which accumulates, too."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental
@@ -76,7 +76,7 @@ def test_twenty_steps_reach_the_adapter_of_stock_trl(tokenizer, tmp_path, monkey
     assert sampled[STEPS:] == sampled[:STEPS]
     rewards = log_of(ours, "reward")
     assert rewards == log_of(stock, "reward")
-    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 0.2
     for name, value in want.items():
         assert torch.equal(start[name], same_start[name])
         moved = (value - start[name]).abs().max()
@@ -131,8 +131,8 @@ def test_arms_of_the_study():
         "token": {"loss_type": "grpo", "scale_rewards": "group"},
         "stock": {"loss_type": "grpo", "scale_rewards": "group"},
         "exact": {"kl_estimator": "exact"},
-        "keep": no_regularisation,
-        "skip": no_regularisation | {"dead_groups": "skip"},
+        "keep": no_regularisation | {"dead_groups": "keep"},
+        "skip": no_regularisation,  # the default
         "resample": no_regularisation | {"dead_groups": "resample"},
     }
 

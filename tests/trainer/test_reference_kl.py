@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from grpo_ext import GRPOExtTrainer
+from grpo_ext.engine.scorer import Scorer
 from tests.tools.lanes import slow_but
 from tests.tools.models import random_lora
 from tests.tools.training import adapter_of, log_of
@@ -99,13 +99,13 @@ def test_kl_is_logged_without_a_weight(build, small_model, loss_type):
     common = {"loss_type": loss_type, "max_steps": 3, "entropy_coef": 0.01}
     silent = train(build, small_model, beta=0.0, **common)
     passes = []
-    score = GRPOExtTrainer._get_per_token_logps_and_entropies
+    score = Scorer.__call__
 
     def counted(self, *args, **kwargs):
         passes.append(torch.is_grad_enabled())
         return score(self, *args, **kwargs)
 
-    with patch.object(GRPOExtTrainer, "_get_per_token_logps_and_entropies", counted):
+    with patch.object(Scorer, "__call__", counted):
         trainer = train(build, small_model, beta=0.0, log_kl=True, **common)
     assert passes == [False, True] * 3
     assert trainer.args.beta == trainer.beta == 0.0

@@ -191,7 +191,6 @@ def test_dead_groups_are_kept_once_they_have_a_gradient(build, small_model):
         small_model,
         attributes={"entropy_coef": 0.1},
         reward=ones,
-        dead_groups="skip",
         beta=0.0,
         entropy_coef=0.0,
     )
@@ -244,6 +243,35 @@ def test_what_a_loss_writes_into_a_micro_batch_stays(build, small_model):
     trainer = build(small_model, trainer=MarksInputs, peft_config=random_lora(), num_iterations=2)
     trainer.train()
     assert trainer.seen == [False, True]
+
+
+def minus_log_probs(trainer, model, inputs):
+    """A loss that makes all completions more likely, in dead groups too."""
+    ids, mask = (
+        torch.cat([inputs[f"{part}_{name}"] for part in ("prompt", "completion")], dim=1) for name in ("ids", "mask")
+    )
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+    return -(logps * inputs["completion_mask"]).sum() / len(logps)
+
+
+class AddsLogProbs(GRPOExtTrainer):
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) + minus_log_probs(self, model, inputs)
+
+
+@pytest.mark.parametrize("own", ["subclass", "method"])
+def test_a_loss_of_the_user_sees_dead_groups(build, small_model, own):
+    """They are skipped only under losses that give them no gradient. This one would get zeros instead of log-probs,
+    without an error."""
+    kind = AddsLogProbs if own == "subclass" else GRPOExtTrainer
+    trainer = build(
+        small_model, trainer=kind, reward=ones, peft_config=random_lora(), beta=0.0, entropy_coef=0.0, max_steps=1
+    )
+    if own == "method":
+        trainer._compute_loss = lambda model, inputs: minus_log_probs(trainer, model, inputs)
+    trainer.train()
+    assert log_of(trainer, "frac_dead_groups") == [1.0]
+    assert log_of(trainer, "grad_norm")[0] > 0.0
 
 
 class InTwoCalls(GRPOExtTrainer):

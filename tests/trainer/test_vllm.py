@@ -188,6 +188,7 @@ def test_samples_of_vllm_train_as_in_stock_trl(case, trained):
     stock, stock_engine, start, stock_runs = trained(GRPOTrainer, mode, **settings)
     if case == "server, ours":
         settings["loss_type"] = "grpo_sequence"
+    settings["dead_groups"] = "keep"  # so that both run the same prompts
     ours, engine, own_start, runs = trained(GRPOExtTrainer, mode, stock_engine, **settings)
 
     assert ours.shares_prompts

@@ -1,9 +1,9 @@
-"""Sandbox script: calls the functions of a program and prints what they return. Sent into the sandbox as text.
+"""Sandbox script: calls a function of a program and prints what it returns. Sent into the sandbox as text.
 
-Standard input: `marshal` of {"source": str, "mark": str, "calls": [bytes, ...]}; each call is `marshal` of (function,
-arguments, keywords, wrappers).
-Standard output: one line per call, the mark followed by the value encoded by `encode_value`. If the call raised or its
-value is not plain data, the line is only the mark.
+Standard input: `marshal` of {"prelude": str, "source": str, "mark": str, "call": bytes}; the call is `marshal` of
+(function, arguments, keywords, wrappers).
+Standard output: one line, the mark followed by the value encoded by `encode_value`. If the call raised or its value is
+not plain data, there is no line.
 
 The expected values never enter the sandbox.
 """
@@ -16,22 +16,20 @@ from collections.abc import Iterable
 
 
 def main() -> None:
-    """Load the program from standard input, make its calls, and print their values."""
+    """Load the program from standard input, make its call, and print the value."""
     job = marshal.loads(sys.stdin.buffer.read())
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the program's own output is not a result
     program = sys.modules["solution"] = type(sys)("solution")
+    function, arguments, keywords, wrappers = marshal.loads(job["call"])
+    exec(job["prelude"], vars(program))
+    for name in function.replace("(", " ").replace(")", " ").replace(".", " ").split():
+        vars(program).pop(name, None)  # the program has to define it
     exec(compile(job["source"], "solution.py", "exec", dont_inherit=True), vars(program))
-    for call in job["calls"]:
-        function, arguments, keywords, wrappers = marshal.loads(call)
-        try:
-            value = eval(function, vars(program))(*arguments, **keywords)
-            for name, *more in wrappers:
-                value = getattr(builtins, name)(value, *more)
-            line = encode_value(value)
-        except Exception:
-            line = ""
-        print(job["mark"] + line, file=results, flush=True)
+    value = eval(function, vars(program))(*arguments, **keywords)
+    for name, *more in wrappers:
+        value = getattr(builtins, name)(value, *more)
+    print(job["mark"] + encode_value(value), file=results, flush=True)
     os._exit(0)  # skips exit handlers and running threads
 
 

@@ -1,0 +1,270 @@
+"""Reads the tests of a row, in the format of its data set.
+
+    read_tests({"test_list": ["assert f(1) == 2"]})            ->  RowTests with one call
+    read_tests({"input_output": '{"inputs": ["1\\n"], "outputs": ["2\\n"]}'})  ->  RowTests with one standard input
+
+| columns | data sets |
+| --- | --- |
+| `entry_point`, `inputs`, `outputs` | a function, one list of arguments and one expected value per test |
+| `stdin`, `stdout`; optionally `float_tolerance` | one text, or list of lines, per test |
+| `test_list` | MBPP: asserts |
+| `input_output` | APPS, TACO |
+| `public_test_cases`; `private_test_cases`, `metadata` | LiveCodeBench |
+| `public_tests`; `private_tests`, `generated_tests` | CodeContests: all of its tests |
+| `verification_info` | open-r1 |
+| `test`, `entry_point` | HumanEval and LeetCode: `def check(candidate)` with asserts |
+| `test` | KodCode: pytest functions with asserts |
+
+Lists and dicts may be JSON text. The first format whose columns are present, and not None, is used. A row with a test
+that cannot be converted into a call or a standard input is refused as a whole: without that test, wrong programs could
+pass.
+"""
+
+import ast
+import base64
+import io
+import json
+import pickle
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_ext.rewards.code.cases import Case, assert_case, returns_any_case, returns_case
+from grpo_ext.rewards.code.streams import StreamTest
+
+Test = Case | StreamTest
+
+
+@dataclass(frozen=True)
+class RowTests:
+    """The tests of a row.
+
+    Args:
+        tests: at least one.
+        needs_prelude: whether the data set runs its solutions after the imports of `guest/prelude.py`.
+    """
+
+    tests: list[Test]
+    needs_prelude: bool = False
+
+
+def read_tests(row: dict[str, Any]) -> RowTests | None:
+    """The tests of a row; None if it has none.
+
+    Args:
+        row: value per column.
+
+    Raises:
+        ValueError: the tests cannot be read. The message has the columns and what to write instead.
+    """
+    for columns, read in FORMATS.items():
+        if all(row.get(column) is not None for column in columns):
+            try:
+                tests = read(row)
+                if not tests.tests:
+                    raise ValueError("there are no tests; expected a list of one or more tests")
+            except (ValueError, TypeError, KeyError, AttributeError, SyntaxError) as error:
+                raise ValueError(f"{', '.join(columns)}: {_shown(error)}") from error
+            return tests
+    return None
+
+
+def _shown(error: Exception) -> str:
+    return f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _own_calls(row: dict[str, Any]) -> RowTests:
+    function = row["entry_point"]
+    pairs = zip(_listed(row["inputs"]), _listed(row["outputs"]), strict=True)
+    tests: list[Test] = [returns_case(function, arguments, expected) for arguments, expected in pairs]
+    return RowTests(tests, "." in function)
+
+
+def _own_streams(row: dict[str, Any]) -> RowTests:
+    return RowTests(_stream_tests(row["stdin"], row["stdout"], row.get("float_tolerance")))
+
+
+def _asserts(row: dict[str, Any]) -> RowTests:
+    lines = _listed(row["test_list"])
+    return RowTests([assert_case(line) for line in lines], any("Solution(" in line for line in lines))
+
+
+def _apps(row: dict[str, Any]) -> RowTests:
+    tests = _parsed(row["input_output"])
+    function = tests.get("fn_name")
+    if not function:
+        return RowTests(_stream_tests(tests["inputs"], tests["outputs"]))
+    pairs = zip(tests["inputs"], tests["outputs"], strict=True)
+    return RowTests([_call_of_either(function, *pair) for pair in pairs], needs_prelude=True)
+
+
+def _live_code_bench(row: dict[str, Any]) -> RowTests:
+    cases = _parsed(row["public_test_cases"]) + _private_tests(row.get("private_test_cases"))
+    function = (_parsed(row["metadata"]) if row.get("metadata") else {}).get("func_name")
+    tests: list[Test] = []
+    for case in cases:
+        if case.get("testtype", "stdin") == "stdin":
+            tests.append(StreamTest(stdin=case["input"], stdout=case["output"]))
+        elif not function:
+            raise ValueError("metadata has no 'func_name', which functional tests need")
+        else:
+            arguments = [json.loads(line) for line in case["input"].split("\n") if line.strip()]
+            tests.append(returns_case(_either(function), arguments, json.loads(case["output"])))
+    return RowTests(tests, bool(function))
+
+
+def _private_tests(value: Any) -> list[dict[str, str]]:
+    """The private tests of LiveCodeBench: JSON, which its files compress as the pickle of a text."""
+    if not value:
+        return []
+    try:
+        return list(_parsed(value))
+    except ValueError:
+        text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
+        return list(json.loads(text))
+
+
+class _TextUnpickler(pickle.Unpickler):
+    """Reads plain data only: a pickle could otherwise run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"the private tests refer to {module}.{name}; expected a text")
+
+
+def _code_contests(row: dict[str, Any]) -> RowTests:
+    tests: list[Test] = []
+    for column in ("public_tests", "private_tests", "generated_tests"):
+        group = _parsed(row[column]) if row.get(column) else {}
+        if group.get("input"):
+            tests += _stream_tests(group["input"], group["output"])
+    return RowTests(tests)
+
+
+def _open_r1(row: dict[str, Any]) -> RowTests:
+    info = _parsed(row["verification_info"])
+    if info.get("language", "python") != "python":
+        raise ValueError(f"the language is {info['language']!r}; the reward runs Python only. Leave the row out.")
+    tests: list[Test] = []
+    for case in info["test_cases"]:
+        if case.get("fn_name"):
+            tests.append(_call_of_either(case["fn_name"], _parsed(case["input"]), _parsed(case["output"])))
+        else:
+            tests += _stream_tests([case["input"]], [case["output"]])
+    return RowTests(tests, any(isinstance(test, Case) for test in tests))
+
+
+def _human_eval(row: dict[str, Any]) -> RowTests:
+    function = ast.parse(row["entry_point"].strip(), mode="eval").body
+    for node in ast.parse(row["test"]).body:
+        match node:
+            case ast.FunctionDef(name="check", args=ast.arguments(args=[candidate]), body=body):
+                return RowTests(list(_converted(body, {candidate.arg: function})), needs_prelude=True)
+    raise ValueError(f"there is no 'def check(candidate)'. {_HOW_TO_WRITE_ASSERTS}")
+
+
+def _kod_code(row: dict[str, Any]) -> RowTests:
+    tests: list[Test] = []
+    for node in ast.parse(row["test"]).body:
+        match node:
+            case ast.Import() | ast.ImportFrom():
+                pass
+            case ast.FunctionDef(name=name, args=ast.arguments(args=[]), body=body, decorator_list=[]) if (
+                name.startswith("test")
+            ):
+                tests += _converted(body, {})
+            case _:
+                raise _cannot_convert(node)
+    return RowTests(tests)
+
+
+_HOW_TO_WRITE_ASSERTS = (
+    "Give the row `test_list` in its place: a list of asserts as strings, each of which calls the function by its name "
+    "and compares with a constant, as in 'assert f([1, 2]) == 3'; or leave the row out."
+)
+
+
+def _cannot_convert(node: ast.AST) -> ValueError:
+    return ValueError(f"{ast.unparse(node)[:200]!r} cannot be converted into a call. {_HOW_TO_WRITE_ASSERTS}")
+
+
+def _converted(body: list[ast.stmt], names: dict[str, ast.expr]) -> Iterator[Case]:
+    """The asserts of a test function, with the expressions in place of the names that stand for them."""
+    for node in body:
+        match node:
+            case ast.Expr(value=ast.Constant()) | ast.Pass() | ast.Assert(test=ast.Constant(value=True)):
+                pass
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                names = names | {name: _Substitute(names).visit(value)}
+            case ast.Assert(test=test):
+                try:
+                    case = assert_case(ast.unparse(ast.Assert(test=_Substitute(names).visit(test))))
+                except ValueError as error:
+                    raise ValueError(f"{error} {_HOW_TO_WRITE_ASSERTS}") from error
+                yield case
+            case _:
+                raise _cannot_convert(node)
+
+
+class _Substitute(ast.NodeTransformer):
+    def __init__(self, names: dict[str, ast.expr]):
+        self._names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self._names.get(node.id, node)
+
+
+def _either(function: str) -> str:
+    """An expression for a function of the program, or for a method of its class Solution."""
+    if not function.isidentifier():
+        raise ValueError(f"{function!r} is not the name of a function")
+    return f"(Solution().{function} if 'Solution' in globals() else {function})"
+
+
+def _call_of_either(function: str, arguments: Any, expected: Any) -> Case:
+    """A call in APPS, which may wrap the expected value in a list of one."""
+    values = [expected, expected[0]] if isinstance(expected, list) and len(expected) == 1 else [expected]
+    return returns_any_case(_either(function), arguments, values)
+
+
+def _stream_tests(stdin: Any, stdout: Any, tolerance: float | None = None) -> list[Test]:
+    return [
+        StreamTest(stdin=_text(given), stdout=_text(expected), tolerance=tolerance)
+        for given, expected in zip(_listed(stdin), _listed(stdout), strict=True)
+    ]
+
+
+def _text(value: Any) -> str:
+    """A standard input or output: a text, or a list of lines."""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"a standard input or output must be a text or a list of lines; got {value!r}")
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> list[Any]:
+    items = _parsed(value)
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"expected a list of one or more tests; got {value!r}")
+    return items
+
+
+# The columns of each format that a row must have, and the function that reads it.
+FORMATS: dict[tuple[str, ...], Callable[[dict[str, Any]], RowTests]] = {
+    ("entry_point", "inputs", "outputs"): _own_calls,
+    ("stdin", "stdout"): _own_streams,
+    ("test_list",): _asserts,
+    ("input_output",): _apps,
+    ("public_test_cases",): _live_code_bench,
+    ("public_tests",): _code_contests,
+    ("verification_info",): _open_r1,
+    ("test", "entry_point"): _human_eval,
+    ("test",): _kod_code,
+}
+# Columns that a format also reads if they are present.
+OPTIONAL_COLUMNS = {"float_tolerance", "generated_tests", "metadata", "private_test_cases", "private_tests"}
