@@ -100,7 +100,8 @@ class MathAnswerReward:
         expected = _parse_gold(_letter_of(gold_text))
         answer_text = extract_final_answer(text, boxed_only=self.strict) or ""
         if gold_text and _same_text(gold_text, answer_text):
-            return 1.0
+            # A gold answer that has no meaning but its text would pay for copying the question.
+            return 1.0 if _matches_itself(gold_text) or not _occurs_in(gold_text, prompt) else None
         if expected is None:
             return None
         if choice := _CHOICE.fullmatch(normalize(answer_text[:MAX_CHARACTERS])):
@@ -152,6 +153,27 @@ def _same_text(gold: str, answer: str) -> bool:
         return False
     known, received = (_TOKEN.findall(normalize(text)) for text in (gold, answer))
     return bool(known) and known == received
+
+
+def _occurs_in(text: str, prompt: str) -> bool:
+    wanted, asked = (_TOKEN.findall(normalize(part)) for part in (text, prompt[-MAX_PROMPT_CHARACTERS:]))
+    return any(asked[start : start + len(wanted)] == wanted for start in range(len(asked) - len(wanted) + 1))
+
+
+def _matches_itself(gold: str) -> bool:
+    """Whether the gold answer has a meaning that its own text satisfies. Others are compared only as text."""
+    try:
+        return _parsed_matches_itself(gold)
+    except ValueError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _parsed_matches_itself(gold: str) -> bool:
+    answer = _parse_readable_gold(_letter_of(gold))
+    if not answers_match(answer, answer):
+        raise ValueError(gold)  # not cached: it may be a timeout
+    return True
 
 
 def _parse_gold(gold: str) -> ParsedAnswer | None:

@@ -678,6 +678,10 @@ COPIES = [
     ("Which is smaller, 2x+1 or 2x+2?", "2x+1", "2x+1", RIGHT),  # the gold answer is written the same way
     ("Is it (A) x=5 or (B) x=6?", "x=5", "5", RIGHT),
     ([{"role": "user", "content": "Factor x^2-1."}], "x^2-1", "(x+1)(x-1)", WRONG),
+    # a gold answer that is only compared as text, and occurs in the prompt
+    (r"Prove that $f(2)<f(1)<f(4)$.", "f(2)<f(1)<f(4)", "f(2)<f(1)<f(4)", UNSCORED),
+    (r"Evaluate $\sum_{k=1}^n k$.", r"\sum_{k=1}^n k", r"\sum_{k=1}^{n} k", UNSCORED),
+    (r"Order f(1), f(2) and f(4).", "f(2)<f(1)<f(4)", "f(2)<f(1)<f(4)", RIGHT),
 ]
 
 
