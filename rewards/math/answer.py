@@ -269,7 +269,7 @@ def _matches_relation(gold: Relation, answer: ParsedAnswer) -> bool:
             return _items_match(Collection("", items), answer)
     if not isinstance(answer, Relation):
         is_answer = gold.sides is None or (gold.sides[1] == "=" and (not gold.name or _names_value(gold.name)))
-        is_inequality = bool(name) and bool(gold.sides) and gold.sides[1] != "="
+        is_inequality = bool(name) and gold.sides is not None and gold.sides[1] != "="
         values = gold.values if gold.is_approximate else gold.values[-1:]
         if gold.sides and not gold.name:
             is_answer = is_answer and _names_value(gold.sides[0])

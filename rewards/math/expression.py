@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, wraps
+from itertools import islice
 from typing import TypeAlias
 
 import mpmath
@@ -89,13 +90,16 @@ def relations_match(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
 
     def compare() -> bool:
         digits = _digits(sides)
-        values = _evaluate_at_points(sides, digits)
-        with mpmath.workdps(digits):
-            rows = [(left - right, other - other_right) for left, right, other, other_right in values]
-            factors = [other / difference for difference, other in rows if abs(difference) > 1e-15]
-        constant = len(factors) > 1 and all(_agree(factor, factors[0], digits) for factor in factors)
+        factors = []
+        for left, right, other, other_right in _values_at_points(sides, digits):
+            with mpmath.workdps(digits):
+                difference = left - right
+                if abs(difference) > 1e-15:
+                    factors.append((other - other_right) / difference)
+            if factors and not _agree(factors[-1], factors[0], digits):
+                return False
         either_sign = gold[1] in ("=", r"\ne")
-        return constant and (abs(factors[0]) if either_sign else factors[0].real) > 1e-15
+        return len(factors) > 1 and (abs(factors[0]) if either_sign else factors[0].real) > 1e-15
 
     return _compare_within_deadline(compare)
 
@@ -206,9 +210,15 @@ def _are_equal(gold: Expression, answer: Expression) -> bool:
             return False
         return all(_are_equal(*entries) for entries in zip(gold.flat(), answer.flat(), strict=True))
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
-        digits = _digits([gold, answer])
-        rows = _evaluate_at_points([gold, answer], digits)
-        return bool(rows) and all(_agree(*row, digits) for row in rows)
+        few, digits = 20, _digits([gold, answer])
+        if digits > 4 * few and any(_differ(*row) for row in islice(_values_at_points([gold, answer], few), 1)):
+            return False
+        agreeing = 0
+        for left, right in _values_at_points([gold, answer], digits):
+            if not _agree(left, right, digits):
+                return False
+            agreeing += 1
+        return agreeing > 0
     return bool(verify([gold], [answer], timeout_seconds=None))
 
 
@@ -231,6 +241,11 @@ def _agree(left: mpmath.mpc, right: mpmath.mpc, digits: int) -> bool:
         return bool(abs(left - right) <= mpmath.mpf(10) ** (20 - digits) * size)
 
 
+def _differ(left: mpmath.mpc, right: mpmath.mpc) -> bool:
+    """Whether two values differ by far more than what rounding to a few digits can explain."""
+    return bool(abs(left - right) > 1e-6 * max(abs(left), abs(right), 1))
+
+
 def _points(expressions: Sequence[sympy.Expr], names: Sequence[str]) -> Iterator[dict[str, sympy.Rational]]:
     """Fixed pseudo-random values of the symbols within 3 of zero; beyond all breaks too for piecewise functions."""
     for trial in range(8):
@@ -248,15 +263,16 @@ def _points(expressions: Sequence[sympy.Expr], names: Sequence[str]) -> Iterator
         yield {name: sympy.Rational(rng.randrange(-limit * scale, limit * scale + 1), scale) for name in names}
 
 
-def _evaluate_at_points(expressions: Sequence[sympy.Expr], digits: int) -> list[list[mpmath.mpc]]:
-    """The values of all expressions, one row per point.
+def _values_at_points(expressions: Sequence[sympy.Expr], digits: int) -> Iterator[list[mpmath.mpc]]:
+    """The values of all expressions, one row per point, so that the first difference can end a comparison.
 
     Points with a value that is not finite are dropped. So are points with a complex value, unless hardly any points
     would remain, or an expression is piecewise: then |x| and x differ by their domains as well.
     """
     expressions = [e.xreplace({f: sympy.Symbol(str(f)) for f in e.atoms(AppliedUndef)}) for e in expressions]
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols} - {"i"})
-    rows = []
+    keep_complex = any(e.has(*_PIECEWISE) for e in expressions)
+    kept, complex_rows = 0, []
     for point in _points(expressions, names) if names else ({},):
         point = point | {"i": sympy.I}
         values = [
@@ -265,12 +281,15 @@ def _evaluate_at_points(expressions: Sequence[sympy.Expr], digits: int) -> list[
         ]
         with mpmath.workdps(digits):
             row = [mpmath.mpc(*(part._to_mpmath(mpmath.mp.prec) for part in value.as_real_imag())) for value in values]
-        if all(map(mpmath.isfinite, row)):
-            rows.append(row)
-    if any(e.has(*_PIECEWISE) for e in expressions):
-        return rows
-    real = [row for row in rows if all(abs(value.imag) <= 1e-15 * abs(value.real) for value in row)]
-    return real if len(real) >= min(2, len(rows)) else rows
+        if not all(map(mpmath.isfinite, row)):
+            continue
+        if keep_complex or all(abs(value.imag) <= 1e-15 * abs(value.real) for value in row):
+            kept += 1
+            yield row
+        else:
+            complex_rows.append(row)
+    if kept < min(2, kept + len(complex_rows)):
+        yield from complex_rows
 
 
 # Math-Verify warns that its own time limit is off. `run_with_deadline` replaces it.

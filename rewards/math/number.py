@@ -167,7 +167,7 @@ def units_pair_up(gold: Sequence[Number], answer: Sequence[Number]) -> bool | No
     return all(numbers_match(number, answer[other.index(unit)]) for unit, number in zip(units, gold, strict=True))
 
 
-def _qualifiers(number: Number) -> set[str]:
+def _qualifiers(number: Number) -> frozenset[str]:
     if number.unit.startswith("mod "):
-        return {number.unit}
+        return frozenset({number.unit})
     return QUALIFIERS & set(re.findall("[a-z]+", number.unit.replace(".", "")))
