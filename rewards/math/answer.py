@@ -10,6 +10,10 @@ This module splits lists, tuples, sets, intervals, equations and inequalities in
   they are sorted by name. Otherwise the brackets must be the same, and so must the number of items.
 - `x = 5` matches 5, and 5 matches `x = 5`, but `y = 5` does not match `x = 5`. In a chain such as `x = 2+3 = 5` every
   step must hold. If the gold answer is an equation, a constant factor is allowed; but `5x = 25` does not match `x = 5`.
+- The value alone matches a gold equation that names it: 3 matches `|AB| = 3`, and (3, 2) matches `(p,q) = (3,2)`. The
+  right side of a curve, `x+y = 1`, does not.
+- Numbers with different units are paired by them: `2 girls and 3 boys` matches `3 boys and 2 girls`.
+- Times of day and ratios are compared by `grpo_ext.rewards.math.colons`.
 - `x > 5` is `(5,\infty)`. A union of intervals is a list of them.
 - If the gold answer is a number, the answer must be one too: unevaluated arithmetic does not match.
 - Phrases are compared ignoring case and white space.

@@ -36,7 +36,7 @@ _ANSWER_PHRASE = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(
-    r"(?:[.!](?=\s|$)|。|,?\s+(?:because|since)\s|,\s+(?:which|as)\s).*|<\|[^|<>]*\|>$|</s>$", re.DOTALL
+    r"(?:(?<!Rs)(?<!\\)[.!](?=\s|$)|。|,?\s+(?:because|since)\s|,\s+(?:which|as)\s).*|<\|[^|<>]*\|>$|</s>$", re.DOTALL
 )
 _WRAPPING = re.compile(r"<\|[^|<>]*\|>$|</s>$|^`{1,3}|`{1,3}$")
 
