@@ -5,8 +5,8 @@ r"""The math reward: 1.0 if the final answer of a completion matches the gold an
 `final_answer.py` finds the final answer, and `answer.py` compares it with the gold answer. In short: 1/2, 0.5,
 \frac12 and 50% are equal, and 50% is also equal to 50. "5 apples", "$5", "5 km" and "x = 5" are 5, "5 millions" is
 5,000,000, and "20 June" is not "20 July". 1,000 is a thousand and 1.000 is one. 0.333 is not 1/3, 3.46 is not the
-square root of 12, and 2^{100} is not 2^{100}-1. The same text as the gold answer scores 1.0 without parsing. The following
-score 0.0:
+square root of 12, and 2^{100} is not 2^{100}-1. The same text as the gold answer scores 1.0 without parsing. The
+following score 0.0:
 
 - several candidates: `5 or 6`, `5, 6` (of several `\boxed{}`, the last one counts, unless only "and" or "or" stands
   between them)

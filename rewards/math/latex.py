@@ -92,7 +92,10 @@ def normalize(text: str) -> str:
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
-    return brace_arguments(text).strip().removesuffix(".").strip()
+    text = brace_arguments(text).strip().removesuffix(".").strip()
+    while text.startswith("{") and (wrapped := match_outer_brackets(text)) and wrapped[0] == "{":
+        text = wrapped[1]
+    return text
 
 
 _OPEN = re.compile(r"\\(?:begin|langle|lfloor|lceil)(?![A-Za-z])|\\?[{]|[(\[]")
