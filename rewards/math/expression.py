@@ -133,6 +133,7 @@ def parse_expression(text: str) -> Expression | None:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\d*)\.(\d+)", lambda d: rf"\frac{{{int(d[1] + d[2])}}}{{{10 ** len(d[2])}}}", text)
     text = re.sub(r"(?<![_\d])(\d+)\s*\(", r"\1\\cdot(", text)
+    text = re.sub(r"\^\{(\w)\}(?=\s*(?:[-+)}]|$))", r"^\1", text)  # the parser is faster without braces
     if len(PSParser.sharedContextCache.cache) > MAX_PARSER_STATES:  # the parser never evicts any
         PSParser.sharedContextCache = PredictionContextCache()
         PSParser.decisionsToDFA = [DFA(state, number) for number, state in enumerate(PSParser.atn.decisionToState)]
