@@ -58,7 +58,7 @@ def before_weights(given: dict[str, Any]) -> Any:
             columns = check_prompts.columns_of(data)
             check_prompts.check_has_prompts(columns)
             check_rewards.check_signatures(rewards, _passed_on(args, columns))
-            check_rewards.check_golds(rewards, data)
+            warnings += check_rewards.check_golds(rewards, data)
             data, left_out = _check_prompts(model, args, data, given.get("processing_class"))
             warnings += left_out
     for warning in warnings:

@@ -61,16 +61,27 @@ def check_signatures(reward_funcs: Sequence[Any], columns: Sequence[str]) -> Non
             )
 
 
-def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> None:
+def check_golds(reward_funcs: Sequence[Any], data: Dataset) -> list[str]:
     """Check that a reward that parses mathematics can parse the gold answers.
+
+    Returns:
+        A warning if some gold answers are compared only as text.
 
     Raises:
         ValueError: some cannot be parsed; the message gives their rows.
     """
-    if "answer" in columns_of(data) and any(
+    if "answer" not in columns_of(data) or not any(
         isinstance(inspect.unwrap(reward), MathAnswerReward) for reward in filter(callable, reward_funcs)
     ):
-        check_gold(values_of(data, "answer"))
+        return []
+    answers = values_of(data, "answer")
+    rows = check_gold(answers)
+    if not rows:
+        return []
+    return [
+        f"{len(rows)} of {len(answers)} gold answers cannot be parsed and are compared as text, so that only the same "
+        f"notation is right: row {rows[0]}: {str(answers[rows[0]])[:60]!r}{', ...' if len(rows) > 1 else ''}"
+    ]
 
 
 def call_once(

@@ -10,6 +10,10 @@ This module splits lists, tuples, sets, intervals, equations and inequalities in
   they are sorted by name. Otherwise the brackets must be the same, and so must the number of items.
 - `x = 5` matches 5, and 5 matches `x = 5`, but `y = 5` does not match `x = 5`. In a chain such as `x = 2+3 = 5` every
   step must hold. If the gold answer is an equation, a constant factor is allowed; but `5x = 25` does not match `x = 5`.
+- The value alone matches a gold equation that names it: 3 matches `|AB| = 3`, and (3, 2) matches `(p,q) = (3,2)`. The
+  right side of a curve, `x+y = 1`, does not.
+- Numbers with different units are paired by them: `2 girls and 3 boys` matches `3 boys and 2 girls`.
+- Times of day and ratios are compared by `grpo_ext.rewards.math.colons`.
 - `x > 5` is `(5,\infty)`. A union of intervals is a list of them.
 - If the gold answer is a number, the answer must be one too: unevaluated arithmetic does not match.
 - Phrases are compared ignoring case and white space.
@@ -19,14 +23,15 @@ import re
 from dataclasses import dataclass
 from operator import itemgetter
 
+from grpo_ext.rewards.math.colons import colons_match, has_colons
 from grpo_ext.rewards.math.expression import expressions_match, parse_expression, relations_match
 from grpo_ext.rewards.math.latex import bracket_depths, match_outer_brackets, normalize, split_outside_brackets
-from grpo_ext.rewards.math.number import Number, numbers_match, parse_number, strip_unit
+from grpo_ext.rewards.math.number import Number, numbers_match, parse_number, strip_unit, units_pair_up
 
 MAX_CHARACTERS = 256  # a final answer is short
 MAX_DEPTH = 10  # of brackets: the run time of Math-Verify's parser grows with the square of the depth
 
-_CONJUNCTION = r"(?<![^\s,;])(?:and|or)(?![^\s(\\])"
+_CONJUNCTION = r"(?<![^\s,;)\]}])(?:and|or)(?![^\s(\\])"
 _LIST_WORD = rf";|\\(?:lor|vee|cup)(?![A-Za-z])|{_CONJUNCTION}|(?<![\u4e00-\u9fff])[或和]|[或和](?![\u4e00-\u9fff])"
 _ITEM_SEPARATOR = re.compile(
     rf"{_LIST_WORD}|(?<!\d),|,(?!\d{{3}}(?!\d))"
@@ -34,12 +39,17 @@ _ITEM_SEPARATOR = re.compile(
 _ITEM_SEPARATOR_ANY_COMMA = re.compile(rf"{_LIST_WORD}|,")
 _RELATION_SIGN = re.compile(r":?=|<|>|\\(?:approx|in|le|ge|ne)(?![A-Za-z])")
 _MIRRORED_SIGN = {">": "<", r"\ge": r"\le"}
-_SYMBOL = re.compile(r"(?:\\?[A-Za-z]+|[\u4e00-\u9fff]+)'*(?:_(?:\w|\{\w+\}))?\s*(?:\([^()=]*\))?")
+_SYMBOL = re.compile(r"(?:\\?[A-Za-z]+|[\u4e00-\u9fff]+)'*(?:_(?:\w|\{[\w ]+\}))?\s*(?:\([^()=]*\))?")
 # Up to five words, such as "no solution" or "June 20", or a time of day.
 _PHRASE = re.compile(
     r"(?=.*(?:[A-Za-z]{3}|[^\x00-\x7f]))[^\W\d_]{1,24}(?:[ '-]+\w{1,24}){0,4}"
     r"|\d{1,2}:\d\d(?: ?[AaPp]\.?[Mm]\.?)?"
 )
+_BASED_NUMBER = re.compile(r"\(?([0-9A-F]+)\)?_ ?\{?(\d{1,2})\}?")
+_SET_BUILDER = re.compile(r"([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?(?:\||\\mid(?![A-Za-z])|:) ?(?=.*\1)(.+)")
+_REAL_LINE = {r"\mathbb{R}", r"\mathbb R", "all real numbers", "all reals"}
+_NAME_TUPLE = re.compile(r"\( ?[A-Za-z](?:_\w)?(?: ?, ?[A-Za-z](?:_\w)?)+ ?\)")
+_CURVE = re.compile(r"[xyz]{2,}")
 _BRACKET_KIND = {"(": "(", r"\langle": "(", "[": "[", r"\{": "{", ")": ")", r"\rangle": ")", "]": "]", r"\}": "}"}
 
 
@@ -64,11 +74,13 @@ class Relation:
         name: left side of `name = value = ...`, or the unknown of a solved inequality; "" if there is none.
         values: the other parts of the chain; for a solved inequality, its interval.
         sides: (left, sign, right) if the relation has exactly two sides.
+        is_approximate: whether a chain has an approximation in it.
     """
 
     name: str = ""
     values: tuple["ParsedAnswer", ...] = ()
     sides: tuple[str, str, str] | None = None
+    is_approximate: bool = False
 
 
 ParsedAnswer = Number | str | Collection | Relation
@@ -95,7 +107,7 @@ def is_parseable(answer: ParsedAnswer | None) -> bool:
             and parse_expression(answer.sides[2]) is not None
         )
     if isinstance(answer, str):
-        return bool(_PHRASE.fullmatch(answer)) or parse_expression(answer) is not None
+        return bool(_PHRASE.fullmatch(answer)) or has_colons(answer) or parse_expression(answer) is not None
     return isinstance(answer, Number)
 
 
@@ -121,6 +133,12 @@ def answers_match(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
         return isinstance(gold, Collection) and isinstance(answer, Collection) and _items_match(gold, answer)
     if isinstance(gold, Number):
         return isinstance(answer, Number) and numbers_match(gold, answer)
+    if isinstance(answer, str):
+        bases = [_BASED_NUMBER.fullmatch(text) for text in (gold, answer)]
+        if bases[0] and bases[1]:
+            return bases[0].groups() == bases[1].groups()
+        if has_colons(gold) and has_colons(answer):
+            return colons_match(gold, answer)
     if _PHRASE.fullmatch(gold):
         return isinstance(answer, str) and _letters_only(gold) == _letters_only(answer)
     return gold == answer or _evaluates_to(gold, answer)
@@ -130,6 +148,12 @@ def _parse(text: str) -> ParsedAnswer:
     wrapped = match_outer_brackets(text)
     if wrapped and wrapped[0] == "{":
         return _parse(wrapped[1])
+    if text in _REAL_LINE:
+        return Collection("()", (r"-\infty", r"\infty"))
+    if ";" in text and "," in text:
+        groups = [group for group in split_outside_brackets(text, re.compile(";"))[0] if group]
+        if len(groups) > 1:
+            return Collection("{}", tuple(map(_parse, groups)))
     pieces, separators = split_outside_brackets(text, _ITEM_SEPARATOR)
     items = [item for item in pieces if item]
     if len(items) > 1:
@@ -141,12 +165,15 @@ def _parse(text: str) -> ParsedAnswer:
     parts, signs = split_outside_brackets(text, _RELATION_SIGN)
     if signs:
         return _parse_relation(parts, signs)
-    if r"\pm" in text:
+    if r"\pm" in text and r"\pmod" not in text:
         return Collection("", (_parse(text.replace(r"\pm", "+").lstrip("+ ")), _parse(text.replace(r"\pm", "-"))))
     return parse_number(text) or strip_unit(text)
 
 
 def _parse_brackets(brackets: str, inside: str) -> ParsedAnswer:
+    builder = _SET_BUILDER.fullmatch(inside) if brackets == "{}" else None
+    if builder:
+        return _parse(builder[2])
     # (100,200) is a pair. In (1,000, 2,000) only the commas before a space separate items.
     separator = _ITEM_SEPARATOR if ", " in inside else _ITEM_SEPARATOR_ANY_COMMA
     items = [item for item in split_outside_brackets(inside, separator)[0] if item]
@@ -163,7 +190,7 @@ def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
         while names < len(parts) - 1 and _is_name(parts[names]):
             names += 1
         sides = (parts[0], "=", parts[1]) if len(parts) == 2 else None
-        return Relation(parts[0] if names else "", tuple(map(_parse, parts[names:])), sides)
+        return Relation(parts[0] if names else "", tuple(map(_parse, parts[names:])), sides, r"\approx" in signs)
     if all(sign in _MIRRORED_SIGN for sign in signs):
         parts, signs = parts[::-1], [_MIRRORED_SIGN[sign] for sign in signs[::-1]]
     if not all(sign in ("<", r"\le", r"\ne") for sign in signs):
@@ -181,8 +208,18 @@ def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
 
 def _is_name(text: str) -> bool:
     """Whether a left side names what was asked for (x, x_1, a+b, f(2)) and is not still to be solved (-x, 5x, x^2)."""
-    bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[A-Za-z])\([^()]*\)", "", text)
+    bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|\^\{?-1\}?(?=\()", "", text)
+    while (shorter := re.sub(r"(?<=[A-Za-z])\s*\([^()]*\)", "", bare)) != bare:
+        bare = shorter
     return bool(re.search(r"[^\W\d_]", bare)) and not re.search(r"^-|\d|\^|\\sqrt", bare)
+
+
+def _names_value(text: str) -> bool:
+    """Whether the right side of an equation with this left side is an answer by itself, unlike for a curve: x+y = 1."""
+    letters = "".join(sorted(set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))))
+    if not letters:  # \log_6(216) = 3
+        return True
+    return bool(_NAME_TUPLE.fullmatch(text)) or (_is_name(text) and not _CURVE.fullmatch(letters))
 
 
 def _letters_only(text: str) -> str:
@@ -199,12 +236,18 @@ def _evaluates_to(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
 
 
 def _items_match(gold: Collection, answer: Collection) -> bool:
+    if all(isinstance(item, Number) for item in (*gold.items, *answer.items)):
+        pair_up = units_pair_up(gold.items, answer.items)  # type: ignore[arg-type]
+        if pair_up is not None:
+            return pair_up
     names = [item.name for item in gold.items if isinstance(item, Relation)]
     named = len(set(names)) > 1 and len(names) == len(gold.items)
-    if named and not any(isinstance(item, Relation) for item in answer.items):
-        gold = Collection(
-            "()", tuple(item for _, item in sorted(zip(names, gold.items, strict=True), key=itemgetter(0)))
-        )
+    is_indexed = len({name.partition("_")[0] for name in names}) == 1  # the roots x_1 and x_2 have no order
+    if named and not is_indexed and not any(isinstance(item, Relation) for item in answer.items):
+        together = any(set(names) <= set(alphabet) for alphabet in ("xyz", "abcd", "mn", "pqrs", "uvw"))
+        pairs = zip(names, gold.items, strict=True)
+        items = tuple(item for _, item in (sorted(pairs, key=itemgetter(0)) if together else pairs))
+        gold = Collection("()", items)
     kinds = {gold.brackets, answer.brackets}
     comparable = len(kinds) == 1 or ("" in kinds and kinds < {"", "()", "[]", "{}"})
     if not comparable or len(gold.items) != len(answer.items):
@@ -222,8 +265,19 @@ def _items_match(gold: Collection, answer: Collection) -> bool:
 
 def _matches_relation(gold: Relation, answer: ParsedAnswer) -> bool:
     name = gold.name if _SYMBOL.fullmatch(gold.name) else ""
+    if isinstance(answer, Collection) and gold.sides and _NAME_TUPLE.fullmatch(gold.name):
+        value = gold.values[-1]
+        names = [part.strip() for part in gold.name.strip("() ").split(",")]
+        if isinstance(value, Collection) and all(isinstance(item, Relation) for item in answer.items):
+            items = tuple(Relation(one, (item,)) for one, item in zip(names, value.items, strict=False))
+            return _items_match(Collection("", items), answer)
     if not isinstance(answer, Relation):
-        return bool(name) and answers_match(gold.values[-1], answer)
+        is_answer = gold.sides is None or (gold.sides[1] == "=" and (not gold.name or _names_value(gold.name)))
+        is_inequality = bool(name) and gold.sides is not None and gold.sides[1] != "="
+        values = gold.values if gold.is_approximate else gold.values[-1:]
+        if gold.sides and not gold.name:
+            is_answer = is_answer and _names_value(gold.sides[0])
+        return (is_answer or is_inequality) and any(answers_match(value, answer) for value in values)
     if (
         name
         and _without_spaces(name) == _without_spaces(answer.name)

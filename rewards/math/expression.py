@@ -3,8 +3,9 @@ r"""Parses expressions, matrices and sets in LaTeX with Math-Verify, and compare
     expressions_match("(x+1)^2", "x^2+2x+1")  ->  True
 
 Math-Verify compares with sympy's `simplify` and `solve`, whose run time has no bound. Here two expressions are equal if
-their values agree to 20 digits at eight fixed pseudo-random points. This is fast, and no rounded number passes. Only
-sets are compared by Math-Verify.
+their values agree at fixed pseudo-random points, to 30 digits beyond those of the numbers in them. So a difference of 1
+shows however large the numbers are, and no rounded number passes. Piecewise functions are compared at more points, on
+both sides of their breaks. Only sets are compared by Math-Verify.
 
 Some input is rejected before it is parsed: expressions that can grow without bound (towers of powers, factorials of
 large numbers) and those that would have to be computed (integrals, sums, limits). So little depends on the time limit,
@@ -15,8 +16,9 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, wraps
+from itertools import islice
 from typing import TypeAlias
 
 import mpmath
@@ -28,7 +30,6 @@ from latex2sympy2_extended.antlr_parser import PSParser
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.function import AppliedUndef
 
-from grpo_ext.rewards.math.latex import bracket_depths
 from grpo_ext.rewards.workers.deadline import DeadlineExceeded, run_with_deadline
 
 Expression: TypeAlias = sympy.Basic | sympy.MatrixBase
@@ -49,12 +50,14 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _UNSUPPORTED = re.compile(
     rf"\\(?!(?:{_SUPPORTED_COMMANDS})(?![A-Za-z]))[A-Za-z]"
     # arguments that sympy evaluates while it parses
-    r"|\\binom(?!\s*\{\s*\w{1,2}\s*\}\s*\{\s*\w{1,2}\s*\})|\\sqrt\s*\[(?!\s*(?:\d{1,2}|[a-z])\s*\])"
+    r"|\\binom(?!\s*\{\s*(?:\w{1,2}|[a-z]\s*[+-]\s*\d)\s*\}\s*\{\s*\w{1,2}\s*\})|\\sqrt\s*\[(?!\s*(?:\d{1,2}|[a-z])\s*\])"
 )
 # Math-Verify would parse a word as a product of letters, and 5 6 as a sum.
 _NOT_AN_EXPRESSION = re.compile(r"[A-Za-z]{4}|(?<![_\d])\d+\s+\d|\d\.\d*\.|[^\x20-\x7e]|[<>=]")
 _SET = re.compile(r",|\\(?:cup|cap|setminus|mathbb|emptyset|in)(?![A-Za-z])")
 _SMALL_POWER = re.compile(r"\^\s*(?:\d(?!\d)|[A-Za-z]|\{\s*(?:\d{1,2}|[A-Za-z])\s*\})")
+
+_PIECEWISE = (sympy.floor, sympy.ceiling, sympy.Abs, sympy.sign, sympy.Max, sympy.Min, sympy.Mod)
 
 _EXTRACTION = [
     LatexExtractionConfig(
@@ -86,11 +89,17 @@ def relations_match(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
         return False
 
     def compare() -> bool:
-        rows = [(left - right, other - other_right) for left, right, other, other_right in _evaluate_at_points(sides)]
-        factors = [other / difference for difference, other in rows if abs(difference) > 1e-15]
-        constant = len(factors) > 1 and all(_agree_to_20_digits(factor, factors[0]) for factor in factors)
+        digits = _digits(sides)
+        factors = []
+        for left, right, other, other_right in _values_at_points(sides, digits):
+            with mpmath.workdps(digits):
+                difference = left - right
+                if abs(difference) > 1e-15:
+                    factors.append((other - other_right) / difference)
+            if factors and not _agree(factors[-1], factors[0], digits):
+                return False
         either_sign = gold[1] in ("=", r"\ne")
-        return constant and (abs(factors[0]) if either_sign else factors[0].real) > 1e-15
+        return len(factors) > 1 and (abs(factors[0]) if either_sign else factors[0].real) > 1e-15
 
     return _compare_within_deadline(compare)
 
@@ -124,6 +133,7 @@ def parse_expression(text: str) -> Expression | None:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\d*)\.(\d+)", lambda d: rf"\frac{{{int(d[1] + d[2])}}}{{{10 ** len(d[2])}}}", text)
     text = re.sub(r"(?<![_\d])(\d+)\s*\(", r"\1\\cdot(", text)
+    text = re.sub(r"\^\{(\w)\}(?=\s*(?:[-+)}]|$))", r"^\1", text)  # the parser is faster without braces
     if len(PSParser.sharedContextCache.cache) > MAX_PARSER_STATES:  # the parser never evicts any
         PSParser.sharedContextCache = PredictionContextCache()
         PSParser.decisionsToDFA = [DFA(state, number) for number, state in enumerate(PSParser.atn.decisionToState)]
@@ -152,9 +162,15 @@ def _is_safe_to_parse(text: str) -> bool:
 
 def _is_small_exponent(rest: str) -> bool:
     """Whether the exponent at the start of `rest` contains at most two powers, all small, unlike in 9^{9^{9^9}}."""
-    inside = rest[: next((place for place, depth in enumerate(bracket_depths(rest)) if depth == 0), None)]
+    depth, end = 0, 0
+    for place, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        end = place
+        if depth <= 0:
+            break
+    inside, after = rest[: end + 1], rest[end + 1 :]
     powers = inside.count("^")
-    if "!" in inside or re.match(r"-?\w+\s*\^", rest):
+    if "!" in inside or re.match(r"\s*\^", after):
         return False
     return powers <= 2 and powers == len(_SMALL_POWER.findall(inside))
 
@@ -165,12 +181,25 @@ def _magnitude_bits(expression: Expression) -> float:
         return max(map(_magnitude_bits, expression.flat()), default=0)
     if isinstance(expression, sympy.Rational):
         return math.log2(max(abs(expression.p), expression.q))
-    inside = [_magnitude_bits(argument) for argument in expression.args] or [1.6]
     if isinstance(expression, sympy.Pow):
-        return max(inside[0], 1) * 2 ** min(inside[1], 64)
+        return max(_magnitude_bits(expression.base), 1) * 2 ** min(_exponent_bits(expression.exp), 64)
     if isinstance(expression, sympy.exp | sympy.factorial):
-        return max(inside[0], 1.5) * 2 ** min(inside[0], 64)
+        return max(size := _exponent_bits(expression.args[0]), 1.5) * 2 ** min(size, 64)
+    inside = [_magnitude_bits(argument) for argument in expression.args] or [1.6]
     return sum(inside) if isinstance(expression, sympy.Mul) else max(inside) + math.log2(len(inside))
+
+
+def _exponent_bits(exponent: Expression) -> float:
+    """log2 of the largest value of an exponent, to which a denominator adds nothing."""
+    if isinstance(exponent, sympy.Rational):
+        return math.log2(max(abs(exponent.p) / exponent.q, 1))
+    if isinstance(exponent, sympy.Mul):
+        return sum(map(_exponent_bits, exponent.args))
+    if isinstance(exponent, sympy.Pow) and exponent.exp == -1 and isinstance(exponent.base, sympy.Integer):
+        return 0.0
+    if isinstance(exponent, sympy.Add):
+        return max(map(_exponent_bits, exponent.args)) + math.log2(len(exponent.args))
+    return _magnitude_bits(exponent)
 
 
 def _are_equal(gold: Expression, answer: Expression) -> bool:
@@ -182,43 +211,86 @@ def _are_equal(gold: Expression, answer: Expression) -> bool:
             return False
         return all(_are_equal(*entries) for entries in zip(gold.flat(), answer.flat(), strict=True))
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
-        rows = _evaluate_at_points([gold, answer])
-        return bool(rows) and all(_agree_to_20_digits(*row) for row in rows)
+        few, digits = 20, _digits([gold, answer])
+        if digits > 4 * few and any(_differ(*row) for row in islice(_values_at_points([gold, answer], few), 1)):
+            return False
+        agreeing = 0
+        for left, right in _values_at_points([gold, answer], digits):
+            if not _agree(left, right, digits):
+                return False
+            agreeing += 1
+        return agreeing > 0
     return bool(verify([gold], [answer], timeout_seconds=None))
 
 
 def _compare_within_deadline(compare: Callable[[], bool]) -> bool:
     try:
-        with mpmath.workdps(30):
-            return run_with_deadline(TIME_LIMIT_SECONDS, compare)
+        return run_with_deadline(TIME_LIMIT_SECONDS, compare)
     except (Exception, DeadlineExceeded):  # an answer that cannot be compared is wrong
         return False
 
 
-def _agree_to_20_digits(left: mpmath.mpc, right: mpmath.mpc) -> bool:
-    return abs(left - right) <= 1e-20 * max(abs(left), abs(right), 1e-80)
+def _digits(expressions: Sequence[sympy.Expr]) -> int:
+    """The number of decimal digits to compare: 50 more than the numbers in the expressions have."""
+    return 50 + int(2 * max(map(_magnitude_bits, expressions)) * math.log10(2))
 
 
-def _evaluate_at_points(expressions: Sequence[sympy.Expr]) -> list[list[mpmath.mpc]]:
-    """The values of all expressions, one row per point.
+def _agree(left: mpmath.mpc, right: mpmath.mpc, digits: int) -> bool:
+    """Whether two values agree to all but the last 20 digits, which are left to rounding."""
+    with mpmath.workdps(digits):
+        size = max(abs(left), abs(right), mpmath.mpf(10) ** -digits)
+        return bool(abs(left - right) <= mpmath.mpf(10) ** (20 - digits) * size)
+
+
+def _differ(left: mpmath.mpc, right: mpmath.mpc) -> bool:
+    """Whether two values differ by far more than what rounding to a few digits can explain."""
+    return bool(abs(left - right) > 1e-6 * max(abs(left), abs(right), 1))
+
+
+def _points(expressions: Sequence[sympy.Expr], names: Sequence[str]) -> Iterator[dict[str, sympy.Rational]]:
+    """Fixed pseudo-random values of the symbols within 3 of zero; beyond all breaks too for piecewise functions."""
+    for trial in range(8):
+        rng = random.Random(trial)
+        signs = (1, -1) if trial % 2 else (1, 1)
+        yield {name: sympy.Rational(rng.randrange(20, 300) * rng.choice(signs), 101) for name in names}
+    if not any(e.has(*_PIECEWISE) for e in expressions):
+        return
+    numbers = {abs(part) for e in expressions for number in e.atoms(sympy.Rational) for part in (number.p, number.q)}
+    reach = int(min(max(numbers, default=1), 1000)) * 2 + 5
+    for trial in range(24):
+        rng = random.Random(100 + trial)
+        scale = 1 if trial % 3 else 7  # integers, and fractions
+        limit = reach if trial % 2 else min(reach, 25)
+        yield {name: sympy.Rational(rng.randrange(-limit * scale, limit * scale + 1), scale) for name in names}
+
+
+def _values_at_points(expressions: Sequence[sympy.Expr], digits: int) -> Iterator[list[mpmath.mpc]]:
+    """The values of all expressions, one row per point, so that the first difference can end a comparison.
 
     Points with a value that is not finite are dropped. So are points with a complex value, unless hardly any points
-    would remain.
+    would remain, or an expression is piecewise: then |x| and x differ by their domains as well.
     """
     expressions = [e.xreplace({f: sympy.Symbol(str(f)) for f in e.atoms(AppliedUndef)}) for e in expressions]
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols} - {"i"})
-    rows = []
-    for trial in range(8 if names else 1):
-        rng = random.Random(trial)
-        signs = (1, -1) if trial % 2 else (1, 1)
-        point = {name: sympy.Rational(rng.randrange(20, 300) * rng.choice(signs), 101) for name in names}
-        point["i"] = sympy.I
-        values = [e.evalf(30, subs={symbol: point[symbol.name] for symbol in e.free_symbols}) for e in expressions]
-        row = [mpmath.mpc(*(part._to_mpmath(120) for part in value.as_real_imag())) for value in values]
-        if all(map(mpmath.isfinite, row)):
-            rows.append(row)
-    real = [row for row in rows if all(abs(value.imag) <= 1e-15 * abs(value.real) for value in row)]
-    return real if len(real) >= min(2, len(rows)) else rows
+    keep_complex = any(e.has(*_PIECEWISE) for e in expressions)
+    kept, complex_rows = 0, []
+    for point in _points(expressions, names) if names else ({},):
+        point = point | {"i": sympy.I}
+        values = [
+            e.evalf(digits, subs={symbol: point[symbol.name] for symbol in e.free_symbols}, maxn=2 * digits + 100)
+            for e in expressions
+        ]
+        with mpmath.workdps(digits):
+            row = [mpmath.mpc(*(part._to_mpmath(mpmath.mp.prec) for part in value.as_real_imag())) for value in values]
+        if not all(map(mpmath.isfinite, row)):
+            continue
+        if keep_complex or all(abs(value.imag) <= 1e-15 * abs(value.real) for value in row):
+            kept += 1
+            yield row
+        else:
+            complex_rows.append(row)
+    if kept < min(2, kept + len(complex_rows)):
+        yield from complex_rows
 
 
 # Math-Verify warns that its own time limit is off. `run_with_deadline` replaces it.

@@ -6,6 +6,9 @@ match_outer_brackets("(1, [2, 3])")  ->  ("(", "1, [2, 3]", ")")
 """
 
 import re
+from functools import lru_cache
+
+from grpo_ext.rewards.math.latex_arguments import brace_arguments
 
 _CHARACTERS = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width forms
@@ -31,21 +34,21 @@ _CHARACTERS = str.maketrans(
     | {"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_COMMAND_NAMES = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta|alpha|beta"
+_COMMAND_NAMES = "sqrt|sin|cos|tan|cot|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta|alpha|beta"
 
 _REPLACEMENTS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:textbf|textit)?color(?:\{\w+\}|\s*\w+)|\\textcolor\{\w+\}|\\(?:bf|rm|it)(?![A-Za-z])", ""),
+        (r"\\(?:boldsymbol|bm|operatorname)\s*\{(\d[\d.,]*)\}", r"\1"),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])", ""),
-        (r"\{,\}|,(?<!\\)\\!", ","),  # the comma of 1{,}000 and 1,\!000
+        (r"\{,\}|,(?<!\\)\\!\s*", ","),  # the comma of 1{,}000 and 1,\!000
+        (r"(?<!\\)\\!", ""),
         (r"(?<=\d)\\,(?=\d{3})", ""),
         (r"(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\\\$|\$", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
         (
             r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])",
             " ",
@@ -57,8 +60,15 @@ _REPLACEMENTS = [
         (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty"),
         (r"\+\s*\\infty", r"\\infty"),
         (rf"(?<![\\A-Za-z])({_COMMAND_NAMES})(?![A-Za-z])", r"\\\1"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z/])(?<!\d )(?<!\d)sec(?=\s*[\^({\\]|\s[A-Za-z](?![A-Za-z]))", r"\\sec"),  # not 5 sec
+        (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+        (r"\\ell(?![A-Za-z])", "l"),
+        (r"\\overrightarrow(?![A-Za-z])", r"\\vec"),
+        (r"(?<![A-Za-z])sq\.", "sq"),
+        (r"(?<![\w)}])\((-?\d+)\)(?=\s*/)|(?<=/)\s*\((\d+)\)(?![\w(^])", r"\1\2"),
+        (r"(?<![\w)}])\{(-?\d+)\}(?=\s*/)|(?<=/)\s*\{(\d+)\}", r"\1\2"),
+        (r"[\[(]?\s*\\begin\{array\}(?:\{[clr| ]*\})?", r"\\begin{pmatrix}"),
+        (r"\\end\{array\}\s*(?:[\])]|$)", r"\\end{pmatrix}"),
         (r"\\(?:leq|leqslant|leqq)(?![A-Za-z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant|geqq)(?![A-Za-z])|>=", r"\\ge "),
         (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
@@ -71,6 +81,7 @@ _REPLACEMENTS = [
 ]
 
 
+@lru_cache(maxsize=1024)  # an answer is normalized several times, and a gold answer for each completion of its group
 def normalize(text: str) -> str:
     """Rewrite a text in the notation that `parse_number` and `parse_expression` understand.
 
@@ -81,7 +92,10 @@ def normalize(text: str) -> str:
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
-    return text.strip().removesuffix(".").strip()
+    text = brace_arguments(text).strip().removesuffix(".").strip()
+    while text.startswith("{") and (wrapped := match_outer_brackets(text)) and wrapped[0] == "{":
+        text = wrapped[1]
+    return text
 
 
 _OPEN = re.compile(r"\\(?:begin|langle|lfloor|lceil)(?![A-Za-z])|\\?[{]|[(\[]")

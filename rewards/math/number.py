@@ -4,55 +4,70 @@ r"""Plain numbers, parsed exactly.
     parse_number("50%")       ->  Number(Fraction(50), is_percent=True)
 
 Supported: integers, decimals (also repeating: `0.\overline{3}`), thousands separators, fractions, mixed numbers,
-scientific notation and percentages. Currency signs and units are ignored. Unevaluated arithmetic (`2+3`, `48/2`, `2^5`)
+scientific notation, percentages, and the words for small numbers. Currency signs and units are ignored. Unevaluated
+arithmetic (`2+3`, `48/2`, `2^5`)
 is not a number.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALES |= {"万": 10**4, "亿": 10**8}
+
+_NTHS = {"half": 2, "halves": 2}
+for _place, _name in enumerate(
+    ["third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"], 3
+):
+    _NTHS |= {_name: _place, _name + "s": _place}
+_NTHS |= {"hundredths": 100, "thousandths": 1000, "hundredth": 100, "thousandth": 1000}
+_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+# Words behind a number that a right answer cannot replace by others of their kind: 20 June is not 20 July.
+_MONTHS = "january february march april may june july august september october november december"
+QUALIFIERS = frozenset(f"{_MONTHS} north south east west northeast northwest southeast southwest am pm".split())
 
 # A letter after a number may be a variable: `5m` is five m. So single letters count as units only after a space.
 _LETTER_UNITS = "m|g|s|h|l|L|N|J|W|V|K|C|F|A"
 _SHORT_UNITS = (
     "km|cm|mm|nm|dm|kg|mg|lbs?|oz|ft|in|yd|mi|ml|mL|cL|kL|hrs?|min|sec|ms|Hz|kHz|MHz|GHz|kW|kWh|MW|Pa|kPa|mol|cal|kcal|"
-    "MB|GB|TB|KB|kB|cc|ha|mph|kph|deg|rad|USD|EUR|GBP|RMB|CNY|st|nd|rd|th"
+    "sq|MB|GB|TB|KB|kB|cc|ha|mph|kph|deg|rad|USD|EUR|GBP|RMB|CNY|st|nd|rd|th"
 )
 # Words that change the value, so they are not units: `5 squared` is not 5.
-_NOT_UNITS = (
-    "and|or|not|plus|minus|times|over|squared|cubed|factorial|dozens?|percent|per|"
-    "zero|one|two|three|four|five|six|seven|eight|nine|ten|"
-    "hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?|hundredths?|thousandths?|"
-    + "|".join(SCALES)
+_NOT_UNITS = "and|or|not|plus|minus|times|over|squared|cubed|factorial|percent|per|quarters?|" + "|".join(
+    [*_WORDS, *_NTHS, *SCALES, *(f"{scale}s" for scale in SCALES)]
 )
 _CHINESE_UNIT = r"(?![百千](?![克米瓦]))(?:(?![一二三四五六七八九十半])[\u4e00-\u9fff]){1,6}"
 _UNIT_POWER = r"(?:\ ?\^?\{?[23]\}?)?"
 _UNIT_WORD = rf"(?!(?:{_NOT_UNITS})(?![a-z]))[A-Za-z]{{3,20}}"
 _SPACED_UNIT = rf"(?:(?:{_SHORT_UNITS}|{_LETTER_UNITS})(?![A-Za-z])|{_UNIT_WORD}|{_CHINESE_UNIT}){_UNIT_POWER}"
-_TIGHT_UNIT = rf"(?:(?:{_SHORT_UNITS})(?![A-Za-z])|{_CHINESE_UNIT}){_UNIT_POWER}"
+_LONG_WORD = rf"(?=[a-z]{{4}}){_UNIT_WORD}(?![A-Za-z])"
+_TIGHT_UNIT = rf"(?:(?:{_SHORT_UNITS})(?![A-Za-z])|{_LONG_WORD}|{_CHINESE_UNIT}){_UNIT_POWER}"
 _UNIT = (
     rf"(?:\ ?/\ ?{_SPACED_UNIT}|\ (?:per\ )?{_SPACED_UNIT}|{_TIGHT_UNIT})"
     rf"(?:(?:\ per\ |\ ?/\ ?|\ ?\\cdot\ ?|[\ -]){_SPACED_UNIT}){{0,3}}"
+    r"|\ of(?:\ (?:the|a|an))?\ [A-Za-z]{3,20}"
+    rf"|\ ?\((?:{_UNIT_WORD})(?:\ {_UNIT_WORD})?\)"
 )
 
 _NUMBER = re.compile(
     rf"""
-    (?:US|[€£¥₹₩])?\ ?(?P<sign>[-+]?)\ ?[€£¥₹₩]?\ ?
+    (?:US|Rs\.?|[€£¥₹₩])?\ ?(?P<sign>[-+]?)\ ?[€£¥₹₩]?\ ?
     (?:
-        (?:(?P<whole>\d+)\ ?)? \\frac\ ?\{{\ ?(?P<top>-?\d+)\ ?\}}\ ?\{{\ ?(?P<bottom>\d+)\ ?\}}
+        (?:(?P<whole>\d+)\ ?)? \\frac\ ?\{{\ ?(?P<top>-?\d+)\ ?\}}\ ?\{{\ ?(?P<bottom>-?\d+)\ ?\}}
       | (?:(?P<whole2>\d+)\ )? (?P<top2>\d+)\ ?/\ ?(?P<bottom2>\d+)
       | (?=[.\d]) (?P<integer>\d{{1,3}}(?:,\d{{3}})+ | \d{{1,3}}(?:\ \d{{3}})+ | \d*)
-        (?: \.(?P<decimals>\d*) (?: \\overline\ ?\{{(?P<repeating>\d+)\}} )? )?
+        (?: \.(?P<decimals>\d*) (?: \\overline\ ?\{{(?P<repeating>\d+)\}} | \((?P<bracketed>\d+)\) )? )?
         (?: [eE](?P<exponent>[-+]?\d{{1,3}})
           | \ ?(?:\\times|\\cdot|\*|x)\ ?10\ ?\^\ ?\{{?\ ?(?P<power>[-+]?\d{{1,3}})\}}? )?
       | 10\ ?\^\ ?\{{?\ ?(?P<bare_power>[-+]?\d{{1,3}})\}}?
     )
-    (?:\ ?(?P<scale>{"|".join(SCALES)})(?![a-z]))?
+    (?:\ ?(?P<scale>{"|".join(SCALES)})s?(?![a-z]))?
+    (?:[\ -](?P<nth>{"|".join(sorted(_NTHS, key=len, reverse=True))})(?![a-z]))?
     (?P<percent>\ ?(?:%|(?:percent(?:age)?|per\ cent|pct)(?:\ points?)?))?
-    (?:{_UNIT}|\ ?[€£¥₹₩])?
+    (?P<unit>{_UNIT}|\ ?[€£¥₹₩])?
+    (?:\ ?\\pmod\ ?\{{?\ ?(?P<modulus>\d+)\ ?\}}?)?
     """,
     re.VERBOSE,
 )
@@ -67,11 +82,13 @@ class Number:
         value: the number as written: 50 for 50%.
         is_percent: whether it has a percent sign.
         in_lowest_terms: False for a fraction such as 6/8.
+        unit: the words behind it, in lower case.
     """
 
     value: Fraction
     is_percent: bool = False
     in_lowest_terms: bool = True
+    unit: str = ""
 
     @property
     def exact(self) -> Fraction:
@@ -85,6 +102,8 @@ def parse_number(text: str) -> Number | None:
     Args:
         text: normalized by `grpo_ext.rewards.math.latex.normalize`, and as short as a final answer.
     """
+    if text.lower() in _WORDS:
+        return Number(Fraction(_WORDS.index(text.lower())))
     found = _NUMBER.fullmatch(text)
     if not found:
         return None
@@ -92,15 +111,15 @@ def parse_number(text: str) -> Number | None:
     in_lowest_terms = True
     top, bottom = part["top"] or part["top2"], part["bottom"] or part["bottom2"]
     if top:
-        if int(bottom) == 0 or (int(bottom) > 1 and int(top) % int(bottom) == 0):
+        if int(bottom) == 0 or (abs(int(bottom)) > 1 and int(top) % int(bottom) == 0):
             return None  # a division by zero, or an unevaluated division: 48/2
         value = int(part["whole"] or part["whole2"] or 0) + Fraction(int(top), int(bottom))
-        in_lowest_terms = Fraction(int(top), int(bottom)).denominator == int(bottom)
+        in_lowest_terms = Fraction(int(top), int(bottom)).denominator == abs(int(bottom))
     elif part["bare_power"]:
         value = Fraction(10) ** int(part["bare_power"])
     else:
         integer = re.sub("[, ]", "", part["integer"])
-        decimals, repeating = part["decimals"] or "", part["repeating"] or ""
+        decimals, repeating = part["decimals"] or "", part["repeating"] or part["bracketed"] or ""
         if not integer + decimals + repeating:
             return None
         value = Fraction(int((integer + decimals) or 0), 10 ** len(decimals))
@@ -108,9 +127,11 @@ def parse_number(text: str) -> Number | None:
             value += Fraction(int(repeating), (10 ** len(repeating) - 1) * 10 ** len(decimals))
         value *= Fraction(10) ** int(part["exponent"] or part["power"] or 0)
     value *= SCALES.get(part["scale"], 1)
+    value /= _NTHS.get(part["nth"], 1)
     if part["sign"] == "-":
         value = -value
-    return Number(value, bool(part["percent"]), in_lowest_terms)
+    unit = f"mod {part['modulus']}" if part["modulus"] else (part["unit"] or "").strip().lower()
+    return Number(value, bool(part["percent"]), in_lowest_terms, unit)
 
 
 def strip_unit(text: str) -> str:
@@ -123,8 +144,30 @@ def numbers_match(gold: Number, answer: Number) -> bool:
     """Whether two numbers are exactly equal.
 
     If only one of them has a percent sign, 50% equals 0.5, and also 50, the answer to "how many percent?". Below 1 only
-    the first reading is allowed: 0.5% is 0.005 and not 0.5.
+    the first reading is allowed: 0.5% is 0.005 and not 0.5. Units are not compared, but two months, directions, halves
+    of the day or moduli must be the same.
     """
+    qualifiers = [_qualifiers(gold), _qualifiers(answer)]
+    if all(qualifiers) and qualifiers[0] != qualifiers[1]:
+        return False
     if gold.is_percent == answer.is_percent:
         return gold.value == answer.value
     return gold.exact == answer.exact or (gold.value == answer.value and abs(gold.value) >= 1)
+
+
+def units_pair_up(gold: Sequence[Number], answer: Sequence[Number]) -> bool | None:
+    """Whether numbers that name the same different things have the same values: 3 boys and 2 girls.
+
+    Returns:
+        None if the units do not tell the numbers apart, or if the answer has other units.
+    """
+    units, other = [[number.unit.removesuffix("s") for number in numbers] for numbers in (gold, answer)]
+    if not all(units) or len(set(units)) < len(units) or sorted(units) != sorted(other):
+        return None
+    return all(numbers_match(number, answer[other.index(unit)]) for unit, number in zip(units, gold, strict=True))
+
+
+def _qualifiers(number: Number) -> frozenset[str]:
+    if number.unit.startswith("mod "):
+        return frozenset({number.unit})
+    return QUALIFIERS & set(re.findall("[a-z]+", number.unit.replace(".", "")))

@@ -124,6 +124,10 @@ UNWISE = [
         {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},
         "lora_dropout=0.1 is on in sampling and in scoring",
     ),
+    (
+        {"reward": math_answer_reward, "columns": {"answer": ["4", "f(2) < f(1) < f(4)", "5", "6"]}},
+        r"1 of 4 gold answers cannot be parsed and are compared as text.* row 1: 'f\(2\) < f\(1\)",
+    ),
     *(
         (
             {"bf16": True, "max_completion_length": 64} | off_policy,
