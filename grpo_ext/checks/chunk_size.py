@@ -18,8 +18,7 @@ import torch
 from grpo_ext.machine import GIB, free_memory_per_process
 from grpo_ext.memory.counter import MemoryCounter
 
-USABLE_FRACTION = {"cpu": 0.5}  # of the free memory; of other devices:
-USABLE_ELSEWHERE = 0.9
+USABLE_ON_CPU, USABLE_ON_GPU = 0.5, 0.9  # of the free memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def choose_chunk_size(shape: Shape, update: Callable[[int], Any], device: torch.
         update: loss and gradients of this many rows of one prompt, in a single chunk.
     """
     free = _free_memory(device)
-    budget = USABLE_FRACTION.get(device.type, USABLE_ELSEWHERE) * free
+    budget = (USABLE_ON_CPU if device.type == "cpu" else USABLE_ON_GPU) * free
     first = _peak_of(lambda: update(1), device)
     further = max(1, _peak_of(lambda: update(2), device) - first) if shape.rows_per_prompt > 1 else first
     measured = (

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from grpo_ext.engine.batch import ChunkScores, Siblings
 from grpo_ext.engine.chunk_gradients import Gradients, LeafStates
-from grpo_ext.engine.prefill import cache_states, fork, prompt_segments, share_prefix_storage, with_states
+from grpo_ext.engine.prefill import cache_states, fork, prompt_segments, with_boundary, with_states
 from grpo_ext.engine.score import ChunkScorer
 
 
@@ -40,7 +40,7 @@ class LongCompletion:
                 start = None if cache is None else fork(cache, [0])
                 part, cache = self._scorer.score_segment(self._siblings, self._chunk, segment, start)
                 scored.append(part)
-                self._boundaries = [*(share_prefix_storage(earlier, cache) for earlier in self._boundaries), cache]
+                self._boundaries = with_boundary(self._boundaries, cache)
         return ChunkScores.joined(scored)
 
     def backward(self, grads: list[Tensor | None], gradients: Gradients) -> None:

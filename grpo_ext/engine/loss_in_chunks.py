@@ -27,7 +27,7 @@ from grpo_ext.engine.chunk_indices import index_chunks
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.long_completions import LongCompletion
 from grpo_ext.engine.moe_aux_loss import RouterRecorder
-from grpo_ext.engine.prefill import cache_states, prefill, prefill_in_segments, share_prefix_storage
+from grpo_ext.engine.prefill import cache_states, prefill, prefill_in_segments, with_boundary
 from grpo_ext.engine.score import ChunkScorer, score
 
 
@@ -195,5 +195,5 @@ def _prefill(
     boundaries: list[DynamicCache] = []
     with torch.no_grad():
         for boundary in prefill_in_segments(lm, prompts, limit):
-            boundaries = [*(share_prefix_storage(earlier, boundary) for earlier in boundaries), boundary]
+            boundaries = with_boundary(boundaries, boundary)
     return boundaries, None

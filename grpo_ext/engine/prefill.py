@@ -182,6 +182,11 @@ def share_prefix_storage(boundary: DynamicCache, last: DynamicCache) -> DynamicC
     return new
 
 
+def with_boundary(boundaries: Sequence[DynamicCache], last: DynamicCache) -> list[DynamicCache]:
+    """The caches at the ends of all segments so far: earlier ones share the storage of `last`."""
+    return [*(share_prefix_storage(earlier, last) for earlier in boundaries), last]
+
+
 def _has_keys(layer: object) -> bool:
     return isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None
 

@@ -186,7 +186,9 @@ class ChunkScorer:
                 return logps_T, entropies_T, None
             return logps_T, entropies_T, self.head.exact_kl(hidden_TH[tokens], ref_hidden_TH[tokens], temperature)
 
-        temperatures_T = [batch.temperatures[row] for row in indices.host_rows_T]
+        temperatures_T = [batch.temperatures[row] for row in indices.rows]
+        if len(set(temperatures_T)) > 1:
+            temperatures_T = [batch.temperatures[row] for row in indices.host_rows_T]
         logps_T, entropies_T, kls_T = _score_per_temperature(score_at, temperatures_T, targets_T.device)
         assert logps_T is not None
 

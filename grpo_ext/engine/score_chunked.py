@@ -37,7 +37,7 @@ from grpo_ext.engine.moe_aux_loss import RouterRecorder, total_router_sums
 from grpo_ext.engine.prefill import (
     prefill_in_segments,
     prompt_segments,
-    share_prefix_storage,
+    with_boundary,
 )
 from grpo_ext.engine.score import ChunkScorer
 
@@ -74,8 +74,8 @@ class _ChunkedScore(torch.autograd.Function):
         chunks: list[ChunkScores] = []
         prompt_sums = []
         with RouterRecorder(lm, batch.experts_per_token) as router:
-            indices = index_chunks(batch, batch.all_groups)
-            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=indices)
+            ctx.indices = index_chunks(batch, batch.all_groups)
+            scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=ctx.indices)
             for siblings in batch.all_groups:
                 boundaries: list[DynamicCache] = []
                 segments = prompt_segments(siblings.prompt_tokens - 1, batch.chunk_tokens)
@@ -84,7 +84,7 @@ class _ChunkedScore(torch.autograd.Function):
                 )
                 for segment, boundary in zip(segments, caches, strict=True):
                     prompt_sums.append(router.pop_sums(prompt_weights(batch, siblings, len(segment))))
-                    boundaries = [*(share_prefix_storage(earlier, boundary) for earlier in boundaries), boundary]
+                    boundaries = with_boundary(boundaries, boundary)
                 last = boundaries[-1] if boundaries else None
                 chunks += [scorer.score(siblings, chunk, last) for chunk in batch.chunks(siblings)]
                 ctx.boundaries.append(boundaries)
@@ -97,8 +97,7 @@ class _ChunkedScore(torch.autograd.Function):
         """Gradients of the parameters, group by group: first the completions, then their prompt."""
         gradients, shares = Gradients(ctx.parameters), RouterShares(ctx.total_sums, output_grads[3])
         with torch.enable_grad(), ctx.context(), RouterRecorder(ctx.lm, ctx.batch.experts_per_token) as router:
-            indices = index_chunks(ctx.batch, ctx.batch.all_groups)
-            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router, indices=indices)
+            scorer = ChunkScorer(lm=ctx.lm, batch=ctx.batch, head=ctx.head, router=router, indices=ctx.indices)
             for siblings, boundaries in zip(ctx.batch.all_groups, ctx.boundaries, strict=True):
                 state_grads = _backward_completions(scorer, siblings, boundaries, output_grads, gradients, shares)
                 backward_prompt(scorer, siblings, boundaries, state_grads, gradients, shares)

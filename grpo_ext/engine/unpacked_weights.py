@@ -42,9 +42,12 @@ class WeightUnpacker:
         """A context in which gradients are off and the base of `model` may not change."""
         assert not torch.is_grad_enabled(), "dequantised weights are copies, which pass no gradients on"
         forwards = [_UnpackedForward(layer) for layer in model.modules() if _can_unpack(layer)]
+        if not forwards:
+            yield
+            return
         size, free = sum(forward.nbytes for forward in forwards), self._free_memory()
         fits = size <= USABLE_FRACTION * free
-        if forwards and not self._is_reported:
+        if not self._is_reported:
             self._is_reported = True
             logger.info(
                 "4-bit weights are %s for each token while completions are sampled: dequantised, they take %.2f GB, "

@@ -53,8 +53,8 @@ def bytes_of_prompt(S: int, tokens: int) -> int:
 
     - 1: the states themselves. The boundaries between segments are views into those of the whole prompt
       (`share_prefix_storage`).
-    - 1: incoming gradients: `totals` over the siblings while their rows run, `state_grads` afterwards.
-    - 1: gradients of the leaves, which go to `totals` or to the segment before.
+    - 1: incoming gradients: their sums over the siblings (`LeafStates`) while the rows run, `state_grads` afterwards.
+    - 1: gradients of the leaves, which go to these sums or to the segment before.
     - 1: the copy by `fork` for the one row of a chunk, or for a segment; layer by layer, its concatenation with the
       chunk's own states replaces it, and stays in the graph. Heads that share it do not copy it (`grouped_attention`).
     - 2 / layers: in one layer at a time, that concatenation while the copy is still there, and its gradient.
