@@ -78,12 +78,12 @@ class GRPOExtConfig(GRPOConfig):
         chunk_tokens: maximum number of tokens with an autograd graph at any one time in the update, 1 or more. A row
             counts with its prompt, because attention copies the prompt's KV cache per row. A chunk has at least one
             row; prompts and completions that are longer than a chunk are cut along their tokens. Passes without
-            gradients use chunks of up to eight times that size. None (default) for no limit; if
-            `gradient_checkpointing` is on, rows are then processed one at a time instead. `"auto"` for as many tokens
-            as memory allows, measured before the first step (`grpo_ext/checks/chunk_size.py`); without that step, the
-            same as None. The result is the same for every value. After an out-of-memory error, the run goes on with
-            chunks of half the size, which a log line gives. Recommended: None; "auto" if most of the memory is free
-            during an update; less than prompt plus completion if even one row does not fit.
+            gradients use chunks of up to eight times that size. `"auto"` (default) for as many tokens as memory allows,
+            measured in the worst-case step, or on the first micro-batch of a run without that step
+            (`grpo_ext/checks/chunk_size.py`); a resumed run keeps the size. None for no limit; if
+            `gradient_checkpointing` is on, rows are then processed one at a time instead. The result is the same for
+            every value. After an out-of-memory error, the run goes on with chunks of half the size, which a log line
+            gives. Recommended: "auto"; less than prompt plus completion if even one row does not fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
             `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
             pass of the completions through the LM head. TRL's `use_bias_correction_kl` keeps its meaning. Recommended:
@@ -212,10 +212,10 @@ class GRPOExtConfig(GRPOConfig):
         },
     )
     chunk_tokens: int | str | None = field(
-        default=None,
+        default="auto",
         metadata={
             "help": "Maximum number of tokens with an autograd graph at any one time in the update, 1 or more; `auto` "
-            "for as many as memory allows; unset for no limit. Recommended: unset; less than prompt plus completion if "
+            "for as many as memory allows; `none` for no limit. Recommended: auto; less than prompt plus completion if "
             "even one row does not fit."
         },
     )
@@ -341,8 +341,8 @@ class GRPOExtConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refuse_words(self)
-        if isinstance(self.chunk_tokens, str) and self.chunk_tokens.isdigit():  # from a command line
-            self.chunk_tokens = int(self.chunk_tokens)
+        if isinstance(self.chunk_tokens, str):  # from a command line
+            self.chunk_tokens = _number_or_none(self.chunk_tokens)
         self.asks_to_skip = self.dead_groups == "skip"
         if self.dead_groups is None:
             self.dead_groups = RESOLVED_DEFAULTS["dead_groups"]
@@ -390,3 +390,9 @@ class GRPOExtConfig(GRPOConfig):
         elif self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available()
             self.fp16 = not self.bf16 and torch.cuda.is_available()
+
+
+def _number_or_none(text: str) -> int | str | None:
+    if text.lower() == "none":
+        return None
+    return int(text) if text.isdigit() else text

@@ -47,7 +47,9 @@ from grpo_ext import refusals
 from grpo_ext.checkpoints.files import is_foreign
 from grpo_ext.checkpoints.fingerprint import fingerprint
 from grpo_ext.checkpoints.resume import Checkpoints
+from grpo_ext.checks.chunk_size import choose_on
 from grpo_ext.checks.preflight import before_training, before_weights, try_rewards
+from grpo_ext.checks.trial import without_a_trace
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.phase_timer import PhaseTimer
 from grpo_ext.console.progress import show_one_progress
@@ -259,7 +261,7 @@ class GRPOExtTrainer(GRPOTrainer):
             logger.warning(f"dead_groups='skip' keeps dead groups in this run: {reason}.")
         in_chunks = args.chunk_tokens is not None or args.gradient_checkpointing
         if in_chunks and self.shares_prompts and (reason := self._why_loss_inseparable()) is not None:
-            logger.warning(f"Each chunk of an update runs its forward twice: {reason}.")
+            logger.warning(f"If an update runs in chunks, each of them runs its forward twice: {reason}.")
         follower = self.ref_model if args.sync_ref_model else None
         facts = [fingerprint(self) if self.accelerator.is_main_process else None]
         self._checkpoints = Checkpoints(
@@ -775,8 +777,17 @@ class GRPOExtTrainer(GRPOTrainer):
     # Update
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self._must_choose_chunk_size():
+            with without_a_trace(self):
+                chosen = choose_on(self, inputs)
+            self.parts.scorer.limits.choose(chosen.tokens)
+            logger.info(f"Updates run {chosen.reason}.")
         with self._updating(inputs) as micro_batch:
             return super().compute_loss(model, micro_batch.inputs, *args, **kwargs)
+
+    def _must_choose_chunk_size(self) -> bool:
+        is_open = self.args.chunk_tokens == "auto" and not self.parts.scorer.limits.is_chosen
+        return is_open and self.shares_prompts and torch.is_grad_enabled()
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         loss_of = self._sequence_loss if self.loss_type == "grpo_sequence" else self._trl_loss

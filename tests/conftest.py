@@ -123,7 +123,8 @@ def build(tokenizer, tmp_path) -> Callable[..., Any]:
         config = GRPOExtConfig if issubclass(trainer, GRPOExtTrainer) else GRPOConfig
         if config is GRPOExtConfig:
             # Random adapters fail the preflight, and few tests need workers: see test_preflight.py, test_pool.py.
-            settings |= {"reward_workers": 0, "guards": False}
+            # Chunks are measured in test_chunk_size.py.
+            settings |= {"reward_workers": 0, "guards": False, "chunk_tokens": None}
         return trainer(
             model,
             reward_funcs=reward,

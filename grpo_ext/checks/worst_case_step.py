@@ -9,25 +9,20 @@ different times:
     loss and gradients                    of the micro-batch with the most prompts, in addition to the optimizer states
 
 It leaves out resampling rounds, which sample no more than the rollout itself, and dialogues, whose prompts only their
-environment knows. Rewards are not called. Gradients, metrics and random state are restored afterwards.
+environment knows. Rewards are not called. Metrics and random state are restored afterwards.
 """
 
-import copy
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from grpo_ext.checks.chunk_size import Shape, choose_chunk_size
+from grpo_ext.checks.chunk_size import choose_on
+from grpo_ext.checks.trial import rows_of, update, without_a_trace
 from grpo_ext.engine.out_of_memory import is_out_of_memory
 from grpo_ext.machine import peak_memory_mb
-from grpo_ext.memory.plan import ADAM_STATES
-from grpo_ext.model.adapters import trainable_parameters
 from grpo_ext.model.chat import text_tokenizer
 from grpo_ext.rollout.stages.replay import Replay
 from grpo_ext.rollout.stages.resample import Resample
@@ -78,15 +73,18 @@ def run_worst_case_step(
     args = trainer.args
     rows = args.generation_batch_size // args.world_size
     try:
-        with _without_a_trace(trainer):
+        with without_a_trace(trainer):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
             rollout = _rollout(trainer, [row] * rows, longest)
             chunks, peak = None, peak_memory_mb(trainer.accelerator.device)
+            micro_batch = rows_of(rollout, _rows_with_most_prompts(trainer, rollout))
             if args.chunk_tokens == "auto" and trainer.shares_prompts:
-                chunks = _choose_chunk_size(trainer, rollout, len(longest))
-            _update(trainer, rollout, _rows_with_most_prompts(trainer, rollout))
+                chosen = choose_on(trainer, micro_batch)
+                trainer.parts.scorer.limits.choose(chosen.tokens)
+                chunks = chosen.reason
+            update(trainer, micro_batch)
             seconds, peak = time.monotonic() - started, max(peak, peak_memory_mb(trainer.accelerator.device))
             completion = trainer.sample_completion(first)
             limits = trainer.parts.scorer.limits.state_dict()
@@ -158,57 +156,3 @@ def _rows_with_most_prompts(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor
     size, G = trainer.args.per_device_train_batch_size, trainer.num_generations
     start = max(range(0, len(rollout["prompt_ids"]), size), key=lambda row: (row + size - 1) // G - row // G)
     return slice(start, start + size)
-
-
-def _choose_chunk_size(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor], prompt_tokens: int) -> str:
-    """Choose the size for all processes, that of the one with the least memory, and return the reason."""
-    accelerator, limits = trainer.accelerator, trainer.parts.scorer.limits
-    rows = _rows_with_most_prompts(trainer, rollout)
-    size, G = rows.stop - rows.start, trainer.num_generations
-    row_tokens = prompt_tokens + rollout["completion_ids"].size(1)
-
-    def update(count: int) -> None:
-        limits.choose(count * row_tokens)
-        _update(trainer, rollout, slice(0, count))
-        trainer.model.zero_grad(set_to_none=True)
-
-    shape = Shape(row_tokens=row_tokens, rows_per_prompt=min(size, G), prompts=max(1, -(-size // G)))
-    chosen = choose_chunk_size(shape, update, accelerator.device)
-    own = torch.tensor([math.inf if chosen.tokens is None else chosen.tokens], device=accelerator.device)
-    least = accelerator.gather(own).min().item()
-    limits.choose(None if math.isinf(least) else int(least))
-    is_own = least == own.item()
-    return chosen.reason if is_own else f"chunks of {least:.0f} tokens, which the process with the least memory needs"
-
-
-def _update(trainer: "GRPOExtTrainer", rollout: dict[str, Tensor], rows: slice) -> None:
-    """Compute loss and gradients of these rows, in addition to the optimizer states."""
-    args = trainer.args
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-    parameters = trainable_parameters(trainer.model).values()
-    optimizer_states = [torch.zeros_like(p) for p in parameters for _ in range(ADAM_STATES)]
-    with trainer.accelerator.autocast():
-        loss = trainer.compute_loss(
-            trainer.model, {name: value[rows] if value.ndim else value for name, value in rollout.items()}
-        )
-    loss.backward()
-    del optimizer_states
-
-
-@contextmanager
-def _without_a_trace(trainer: "GRPOExtTrainer") -> Iterator[None]:
-    """A context that restores the trainer, the states of its parts, and torch's random state, and drops gradients."""
-    states = {name: copy.deepcopy(part.state_dict()) for name, part in trainer.parts.states.items()}
-    device = trainer.accelerator.device
-    devices = [] if device.type == "cpu" else [torch.accelerator.current_device_index()]
-    was_training = trainer.model.training
-    try:
-        random_state = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
-        with random_state, trainer.leaving_no_trace():
-            yield
-    finally:
-        trainer.model.train(was_training)
-        trainer.model.zero_grad(set_to_none=True)
-        for name, part in trainer.parts.states.items():
-            part.load_state_dict(states[name])

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk_tokens",
         type=int,
-        help="maximum tokens with an autograd graph at any one time in the update; default: no limit",
+        help="maximum tokens with an autograd graph at any one time in the update; default: one completion with its "
+        "prompt, the least that a run with chunk_tokens=auto needs",
     )
     parser.add_argument(
         "--gradient_checkpointing",

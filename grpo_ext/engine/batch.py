@@ -203,14 +203,15 @@ def join_equal_lengths(siblings: list[Siblings], max_rows: int | None, max_token
     """Join groups whose prompts have the same number of tokens, to run them in one forward without padding.
 
     Args:
-        max_rows, max_tokens: limits on a joined group, counted as in `split_into_chunks`. A group that exceeds them on
-            its own is not split.
+        max_rows: maximum rows of a joined group; None for no limit.
+        max_tokens: limit on (prompts + rows) x prompt tokens + rows x longest completion; None for no limit.
     """
     joined: list[list[Siblings]] = []
     for group in sorted(siblings, key=lambda group: group.prompt_tokens):
         together = [*joined[-1], group] if joined else [group]
         rows = sum(len(member.rows) for member in together)
-        tokens = rows * (group.prompt_tokens + max(member.lengths[0] for member in together))
+        longest = max(member.lengths[0] for member in together)
+        tokens = (len(together) + rows) * group.prompt_tokens + rows * longest
         if (
             group.prompt_tokens == together[0].prompt_tokens
             and (max_rows is None or rows <= max_rows)

@@ -95,9 +95,9 @@ def _run_chunks(lm: PreTrainedModel, batch: ScoringBatch, head: TiledHead, gradi
     chunks: list[ChunkScores] = []
     losses = _ChunkLosses(batch)
     with RouterRecorder(lm, None) as router:
-        indices = index_chunks(batch, batch.all_groups)
-        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=indices)
-        for siblings in batch.all_groups:
+        groups = batch.joined_groups()
+        scorer = ChunkScorer(lm=lm, batch=batch, head=head, router=router, indices=index_chunks(batch, groups))
+        for siblings in groups:
             chunks += _run_group(scorer, siblings, losses, gradients)
     return assemble_scores(batch, chunks, None)
 

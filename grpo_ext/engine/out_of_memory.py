@@ -57,11 +57,10 @@ class MemoryLimits:
         self.is_chosen = False
         self._limits: dict[str, int | None] = {"with_graph": None, "without_graph": None}
 
-    def choose(self, chunk_tokens: int | None) -> None:
+    def choose(self, chunk_tokens: int) -> None:
         """Set the limit of passes with gradients. That of the others follows from it."""
-        without_graph = None if chunk_tokens is None else NO_GRAD_CHUNK_FACTOR * chunk_tokens
         self.is_chosen = True
-        self._limits = {"with_graph": chunk_tokens, "without_graph": without_graph}
+        self._limits = {"with_graph": chunk_tokens, "without_graph": NO_GRAD_CHUNK_FACTOR * chunk_tokens}
 
     def apply(self, chunk_tokens: int | None, *, with_graph: bool) -> int | None:
         """The smaller one of the requested limit and the imposed one; None for no limit."""

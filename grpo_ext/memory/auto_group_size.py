@@ -119,7 +119,7 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
         rows=settings.per_device_train_batch_size,
         accumulation=max(1, rollout // (settings.per_device_train_batch_size * processes)),
         chunk_tokens=None if isinstance(settings.chunk_tokens, str) else settings.chunk_tokens,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=settings.gradient_checkpointing or settings.chunk_tokens == "auto",
         beta=settings.beta,
     )
     plan = Plan(step=step, footprint=planner.footprint(step), memory=memory, largest={}, changes=[])

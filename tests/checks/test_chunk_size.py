@@ -12,7 +12,6 @@ from grpo_ext.memory.counter import MemoryCounter
 from tests.tools.models import random_lora
 from tests.tools.training import adapter_of
 
-CPU = torch.device("cpu")
 GB = 2**30
 
 
@@ -27,26 +26,22 @@ def available(monkeypatch):
     return set_free
 
 
-def holding(first, further):
-    """An update that holds `first` bytes for one row and `further` for each of the others."""
-    return lambda rows: torch.empty(first + (rows - 1) * further, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize(
-    ("free", "prompts", "tokens"),
+    ("budget", "prompts", "tokens"),
     [
-        (2 * 800, 1, None),  # 100 + 7 * 100
-        (2 * 799, 1, 7 * 50),
-        (2 * 250, 1, 2 * 50),
-        (2 * 90, 1, 50),  # even one row does not fit: the update itself will be repeated in smaller chunks
-        (2 * 1600, 2, None),
-        (2 * 1599, 2, 8 * 50),  # a chunk has rows of one prompt
+        (800, 1, 9 * 40 + 8 * 10),  # 100 + 7 * 100
+        (799, 1, 7 * 50),
+        (250, 1, 2 * 50),
+        (90, 1, 50),  # even one row does not fit: the update itself will be repeated in smaller chunks
+        (1600, 2, 2 * (9 * 40 + 8 * 10)),
+        (1599, 2, 9 * 40 + 8 * 10),  # one of two groups
+        (8000, 2, 10 * (9 * 40 + 8 * 10)),  # more than this micro-batch needs: later ones may be larger
     ],
 )
-def test_half_of_the_free_memory_of_a_cpu_is_used(available, free, prompts, tokens):
-    available(free)
-    shape = Shape(row_tokens=50, rows_per_prompt=8, prompts=prompts)
-    assert choose_chunk_size(shape, holding(100, 100), CPU).tokens == tokens
+def test_as_many_rows_as_fit(budget, prompts, tokens):
+    """A prompt with its first row needs 100 bytes, each further row 100."""
+    shape = Shape(prompt=40, completion=10, rows_per_prompt=8, prompts=prompts)
+    assert choose_chunk_size(shape, lambda rows: 100 * rows, free=2 * budget, usable=0.5).tokens == tokens
 
 
 @pytest.fixture
@@ -93,9 +88,18 @@ def test_a_chosen_size_is_kept_and_resumed(train, available):
     assert equal(resumed, auto)
 
 
-def test_without_a_worst_case_step_rows_are_run_as_without_a_limit(train):
-    auto = train("auto", chunk_tokens="auto", guards=False, gradient_checkpointing=True)
-    assert equal(auto, train("none", guards=False, gradient_checkpointing=True))
+def test_without_a_worst_case_step_the_first_micro_batch_is_measured(train, available, tmp_path):
+    """Two groups of four rows. With plenty of memory they run at once, with little memory in chunks, and either way the
+    measurement leaves nothing behind."""
+    settings = {"guards": False, "gradient_checkpointing": True}
+    available(64 * GB)
+    assert equal(train("auto", chunk_tokens="auto", **settings), train("whole", guards=False))
+    available(1)
+    scarce = train("scarce", chunk_tokens="auto", **settings)
+    chosen = scarce.parts.scorer.limits.state_dict()["with_graph"]
+    assert equal(scarce, train("number", chunk_tokens=chosen, **settings))
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("scarce", "number")]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_number_from_a_command_line_is_a_number(tmp_path):
@@ -104,5 +108,6 @@ def test_a_number_from_a_command_line_is_a_number(tmp_path):
 
     assert configured("64") == 64
     assert configured("auto") == "auto"
+    assert configured("none") is None
     with pytest.raises(ValueError, match="chunk_tokens='some' must be at least 1, for example 4096, or 'auto'"):
         configured("some")

@@ -84,3 +84,19 @@ def test_a_loss_that_reads_only_log_probs():
     scores = model(scoring_batch=scoring_batch_of(*inputs, chunk_tokens=24, loss=of_logps))
     for parameter, grad in adapter_gradients(model, scores.loss_gradient).items():
         torch.testing.assert_close(grad, wanted[parameter], rtol=1e-6, atol=1e-6 * wanted[parameter].abs().max().item())
+
+
+@pytest.mark.parametrize(("chunk_tokens", "forwards"), [(10**6, 2), (600, 2 * 2), (300, 4 * 2)])
+def test_groups_with_prompts_of_equal_length_share_a_chunk(chunk_tokens, forwards):
+    """Four prompts of 40 tokens with 3 completions each, at most 12 tokens long. A group counts 3 * 52 + 40 tokens."""
+    model = random_model("llama")
+    inputs = padded_batch(prompt_lengths=(40,) * 4, lengths=((12, 12, 12),) * 4)
+    wanted = adapter_gradients(model, loss_of(model(scoring_batch=scoring_batch_of(*inputs))))
+    counts = []
+    hook = model.get_base_model().base_model.register_forward_pre_hook(lambda *_: counts.append(1))
+    scores = model(scoring_batch=scoring_batch_of(*inputs, chunk_tokens=chunk_tokens, loss=loss_of))
+    hook.remove()
+    assert len(counts) == forwards
+    for parameter, grad in adapter_gradients(model, scores.loss_gradient).items():
+        error = (grad - wanted[parameter]).norm() / wanted[parameter].norm()
+        assert error < 1e-6, (parameter, error.item())

@@ -130,9 +130,9 @@ def test_groups_with_prompts_of_equal_length_are_joined():
     three = Siblings(prompts=((8, 9),), rows=(4, 3), lengths=(2, 2), prompt_indices=(0, 0))
     joined = Siblings(prompts=((5, 6), (8, 9)), rows=(0, 4, 3, 2), lengths=(3, 2, 2, 1), prompt_indices=(0, 1, 1, 0))
     assert join_equal_lengths([one, two, three], None, None) == [two, joined]
-    assert join_equal_lengths([one, two, three], 4, 20) == [two, joined]
+    assert join_equal_lengths([one, two, three], 4, 24) == [two, joined]
     assert join_equal_lengths([one, two, three], 3, None) == [two, one, three]
-    assert join_equal_lengths([one, two, three], None, 19) == [two, one, three]
+    assert join_equal_lengths([one, two, three], None, 23) == [two, one, three]
 
 
 def test_chunks_are_limited_by_prompt_and_completion_tokens():
