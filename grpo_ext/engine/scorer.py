@@ -15,6 +15,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from grpo_ext.engine.autocast import without_adapter_casts
 from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, Scores, ScoringBatch, Siblings, find_siblings
 from grpo_ext.engine.out_of_memory import MemoryLimits
 
@@ -132,7 +133,7 @@ class Scorer:
             ref_hidden_BCH=request.ref_hidden_BCH,
             loss=request.loss,
         )
-        with self.autocast():
+        with self.autocast(), without_adapter_casts(model):
             scores: Scores = model(scoring_batch=batch)
         self.limits.observe(chunk_tokens, scores.chunk_tokens, with_graph=with_graph)
         skipped = [row for group in idle for row in group.rows] if request.skip_idle else []

@@ -11,12 +11,14 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
 
+import psutil
 import torch
 from datasets import Dataset
 from safetensors.torch import save_model
@@ -68,6 +70,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # groups of earlier steps, sampled by either process, replace dead ones
     "replayed": (WHOLE_GROUPS, OURS | {"replay_fraction": 1.0, "replay_max_age": 2}),
     "replayed_straddling": (HALF_GROUPS, OURS | {"replay_fraction": 1.0, "num_iterations": 2, "max_steps": 4}),
+    # a micro-batch would fit the first process, but not the second; see `memory_of`
+    "scarce": (HALF_GROUPS, OURS | {"chunk_tokens": "auto"}),
     # episodes of one process may take more turns than those of the other
     "dialogue": (HALF_GROUPS, OURS | {"max_completion_length": 24}),
     # the second process has only masked tokens: it takes TRL's path while the first one shares prompts
@@ -168,6 +172,13 @@ MECHANISMS = {
 }
 
 
+def memory_of(processes: int) -> Callable[[], Any]:
+    """A `psutil.virtual_memory` with 64 GB of free memory in the first process of two, and nothing in others."""
+    is_rich = processes == 2 and os.environ["RANK"] == "0"
+    memory = psutil.virtual_memory()._replace(available=64 * 2**30 if is_rich else 0)
+    return lambda: memory
+
+
 def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     """Train with SGD, at a rate that moves the adapter hundreds of times further than the tolerance of the test."""
     rows, settings = CASES[case]
@@ -204,6 +215,7 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
                 "entropy_coef": 0.0,
                 "reward_workers": 0,
                 "guards": False,
+                "chunk_tokens": None,
             }
             | settings
         ),
@@ -214,7 +226,10 @@ def train(case: str, processes: int, folder: Path) -> dict[str, Any]:
     )
     assert trainer.accelerator.num_processes == processes
     start = adapter_of(trainer)
-    with patch.object(install, "loss_in_chunks", wraps=install.loss_in_chunks) as chunked:
+    with (
+        patch.object(install, "loss_in_chunks", wraps=install.loss_in_chunks) as chunked,
+        patch.object(psutil, "virtual_memory", memory_of(processes) if case == "scarce" else psutil.virtual_memory),
+    ):
         trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     return {
