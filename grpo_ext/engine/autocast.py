@@ -29,7 +29,7 @@ def without_adapter_casts(model: nn.Module) -> Iterator[None]:
     outputs and gradients have the same bits, and two copies of the input per layer are saved.
     """
     is_on = torch.is_autocast_enabled(next(model.parameters()).device.type)
-    layers = [layer for layer in model.modules() if _casts_in_vain(layer)] if is_on else []
+    layers: list[Any] = [layer for layer in model.modules() if _casts_in_vain(layer)] if is_on else []
     try:
         for layer in layers:
             layer.cast_input_dtype_enabled = False
