@@ -34,7 +34,7 @@ class Amount:
 
 
 def parse_amount(text: str) -> Amount | None:
-    """The amount that a normalized text states in two or more units, the larger ones first; None for any other text."""
+    """The amount that a normalized text states in two or more units of one kind; None for any other text."""
     total, end, kinds, sizes = Fraction(0), 0, set[int](), list[int]()
     for part in _PART.finditer(text):
         found = _unit(part[2])
@@ -44,7 +44,7 @@ def parse_amount(text: str) -> Amount | None:
         kinds.add(found[0])
         sizes.append(found[1])
         total += Fraction(part[1]) * found[1]
-    if end < len(text) or len(sizes) < 2 or len(kinds) > 1 or sizes != sorted(set(sizes), reverse=True):
+    if end < len(text) or len(sizes) < 2 or len(kinds) > 1 or len(set(sizes)) < len(sizes):
         return None
     return Amount(kinds.pop(), total)
 

@@ -504,6 +504,7 @@ CASES = [
     # amounts in several units
     ("#### 2 hours and 30 minutes", "2 hours 30 minutes", RIGHT),
     (r"\boxed{2 \text{ hrs } 30 \text{ mins}}", "2 hours, 30 minutes", RIGHT),
+    ("#### 30 minutes and 2 hours", "2 hours and 30 minutes", RIGHT),
     ("#### 150 minutes", "2 hours 30 minutes", RIGHT),
     ("#### 2.5 hours", "2 hours 30 minutes", RIGHT),
     ("#### 1 hour 30 minutes", "90 minutes", RIGHT),
