@@ -5,31 +5,32 @@
 Inside the sandbox a program finds:
 
 - this process's Python with its standard library and no other package, on a read-only root with shared libraries,
-  /dev/null, /dev/urandom and /dev/zero
+  /dev/null and /dev/urandom
 - a new, empty /tmp in memory
 - no network, no /proc, no environment variables, no host processes and no privileges
-- none of the system calls in `grpo_ext.rewards.code.sandbox_policy.DENIED_CALLS`, no file locks (so no SQLite databases
-  in files), and no extended attributes
+- the system calls in `grpo_ext.rewards.code.sandbox_policy.ALLOWED_CALLS` and no others, so no sockets except socket
+  pairs, no file locks (and no SQLite databases in files), and no extended attributes
+- no shared memory without a file, such as `mmap.mmap(-1, size)`, and no semaphores, which `multiprocessing.Pool` needs
 
 When the program ends, or at the deadline, every process that it started is killed.
 
 bubblewrap is a tool for building sandboxes, not a sandbox with a security policy of its own. The protection is what its
 options and the seccomp filter in `sandbox_policy.py` give, and no more. What they do not stop:
 
-- Kernel vulnerabilities: system calls go to the kernel of this machine, and the filter is a deny list: a call that a
-  later kernel adds is allowed until the list names it. Only a virtual machine would change that. gVisor is not
-  supported.
-- Memory use: the kernel limits each process separately, so a program can use up to `memory_mb` x `processes`, and
-  several programs run at the same time. No cgroup limits them together: run the training in one with a memory limit if
-  this matters. A program can also slow down whatever shares its cores.
+- Kernel vulnerabilities: the allowed system calls go to the kernel of this machine. Only a virtual machine would change
+  that. gVisor is not supported.
+- Memory for a moment: the kernel limits each process, and every WATCH_SECONDS all processes of a program are measured
+  together. Until then, a program can use up to `memory_mb` x `processes`. Buffers of pipes and sockets are not counted,
+  and several programs run at the same time, each with its own limit. If this matters, run the training in a control
+  group with a memory limit. A program can also slow down whatever shares its cores.
 - Files without content: they are counted every WATCH_SECONDS, so a program may exceed `files` for that long.
 - Channels by timing: programs that run at the same time can signal each other by the load of shared cores and caches.
   Expected values are in none of them.
 - Reading the shared libraries and the standard library of this machine.
 - With `allow_unsandboxed=True`, nearly anything: the program runs as your user, and can read and write your files, use
   your network and end your processes. It still gets an empty environment, a new working directory, and limits on time,
-  on the memory of a process, on the size of a file and on output. The processes that it starts are killed unless they
-  leave its process group.
+  on memory, on the size of a file and on output. The processes that it starts are killed unless they leave its process
+  group, and their memory counts unless their parent has ended.
 
 If this process runs as root, bwrap creates no user namespace: inside one, the program would still be the machine's root
 user, who is exempt from the limit on processes. Instead, the program switches to a user id that nothing else uses. For
@@ -51,11 +52,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
+from grpo_ext.rewards.code.memory import exceeds
 from grpo_ext.rewards.code.sandbox_policy import bubblewrap_command, host_python, seccomp_filter
 
 # Time limit for starting bwrap and Python on a busy machine. The program's own time starts after that.
 START_TIMEOUT_SECONDS = 30
-WATCH_SECONDS = 0.05  # how often the files in /tmp are counted
+WATCH_SECONDS = 0.05  # how often memory is measured, and the files in /tmp are counted
 # systemd's range for dynamic users, which exist only while a service runs.
 TRANSIENT_USERS = range(61184, 65520)
 LAUNCHER = (Path(__file__).parent / "guest" / "launch.py").read_text(encoding="utf-8")
@@ -67,7 +69,8 @@ class Limits:
 
     Args:
         seconds: wall-clock time from the program's first statement.
-        memory_mb: address space of one process in MiB. Python itself takes about 20.
+        memory_mb: address space of one process in MiB, and memory of all processes of the program together, measured
+            every WATCH_SECONDS. A program that uses more fails. Python itself takes about 20.
         processes: processes and threads at the same time. Not enforced with `allow_unsandboxed`.
         file_mb: total size of /tmp in MiB; with `allow_unsandboxed`, the size of each file.
         files: files and folders in /tmp, counted every WATCH_SECONDS. A program with more of them fails. Not enforced
@@ -179,7 +182,7 @@ class Sandbox:
             if not begun:
                 raise _start_error(self._started.log())
             status: Literal["ok", "failed", "timeout", "output"]
-            status, elapsed = self._started.watch(seconds, self._limits.files)
+            status, elapsed = self._started.watch(seconds, self._limits)
             if status == "timeout" or self._allow_unsandboxed or not self._started.is_clean():
                 self.close()
             stdout = os.pread(output.fileno(), self._limits.output_kb * 1024 + 1, 0)
@@ -255,7 +258,7 @@ class _Started:
         except OSError:
             return False
 
-    def watch(self, seconds: float, files: int) -> tuple[Literal["ok", "failed", "timeout"], float]:
+    def watch(self, seconds: float, limits: Limits) -> tuple[Literal["ok", "failed", "timeout"], float]:
         """Wait for the end of a run. Returns how it ended, and its seconds."""
         begun = time.monotonic()
         while True:
@@ -268,9 +271,15 @@ class _Started:
                 except OSError:
                     message = b""
                 return ("ok" if message == b"0" else "failed"), time.monotonic() - begun
-            if self._is_sandbox and self._used()[0] - self._used_at_start[0] > files:
+            if self._exceeds(limits):
                 self.end()
                 return "failed", time.monotonic() - begun
+
+    def _exceeds(self, limits: Limits) -> bool:
+        """Whether the run exceeds a limit that the kernel does not know."""
+        assert self._process is not None
+        has_too_many_files = self._is_sandbox and self._used()[0] - self._used_at_start[0] > limits.files
+        return has_too_many_files or exceeds(self._process.pid, limits.memory_mb * 2**20)
 
     def is_clean(self) -> bool:
         """Whether the last run left the sandbox as it was."""

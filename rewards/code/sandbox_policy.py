@@ -1,4 +1,4 @@
-"""The policy of the sandbox in `grpo_ext.rewards.code.sandbox`: the options of bubblewrap, and the denied system calls.
+"""The policy of the sandbox in `grpo_ext.rewards.code.sandbox`: its system calls, and bubblewrap's options.
 
 bubblewrap_command(16)  ->  ["/usr/bin/bwrap", "--unshare-pid", ..., "--remount-ro", "/"]
 seccomp_filter()        ->  a BPF program, compiled by libseccomp and loaded by bwrap
@@ -19,29 +19,58 @@ MISSING_MESSAGE = (
     "or pass allow_unsandboxed=True after reading the docstring of grpo_ext.rewards.code.sandbox."
 )
 
-# System calls that fail with EPERM: those that an attack on the kernel might need and the standard library does not,
-# all sockets except socket pairs, memory that is not covered by any limit (such as extended attributes), and locks,
-# leases, queues and notifications, by which programs that run at the same time could signal each other.
-DENIED_CALLS = """
-    acct add_key adjtimex bpf cachestat chroot clock_adjtime clock_settime delete_module fanotify_init finit_module
-    flock fsconfig fsetxattr fsmount fsopen fspick init_module inotify_add_watch inotify_init inotify_init1
-    io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie
-    lsetxattr mbind memfd_create memfd_secret migrate_pages modify_ldt mount mount_setattr move_mount move_pages
-    mq_open msgget name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality pidfd_getfd
-    pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot request_key
-    semget set_mempolicy setdomainname sethostname setns settimeofday setxattr setxattrat shmget socket swapoff swapon
-    syslog umount2 unshare uselib userfaultfd vhangup vmsplice
+# The system calls that a program may make with any arguments. `CONDITIONAL_CALLS` has those that depend on them. All
+# others fail with ENOSYS, as on a kernel without them, so the C library falls back to older calls.
+ALLOWED_CALLS = """
+    access alarm arch_prctl brk chdir chmod chown clock_getres clock_gettime clock_nanosleep close close_range
+    copy_file_range creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd
+    eventfd2 execve execveat exit exit_group faccessat faccessat2 fallocate fchdir fchmod fchmodat fchmodat2 fchown
+    fchownat fdatasync fgetxattr flistxattr fork fstat fstatfs fsync ftruncate futex futex_waitv futimesat get_mempolicy
+    get_robust_list getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid
+    getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt
+    gettid gettimeofday getuid getxattr kill lchown lgetxattr link linkat listxattr llistxattr lseek lstat madvise
+    membarrier mkdir mkdirat mknod mknodat mprotect mremap msync munmap nanosleep newfstatat open openat openat2 pause
+    pidfd_open pidfd_send_signal pipe pipe2 poll ppoll prctl pread64 preadv preadv2 pselect6 pwrite64 pwritev pwritev2
+    read readlink readlinkat readv recvfrom recvmmsg recvmsg rename renameat renameat2 restart_syscall rmdir rseq
+    rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
+    sched_getscheduler sched_rr_get_interval sched_yield select sendfile sendmmsg sendmsg sendto set_robust_list
+    set_tid_address setfsgid setfsuid setgid setgroups setitimer setpgid setregid setresgid setresuid setreuid setrlimit
+    setsid setuid shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink symlinkat sysinfo tee tgkill
+    time timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
+    timerfd_settime times tkill truncate umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write
+    writev
 """
-# The commands of fcntl for locks, leases and notifications, which fail with EPERM too.
-DENIED_FCNTL = (
-    *(5, 6, 7),  # F_GETLK, F_SETLK, F_SETLKW
-    *(36, 37, 38),  # F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW
-    *(1024, 1025, 1026),  # F_SETLEASE, F_GETLEASE, F_NOTIFY
-)
-# Calls that change another process if their argument of this number is not 0: runs share the process that starts them.
-DENIED_TO_OTHERS = {"prlimit64": 0, "sched_setaffinity": 0, "sched_setattr": 0, "sched_setparam": 0}
-DENIED_TO_OTHERS |= {"sched_setscheduler": 0, "setpriority": 1, "ioprio_set": 1}
-CLONE_NEWUSER = 0x10000000
+CLONE_NAMESPACES = 0x7E020000  # CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID and _NEWNET
+MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
+AF_UNIX = 1
+# A call is allowed if, for one of its rows, argument number `argument`, masked with `mask`, equals `value`.
+CONDITIONAL_CALLS: dict[str, list[tuple[int, int, int]]] = {
+    "clone": [(0, CLONE_NAMESPACES, 0)],
+    # no locks, leases and notifications, by which programs that run at the same time could signal each other
+    "fcntl": [
+        (1, 2**32 - 1, command)
+        for command in (
+            *(0, 1, 2, 3, 4),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL
+            *(1030, 1031, 1032),  # F_DUPFD_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ
+        )
+    ],
+    "ioctl": [
+        (1, 2**32 - 1, request)
+        for request in (
+            *(0x5401, 0x5413),  # TCGETS, TIOCGWINSZ: whether this is a terminal, and its size
+            *(0x541B, 0x5421, 0x5450, 0x5451),  # FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+        )
+    ],
+    # no shared memory without a file: it stays in use after all but one page of it is unmapped, and no limit counts it
+    "mmap": [(3, MAP_SHARED | MAP_ANONYMOUS, flags) for flags in (0, MAP_SHARED, MAP_ANONYMOUS)],
+    "socketpair": [(0, 2**32 - 1, AF_UNIX)],
+    # of the calling process only: runs share the process that starts them
+    **{
+        name: [(0, 2**32 - 1, 0)]
+        for name in ("prlimit64", "sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler")
+    },
+}
 
 
 def host_python() -> Path:
@@ -73,7 +102,7 @@ def bubblewrap_command(file_mb: int) -> list[str]:
 
 @functools.cache
 def _mounts() -> tuple[str, ...]:
-    """The options for the read-only root: shared libraries, Python with its standard library, and three devices."""
+    """The options for the read-only root: shared libraries, Python with its standard library, and two devices."""
     options = []
     prefix = Path(sys.base_prefix).resolve()
     libraries = [Path(base) / name for base in ("/", "/usr", prefix) for name in ("lib", "lib64")]
@@ -88,7 +117,7 @@ def _mounts() -> tuple[str, ...]:
     for folder in dict.fromkeys([*packages, "/usr/lib/python3/dist-packages"]):
         if Path(folder).is_dir():
             options += ["--tmpfs", folder, "--remount-ro", folder]
-    for device in ("/dev/null", "/dev/urandom", "/dev/zero"):
+    for device in ("/dev/null", "/dev/urandom"):
         options += ["--dir", "/dev", "--dev-bind", device, device]
     return tuple(options)
 
@@ -112,32 +141,28 @@ def seccomp_filter() -> bytes:
         RuntimeError: libseccomp is not installed.
     """
     allow, fail = 0x7FFF0000, 0x00050000  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO
-    not_equal, masked_equal = 1, 7  # SCMP_CMP_NE, SCMP_CMP_MASKED_EQ
+    masked_equal = 7  # SCMP_CMP_MASKED_EQ
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
         raise RuntimeError(MISSING_MESSAGE.format(what="libseccomp", package="libseccomp2")) from None
     library.seccomp_init.restype = ctypes.c_void_p
-    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(allow)))
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(fail | errno.ENOSYS)))
 
-    def deny(name: str, error: int, *comparisons: _Comparison) -> None:
+    def allow_call(name: str, *comparisons: _Comparison) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        if number >= 0:  # negative if this architecture has no such call
+        if number >= 0:  # negative if this architecture, or this version of libseccomp, has no such call
             array = (_Comparison * len(comparisons))(*comparisons)
-            action = ctypes.c_uint32(fail | error)
-            failed = library.seccomp_rule_add_array(context, action, number, len(comparisons), array)
+            failed = library.seccomp_rule_add_array(context, ctypes.c_uint32(allow), number, len(comparisons), array)
             assert not failed, (name, failed)
 
-    for name in DENIED_CALLS.split():
-        deny(name, errno.EPERM)
-    for command in DENIED_FCNTL:
-        deny("fcntl", errno.EPERM, _Comparison(1, masked_equal, 2**32 - 1, command))
-    for name, argument in DENIED_TO_OTHERS.items():
-        deny(name, errno.EPERM, _Comparison(argument, not_equal, 0, 0))
-    deny("setpriority", errno.EPERM, _Comparison(0, not_equal, 0, 0))  # of a group, or of a user
-    deny("ioprio_set", errno.EPERM, _Comparison(0, not_equal, 1, 0))
-    deny("clone", errno.EPERM, _Comparison(0, masked_equal, CLONE_NEWUSER, CLONE_NEWUSER))
-    deny("clone3", errno.ENOSYS)  # a filter cannot read its flags; the C library falls back to clone
+    for name in ALLOWED_CALLS.split():
+        allow_call(name)
+    for name, rows in CONDITIONAL_CALLS.items():
+        for argument, mask, value in rows:
+            allow_call(name, _Comparison(argument, masked_equal, mask, value))
+    # priority of the calling process: PRIO_PROCESS, 0
+    allow_call("setpriority", _Comparison(0, masked_equal, 2**32 - 1, 0), _Comparison(1, masked_equal, 2**32 - 1, 0))
     with FileIO(os.memfd_create("filter"), "r+") as file:
         failed = library.seccomp_export_bpf(context, file.fileno())
         assert not failed, failed

@@ -13,8 +13,9 @@ This module splits lists, tuples, sets, intervals, equations and inequalities in
 - The value alone matches a gold equation that names it: 3 matches `|AB| = 3`, and (3, 2) matches `(p,q) = (3,2)`. The
   right side of a curve, `x+y = 1`, does not.
 - Numbers with different units are paired by them: `2 girls and 3 boys` matches `3 boys and 2 girls`.
-- Times of day and ratios are compared by `grpo_ext.rewards.math.colons`.
-- `x > 5` is `(5,\infty)`. A union of intervals is a list of them.
+- Times of day and ratios are compared by `grpo_ext.rewards.math.colons`. An amount in several units, such as
+  `2 hours 30 minutes`, matches the same amount in other units of its kind (`grpo_ext.rewards.math.amounts`).
+- `x > 5` is `(5,\infty)`, and `1 < |x| < 2` is `(-2,-1) \cup (1,2)`. A union of intervals is a list of them.
 - If the gold answer is a number, the answer must be one too: unevaluated arithmetic does not match.
 - Phrases are compared ignoring case and white space.
 """
@@ -23,6 +24,7 @@ import re
 from dataclasses import dataclass
 from operator import itemgetter
 
+from grpo_ext.rewards.math.amounts import Amount, amount_of, parse_amount
 from grpo_ext.rewards.math.colons import colons_match, has_colons
 from grpo_ext.rewards.math.expression import expressions_match, parse_expression, relations_match
 from grpo_ext.rewards.math.latex import bracket_depths, match_outer_brackets, normalize, split_outside_brackets
@@ -45,6 +47,7 @@ _PHRASE = re.compile(
     r"(?=.*(?:[A-Za-z]{3}|[^\x00-\x7f]))[^\W\d_]{1,24}(?:[ '-]+\w{1,24}){0,4}"
     r"|\d{1,2}:\d\d(?: ?[AaPp]\.?[Mm]\.?)?"
 )
+_ABSOLUTE = re.compile(r"\|[A-Za-z]\|")
 _BASED_NUMBER = re.compile(r"\(?([0-9A-F]+)\)?_ ?\{?(\d{1,2})\}?")
 _SET_BUILDER = re.compile(r"([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?(?:\||\\mid(?![A-Za-z])|:) ?(?=.*\1)(.+)")
 _REAL_LINE = {r"\mathbb{R}", r"\mathbb R", "all real numbers", "all reals"}
@@ -83,7 +86,7 @@ class Relation:
     is_approximate: bool = False
 
 
-ParsedAnswer = Number | str | Collection | Relation
+ParsedAnswer = Number | str | Collection | Relation | Amount
 
 
 def parse_answer(text: str) -> ParsedAnswer | None:
@@ -108,7 +111,7 @@ def is_parseable(answer: ParsedAnswer | None) -> bool:
         )
     if isinstance(answer, str):
         return bool(_PHRASE.fullmatch(answer)) or has_colons(answer) or parse_expression(answer) is not None
-    return isinstance(answer, Number)
+    return isinstance(answer, Number | Amount)
 
 
 def is_fully_evaluated(answer: ParsedAnswer) -> bool:
@@ -117,7 +120,7 @@ def is_fully_evaluated(answer: ParsedAnswer) -> bool:
         return all(map(is_fully_evaluated, answer.items))
     if isinstance(answer, Relation):
         return bool(_SYMBOL.fullmatch(answer.name)) and all(map(is_fully_evaluated, answer.values))
-    return isinstance(answer, Number) and answer.in_lowest_terms
+    return isinstance(answer, Amount) or (isinstance(answer, Number) and answer.in_lowest_terms)
 
 
 def answers_match(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
@@ -129,6 +132,9 @@ def answers_match(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
         return answers_match(gold, last) and all(
             answers_match(gold, step) or _evaluates_to(gold, step) for step in steps
         )
+    if isinstance(gold, Amount) or isinstance(answer, Amount):
+        amounts = [amount_of(part) if isinstance(part, Number) else part for part in (gold, answer)]
+        return amounts[0] == amounts[1]
     if isinstance(gold, Collection) or isinstance(answer, Collection):
         return isinstance(gold, Collection) and isinstance(answer, Collection) and _items_match(gold, answer)
     if isinstance(gold, Number):
@@ -148,6 +154,8 @@ def _parse(text: str) -> ParsedAnswer:
     wrapped = match_outer_brackets(text)
     if wrapped and wrapped[0] == "{":
         return _parse(wrapped[1])
+    if amount := parse_amount(text):
+        return amount
     if text in _REAL_LINE:
         return Collection("()", (r"-\infty", r"\infty"))
     if ";" in text and "," in text:
@@ -196,6 +204,8 @@ def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
     if not all(sign in ("<", r"\le", r"\ne") for sign in signs):
         return Relation()
     sides = (parts[0], signs[0], parts[1]) if len(parts) == 2 else None
+    if intervals := _absolute_intervals(parts, signs):
+        return Relation(intervals[0], (intervals[1],), sides)
     symbols = [place for place, part in enumerate(parts) if _SYMBOL.fullmatch(part)]
     if len(symbols) != 1 or len(parts) > 3 or (len(parts) == 3 and symbols != [1]) or r"\ne" in signs:
         return Relation(sides=sides)
@@ -204,6 +214,26 @@ def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
     high = (parts[place + 1], signs[place]) if place + 1 < len(parts) else (r"\infty", "<")
     brackets = ("(" if low[1] == "<" else "[") + (")" if high[1] == "<" else "]")
     return Relation(parts[place], (Collection(brackets, (_parse(low[0]), _parse(high[0]))),), sides)
+
+
+def _absolute_intervals(parts: list[str], signs: list[str]) -> tuple[str, Collection] | None:
+    """The unknown and the intervals of `|x| < 2`, `1 < |x|` or `1 < |x| < 2`; None for any other relation."""
+    places = [place for place, part in enumerate(parts) if _ABSOLUTE.fullmatch(part)]
+    bounds = [parse_number(part) for part in parts if not _ABSOLUTE.fullmatch(part)]
+    if len(places) != 1 or len(parts) > 3 or not all(bound and bound.value >= 0 for bound in bounds):
+        return None
+    (place,) = places
+    if r"\ne" in signs or (len(parts) == 3 and place != 1):
+        return None
+    low = parts[0] if place else None
+    high = parts[-1] if place + 1 < len(parts) else r"\infty"
+    outer = ("(", ")") if place + 1 == len(parts) or signs[place] == "<" else ("[", "]")
+    if low is None:
+        return parts[place][1], Collection(outer[0] + outer[1], (_parse("-" + high), _parse(high)))
+    inner = (")", "(") if signs[0] == "<" else ("]", "[")
+    negative = Collection(outer[0] + inner[0], (_parse("-" + high), _parse("-" + low)))
+    positive = Collection(inner[1] + outer[1], (_parse(low), _parse(high)))
+    return parts[place][1], Collection("{}", (negative, positive))
 
 
 def _is_name(text: str) -> bool:

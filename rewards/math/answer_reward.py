@@ -16,8 +16,8 @@ following score 0.0:
 
 Known limits:
 
-- Units are not compared: 5 km equals 5 m. Only months, points of the compass, am and pm, and moduli are; and in a list,
-  the names of things: 3 boys and 2 girls.
+- Units are not compared: 5 km equals 5 m. Only months, points of the compass, am and pm, and moduli are; in a list, the
+  names of things: 3 boys and 2 girls; and the units of an amount in several units: 2 hours 30 minutes is 150 minutes.
 - Upper-case and lower-case letters are the same variable.
 - A bare list is unordered: write the gold answer as (1, 2, 3) if the order matters.
 - Products of three or more bare letters, such as `xyz`, are compared as words.
@@ -27,6 +27,9 @@ Known limits:
 - An exact value together with a rounded one (`\sqrt{2} \approx 1.41`) counts as two candidates, unless the gold answer
   is written so.
 - Roots of negative numbers are complex, including the cube root of -8.
+- Variables are real numbers, so \cos(\pi n) is not (-1)^n. Degrees are numbers, so \sin(90^\circ-x) is not \cos(x).
+- Systems of equations in a `cases` environment are compared as text.
+- `\boxed 42` without braces, and a lone `= 42`, are not final answers.
 - A fraction need not be in lowest terms, unless it was copied from the prompt.
 - A gold answer that cannot be parsed matches the same text only. Completions that copy it from the prompt are not
   scored. The search covers the end of a prompt, 4,000 characters.

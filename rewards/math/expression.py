@@ -1,4 +1,4 @@
-r"""Parses expressions, matrices and sets in LaTeX with Math-Verify, and compares them within bounded time.
+r"""Parses expressions, matrices and sets in LaTeX, and compares them within bounded time.
 
     expressions_match("(x+1)^2", "x^2+2x+1")  ->  True
 
@@ -7,9 +7,10 @@ their values agree at fixed pseudo-random points, to 30 digits beyond those of t
 shows however large the numbers are, and no rounded number passes. Piecewise functions are compared at more points, on
 both sides of their breaks. Only sets are compared by Math-Verify.
 
-Some input is rejected before it is parsed: expressions that can grow without bound (towers of powers, factorials of
-large numbers) and those that would have to be computed (integrals, sums, limits). So little depends on the time limit,
-which works only in the main thread.
+Frequent expressions are read by `grpo_ext.rewards.math.plain_expression`, all others by Math-Verify. Some input is
+rejected before it is parsed: expressions that can grow without bound (towers of powers, factorials of large numbers)
+and those that would have to be computed (integrals, sums, limits). So little depends on the time limit, which works
+only in the main thread.
 """
 
 import logging
@@ -30,6 +31,7 @@ from latex2sympy2_extended.antlr_parser import PSParser
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.function import AppliedUndef
 
+from grpo_ext.rewards.math.plain_expression import parse_plain_expression
 from grpo_ext.rewards.workers.deadline import DeadlineExceeded, run_with_deadline
 
 Expression: TypeAlias = sympy.Basic | sympy.MatrixBase
@@ -134,6 +136,9 @@ def parse_expression(text: str) -> Expression | None:
     text = re.sub(r"(\d*)\.(\d+)", lambda d: rf"\frac{{{int(d[1] + d[2])}}}{{{10 ** len(d[2])}}}", text)
     text = re.sub(r"(?<![_\d])(\d+)\s*\(", r"\1\\cdot(", text)
     text = re.sub(r"\^\{(\w)\}(?=\s*(?:[-+)}]|$))", r"^\1", text)  # the parser is faster without braces
+    plain = parse_plain_expression(text)
+    if plain is not None:
+        return plain if _magnitude_bits(plain) <= MAX_BITS else None
     if len(PSParser.sharedContextCache.cache) > MAX_PARSER_STATES:  # the parser never evicts any
         PSParser.sharedContextCache = PredictionContextCache()
         PSParser.decisionsToDFA = [DFA(state, number) for number, state in enumerate(PSParser.atn.decisionToState)]

@@ -1,4 +1,4 @@
-"""Thousands of mutated completions through every reward: no exception, no timeout, no memory leak.
+"""Thousands of mutated completions through every reward: no exception, no timeout, no memory leak, one score each.
 
 To test another reward, add a line to REWARDS. Programs run as processes, so `program_reward` gets only every 20th
 completion. With THOROUGH=1 in the environment there are 20,000 completions, and it gets all of them, which takes tens
@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from grpo_ext.rewards import ProgramReward, coherence_reward, format_reward, len
 from grpo_ext.rewards.code.sandbox import Limits
 from grpo_ext.rewards.logic import logic_problems, logic_reward
 from tests.tools.lanes import THOROUGH
+from tests.tools.paths import ROOT
 
 EXAMPLES, DIFFERENT = (23_000, 20_000) if THOROUGH else (2_400, 2_000)  # hypothesis generates some texts twice
 # CPU time per completion; an expression may take 2 s to parse and 2 s to compare.
@@ -131,13 +133,17 @@ EDITS = st.lists(st.tuples(st.integers(0, 99), st.sampled_from(TOKENS)), min_siz
 MUTATED = st.builds(spliced, st.sampled_from(CORPUS), EDITS)
 
 
+def score(case: Case, number: int, completion: str) -> float | None:
+    columns = {key: [value] for key, value in case.columns(number).items()}
+    return case.reward([completion], **columns)[0]
+
+
 def score_seconds(case: Case, number: int, completion: str) -> float:
     """Score one completion, check its score, and return the seconds of CPU time that it took."""
-    columns = {key: [value] for key, value in case.columns(number).items()}
     started = cpu_seconds()
-    (score,) = case.reward([completion], **columns)
+    received = score(case, number, completion)
     seconds = cpu_seconds() - started
-    assert score is None or (math.isfinite(score) and 0 <= score <= 1), (case.reward, completion, score)
+    assert received is None or (math.isfinite(received) and 0 <= received <= 1), (case.reward, completion, received)
     return seconds
 
 
@@ -169,6 +175,34 @@ def test_mutated_completions():
     assert len(seen) >= DIFFERENT
     assert max(slowest.values())[0] < SECONDS, slowest
     assert peak_megabytes() - before < MEGABYTES
+
+
+SCORES = """
+import random
+from tests.rewards.test_rewards_fuzz import CORPUS, REWARDS, TOKENS, score, spliced
+for number in range({count}):
+    rng = random.Random(number)
+    edits = [(rng.randrange(100), rng.choice(TOKENS)) for _ in range(rng.randrange(1, 6))]
+    completion = spliced(rng.choice(CORPUS), edits)
+    print(number, [score(case, number, completion) for case in REWARDS if number % case.every == 0])
+"""
+
+
+def test_scores_are_the_same_in_every_process():
+    """The order of sets differs from process to process. A resumed run would score the same completions otherwise."""
+    script = SCORES.format(count=2000 if THOROUGH else 200)
+    scores = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout.splitlines()
+        for seed in ("1", "2")
+    ]
+    assert len(scores[0]) >= 200
+    assert scores[0] == scores[1]
 
 
 HUGE = [
