@@ -89,8 +89,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-# Size, stride and dtype of the output of an operation on meta tensors, by operation and arguments. Most kernels for meta
-# tensors are written in Python and take most of the time of a plan. The layers of a model repeat the same few calls.
+# Size, stride and dtype of the output of an operation on meta tensors, by operation and arguments. The layers of a
+# model repeat a few calls. Most kernels of the meta device are in Python and would take most of the time of a plan.
 _outputs: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 MAX_OUTPUTS = 2**16
 
