@@ -9,6 +9,7 @@ the backward are included, as in a real run. Not counted: the workspace inside a
 and memory that the allocator keeps reserved.
 """
 
+import functools
 import weakref
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -52,7 +53,7 @@ class MemoryCounter(TorchDispatchMode):
         if len({tensor.is_meta for tensor in inputs}) > 1:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
             inputs = list(_tensors((args, kwargs)))
-        output = _run_with_full_masks(func, args, kwargs)
+        output = _run(func, args, kwargs, inputs)
         input_keys = {_key(tensor) for tensor in inputs}
         for tensor in _tensors(output):
             if _key(tensor) not in input_keys:
@@ -86,6 +87,48 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+# Size, stride and dtype of the output of an operation on meta tensors, by operation and arguments. The layers of a
+# model repeat a few calls. Most kernels of the meta device are in Python and would take most of the time of a plan.
+_outputs: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+MAX_OUTPUTS = 2**16
+
+
+def _run(func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+    """Run the operation. On meta tensors, create the output directly if the same call has been run before."""
+    if not (inputs and inputs[0].is_meta) or _aliases(func):
+        return _run_with_full_masks(func, args, kwargs)
+    call = func, _described(args), _described(kwargs)
+    if call in _outputs:
+        size, stride, dtype = _outputs[call]
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    output = _run_with_full_masks(func, args, kwargs)
+    if isinstance(output, Tensor) and output.is_meta and _key(output) not in map(_key, inputs):
+        size, stride, dtype = output.shape, output.stride(), output.dtype
+        again = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        if again.untyped_storage().nbytes() == output.untyped_storage().nbytes():
+            if len(_outputs) >= MAX_OUTPUTS:
+                _outputs.clear()
+            _outputs[call] = size, stride, dtype
+    return output
+
+
+@functools.cache
+def _aliases(func: Any) -> bool:
+    """Whether the operation writes to an argument or returns a view of it."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
+
+
+def _described(value: Any) -> Hashable:
+    """What the output of an operation on meta tensors depends on. Types are included, since 1 == 1.0 == True."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return type(value), *map(_described, value)
+    if isinstance(value, dict):
+        return tuple((name, _described(part)) for name, part in value.items())
+    return type(value), value
 
 
 def _run_with_full_masks(func: Any, args: Any, kwargs: Any) -> Any:

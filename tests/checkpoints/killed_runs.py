@@ -44,7 +44,7 @@ KILLS, MAX_KILLS = 20 if THOROUGH else 6, 60  # more than KILLS if some phase wa
 PHASES = ("other", "generate", "backward", "save")
 # Uses everything that a checkpoint must contain; saves in the middle of rollouts.
 RUN: dict[str, Any] = {
-    "max_steps": 60,
+    "max_steps": 60 if THOROUGH else 36,
     "save_strategy": "steps",
     "save_steps": 3,
     "save_total_limit": 2,

@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files
 from grpo_ext.report.run_reader import read_metrics
-from tests.tools.lanes import slow_but
+from tests.tools.lanes import slow_but, thinned
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import PROMPTS, half_dead, likes_step_two, share_of_digits
 from tests.tools.training import adapter_of, log_of
@@ -202,7 +202,7 @@ def test_an_existing_checkpoint_is_replaced(saved, again):
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.parametrize("limit", slow_but([1, 2, 3], [2]))
+@pytest.mark.parametrize("limit", slow_but(thinned([1, 2, 3], [3]), [2]))
 def test_rotation_keeps_the_same_checkpoints_as_transformers(build, small_model, tmp_path, limit):
     """Both always keep the newest and the best."""
     kept = {}

@@ -16,7 +16,7 @@ from grpo_ext.evaluation.complete import evaluate
 from grpo_ext.report.heldout_file import evaluation_metrics
 from grpo_ext.rewards.workers.pool import isolated
 from tests.rewards.worker_rewards import logged
-from tests.tools.lanes import slow_but, thinned
+from tests.tools.lanes import THOROUGH, slow_but, thinned
 from tests.tools.metrics import comparable
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import PROMPTS, half_dead, likes_step_two, share_of_digits
@@ -69,14 +69,16 @@ MATRIX = {
     "cosine, warm-up, AdamW's decay": {"lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
     "dropout": {"disable_dropout": False, "peft_config": random_lora(lora_dropout=0.1)},
 }
-# Steps to resume from. The other cases resume from step 5 only.
+# Steps to resume from; all but the first with THOROUGH=1. The other cases resume from step 5 only.
 RESUMED_STEPS = {
-    "one rollout per step, epochs of two": [3, 4],
-    "four steps on a rollout": [3, 4, 5],
+    "one rollout per step, epochs of two": [4, 3],
+    "four steps on a rollout": [4, 3, 5],
     "saved at the end of an epoch": [2, 4],
     "saved if best, a log every third step": [2],
     "evaluated during training": [4, 5],
 }
+if not THOROUGH:
+    RESUMED_STEPS = {name: steps[:1] for name, steps in RESUMED_STEPS.items()}
 
 
 @pytest.fixture
@@ -109,11 +111,15 @@ def completions_in(folder):
 THOROUGH_ONLY = (
     "micro-batches of half groups",
     "a log every third step",
+    "plain path",
     "dapo",
+    "exact KL in chunks",
     "KL in the log",
     "linear temperature",
     "dead groups skipped",
     "copied reference",
+    "adapter on the head",
+    "stop strings",
     "cosine, warm-up, AdamW's decay",
 )
 

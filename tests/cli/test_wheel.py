@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import markdown
+from tests.tools.lanes import THOROUGH
 from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL, tracked_files
 from tests.tools.waiting import PATIENCE
 
@@ -166,6 +167,7 @@ def test_training_elsewhere(elsewhere, installed, tmp_path):
     assert "50 rows" in elsewhere("grpo-ext", "audit", "--data", str(TINY_DATA / "test.jsonl"))
 
 
+@pytest.mark.skipif(not THOROUGH, reason="run with THOROUGH=1: others launch recipes, and train with this wheel")
 def test_a_launched_module_elsewhere(installed, tmp_path):
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "-m", "grpo_ext.recipes.math"]
     output = run(installed / "python", *launcher, *SHORT, "--dry_run", "--output_dir", "run", cwd=tmp_path)

@@ -79,7 +79,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 # Each of these has the settings of other cases, or a loss that another test trains; they run with THOROUGH=1.
-THOROUGH_ONLY = ("straddling_plain", "whole_model", "mixed_dr_grpo", "exact_kl_grpo", "skipped_chunks", "replayed")
+THOROUGH_ONLY = (
+    "straddling",
+    "straddling_plain",
+    "whole_model",
+    "mixed_dr_grpo",
+    "exact_kl_grpo",
+    "skipped_chunks",
+    "replayed",
+)
 CASES = {name: case for name, case in CASES.items() if THOROUGH or name not in THOROUGH_ONLY}
 
 
