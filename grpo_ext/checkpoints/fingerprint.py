@@ -33,6 +33,7 @@ MAY_DIFFER = {
     *("log_completions", "log_multimodal", "log_unique_prompts", "log_completions_hub_repo"),
     *("num_completions_to_print", "num_generations_eval", "trust_remote_code", "ds3_gather_for_generation"),
     *("chunk_tokens", "reward_workers", "reward_timeout", "guards", "dry_run", "kl_stop"),
+    "max_hours",
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
     *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
     "model_init_kwargs",  # compared by their effect: the weights, the dtype and the config of the model

@@ -12,12 +12,15 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grpo_ext.config import DEFAULTS, RESOLVED_DEFAULTS
@@ -28,7 +31,8 @@ from grpo_ext.report.run_files import SETTINGS_FILE
 ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
 REPLACED_FIELDS = ("accelerator_config",)  # transformers replaces their values with its own objects
 REDACTED = "(hidden)"
-COMMAND = "grpo-ext"
+COMMAND, RESUME = "grpo-ext", "resume_from_checkpoint"
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "accelerate.commands.launch")
 PACKAGES = Path(__file__).resolve().parents[2]  # the checkout or site-packages
 
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|password|passwd|secret|key|credentials?)$", re.IGNORECASE)
@@ -110,6 +114,33 @@ def command_line() -> str:
     if module is not None and module.origin == str(program):  # started with -m
         return f"{launcher} -m {shlex.join([module.name.removesuffix('.__main__'), *arguments])}"
     return f"{launcher} {shlex.join([str(redact(str(program.resolve()))), *arguments])}"
+
+
+def resume_command(*, resumes: bool = True) -> str:
+    """The command of this process, or of its launcher, that continues this run when typed in the same folder; with
+    `resumes=False`, the one that started it. Secrets are hidden. The launcher must still be running."""
+    command = sys.orig_argv
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
+        with suppress(psutil.Error):
+            launched = psutil.Process(os.getppid()).cmdline()
+            if any(Path(part).name in LAUNCHERS or part in LAUNCHERS for part in launched[:3]):
+                command = launched
+    program = Path(command[1]) if len(command) > 1 else Path()
+    if program.stem in (COMMAND, *LAUNCHERS) and program.parent == Path(sys.executable).parent:  # an installed command
+        on_path = shutil.which(program.stem)
+        command = [program.stem if on_path and Path(on_path) == program else str(program), *command[2:]]
+    arguments, is_value = [], False
+    for argument in command:
+        flag, equals, _ = argument.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if resumes and (is_value or (name == RESUME and flag != name)):
+            is_value = not (is_value or equals)
+            continue
+        hides = bool(arguments and arguments[-1].startswith("-") and _SECRET_NAME.search(arguments[-1]))
+        if hides or (equals and flag != name and _SECRET_NAME.search(flag)):
+            argument = f"{flag}={REDACTED}" if equals and not hides else REDACTED
+        arguments.append(_SECRET_VALUE.sub(REDACTED, argument))
+    return shlex.join([*arguments, f"--{RESUME}", "last"] if resumes else arguments)
 
 
 def _short_path(path: str) -> str:
