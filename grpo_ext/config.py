@@ -151,6 +151,10 @@ class GRPOExtConfig(GRPOConfig):
             the last one of the session: it is saved, and the run ends; `resume_from_checkpoint="last"` continues it.
             None (default) for no limit. Recommended: None; the limit of a batch job, less the time of one step, of a
             save and of the report.
+        accept_changes: names of settings, separated by commas, that may differ from those of the checkpoint that the
+            run resumes from, for example "learning_rate,reward_funcs"; None (default) for none. The message that
+            refuses a checkpoint gives the names. The run continues with the new values, and `run.json` records them.
+            Recommended: None.
 
     Raises:
         ValueError: the settings cannot be trained together. The message gives the value received and a valid one.
@@ -348,6 +352,13 @@ class GRPOExtConfig(GRPOConfig):
             "help": "Hours, above 0, fractions allowed: after this time, save and end the run at the end of a step; "
             "unset for no limit. Recommended: unset; the limit of a batch job, less the time of one step, of a save "
             "and of the report."
+        },
+    )
+    accept_changes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings, separated by commas, that may differ from those of the checkpoint to resume from, for "
+            "example learning_rate,reward_funcs; unset for none. Recommended: unset."
         },
     )
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from grpo_ext import refusals
 from grpo_ext.checkpoints.files import is_foreign
-from grpo_ext.checkpoints.fingerprint import fingerprint
+from grpo_ext.checkpoints.fingerprint import OPTIMIZER_SETTINGS, fingerprint
+from grpo_ext.checkpoints.hyperparameters import Hyperparameters
 from grpo_ext.checkpoints.resume import Checkpoints
 from grpo_ext.checkpoints.stop import Stop
 from grpo_ext.checks.preflight import before_training, before_weights, try_rewards
@@ -291,7 +292,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._reward_watch = RewardWatch(args.reward_timeout)
         close_with(self, self.reward_funcs)
         self.add_callback(CompletionsFile())
-        self.add_callback(SettingsFile())
+        self.add_callback(SettingsFile(lambda: self._checkpoints.accepted))
         if self.parts.watch is not None:
             self.add_callback(self.parts.watch)
         self.add_callback(MetricsFile())
@@ -415,15 +416,31 @@ class GRPOExtTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        built = Hyperparameters.of(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or is_foreign(Path(checkpoint)):
             return
+        accepted = self._checkpoints.just_accepted
+        if accepted & OPTIMIZER_SETTINGS:
+            built.put_into(self.optimizer, self.lr_scheduler)
         if self._train_sampler is not None:
             for _ in range(int(self.state.epoch)):  # each pass over the data samples its order at its start
                 next(iter(self._train_sampler))
         self._checkpoints.load(Path(checkpoint))
+        if self._checkpoints.changes_processes:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if "temperature" in accepted:
+            self.parts.temperature.temperature = self.args.temperature
         if self.parts.temperature.temperature != self.temperature:
             self._set_temperature(self.parts.temperature.temperature)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._checkpoints.changes_processes:
+            set_seed(
+                self.args.seed + self.state.global_step, device_specific=True
+            )  # not the numbers of the first steps
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         losses, self._resumed_losses = self._resumed_losses, Losses()  # transformers starts at 0 in each session

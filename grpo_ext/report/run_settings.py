@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -40,7 +40,14 @@ _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/@\s
 
 
 class SettingsFile(TrainerCallback):
-    """Writes `output_dir/run.json` at the start of training."""
+    """Writes `output_dir/run.json` at the start of training.
+
+    Args:
+        accepted_changes: returns the changes of settings that the run was resumed with (`checkpoints/resume.py`).
+    """
+
+    def __init__(self, accepted_changes: Callable[[], list[dict[str, Any]]] = list):
+        self._accepted_changes = accepted_changes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +71,7 @@ class SettingsFile(TrainerCallback):
             "total_parameters": total,
             "settings": settings,
             "changed": _changed_settings(args, settings),
+            "accepted_changes": redact(self._accepted_changes()),
             "adapter": _adapter_settings(model),
             "versions": {"python": platform.python_version(), **package_versions()},
         }
