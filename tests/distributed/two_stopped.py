@@ -1,6 +1,8 @@
 """Started by test_processes.py in two processes: runs that a signal or a time limit stops, and their continuations.
 
 FOLDER/<case>-<process>.pt      {"reason": ..., "step": ..., "adapter": ...}, after the continuation
+FOLDER/two, FOLDER/in-rollout   runs of two processes, for one process to continue
+FOLDER/one-then-two             continues the run of one process in FOLDER/one
 """
 
 import os
@@ -45,6 +47,21 @@ def trainer_of(case: str, folder: Path) -> GRPOExtTrainer:
     )
 
 
+def moved(output_dir: Path, rows: int, **settings: Any) -> GRPOExtTrainer:
+    """A trainer that continues on another number of processes, with `rows` rows per process and 8 rows per rollout."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    common = {"output_dir": str(output_dir), "guards": False, "reward_workers": 0, "save_strategy": "steps"}
+    common |= {"save_steps": 1, "num_generations": 4, "max_completion_length": 12, "max_steps": 5}
+    return GRPOExtTrainer(
+        small_llama(tokenizer),
+        reward_funcs=half_dead,
+        args=GRPOExtConfig(**SETTINGS | common | {"per_device_train_batch_size": rows} | settings),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 2}),
+        processing_class=tokenizer,
+        peft_config=random_lora(),
+    )
+
+
 def train(case: str, folder: Path, process: int) -> dict[str, Any]:
     trainer, moment = trainer_of(case, folder), CASES[case][process]
     if moment is not None:
@@ -72,6 +89,11 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in CASES:
         torch.save(train(case, folder, process), folder / f"{case}-{process}.pt")
+    moved(folder / "two", rows=4).train()
+    moved(folder / "in-rollout", rows=4, num_iterations=2, max_steps=1).train()
+    trainer = moved(folder / "one-then-two", rows=4)
+    trainer.train(resume_from_checkpoint=str(folder / "one" / "checkpoint-2"))
+    torch.save(adapter_of(trainer), folder / f"one-then-two-{process}.pt")
 
 
 if __name__ == "__main__":
