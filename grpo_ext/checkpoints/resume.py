@@ -86,6 +86,8 @@ class Checkpoints:
             ValueError: the checkpoint is unfinished or damaged (`files.py`), belongs to another run, differs from
                 this one in what `accept_changes` does not name, or cannot be resumed.
         """
+        self.accepted, self.just_accepted = [], set()
+        self.changes_processes, self._state_of = False, self._process
         folder = files.find_checkpoint(wanted, self._args.output_dir)
         if folder is None:
             return None
@@ -97,8 +99,8 @@ class Checkpoints:
             return folder
         saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         self._refuse_newer_format(folder, saved)
-        self._accept_changes(folder, saved)
         self._change_processes(folder, saved)
+        self._accept_changes(folder, saved)
         if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
             raise ValueError(
                 f"{folder} has no optimizer state: it was made with save_only_model=True. Start without "
@@ -129,8 +131,8 @@ class Checkpoints:
     def _accept_changes(self, folder: Path, saved: dict[str, Any]) -> None:
         """Keep what has changed since the checkpoint in `accepted`; refuse what the user has not accepted."""
         now = self._fingerprint
-        moves = saved.get(PROCESSES) != now[PROCESSES]
-        changed = [name for name in differences(saved, now) if not (moves and name in SHARES)]
+        shares = SHARES if self.changes_processes else ()
+        changed = [name for name in differences(saved, now) if name not in shares]
         allowed = accepted_names(self._args.accept_changes)
         if any(name not in allowed for name in changed):
             raise ValueError(explain_differences(changed, saved, now))
@@ -138,17 +140,13 @@ class Checkpoints:
         new = [{"step": step, "name": name, "was": saved[name], "is": now[name]} for name in changed]
         self.accepted = [*saved.get(ACCEPTED_KEY, []), *new]
         self.just_accepted = set(changed)
-        if changed:
-            logger.warning(
-                f"{folder} is continued with other values of {', '.join(changed)}, as accept_changes allows."
-            )
 
     def _change_processes(self, folder: Path, saved: dict[str, Any]) -> None:
         """See `other_processes.py`."""
         self.changes_processes = saved[PROCESSES] != self._fingerprint[PROCESSES]
-        self._state_of = 0 if self.changes_processes else self._process
         if not self.changes_processes:
             return
+        self._state_of = 0
         is_sharded = any(any(folder.glob(pattern)) for pattern in OPTIMIZERS[1:])
         reason = why_impossible(saved, self._fingerprint, in_a_rollout=is_in_rollout(folder), is_sharded=is_sharded)
         if reason is not None:
@@ -157,9 +155,6 @@ class Checkpoints:
                 f"{folder} was made with number of processes={was}, and cannot continue on {now}: {reason}. Or resume "
                 f"it with {was}."
             )
-        logger.warning(
-            f"{folder} is continued on another number of processes: with the same prompts, but other random numbers."
-        )
 
     def refuse_foreign(self, resumed: Path | None) -> None:
         """Refuse to train into a folder that holds checkpoints of another trainer, which this run would overwrite.
@@ -235,6 +230,10 @@ class Checkpoints:
         The other parts keep their initial state: the watch, if the earlier session had `guards=False`, and a part that
         had no state in the version that wrote the checkpoint.
         """
+        if self.just_accepted:
+            logger.warning(f"{folder} is continued with other values of {', '.join(sorted(self.just_accepted))}.")
+        if self.changes_processes:
+            logger.warning(f"{folder} is continued on another number of processes, with other random numbers.")
         states = load_states(folder, self._state_of, self._device)
         for name, part in self._states.items():
             if name in states:

@@ -127,28 +127,51 @@ def command_line() -> str:
 def resume_command(*, resumes: bool = True) -> str:
     """The command of this process, or of its launcher, that continues this run when typed in the same folder; with
     `resumes=False`, the one that started it. Secrets are hidden. The launcher must still be running."""
-    command = sys.orig_argv
+    command = _installed_command(_launched_command())
+    if resumes:
+        command = [*_without_flag(command, RESUME), f"--{RESUME}", "last"]
+    return shlex.join(_without_secrets(command))
+
+
+def _launched_command() -> list[str]:
+    """The command that was typed, as words."""
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
         with suppress(psutil.Error):
-            launched = psutil.Process(os.getppid()).cmdline()
-            if any(Path(part).name in LAUNCHERS or part in LAUNCHERS for part in launched[:3]):
-                command = launched
+            command = psutil.Process(os.getppid()).cmdline()
+            if any(Path(part).name in LAUNCHERS for part in command[:3]):
+                return command
+    return sys.orig_argv
+
+
+def _installed_command(command: list[str]) -> list[str]:
+    """`["grpo-ext", "train"]` for `["/env/bin/python", "/env/bin/grpo-ext", "train"]`, if a shell finds the same."""
     program = Path(command[1]) if len(command) > 1 else Path()
-    if program.stem in (COMMAND, *LAUNCHERS) and program.parent == Path(sys.executable).parent:  # an installed command
-        on_path = shutil.which(program.stem)
-        command = [program.stem if on_path and Path(on_path) == program else str(program), *command[2:]]
-    arguments, is_value = [], False
-    for argument in command:
-        flag, equals, _ = argument.partition("=")
-        name = flag.lstrip("-").replace("-", "_")
-        if resumes and (is_value or (name == RESUME and flag != name)):
-            is_value = not (is_value or equals)
-            continue
-        hides = bool(arguments and arguments[-1].startswith("-") and _SECRET_NAME.search(arguments[-1]))
-        if hides or (equals and flag != name and _SECRET_NAME.search(flag)):
-            argument = f"{flag}={REDACTED}" if equals and not hides else REDACTED
-        arguments.append(_SECRET_VALUE.sub(REDACTED, argument))
-    return shlex.join([*arguments, f"--{RESUME}", "last"] if resumes else arguments)
+    if program.stem not in (COMMAND, *LAUNCHERS) or program.parent != Path(sys.executable).parent:
+        return command
+    on_path = shutil.which(program.stem)
+    return [program.stem if on_path and Path(on_path) == program else str(program), *command[2:]]
+
+
+def _without_flag(command: list[str], name: str) -> list[str]:
+    """The words of a command without `--name value` and `--name=value`."""
+    kept, is_value = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        is_flag = flag.startswith("--") and flag[2:].replace("-", "_") == name
+        if not (is_flag or is_value):
+            kept.append(word)
+        is_value = is_flag and not equals
+    return kept
+
+
+def _without_secrets(command: list[str]) -> list[str]:
+    words, is_secret = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        names_secret = flag.startswith("-") and bool(_SECRET_NAME.search(flag))
+        words.append(REDACTED if is_secret else f"{flag}={REDACTED}" if names_secret and equals else word)
+        is_secret = names_secret and not equals
+    return [_SECRET_VALUE.sub(REDACTED, word) for word in words]
 
 
 def _short_path(path: str) -> str:

@@ -83,15 +83,8 @@ def test_when_another_number_of_processes_cannot_continue(two, tmp_path, folder,
 def test_a_signal_to_the_launcher(tmp_path):
     """torchrun passes SIGTERM on to its processes, and waits for them."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        str(BIN / "torchrun"),
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "grpo_ext.recipes.math",
-        "--output_dir",
-        str(tmp_path),
-    ]
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "grpo_ext.recipes.math", "--output_dir", str(tmp_path)]
     command += "--max_steps 500 --per_device_train_batch_size 8 --max_completion_length 16 --max_eval_prompts 8".split()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     log = tmp_path / "metrics.jsonl"
