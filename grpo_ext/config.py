@@ -147,6 +147,14 @@ class GRPOExtConfig(GRPOConfig):
         kl_stop: nats per token, above 0. If the KL to the reference (metric `kl`) exceeds it, the run saves and ends.
             None (default) for no limit. Needs `beta` above 0 or `log_kl`. Recommended: None; 0.5 for long unattended
             runs.
+        max_hours: hours, above 0, fractions allowed. The first step that ends this long after the trainer was built is
+            the last one of the session: it is saved, and the run ends; `resume_from_checkpoint="last"` continues it.
+            None (default) for no limit. Recommended: None; the limit of a batch job, less the time of one step, of a
+            save and of the report.
+        accept_changes: names of settings, separated by commas, that may differ from those of the checkpoint that the
+            run resumes from, for example "learning_rate,reward_funcs"; None (default) for none. The message that
+            refuses a checkpoint gives the names. The run continues with the new values, and `run.json` records them.
+            Recommended: None.
 
     Raises:
         ValueError: the settings cannot be trained together. The message gives the value received and a valid one.
@@ -336,6 +344,21 @@ class GRPOExtConfig(GRPOConfig):
         metadata={
             "help": "Nats per token, above 0: save and end the run if the KL to the reference exceeds it; unset for no "
             "limit. Recommended: unset; 0.5 for long unattended runs."
+        },
+    )
+    max_hours: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hours, above 0, fractions allowed: after this time, save and end the run at the end of a step; "
+            "unset for no limit. Recommended: unset; the limit of a batch job, less the time of one step, of a save "
+            "and of the report."
+        },
+    )
+    accept_changes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings, separated by commas, that may differ from those of the checkpoint to resume from, for "
+            "example learning_rate,reward_funcs; unset for none. Recommended: unset."
         },
     )
 

@@ -9,9 +9,13 @@ the run (`memory/auto_group_size.py`). A run
 2. measures held-out accuracy, and keeps the result for sessions that resume the run;
 3. trains, and measures accuracy every `eval_steps` steps;
 4. measures accuracy again, and writes adapter, card, curves, report and `summary.json` to `output_dir`.
+
+Ctrl-C, SIGTERM and `--max_hours` end a run after its current step, with a checkpoint and the report; the last line is
+the command that continues it (`checkpoints/stop.py`).
 """
 
 import os
+import signal
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -30,6 +34,7 @@ from trl import ScriptArguments, TrlParser, get_peft_config
 from trl.distributed import DistributedBackend
 
 from grpo_ext.checkpoints.best import BestAdapter, read_best
+from grpo_ext.checkpoints.stop import Stopped
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.console.banner import show_banner
 from grpo_ext.console.quiet import quiet_libraries
@@ -43,7 +48,7 @@ from grpo_ext.report.heldout_file import SHOWN_PROBLEMS, HeldoutFile, append_eva
 from grpo_ext.report.page import write_page
 from grpo_ext.report.png_plots import draw_curves
 from grpo_ext.report.run_files import draw_or_warn
-from grpo_ext.report.run_settings import redact
+from grpo_ext.report.run_settings import redact, resume_command
 from grpo_ext.report.summary import accuracy_lines, build_summary, write_summary
 from grpo_ext.rewards.completion import text_of
 from grpo_ext.trainer import GRPOExtTrainer
@@ -249,7 +254,40 @@ def train_and_report(
 
     Returns:
         The contents of `summary.json`; empty if `dry_run` ended the run before its first step.
+
+    Raises:
+        Stopped: SIGINT, SIGTERM or `max_hours` ended the run (`checkpoints/stop.py`). The last line says how to go on.
     """
+    with trainer.stop.on_signals(signal.SIGINT, signal.SIGTERM), _saying_how_to_go_on(trainer):
+        return _train_and_report(trainer, problems, reward, recipe=recipe, eval_samples=eval_samples, evaluate=evaluate)
+
+
+@contextmanager
+def _saying_how_to_go_on(trainer: GRPOExtTrainer) -> Iterator[None]:
+    """A context that prints the command that continues the run, if the run is stopped in it."""
+    start, resume = resume_command(resumes=False), resume_command()  # a launcher may end first
+    try:
+        yield
+    except Stopped as stopped:
+        if trainer.accelerator.is_main_process:
+            last = None if trainer.args.save_only_model else trainer.last_checkpoint
+            if last is None:
+                show(f"stopped by {stopped.reason}; there is no checkpoint to continue from. To start again: {start}")
+            else:
+                steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+                show(f"stopped by {stopped.reason} after {steps}; {last} is complete. To continue: {resume}")
+        raise
+
+
+def _train_and_report(
+    trainer: GRPOExtTrainer,
+    problems: Problems,
+    reward: Any,
+    *,
+    recipe: str,
+    eval_samples: int,
+    evaluate: Callable[..., Evaluation],
+) -> dict[str, object]:
     args = trainer.args
     heldout = problems.heldout.to_list()
     base_model = str(redact(trainer.model.config.name_or_path))
@@ -288,6 +326,12 @@ def train_and_report(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resumed)
     seconds = time.monotonic() - started
+    if trainer.stop.reason is not None:
+        if trainer.accelerator.is_main_process:
+            draw_or_warn(write_page, args.output_dir)
+            draw_or_warn(draw_curves, args.output_dir)
+            show(f"report.html, curves.png and metrics.jsonl are in {args.output_dir}")
+        raise Stopped(trainer.stop.reason)
     after = measure(samples=eval_samples, description="held-out accuracy after")
     record(after)
     summary = build_summary(trainer, recipe=recipe, base_model=base_model, seconds=seconds, before=before, after=after)

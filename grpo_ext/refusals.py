@@ -50,11 +50,8 @@ def refuse_impossible(config: Any) -> None:
     _refuse_temperatures(config)
     _refuse_growth(config)
     _refuse_replay(config)
-    if config.enable_jit_checkpoint:
-        raise ValueError(
-            "enable_jit_checkpoint=True saves in the middle of a step, and a run cannot be resumed exactly from there. "
-            "Use save_steps: a run that was killed resumes from its last checkpoint."
-        )
+    if config.max_hours is not None and config.max_hours <= 0:
+        raise ValueError(f"max_hours={config.max_hours} must be above 0 hours, for example 3.5, or None.")
     if config.reward_timeout <= 0:
         raise ValueError(f"reward_timeout={config.reward_timeout} must be above 0 seconds, for example 10.")
     if config.reward_workers is not None and config.reward_workers < 0:

@@ -16,6 +16,7 @@ The hooks of a step, and the parts (`parts.py`) that do their work:
 
 import copy
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -45,8 +46,10 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from grpo_ext import refusals
 from grpo_ext.checkpoints.files import is_foreign
-from grpo_ext.checkpoints.fingerprint import fingerprint
+from grpo_ext.checkpoints.fingerprint import OPTIMIZER_SETTINGS, fingerprint
+from grpo_ext.checkpoints.hyperparameters import Hyperparameters
 from grpo_ext.checkpoints.resume import Checkpoints
+from grpo_ext.checkpoints.stop import Stop
 from grpo_ext.checks.chunk_size import choose_on
 from grpo_ext.checks.preflight import before_training, before_weights, try_rewards
 from grpo_ext.checks.trial import without_a_trace
@@ -134,6 +137,9 @@ class GRPOExtTrainer(GRPOTrainer):
       is reported (`rollout/reward_watch.py`).
     - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch during the run (`checks/`).
     - Checkpoints are verified, and a run resumes exactly (`checkpoints/`).
+    - `max_hours`, and `enable_jit_checkpoint` for SIGTERM, end `train` after the current step, with a checkpoint
+      (`checkpoints/stop.py`). `stop.reason` tells which of them did. transformers saves in the middle of a step, from
+      where a run cannot be resumed exactly.
     - The trainer writes its own model card, pushes a selection of files to the Hub, and survives a failed push
       (`report/`).
     - The frozen base of an adapter is loaded in bfloat16 if the device supports it, and adapters are kept in float32.
@@ -189,6 +195,7 @@ class GRPOExtTrainer(GRPOTrainer):
                 f"GRPOExtTrainer needs args of type GRPOExtConfig, got {type(args).__name__}. "
                 f"GRPOExtConfig has all of its fields: replace the class name."
             )
+        self.stop = Stop(args.max_hours, self._largest)
         changed = args.changed_defaults()
         if isinstance(model, str) and peft_config is not None and "dtype" not in (args.model_init_kwargs or {}):
             dtype = frozen_dtype(args)
@@ -227,8 +234,14 @@ class GRPOExtTrainer(GRPOTrainer):
         self._train_sampler: Sampler | None = None
         self._timed_from_step: int | None = None
         self._resumed_losses = Losses()
+        self._last_save: tuple[int, int] | None = None  # the step, and the number of logs until then
+        self.last_checkpoint: Path | None = None
         self._highest_reward = 0.0  # the highest total reward of a completion so far
-        with reference.shown_to_trl(args), hide_head_adapter(model) if adapters else nullcontext():
+        with (
+            reference.shown_to_trl(args),
+            replaced(args, enable_jit_checkpoint=False),  # transformers would install its own handler
+            hide_head_adapter(model) if adapters else nullcontext(),
+        ):
             super().__init__(**given)
         self.beta = args.beta
         if changed:
@@ -281,7 +294,7 @@ class GRPOExtTrainer(GRPOTrainer):
         self._reward_watch = RewardWatch(args.reward_timeout)
         close_with(self, self.reward_funcs)
         self.add_callback(CompletionsFile())
-        self.add_callback(SettingsFile())
+        self.add_callback(SettingsFile(lambda: self._checkpoints.accepted))
         if self.parts.watch is not None:
             self.add_callback(self.parts.watch)
         self.add_callback(MetricsFile())
@@ -359,10 +372,21 @@ class GRPOExtTrainer(GRPOTrainer):
 
     @escaping_unencodable()
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.stop.forget()
         try:
-            return self._train_with_workers(resume_from_checkpoint, *args, **kwargs)
+            with self.stop.on_signals(signal.SIGTERM) if self.args.enable_jit_checkpoint else nullcontext():
+                output = self._train_with_workers(resume_from_checkpoint, *args, **kwargs)
+                self.stop.is_due()  # a signal may have come after the last step
         finally:
+            self.stop.defers = False
             close_workers(self.reward_funcs)
+        if self.stop.reason is not None and not self.stop.is_listening:  # else the caller reports it
+            logger.warning(
+                f"Training was stopped by {self.stop.reason} after step {self.state.global_step} of "
+                f"{self.state.max_steps}; {self.last_checkpoint} is complete. To continue, call "
+                f"train(resume_from_checkpoint='last')."
+            )
+        return output
 
     def _train_with_workers(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.dry_run:
@@ -375,6 +399,7 @@ class GRPOExtTrainer(GRPOTrainer):
         folder = self.find_checkpoint(resume_from_checkpoint)
         self._checkpoints.refuse_foreign(folder)
         self._resumed_losses = Losses()
+        self.last_checkpoint = folder
         evaluates_first = self.args.eval_on_start
         self.args.eval_on_start = evaluates_first and folder is None  # a resumed run did so at its start
         try:
@@ -393,15 +418,31 @@ class GRPOExtTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        built = Hyperparameters.of(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or is_foreign(Path(checkpoint)):
             return
+        accepted = self._checkpoints.just_accepted
+        if accepted & OPTIMIZER_SETTINGS:
+            built.put_into(self.optimizer, self.lr_scheduler)
         if self._train_sampler is not None:
             for _ in range(int(self.state.epoch)):  # each pass over the data samples its order at its start
                 next(iter(self._train_sampler))
         self._checkpoints.load(Path(checkpoint))
+        if self._checkpoints.changes_processes:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if "temperature" in accepted:
+            self.parts.temperature.temperature = self.args.temperature
         if self.parts.temperature.temperature != self.temperature:
             self._set_temperature(self.parts.temperature.temperature)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._checkpoints.changes_processes:
+            set_seed(
+                self.args.seed + self.state.global_step, device_specific=True
+            )  # not the numbers of the first steps
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         losses, self._resumed_losses = self._resumed_losses, Losses()  # transformers starts at 0 in each session
@@ -413,7 +454,40 @@ class GRPOExtTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return
         self._try_rewards(self.state)
+        self.stop.defers = True
         super()._run_epoch(**kwargs)
+        self._end_if_stopped(kwargs["model"], kwargs["trial"])
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.stop.reason is not None:  # transformers also calls this at the end of an epoch that was cut short
+            return
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self.state.epoch % 1:  # else the epoch is not over before its own logs, evaluation and save
+            self._end_if_stopped(model, trial)
+
+    def _end_if_stopped(self, model: nn.Module, trial: Any) -> None:
+        """End the run here, with a checkpoint, if a signal or `max_hours` asks for it."""
+        if not self.stop.is_due():
+            return
+        self.control.should_training_stop = True
+        if self._last_save != (self.state.global_step, len(self.state.log_history)):
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.stop.reason is None:
+            return super()._finalize_training(*args, **kwargs)
+        # transformers would delete the last checkpoint if it is not the best, and load the best adapter
+        with replaced(self.args, save_total_limit=None, load_best_model_at_end=False):
+            return super()._finalize_training(*args, **kwargs)
+
+    def _largest(self, number: int) -> int:
+        """The largest of the numbers of all processes."""
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     # A step
 
@@ -985,6 +1059,8 @@ class GRPOExtTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with self._checkpoints.writing(folder):
             super()._save_checkpoint(model, trial)
+        self._last_save = self.state.global_step, len(self.state.log_history)
+        self.last_checkpoint = folder
         self._checkpoints.rotate(folder, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

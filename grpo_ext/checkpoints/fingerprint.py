@@ -1,7 +1,8 @@
 """Fingerprint of a run: its model, adapter, data, and every setting that can change its trajectory.
 
     fingerprint(trainer)                {"base_model": "Qwen/Qwen2.5-0.5B", "weights": "9f86d081", "r": 16, ...}
-    first_difference(saved, now)        "The checkpoint was made with r=16; this run has r=32. Start without ..."
+    differences(saved, now)             ["r"]
+    explain_differences(["r"], ...)     "The checkpoint was made with r=16; this run has r=32. Start without ..."
 
 It covers the fields that TRL and this project add to transformers' arguments, except `MAY_DIFFER`, and the fields of
 transformers in `COMPARED_TRAINING_ARGUMENTS`. It ignores the length of the run (`max_steps`, `num_train_epochs`),
@@ -10,6 +11,7 @@ logging, saving, evaluation and publishing, and settings that only change roundi
 (learning rate, temperature) continue with the new length.
 """
 
+import difflib
 import hashlib
 import json
 from dataclasses import fields
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import GRPOTrainer
 
+from grpo_ext.config import GRPOExtConfig
 from grpo_ext.model.adapters import local_shard
 
 COMPARED_TRAINING_ARGUMENTS = (
@@ -33,12 +36,27 @@ MAY_DIFFER = {
     *("log_completions", "log_multimodal", "log_unique_prompts", "log_completions_hub_repo"),
     *("num_completions_to_print", "num_generations_eval", "trust_remote_code", "ds3_gather_for_generation"),
     *("chunk_tokens", "reward_workers", "reward_timeout", "guards", "dry_run", "kl_stop"),
+    *("max_hours", "accept_changes"),
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
     *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
     "model_init_kwargs",  # compared by their effect: the weights, the dtype and the config of the model
 }
 # Values that give the same trajectory, so that one may replace another.
 SAME_TRAJECTORY = {"dead_groups": ("keep", "skip")}
+# Settings that reach a resumed run through its optimizer and its learning rate schedule.
+OPTIMIZER_SETTINGS = {
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+}
+# Settings that the state in a checkpoint depends on.
+FIXED = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation"),
+    *("generation_batch_size", "num_iterations", "sync_ref_model", "bf16", "fp16"),
+    *("optim", "optim_args", "optim_target_modules"),
+}
+# Facts whose change a user may accept.
+ACCEPTABLE = {field.name for field in fields(GRPOExtConfig)} - {field.name for field in fields(TrainingArguments)}
+ACCEPTABLE = (ACCEPTABLE | {*COMPARED_TRAINING_ARGUMENTS, "train_dataset", "reward_funcs"}) - MAY_DIFFER - FIXED
 # Fields of an adapter's config that do not define the adapter: the location of its base, and bookkeeping of PEFT.
 ADAPTER_MAY_DIFFER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 # Fields of a model's config that do not define the model.
@@ -70,22 +88,42 @@ def fingerprint(trainer: GRPOTrainer) -> dict[str, Any]:
     return json.loads(json.dumps(facts, default=_as_json))
 
 
-def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """An error message about the first fact that differs between a checkpoint and a run; None if all agree.
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of the facts that differ between a checkpoint and a run.
 
-    Options that did not exist when the checkpoint was made are not compared.
+    Options that did not exist when the checkpoint was made are not compared. The name of the base model may change: the
+    same weights may have moved.
     """
-    for name in saved:
-        if name == "base_model" or name not in now or _same(name, saved[name], now[name]):
-            continue  # the name of the base model may change: the same weights may have moved
-        was, now_is = (f"{name}={_shown(*values)}" for values in ((saved[name], now[name]), (now[name], saved[name])))
-        if name == "weights":
-            was, now_is = (f"base_model={facts['base_model']} (weights {facts['weights']})" for facts in (saved, now))
-        return (
-            f"The checkpoint was made with {was}; this run has {now_is}. Start without resume_from_checkpoint, or "
-            f"restore {was}."
-        )
-    return None
+    return [name for name in saved if name != "base_model" and name in now and not _same(name, saved[name], now[name])]
+
+
+def explain_differences(names: list[str], saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """An error message about the first of these differences that cannot be accepted, or the first one of all."""
+    name = next((name for name in names if name not in ACCEPTABLE), names[0])
+    was, now_is = (f"{name}={_shown(*values)}" for values in ((saved[name], now[name]), (now[name], saved[name])))
+    if name == "weights":
+        was, now_is = (f"base_model={facts['base_model']} (weights {facts['weights']})" for facts in (saved, now))
+    message = f"The checkpoint was made with {was}; this run has {now_is}. Start without resume_from_checkpoint, "
+    if name not in ACCEPTABLE:
+        return f"{message}or restore {was}."
+    return f"{message}restore {was}, or accept what has changed: --accept_changes {','.join(names)}"
+
+
+def accepted_names(text: str | None) -> list[str]:
+    """The names in `accept_changes`.
+
+    Raises:
+        ValueError: one of them is no fact of a run, or one that a checkpoint cannot be resumed without.
+    """
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        if name not in ACCEPTABLE:
+            near = difflib.get_close_matches(name, sorted(ACCEPTABLE)) or sorted(OPTIMIZER_SETTINGS)
+            raise ValueError(
+                f"accept_changes: {name!r} is not a setting whose change can be accepted. Close to it: "
+                f"{', '.join(near)}. The model, the adapter, the optimizer and the shape of a rollout cannot change."
+            )
+    return names
 
 
 def _same(name: str, saved: Any, now: Any) -> bool:

@@ -22,13 +22,18 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from grpo_ext import __version__
 from grpo_ext.checkpoints import files
 from grpo_ext.checkpoints.files import RUN_FILE
-from grpo_ext.checkpoints.fingerprint import first_difference
-from grpo_ext.checkpoints.state import Stateful, has_states, load_states, save_states
+from grpo_ext.checkpoints.fingerprint import accepted_names, differences, explain_differences
+from grpo_ext.checkpoints.other_processes import PROCESSES, SHARES, layout, why_impossible
+from grpo_ext.checkpoints.state import Stateful, has_states, is_in_rollout, load_states, save_states
 
 REFERENCE_FILE = "reference.safetensors"
 logger = get_logger(__name__)
+# Format of a checkpoint: 1 until version 0.1, 2 since 0.2. A checkpoint without a number has one of these.
+FORMAT = 2
+FORMAT_KEY, VERSION_KEY, ACCEPTED_KEY = "format", "grpo_ext", "accepted_changes"  # in `run.json`
 OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # unsharded, sharded by FSDP, sharded by DeepSpeed
 
 
@@ -43,6 +48,12 @@ class Checkpoints:
         wait: returns when every process has called it.
         device: device of the tensors in `states`.
         reference: a full model that follows the policy (`sync_ref_model` without an adapter); None if there is none.
+
+    Attributes:
+        accepted: the changes of settings that this run was resumed with, oldest first:
+            [{"step": 5, "name": "learning_rate", "was": 0.001, "is": 0.002}].
+        changes_processes: whether the checkpoint that `find` has found last is of another number of processes.
+        just_accepted: the names of those since the checkpoint that `find` has found last.
     """
 
     def __init__(
@@ -59,6 +70,10 @@ class Checkpoints:
         self._args, self._fingerprint, self._states = args, fingerprint, states
         self._process, self._wait, self._device = process, wait, device
         self._reference = reference
+        self.accepted: list[dict[str, Any]] = []
+        self.just_accepted: set[str] = set()
+        self.changes_processes = False
+        self._state_of = process  # index of the process whose state this one loads
 
     def find(self, wanted: Any, train_dataset: Any) -> Path | None:
         """The checkpoint that `wanted` names; None to start at step 0.
@@ -68,9 +83,11 @@ class Checkpoints:
             train_dataset: the training data.
 
         Raises:
-            ValueError: the checkpoint is unfinished or damaged (`files.py`), belongs to another run, or cannot be
-                resumed.
+            ValueError: the checkpoint is unfinished or damaged (`files.py`), belongs to another run, differs from
+                this one in what `accept_changes` does not name, or cannot be resumed.
         """
+        self.accepted, self.just_accepted = [], set()
+        self.changes_processes, self._state_of = False, self._process
         folder = files.find_checkpoint(wanted, self._args.output_dir)
         if folder is None:
             return None
@@ -80,15 +97,16 @@ class Checkpoints:
                 f"state, but without the rest of an unfinished rollout."
             )
             return folder
-        difference = first_difference(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), self._fingerprint)
-        if difference is not None:
-            raise ValueError(difference)
+        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        self._refuse_newer_format(folder, saved)
+        self._change_processes(folder, saved)
+        self._accept_changes(folder, saved)
         if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
             raise ValueError(
                 f"{folder} has no optimizer state: it was made with save_only_model=True. Start without "
                 f"resume_from_checkpoint, and use save_only_model=False for checkpoints that can be resumed."
             )
-        if not has_states(folder, self._process):
+        if not has_states(folder, self._state_of):
             raise ValueError(
                 f"{folder} was made by an earlier version of grpo-ext, which saved the state of a run in another "
                 f"format. Resume it with that version, or start without resume_from_checkpoint."
@@ -101,6 +119,42 @@ class Checkpoints:
                 f"of the first pass."
             )
         return folder
+
+    def _refuse_newer_format(self, folder: Path, saved: dict[str, Any]) -> None:
+        if (number := saved.get(FORMAT_KEY, FORMAT)) > FORMAT:
+            raise ValueError(
+                f"{folder} has format {number}, of grpo-ext {saved.get(VERSION_KEY)}, and this is grpo-ext "
+                f"{__version__}, which reads formats up to {FORMAT}. Update it (pip install -U grpo-ext), or start "
+                f"without resume_from_checkpoint."
+            )
+
+    def _accept_changes(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Keep what has changed since the checkpoint in `accepted`; refuse what the user has not accepted."""
+        now = self._fingerprint
+        shares = SHARES if self.changes_processes else ()
+        changed = [name for name in differences(saved, now) if name not in shares]
+        allowed = accepted_names(self._args.accept_changes)
+        if any(name not in allowed for name in changed):
+            raise ValueError(explain_differences(changed, saved, now))
+        step = files.step_of(folder)
+        new = [{"step": step, "name": name, "was": saved[name], "is": now[name]} for name in changed]
+        self.accepted = [*saved.get(ACCEPTED_KEY, []), *new]
+        self.just_accepted = set(changed)
+
+    def _change_processes(self, folder: Path, saved: dict[str, Any]) -> None:
+        """See `other_processes.py`."""
+        self.changes_processes = saved[PROCESSES] != self._fingerprint[PROCESSES]
+        if not self.changes_processes:
+            return
+        self._state_of = 0
+        is_sharded = any(any(folder.glob(pattern)) for pattern in OPTIMIZERS[1:])
+        reason = why_impossible(saved, self._fingerprint, in_a_rollout=is_in_rollout(folder), is_sharded=is_sharded)
+        if reason is not None:
+            was, now = layout(saved).processes, layout(self._fingerprint).processes
+            raise ValueError(
+                f"{folder} was made with number of processes={was}, and cannot continue on {now}: {reason}. Or resume "
+                f"it with {was}."
+            )
 
     def refuse_foreign(self, resumed: Path | None) -> None:
         """Refuse to train into a folder that holds checkpoints of another trainer, which this run would overwrite.
@@ -141,7 +195,7 @@ class Checkpoints:
         try:
             if writes:
                 folder.mkdir(parents=True)
-                (folder / RUN_FILE).write_text(json.dumps(self._fingerprint, indent=1) + "\n", encoding="utf-8")
+                (folder / RUN_FILE).write_text(json.dumps(self._run_facts(), indent=1) + "\n", encoding="utf-8")
             yield
             save_states(folder, self._process, {name: part.state_dict() for name, part in self._states.items()})
             if self._reference is not None and writes:
@@ -160,6 +214,10 @@ class Checkpoints:
         finally:
             self._args.save_total_limit = limit
 
+    def _run_facts(self) -> dict[str, Any]:
+        facts = {FORMAT_KEY: FORMAT, VERSION_KEY: __version__} | self._fingerprint
+        return facts | ({ACCEPTED_KEY: self.accepted} if self.accepted else {})
+
     def rotate(self, folder: Path, best: str | None) -> None:
         """Delete the oldest checkpoints beyond `save_total_limit`, except `folder` and the best one."""
         if self._args.should_save:
@@ -172,7 +230,11 @@ class Checkpoints:
         The other parts keep their initial state: the watch, if the earlier session had `guards=False`, and a part that
         had no state in the version that wrote the checkpoint.
         """
-        states = load_states(folder, self._process, self._device)
+        if self.just_accepted:
+            logger.warning(f"{folder} is continued with other values of {', '.join(sorted(self.just_accepted))}.")
+        if self.changes_processes:
+            logger.warning(f"{folder} is continued on another number of processes, with other random numbers.")
+        states = load_states(folder, self._state_of, self._device)
         for name, part in self._states.items():
             if name in states:
                 part.load_state_dict(states[name])

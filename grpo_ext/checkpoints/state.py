@@ -44,6 +44,11 @@ def has_states(folder: Path, process: int) -> bool:
     return all(isinstance(state, dict) for state in states.values())
 
 
+def is_in_rollout(folder: Path) -> bool:
+    """Whether the checkpoint was written in the middle of a rollout."""
+    return "rollout" in json.loads((folder / STATE_FILE.format(0)).read_text(encoding="utf-8")).get("trainer", {})
+
+
 def load_states(folder: Path, process: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Read the states that `save_states` wrote; tensors that were not in host memory are moved to `device`."""
     path = folder / TENSORS_FILE.format(process)

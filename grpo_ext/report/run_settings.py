@@ -12,12 +12,15 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grpo_ext.config import DEFAULTS, RESOLVED_DEFAULTS
@@ -28,7 +31,8 @@ from grpo_ext.report.run_files import SETTINGS_FILE
 ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
 REPLACED_FIELDS = ("accelerator_config",)  # transformers replaces their values with its own objects
 REDACTED = "(hidden)"
-COMMAND = "grpo-ext"
+COMMAND, RESUME = "grpo-ext", "resume_from_checkpoint"
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "accelerate.commands.launch")
 PACKAGES = Path(__file__).resolve().parents[2]  # the checkout or site-packages
 
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|password|passwd|secret|key|credentials?)$", re.IGNORECASE)
@@ -36,7 +40,14 @@ _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/@\s
 
 
 class SettingsFile(TrainerCallback):
-    """Writes `output_dir/run.json` at the start of training."""
+    """Writes `output_dir/run.json` at the start of training.
+
+    Args:
+        accepted_changes: returns the changes of settings that the run was resumed with (`checkpoints/resume.py`).
+    """
+
+    def __init__(self, accepted_changes: Callable[[], list[dict[str, Any]]] = list):
+        self._accepted_changes = accepted_changes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,6 +71,7 @@ class SettingsFile(TrainerCallback):
             "total_parameters": total,
             "settings": settings,
             "changed": _changed_settings(args, settings),
+            "accepted_changes": redact(self._accepted_changes()),
             "adapter": _adapter_settings(model),
             "versions": {"python": platform.python_version(), **package_versions()},
         }
@@ -110,6 +122,56 @@ def command_line() -> str:
     if module is not None and module.origin == str(program):  # started with -m
         return f"{launcher} -m {shlex.join([module.name.removesuffix('.__main__'), *arguments])}"
     return f"{launcher} {shlex.join([str(redact(str(program.resolve()))), *arguments])}"
+
+
+def resume_command(*, resumes: bool = True) -> str:
+    """The command of this process, or of its launcher, that continues this run when typed in the same folder; with
+    `resumes=False`, the one that started it. Secrets are hidden. The launcher must still be running."""
+    command = _installed_command(_launched_command())
+    if resumes:
+        command = [*_without_flag(command, RESUME), f"--{RESUME}", "last"]
+    return shlex.join(_without_secrets(command))
+
+
+def _launched_command() -> list[str]:
+    """The command that was typed, as words."""
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
+        with suppress(psutil.Error):
+            command = psutil.Process(os.getppid()).cmdline()
+            if any(Path(part).name in LAUNCHERS for part in command[:3]):
+                return command
+    return sys.orig_argv
+
+
+def _installed_command(command: list[str]) -> list[str]:
+    """`["grpo-ext", "train"]` for `["/env/bin/python", "/env/bin/grpo-ext", "train"]`, if a shell finds the same."""
+    program = Path(command[1]) if len(command) > 1 else Path()
+    if program.stem not in (COMMAND, *LAUNCHERS) or program.parent != Path(sys.executable).parent:
+        return command
+    on_path = shutil.which(program.stem)
+    return [program.stem if on_path and Path(on_path) == program else str(program), *command[2:]]
+
+
+def _without_flag(command: list[str], name: str) -> list[str]:
+    """The words of a command without `--name value` and `--name=value`."""
+    kept, is_value = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        is_flag = flag.startswith("--") and flag[2:].replace("-", "_") == name
+        if not (is_flag or is_value):
+            kept.append(word)
+        is_value = is_flag and not equals
+    return kept
+
+
+def _without_secrets(command: list[str]) -> list[str]:
+    words, is_secret = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        names_secret = flag.startswith("-") and bool(_SECRET_NAME.search(flag))
+        words.append(REDACTED if is_secret else f"{flag}={REDACTED}" if names_secret and equals else word)
+        is_secret = names_secret and not equals
+    return [_SECRET_VALUE.sub(REDACTED, word) for word in words]
 
 
 def _short_path(path: str) -> str:

@@ -17,9 +17,10 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, Literal
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when its parent ends
@@ -135,7 +136,9 @@ def serve(connection: Connection, parent: int, start_method: str | None) -> None
 
 def _prepare_process(parent: int, start_method: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends even a call into C at once; a Python handler would wait for it
+    signal.signal(
+        signal.SIGTERM, partial(_leave_to_parent, os.getpid())
+    )  # schedulers send it to every process of a job
     if hasattr(os, "setsid"):
         os.setsid()  # its own group, which can be killed together with the processes that a reward has started
     if sys.platform == "linux":  # works even if a call that never returns holds the GIL
@@ -143,6 +146,13 @@ def _prepare_process(parent: int, start_method: str | None) -> None:
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     # loky's own method cannot start other kinds of processes
     multiprocessing.set_start_method(start_method, force=True)
+
+
+def _leave_to_parent(worker: int, number: int, frame: FrameType | None) -> None:
+    """Ignore the signal in the worker; a process that a reward has forked ends as usual."""
+    if os.getpid() != worker:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from grpo_ext import GRPOExtConfig
 from grpo_ext.checkpoints import files
+from grpo_ext.checkpoints.resume import FORMAT
 from grpo_ext.report.run_reader import read_metrics
 from tests.tools.lanes import slow_but, thinned
 from tests.tools.models import random_lora, small_llama
@@ -314,7 +315,7 @@ def test_another_number_of_processes_is_refused(saved, again):
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"number of processes": 2}))
     files.seal(folder)
-    with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
+    with pytest.raises(ValueError, match="made with number of processes=2, and cannot continue on 1: this run has"):
         again().train(resume_from_checkpoint="last")
 
 
@@ -324,9 +325,75 @@ def test_a_checkpoint_without_an_optimizer_is_refused(saved, again):
         again().train(resume_from_checkpoint="last")
 
 
-def test_saving_in_the_middle_of_a_step_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="enable_jit_checkpoint=True saves in the middle of a step"):
-        GRPOExtConfig(str(tmp_path), enable_jit_checkpoint=True)
+# Changes that a user accepts
+
+
+class DoublesRate(TrainerCallback):
+    """Doubles the learning rate after step 2, as a resumed session with another rate does."""
+
+    def on_step_end(self, args, state, control, optimizer, lr_scheduler, **kwargs):
+        if state.global_step == 2:
+            schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+            schedule.base_lrs = [2 * rate for rate in schedule.base_lrs]
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = 2 * group["lr"]
+                group["weight_decay"] = 0.1
+
+
+def test_accepted_changes_take_effect_and_are_recorded(saved, again, tmp_path):
+    """PyTorch loads the learning rate with the optimizer, so a new one would be ignored silently."""
+    settings = {"lr_scheduler_type": "constant", "max_steps": 4}
+    whole = again(output_dir=str(tmp_path / "whole"), **settings)
+    whole.add_callback(DoublesRate())
+    whole.train()
+    saved(**settings | {"max_steps": 2})
+    changes = {"learning_rate": 2e-3, "weight_decay": 0.1, "epsilon": 0.3}
+    with pytest.raises(
+        ValueError, match=r"accept what has changed: --accept_changes learning_rate,weight_decay,epsilon$"
+    ):
+        again(**settings | changes).train(resume_from_checkpoint="last")
+    resumed = again(**settings | changes, accept_changes="learning_rate, weight_decay,epsilon")
+    resumed.train(resume_from_checkpoint="last")
+    assert log_of(resumed, "learning_rate") == [1e-3, 1e-3, 2e-3, 2e-3]
+    for name, value in adapter_of(resumed).items():
+        torch.testing.assert_close(value, adapter_of(whole)[name], atol=0, rtol=0, msg=name)
+    expected = [{"step": 2, "name": "learning_rate", "was": 1e-3, "is": 2e-3}]
+    for path in (tmp_path / "run" / "run.json", tmp_path / "run" / "checkpoint-4" / "run.json"):
+        assert json.loads(path.read_text())["accepted_changes"][:1] == expected
+    third = again(**settings | changes | {"max_steps": 5, "temperature": 1.1}, accept_changes="temperature")
+    third.train(resume_from_checkpoint="last")
+    assert third.temperature == 1.1
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["accepted_changes"]
+    assert [change["name"] for change in recorded] == ["learning_rate", "weight_decay", "epsilon", "temperature"]
+
+
+def test_a_warm_schedule_continues_with_the_accepted_rate(saved, again):
+    """The steps that the schedule has counted are kept: after 2 of 4, a linear schedule is at half of the new rate."""
+    saved(max_steps=2, lr_scheduler_type="constant")
+    changes = {"learning_rate": 4e-3, "lr_scheduler_type": "linear", "max_steps": 4}
+    resumed = again(**changes, accept_changes="learning_rate,lr_scheduler_type")
+    resumed.train(resume_from_checkpoint="last")
+    assert log_of(resumed, "learning_rate")[2:] == pytest.approx([2e-3, 1e-3])
+
+
+def test_what_cannot_be_accepted(saved, again):
+    saved(max_steps=1)
+    with pytest.raises(ValueError, match=r"'reward_name' is not a setting .* Close to it: reward_.*funcs"):
+        again(accept_changes="reward_name").train(resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match=r"'r' is not a setting whose change can be accepted"):
+        again(accept_changes="r", peft_config=random_lora(r=8)).train(resume_from_checkpoint="last")
+    with pytest.raises(ValueError, match=r"made with num_generations=4; .*, or restore num_generations=4\.$"):
+        again(num_generations=2, learning_rate=1.0).train(resume_from_checkpoint="last")
+
+
+def test_a_newer_format_is_refused(saved, again):
+    folder = Path(saved(max_steps=1).args.output_dir, "checkpoint-1")
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"format": FORMAT + 1, "grpo_ext": "9.0"}))
+    files.seal(folder)
+    message = rf"has format {FORMAT + 1}, of grpo-ext 9\.0, and this is .* formats up to {FORMAT}\. Update it"
+    with pytest.raises(ValueError, match=message):
+        again().train(resume_from_checkpoint="last")
 
 
 # Pickles

@@ -79,5 +79,5 @@ def test_two_processes_resume_exactly(two, case):
 
 def test_one_process_cannot_resume_a_run_of_two(two, build, small_model):
     trainer = build(small_model, peft_config=random_lora())
-    with pytest.raises(ValueError, match="made with number of processes=2; this run has number of processes=1"):
+    with pytest.raises(ValueError, match="made with number of processes=2, and cannot continue on 1: this run"):
         trainer.train(resume_from_checkpoint=str(two / "resumed" / "rollouts" / "checkpoint-5"))

@@ -475,6 +475,14 @@ def is_alive(process):
     return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
+def test_a_worker_survives_sigterm():
+    """A scheduler sends it to every process of a job, and the training process still scores the step that it ends."""
+    safe = isolated(obey, timeout_s=60, workers=1)
+    assert safe(completions=["terminated", "four"]) == [10.0, 4.0]
+    assert safe.failures.crashes == 0
+    safe.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_orphans(tmp_path, ending):

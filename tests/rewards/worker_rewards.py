@@ -35,6 +35,8 @@ def obey(completions, **columns):
             sys.exit(0)
         case "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
+        case "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
         case "fork":
             return [float(child_that_stays())]
         case "fork and exit":
