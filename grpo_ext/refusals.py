@@ -12,6 +12,7 @@ from grpo_ext.losses.temperature import TEMPERATURE_SCHEDULES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 DEAD_GROUPS = ("keep", "skip", "resample")
+CURRICULA = ("off", "pools")
 OVERLONG_PROMPTS = ("error", "drop")
 TRL_SCALE_REWARDS = ("group", "batch", "none")
 # Values of sampling options that leave the distribution over tokens untruncated.
@@ -24,6 +25,7 @@ def refuse_impossible(config: Any) -> None:
     _require("scale_rewards", config.scale_rewards, ("population", *TRL_SCALE_REWARDS))
     _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
     _require("dead_groups", config.dead_groups, DEAD_GROUPS)
+    _require("curriculum", config.curriculum, CURRICULA)
     _require("temperature_schedule", config.temperature_schedule, TEMPERATURE_SCHEDULES)
     _require("overlong_prompts", config.overlong_prompts, OVERLONG_PROMPTS)
     if config.scale_rewards == "population" and config.multi_objective_aggregation != "sum_then_normalize":
@@ -50,6 +52,11 @@ def refuse_impossible(config: Any) -> None:
     _refuse_temperatures(config)
     _refuse_growth(config)
     _refuse_replay(config)
+    if config.start_pass_rates is not None and config.curriculum == "off":
+        raise ValueError(
+            f"start_pass_rates={config.start_pass_rates!r} needs curriculum='pools', got 'off'. Set that curriculum, "
+            f"or leave start_pass_rates out."
+        )
     if config.enable_jit_checkpoint:
         raise ValueError(
             "enable_jit_checkpoint=True saves in the middle of a step, and a run cannot be resumed exactly from there. "
@@ -256,6 +263,15 @@ def refuse_streamed_resampling(*, is_streamed: bool) -> None:
         raise ValueError(
             "dead_groups='resample' picks prompts at random, and rows of a streamed data set (IterableDataset) cannot "
             "be picked. Load the data set into memory or from disk, or use dead_groups='keep' or 'skip'."
+        )
+
+
+def refuse_streamed_curriculum(config: Any, *, is_streamed: bool) -> None:
+    """`curriculum="pools"` on a dataset that cannot be indexed. Called before a model is loaded."""
+    if is_streamed and config.curriculum == "pools":
+        raise ValueError(
+            "curriculum='pools' chooses problems by their pass rates, and rows of a streamed data set "
+            "(IterableDataset) cannot be chosen. Load the data set into memory or from disk, or use curriculum='off'."
         )
 
 
