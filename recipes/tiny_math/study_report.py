@@ -26,21 +26,34 @@ NAMES = {
     "keep": "keep (beta = 0)",
     "skip": "skip (beta = 0)",
     "resample": "resample (beta = 0)",
+    "off": "curriculum off",
+    "pools": "pools, p(1-p)",
+    "mixed_worth": "pools, probability of a mixed group",
+    "started": "pools, with start values",
 }
 PANELS = {
     "Objective": ("sequence", "token", "stock"),
     "KL estimator": ("sequence", "exact"),
     "Dead groups, beta = 0": ("keep", "skip", "resample"),
+    "Difficulty pools": ("off", "pools", "mixed_worth", "started"),
 }
-STYLES = [(PALETTE["blue"], "o", "-"), (PALETTE["orange"], "s", "--"), (PALETTE["green"], "^", ":")]
+STYLES = [
+    (PALETTE["blue"], "o", "-"),
+    (PALETTE["orange"], "s", "--"),
+    (PALETTE["green"], "^", ":"),
+    (PALETTE["purple"], "v", "-."),
+]
 GOAL = 0.9  # share of sampled answers that are right
 
 
 def draw(points: Points, path: Path) -> Path:
-    """One panel per comparison: each seed as a thin line, their mean as a thick one."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    """One panel per comparison that was run: each seed as a thin line, their mean as a thick one."""
+    found = {point["arm"] for point in points}
+    panels = {title: arms for title, arms in PANELS.items() if found.intersection(arms)}
+    figure = Figure(figsize=(0.5 + 4.2 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, arms) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
         for arm, (colour, marker, dashes) in zip(arms, STYLES, strict=False):
             runs = _runs(points, arm)
             for run in runs:
