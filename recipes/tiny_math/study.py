@@ -4,11 +4,11 @@
     python -m grpo_ext.recipes.tiny_math.study --arms sequence,stock --seeds 1    # two arms, one seed
     make study ARGS="--task mixed"                      # difficulty pools, on problems of which most are impossible
 
-An arm is `make math` with other flags: the same model, problems, batches and seeds. The task `mixed` trains on other
-problems, those of `mixed.py`, and measures on the same held-out ones, which are the kind that the model can learn. Every few steps, each held-out
-problem is answered once at the training temperature. When a run is complete, its points are appended to `curves.jsonl`
-in the output folder, one per line. Runs found there are not repeated, so an interrupted study can be continued. At the
-end there is a picture, `study.png`, and a table in Markdown.
+An arm is `make math` with other flags: the same model, problems, batches and seeds. The task `mixed` trains on the
+problems of `mixed.py`, and measures on the same held-out problems, which are of the kind that the model can learn. Every
+few steps, each held-out problem is answered once at the training temperature. When a run is complete, its points are
+appended to `curves.jsonl` in the output folder, one per line. Runs found there are not repeated, so an interrupted study
+can be continued. At the end there is a picture, `study.png` or `mixed.png`, and a table in Markdown.
 
     {"arm": "sequence", "seed": 0, "steps": 35, "problems": 256, "step": 10, "answers": 256, "right": 247}
 """
