@@ -6,7 +6,7 @@ problem at temperature 0.8:
     digits of both numbers        1       2       3       4
     share of right samples        0.00    0.00    0.39    0.00
 
-A group on any other kind is therefore almost surely dead. A quarter of the problems is of each kind.
+A group on any other kind is therefore almost surely dead.
 """
 
 import json
@@ -16,27 +16,27 @@ from datasets import Dataset
 
 from grpo_ext.recipes.tiny_math.build import HERE, PROMPT
 
-DIGITS = (1, 2, 3, 4)
-LEARNABLE = 3  # digits
+IMPOSSIBLE = (1, 2, 4)  # digits
 
 
-def mixed_problems(count: int, seed: int) -> Dataset:
+def mixed_problems(count: int, seed: int, *, learnable: float = 0.25) -> Dataset:
     """`count` different problems in random order, with columns `prompt`, `answer` and `digits`.
 
     Args:
-        count: a multiple of 4, at most 220, because there are only 55 sums of one-digit numbers.
-        seed: determines the problems. Those of three digits are taken from the training problems of GRPO, so that none
-            of them is held out.
+        count: up to 165; there are only 55 sums of one-digit numbers.
+        seed: determines the problems.
+        learnable: share of the problems that have three digits. They are training problems of `data/`, so that none of
+            them is held out. The other problems are of one, two and four digits in equal parts.
     """
     rng = random.Random(f"{seed} mixed")
-    each = count // len(DIGITS)
-    rows = []
-    for digits in DIGITS:
-        pairs = sorted(_learnable() if digits == LEARNABLE else _sums(rng, digits, each))
-        rows += [(a, b, digits) for a, b in rng.sample(pairs, each)]
-    rng.shuffle(rows)
+    sums = [(a, b, 3) for a, b in rng.sample(_learnable(), round(count * learnable))]
+    left = count - len(sums)
+    for i, digits in enumerate(IMPOSSIBLE):
+        here = left * (i + 1) // len(IMPOSSIBLE) - left * i // len(IMPOSSIBLE)
+        sums += [(a, b, digits) for a, b in _sums(rng, digits, here)]
+    rng.shuffle(sums)
     return Dataset.from_list(
-        [{"prompt": PROMPT.format(question=f"{a}+{b}=?"), "answer": str(a + b), "digits": d} for a, b, d in rows]
+        [{"prompt": PROMPT.format(question=f"{a}+{b}=?"), "answer": str(a + b), "digits": d} for a, b, d in sums]
     )
 
 
@@ -46,11 +46,11 @@ def _learnable() -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in (question.split("+") for question in questions)]
 
 
-def _sums(rng: random.Random, digits: int, count: int) -> set[tuple[int, int]]:
+def _sums(rng: random.Random, digits: int, count: int) -> list[tuple[int, int]]:
     """`count` different sums of two numbers of this length, the smaller number first."""
     low, high = (0, 9) if digits == 1 else (10 ** (digits - 1), 10**digits - 1)
-    found: set[tuple[int, int]] = set()
+    found: dict[tuple[int, int], None] = {}
     while len(found) < count:
         a, b = sorted((rng.randint(low, high), rng.randint(low, high)))
-        found.add((a, b))
-    return found
+        found[a, b] = None
+    return list(found)

@@ -5,10 +5,10 @@
     make study ARGS="--task mixed"                      # difficulty pools, on problems of which most are impossible
 
 An arm is `make math` with other flags: the same model, problems, batches and seeds. The task `mixed` trains on the
-problems of `mixed.py`, and measures on the same held-out problems, which are of the kind that the model can learn. Every
-few steps, each held-out problem is answered once at the training temperature. When a run is complete, its points are
-appended to `curves.jsonl` in the output folder, one per line. Runs found there are not repeated, so an interrupted study
-can be continued. At the end there is a picture, `study.png` or `mixed.png`, and a table in Markdown.
+problems of `mixed.py`, and measures on the same held-out problems, which are of the kind that the model can learn.
+Every few steps, each held-out problem is answered once at the training temperature. When a run is complete, its points
+are appended to `curves.jsonl` in the output folder, one per line. Runs found there are not repeated, so an interrupted
+study can be continued. At the end there is a picture, `study.png` or `mixed.png`, and a table in Markdown.
 
     {"arm": "sequence", "seed": 0, "steps": 35, "problems": 256, "step": 10, "answers": 256, "right": 247}
 """
@@ -46,7 +46,7 @@ from grpo_ext.recipes.tiny_math.study_report import Points, draw, table
 from grpo_ext.rewards import math_answer_reward
 from grpo_ext.rollout.pools import mixed_probability
 
-EVERY = 2  # steps between two points of a curve
+EVERY = {"sums": 2, "mixed": 4}  # steps between two points of a curve
 
 # The flags that an arm adds to `make math`. Stock TRL's trainer gets exactly the settings of `token`. Dead groups can
 # be skipped only if neither a KL penalty nor an entropy bonus gives them a gradient.
@@ -61,17 +61,15 @@ SUMS = {
     "skip": f"{REWARD_ALONE} --dead_groups skip",
     "resample": f"{REWARD_ALONE} --dead_groups resample",
 }
-# Rollouts of 8 prompts, and a learning rate at which the curves rise over several passes over the data. The arms differ
-# in the curriculum only: p(1-p) as the worth of a problem, the probability of a mixed group as its worth, and start
-# values from 8 samples per problem, which count as rollouts.
+# Rollouts of 8 prompts, and a learning rate at which the curves rise over more than one pass over the data. The arms
+# differ in the curriculum and in the share of the training problems that the model can learn: a quarter, or a sixteenth
+# ("rare"). "worth" weighs a problem by the probability of a mixed group instead of p(1-p). "started" has start values
+# from 8 samples per problem, which count as rollouts.
 SLOWLY = f"{REWARD_ALONE} --dead_groups skip --gradient_accumulation_steps 1 --learning_rate 2e-4"
 SLOWLY += " --lr_scheduler_type constant"
-MIXED = {
-    "off": SLOWLY,
-    "pools": f"{SLOWLY} --curriculum pools",
-    "mixed_worth": f"{SLOWLY} --curriculum pools",
-    "started": f"{SLOWLY} --curriculum pools",
-}
+WITH_POOLS = f"{SLOWLY} --curriculum pools"
+CURRICULA = {"off": SLOWLY, "pools": WITH_POOLS, "pools_worth": WITH_POOLS, "pools_started": WITH_POOLS}
+MIXED = CURRICULA | {f"rare_{arm}": flags for arm, flags in CURRICULA.items()}
 MIXED_PROBLEMS = 160
 TASKS = {"sums": SUMS, "mixed": MIXED}
 ARMS = SUMS | MIXED
@@ -81,8 +79,8 @@ STEPS = {"sums": 35, "mixed": 120}
 class Curve(TrainerCallback):
     """Measures before the first step, every few steps and after the last one, and advances the progress bar."""
 
-    def __init__(self, trainer: GRPOTrainer, heldout: list[dict[str, Any]], bar: tqdm):
-        self._trainer, self._heldout, self._bar = trainer, heldout, bar
+    def __init__(self, trainer: GRPOTrainer, heldout: list[dict[str, Any]], every: int, bar: tqdm):
+        self._trainer, self._heldout, self._every, self._bar = trainer, heldout, every, bar
         self.points: Points = []
 
     def on_train_begin(
@@ -92,7 +90,7 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update()
-        if state.global_step % EVERY == 0 or state.global_step == state.max_steps:
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._measure(state)
 
     def _measure(self, state: TrainerState) -> None:
@@ -120,15 +118,18 @@ class Curve(TrainerCallback):
 def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: str) -> Points:
     """The curve of one run; its last point has the mean of TRL's seconds per step, which exclude the measurements."""
     flags = f"{ARMS[arm]} --seed {seed} --max_steps {options.steps}"
-    if arm == "started":
+    task = "mixed" if arm in MIXED else "sums"
+    if arm.endswith("started"):
         flags += f" --start_pass_rates {Path(folder, 'pass_rates.jsonl')}"
     leaves_nothing = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--output_dir", folder]
     script_args, args, model_args = parse([*flags.split(), *leaves_nothing])
     tokenizer = load_tokenizer(model_args)
     problems = load_problems(script_args.dataset_name, tokenizer, max_heldout=options.problems, seed=seed)
     args.model_init_kwargs = model_init_kwargs(model_args, args)
-    rows = mixed_problems(MIXED_PROBLEMS, seed) if arm in MIXED else problems.train
-    if arm == "started":
+    rows = problems.train
+    if task == "mixed":
+        rows = mixed_problems(MIXED_PROBLEMS, seed, learnable=1 / 16 if arm.startswith("rare") else 1 / 4)
+    if arm.endswith("started"):
         _measure_pass_rates(rows, args, model_args.model_name_or_path, tokenizer)
     trainer = (GRPOTrainer if arm == "stock" else GRPOExtTrainer)(
         model=model_args.model_name_or_path,
@@ -138,9 +139,9 @@ def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: s
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    if arm == "mixed_worth":
+    if arm.endswith("worth"):
         trainer.parts.pools.worth = mixed_probability
-    curve = Curve(trainer, problems.heldout.to_list(), bar)
+    curve = Curve(trainer, problems.heldout.to_list(), EVERY[task], bar)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(curve)
     trainer.train()
@@ -148,7 +149,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: s
     curve.points[-1]["seconds_per_step"] = sum(seconds) / len(seconds)
     groups = args.generation_batch_size // args.num_generations
     run = {"arm": arm, "seed": seed, "steps": options.steps, "problems": options.problems}
-    before = len(rows) // groups if arm == "started" else 0  # each step has one rollout
+    before = len(rows) // groups if arm.endswith("started") else 0  # each step has one rollout
     return [run | point | {"step": before + point["step"]} for point in curve.points]
 
 

@@ -26,16 +26,21 @@ NAMES = {
     "keep": "keep (beta = 0)",
     "skip": "skip (beta = 0)",
     "resample": "resample (beta = 0)",
-    "off": "curriculum off",
-    "pools": "pools, p(1-p)",
-    "mixed_worth": "pools, probability of a mixed group",
-    "started": "pools, with start values",
+    "off": "1/4 learnable: curriculum off",
+    "pools": "1/4 learnable: pools, p(1-p)",
+    "pools_worth": "1/4 learnable: pools, probability of a mixed group",
+    "pools_started": "1/4 learnable: pools, p(1-p), with start values",
+    "rare_off": "1/16 learnable: curriculum off",
+    "rare_pools": "1/16 learnable: pools, p(1-p)",
+    "rare_pools_worth": "1/16 learnable: pools, probability of a mixed group",
+    "rare_pools_started": "1/16 learnable: pools, p(1-p), with start values",
 }
 PANELS = {
     "Objective": ("sequence", "token", "stock"),
     "KL estimator": ("sequence", "exact"),
     "Dead groups, beta = 0": ("keep", "skip", "resample"),
-    "Difficulty pools": ("off", "pools", "mixed_worth", "started"),
+    "A quarter can be learned": ("off", "pools", "pools_worth", "pools_started"),
+    "A sixteenth can be learned": ("rare_off", "rare_pools", "rare_pools_worth", "rare_pools_started"),
 }
 STYLES = [
     (PALETTE["blue"], "o", "-"),

@@ -140,11 +140,12 @@ def test_arms_of_the_study():
 
 
 def test_arms_of_the_study_of_pools():
-    """They differ in the curriculum only, and training problems are of each kind equally, with none of them held out."""
+    """They differ in the curriculum only. The problems are different ones, and none of them is held out."""
     flags = [set(flags.split("--")) for flags in study.MIXED.values()]
     assert all(of_arm ^ flags[0] <= {"curriculum pools"} for of_arm in flags)
     rows = mixed_problems(160, seed=0)
     assert Counter(rows["digits"]) == dict.fromkeys((1, 2, 3, 4), 40)
+    assert Counter(mixed_problems(160, seed=0, learnable=1 / 16)["digits"]) == dict.fromkeys((1, 2, 4), 50) | {3: 10}
     assert len(set(rows["prompt"])) == 160
     heldout = {line.split('"')[3] for line in (TINY_DATA / "test.jsonl").read_text().splitlines()}
     assert not heldout & {prompt.removeprefix("Question: ").removesuffix("\nAnswer:") for prompt in rows["prompt"]}
@@ -153,13 +154,15 @@ def test_arms_of_the_study_of_pools():
 @pytest.mark.slow
 def test_the_study_of_pools_through_its_command_line(tmp_path, capsys):
     """The rollouts that the start values cost are counted: 160 problems in rollouts of 8."""
-    study.main(f"--task mixed --arms pools,started --seeds 1 --steps 1 --problems 8 --output {tmp_path}".split())
+    study.main(
+        f"--task mixed --arms pools,rare_pools_started --seeds 1 --steps 1 --problems 8 --output {tmp_path}".split()
+    )
     points = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
     assert [(point["arm"], point["step"]) for point in points] == [
         *(("pools", 0), ("pools", 1)),
-        *(("started", 20), ("started", 21)),
+        *(("rare_pools_started", 20), ("rare_pools_started", 21)),
     ]
-    assert "| pools, with start values | 1 |" in capsys.readouterr().out
+    assert "| 1/16 learnable: pools, p(1-p), with start values | 1 |" in capsys.readouterr().out
     assert (tmp_path / "mixed.png").stat().st_size > 10_000
 
 
