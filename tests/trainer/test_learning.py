@@ -141,7 +141,7 @@ def test_arms_of_the_study():
 
 def test_arms_of_the_study_of_pools():
     """They differ in the curriculum only. The problems are different ones, and none of them is held out."""
-    flags = [set(flags.split("--")) for flags in study.MIXED.values()]
+    flags = [{flag.strip() for flag in flags.split("--")} for flags in study.MIXED.values()]
     assert all(of_arm ^ flags[0] <= {"curriculum pools"} for of_arm in flags)
     rows = mixed_problems(160, seed=0)
     assert Counter(rows["digits"]) == dict.fromkeys((1, 2, 3, 4), 40)
