@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from grpo_ext.losses.kl import KL_ESTIMATORS
 from grpo_ext.losses.temperature import TEMPERATURE_SCHEDULES
 from grpo_ext.refusals import (
+    CURRICULA,
     DEAD_GROUPS,
     OVERLONG_PROMPTS,
     TRL_LOSS_TYPES,
@@ -109,6 +110,16 @@ class GRPOExtConfig(GRPOConfig):
             represent all of them. Prompts that the model almost never, or almost always, solves get updates that they
             would not get with `num_generations` completions. Recommended: None; two to four times `num_generations` if
             most groups are all wrong.
+        curriculum: which training problems a rollout is made of. `"off"` (default): the order of the data loader, as in
+            TRL. `"pools"`: problems that are nearly always or nearly never solved rest, and the others are drawn by how
+            much their pass rate lets a group teach (`grpo_ext/rollout/pools.py`), once every problem was drawn once.
+            The number of steps is unchanged. Needs a data set that can be indexed. No field of TRL chooses problems by
+            what was learned about them. Recommended: "off"; "pools" if most groups are dead and the run passes over the
+            data more than once, or has `start_pass_rates`.
+        start_pass_rates: pass rates of the training problems under the starting model, 0 to 1, for
+            `curriculum="pools"`; problems that have one skip the first pass. Either a column of the training data (in
+            a column named `difficulty`, 1 is the hardest) or a file that `grpo-ext eval --samples 8 --save_pass_rates`
+            wrote. None (default) for no start values. Recommended: None; a file if the data is larger than a run.
         temperature_schedule: `"constant"` (default); `"linear"`, from `temperature` before the first step to
             `temperature_end` before the last; or `"entropy"`, a controller that keeps the mean token entropy near
             `temperature_entropy_target`, with a temperature between half and twice `temperature`. Recommended:
@@ -255,6 +266,22 @@ class GRPOExtConfig(GRPOConfig):
             "help": "Maximum number of completions of a prompt whose completions all earned the same reward, more than "
             "num_generations; unset for no extra completions. Recommended: unset; two to four times num_generations "
             "if most groups are all wrong."
+        },
+    )
+    curriculum: str = field(
+        default="off",
+        metadata={
+            "help": f"Which training problems a rollout is made of: {', '.join(CURRICULA)}. 'pools' lets problems rest "
+            "that are nearly always or nearly never solved. Recommended: off; pools if most groups are dead and the "
+            "run passes over the data more than once, or has start_pass_rates."
+        },
+    )
+    start_pass_rates: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pass rates of the training problems under the starting model, 0 to 1, for curriculum='pools': a "
+            "column of the training data (in a column named difficulty, 1 is the hardest), or a file of "
+            "`grpo-ext eval --save_pass_rates`. Recommended: unset; a file if the data is larger than a run."
         },
     )
     temperature_schedule: str = field(

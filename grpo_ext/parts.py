@@ -30,6 +30,7 @@ from grpo_ext.rollout.collect import Record, RolloutStage, StageContext
 from grpo_ext.rollout.dialogue import Dialogue
 from grpo_ext.rollout.dialogue_player import DialoguePlayer
 from grpo_ext.rollout.old_logprobs import OldLogprobs
+from grpo_ext.rollout.pools import DifficultyPools
 from grpo_ext.rollout.sampler import CompletionSampler
 from grpo_ext.rollout.stages.extend_groups import ExtendGroups
 from grpo_ext.rollout.stages.replay import Replay
@@ -47,12 +48,14 @@ STAGES = (ExtendGroups, Resample, Replay)  # the order matters: each stage sampl
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a trainer; `dialogue` and `watch` are None if the run has no dialogue or no guards."""
+    """The parts of a trainer; `dialogue`, `pools` and `watch` are None if the run has no dialogue, curriculum or
+    guards."""
 
     phases: PhaseTimer
     temperature: TemperatureControl
     sampler: CompletionSampler
     dialogue: DialoguePlayer | None
+    pools: DifficultyPools | None
     stages: tuple[RolloutStage, ...]
     scorer: Scorer
     old_logprobs: OldLogprobs
@@ -69,6 +72,7 @@ class Parts:
             "old_logprobs": self.old_logprobs,
             "skipped_rows": self.skipped_rows,
             "memory_limits": self.scorer.limits,
+            **({} if self.pools is None else {"pools": self.pools}),
             **({} if self.watch is None else {"watch": self.watch}),
         }
         return named | {type(stage).__name__: stage for stage in self.stages if isinstance(stage, Stateful)}
@@ -98,7 +102,12 @@ class TrainerHooks:
 
 
 def build_parts(
-    trainer: "GRPOExtTrainer", tokenizer: PreTrainedTokenizerBase, hooks: TrainerHooks, *, has_reference: bool
+    trainer: "GRPOExtTrainer",
+    tokenizer: PreTrainedTokenizerBase,
+    hooks: TrainerHooks,
+    *,
+    has_reference: bool,
+    pools: DifficultyPools | None,
 ) -> Parts:
     """Build the parts of a trainer whose TRL constructor has run.
 
@@ -108,7 +117,7 @@ def build_parts(
     args, accelerator = trainer.args, trainer.accelerator
     scorer = _prepare_scoring(trainer)
     sampler = _sampler(trainer, scorer, tokenizer)
-    context = _stage_context(trainer, sampler, hooks)
+    context = _stage_context(trainer, sampler, hooks, pools)
     refusals.refuse_moving_temperature(args, shares_prompts=scorer.shares_prompts)
     reference_kl = ReferenceKL(
         has_reference=has_reference, estimator=args.kl_estimator, bias_corrected=args.use_bias_correction_kl
@@ -129,6 +138,7 @@ def build_parts(
         ),
         sampler=sampler,
         dialogue=_dialogue_player(trainer, sampler, tokenizer, hooks),
+        pools=pools,
         stages=tuple(stage for kind in STAGES if (stage := kind.build(context)) is not None),
         scorer=scorer,
         old_logprobs=OldLogprobs(lambda gap: accelerator.gather(gap).max().item()),
@@ -139,7 +149,9 @@ def build_parts(
     )
 
 
-def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler, hooks: TrainerHooks) -> StageContext:
+def _stage_context(
+    trainer: "GRPOExtTrainer", sampler: CompletionSampler, hooks: TrainerHooks, pools: DifficultyPools | None
+) -> StageContext:
     interleaved = {
         "tools": bool(trainer.tools),
         "environment_factory": trainer.environment_factories is not None,
@@ -154,6 +166,7 @@ def _stage_context(trainer: "GRPOExtTrainer", sampler: CompletionSampler, hooks:
         score=hooks.score,
         dataset=hooks.dataset,
         step=hooks.step,
+        pools=pools,
         interleaved=[name for name, is_used in interleaved.items() if is_used],
         process=trainer.accelerator.process_index,
         processes=trainer.accelerator.num_processes,

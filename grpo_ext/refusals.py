@@ -12,6 +12,7 @@ from grpo_ext.losses.temperature import TEMPERATURE_SCHEDULES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 DEAD_GROUPS = ("keep", "skip", "resample")
+CURRICULA = ("off", "pools")
 OVERLONG_PROMPTS = ("error", "drop")
 TRL_SCALE_REWARDS = ("group", "batch", "none")
 # Values of sampling options that leave the distribution over tokens untruncated.
@@ -24,6 +25,7 @@ def refuse_impossible(config: Any) -> None:
     _require("scale_rewards", config.scale_rewards, ("population", *TRL_SCALE_REWARDS))
     _require("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
     _require("dead_groups", config.dead_groups, DEAD_GROUPS)
+    _require("curriculum", config.curriculum, CURRICULA)
     _require("temperature_schedule", config.temperature_schedule, TEMPERATURE_SCHEDULES)
     _require("overlong_prompts", config.overlong_prompts, OVERLONG_PROMPTS)
     if config.scale_rewards == "population" and config.multi_objective_aggregation != "sum_then_normalize":
@@ -52,6 +54,11 @@ def refuse_impossible(config: Any) -> None:
     _refuse_replay(config)
     if config.max_hours is not None and config.max_hours <= 0:
         raise ValueError(f"max_hours={config.max_hours} must be above 0 hours, for example 3.5, or None.")
+    if config.start_pass_rates is not None and config.curriculum == "off":
+        raise ValueError(
+            f"start_pass_rates={config.start_pass_rates!r} needs curriculum='pools', got 'off'. Set that curriculum, "
+            f"or leave start_pass_rates out."
+        )
     if config.reward_timeout <= 0:
         raise ValueError(f"reward_timeout={config.reward_timeout} must be above 0 seconds, for example 10.")
     if config.reward_workers is not None and config.reward_workers < 0:
@@ -253,6 +260,15 @@ def refuse_streamed_resampling(*, is_streamed: bool) -> None:
         raise ValueError(
             "dead_groups='resample' picks prompts at random, and rows of a streamed data set (IterableDataset) cannot "
             "be picked. Load the data set into memory or from disk, or use dead_groups='keep' or 'skip'."
+        )
+
+
+def refuse_streamed_curriculum(config: Any, *, is_streamed: bool) -> None:
+    """`curriculum="pools"` on a dataset that cannot be indexed. Called before a model is loaded."""
+    if is_streamed and config.curriculum == "pools":
+        raise ValueError(
+            "curriculum='pools' chooses problems by their pass rates, and rows of a streamed data set "
+            "(IterableDataset) cannot be chosen. Load the data set into memory or from disk, or use curriculum='off'."
         )
 
 

@@ -4,7 +4,7 @@ The hooks of a step, and the parts (`parts.py`) that do their work:
 
     training_step
       _prepare_inputs                     once per rollout; its micro-batches keep siblings together
-        _generate_and_score_completions     temperature -> [stages: extend, resample, replay] -> TRL's own method:
+        _generate_and_score_completions     `pools`, temperature, stages (extend, resample, replay), TRL's own method:
           _generate                           samples with shared prompts: `sampler`
           _get_per_token_logps_...            old and reference log-probs on shared prompts: `old_logprobs`, `scorer`
           _calculate_rewards                  rewards
@@ -81,6 +81,7 @@ from grpo_ext.report.publisher import Publisher
 from grpo_ext.report.run_settings import SettingsFile
 from grpo_ext.rollout.collect import collect, record_group_kinds
 from grpo_ext.rollout.dialogue import Dialogue
+from grpo_ext.rollout.pools import DifficultyPools, chosen_examples
 from grpo_ext.rollout.reward_watch import RewardWatch
 from grpo_ext.rollout.reward_workers import close_with, close_workers, in_workers, start_workers
 from grpo_ext.rollout.sampler import ending_metrics
@@ -129,6 +130,7 @@ class GRPOExtTrainer(GRPOTrainer):
     - `kl_estimator`, `log_kl`, and `sync_ref_model` with adapters (`losses/kl.py`, `model/reference.py`).
     - `num_generations_max`, `dead_groups="resample"`, `replay_fraction` (`rollout/stages/`); `dead_groups="skip"`
       (`losses/dead_groups.py`); `temperature_schedule` (`rollout/temperature.py`).
+    - `curriculum="pools"`: pass rates decide which problems a rollout is made of (`rollout/pools.py`).
     - `rollout_func=Dialogue(...)`: dialogues with text environments (`rollout/dialogue.py`).
     - Stop strings in `generation_kwargs` work (TRL raises), and completions that end with one do not count as cut off.
     - In float32, old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
@@ -148,9 +150,10 @@ class GRPOExtTrainer(GRPOTrainer):
 
     Every other loss, option and code path is TRL's own. Metrics that this trainer adds to TRL's: `kl_sequence` (nats
     per completion), `ratio`, `policy_loss`, `advantages/mean`, `advantages/mean_abs`, `frac_dead_groups`,
-    `frac_groups/mixed|all_right|all_wrong`, `reward_drawn`, `growth/groups|alive`, `resampled_groups`,
-    `replay/hit_rate|age|dropped_old|dropped_far`, `dialogue/turns|errors`, `sampling/logp_gap`, `temperature`,
-    `time/generate|reward|reference|update` (seconds per optimizer step), `peak_memory_mb` (the largest so far).
+    `frac_groups/mixed|all_right|all_wrong`, `pools/unseen|unsolved|learning|solved`, `reward_drawn`,
+    `growth/groups|alive`, `resampled_groups`, `replay/hit_rate|age|dropped_old|dropped_far`, `dialogue/turns|errors`,
+    `sampling/logp_gap`, `temperature`, `time/generate|reward|reference|update` (seconds per optimizer step),
+    `peak_memory_mb` (the largest so far).
     A group whose rewards are all equal counts as `all_right` if they are at least half of a perfect reward, else as
     `all_wrong`. A perfect reward is the sum of the reward weights (for rewards of up to 1.0), or the highest total seen
     in the run if that is higher.
@@ -220,8 +223,10 @@ class GRPOExtTrainer(GRPOTrainer):
             "rollout_func": rollout_func,
             "environment_factory": environment_factory,
         }
+        refusals.refuse_streamed_curriculum(args, is_streamed=isinstance(train_dataset, IterableDataset))
         if args.guards:
             given["train_dataset"] = before_weights(given)
+        pools = DifficultyPools.build(args, given["train_dataset"])
         adapter_values = copy_adapter_values(model)
         adapters = [*getattr(model, "peft_config", {}).values(), *([peft_config] if peft_config else [])]
         reference = ReferenceSetup.of(args, adapters)
@@ -261,7 +266,7 @@ class GRPOExtTrainer(GRPOTrainer):
             train_metrics=self._train_metrics,
             micro_batches=self._micro_batches,
         )
-        self.parts = build_parts(self, self._tokenizer, hooks, has_reference=reference.is_needed)
+        self.parts = build_parts(self, self._tokenizer, hooks, has_reference=reference.is_needed, pools=pools)
         self._may_have_reference = reference.is_needed or (bool(adapters) and args.kl_estimator != "exact")
         # TRL counts a completion that ends with a stop string as cut off, in its metrics and in its mask. `_generate`
         # corrects the metrics, and `_add_tensors` applies the mask.
@@ -524,6 +529,8 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         outer, is_training = self._rollout, self.model.training
+        if is_training:
+            inputs = self._chosen_examples(inputs)
         self._rollout = current = RolloutInProgress(examples=inputs, is_training=is_training)
         try:
             with self.parts.phases("reference"):  # sampling and rewards, timed inside, are not counted here
@@ -545,6 +552,14 @@ class GRPOExtTrainer(GRPOTrainer):
                 self.parts.watch.after_rollout(self._metrics["train"], self._share_cut(current))
             self._unrecorded = current
         return output
+
+    def _chosen_examples(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a rollout: those of the data loader, unless the pools choose other problems."""
+        if self.parts.pools is None:
+            return loaded
+        G, accelerator = self.num_generations, self.accelerator
+        chosen = self.parts.pools.choose(len(loaded) * accelerator.num_processes // G)
+        return chosen_examples(loaded, chosen, self.train_dataset, group_size=G, process=accelerator.process_index)
 
     @contextmanager
     def _hooks_heard(self, current: RolloutInProgress) -> Iterator[None]:
@@ -698,6 +713,10 @@ class GRPOExtTrainer(GRPOTrainer):
         self._highest_reward = max(self._highest_reward, highest)
         attainable = max(self.reward_weights.clamp(min=0).sum().item(), self._highest_reward)
         record_group_kinds(self._record_metric, sampled_PM, attainable)
+        if current.is_training and self.parts.pools is not None:
+            self.parts.pools.observe(sampled_PM, perfect=attainable)
+            for pool, share in self.parts.pools.shares().items():
+                self._record_metric(f"pools/{pool}", share)
         if not (self.args.scale_rewards == "population" and self.scale_rewards == "none"):
             return
         all_rewards_PM = None if rollout is None else rollout.all_rewards_PM

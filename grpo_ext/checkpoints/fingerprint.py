@@ -39,6 +39,7 @@ MAY_DIFFER = {
     *("max_hours", "accept_changes"),
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
     *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
+    "start_pass_rates",  # a checkpoint has the pass rates of its step
     "model_init_kwargs",  # compared by their effect: the weights, the dtype and the config of the model
 }
 # Values that give the same trajectory, so that one may replace another.

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=0, help="samples per problem, which is the k of pass@k; default: greedy only"
     )
     parser.add_argument(
+        "--save_pass_rates",
+        metavar="FILE",
+        help="file for the share of right samples of each problem, which start_pass_rates of a run reads; needs "
+        "--samples, and usually --split train and --max_problems",
+    )
+    parser.add_argument(
         "--temperature", type=float, default=0.8, help="temperature of the samples, above 0; default: %(default)s"
     )
     parser.add_argument(
@@ -80,6 +86,8 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate, and write one JSON object."""
     if options.samples and options.temperature <= 0:
         raise ValueError(f"--temperature {options.temperature} must be above 0 with --samples, for example 0.8.")
+    if options.save_pass_rates and options.samples < 1:
+        raise ValueError("--save_pass_rates needs samples of each problem. Type --samples 8.")
     config = Path(options.model, "adapter_config.json")
     if config.exists():
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE"
@@ -87,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
     quiet_libraries()
     from grpo_ext.config import GRPOExtConfig
     from grpo_ext.data import format_rows, is_chat, load_splits, reads_gold, sample_rows
+    from grpo_ext.data.pass_rates import write_pass_rates
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.model.load import PolicyConfig, load_tokenizer
     from grpo_ext.rewards import MathAnswerReward
@@ -132,6 +141,9 @@ def run(options: argparse.Namespace) -> None:
     finally:
         if isinstance(reward, IsolatedReward):
             reward.close()
+    if options.save_pass_rates:
+        prompts = [problem["prompt"] for problem in problems]
+        write_pass_rates(options.save_pass_rates, prompts, found.shares, found.k)
     measured = {"pass_at_1": found.greedy, "sampled_pass_at_1": found.sampled, "pass_at_k": found.pass_at_k}
     result = {name: value for name, value in vars(options).items() if name not in ("json", "samples")}
     result |= {name: None if estimate is None else asdict(estimate) for name, estimate in measured.items()}

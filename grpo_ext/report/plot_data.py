@@ -95,6 +95,15 @@ def build_panels(rows: list[Row]) -> list[Panel]:
             is_share=True,
             lines=_stacked_layers(rows, "frac_groups/", {"all_wrong": "red", "mixed": "green", "all_right": "blue"}),
         ),
+        Panel(
+            title="Training problems by pool",
+            unit="share of problems",
+            is_stacked=True,
+            is_share=True,
+            lines=_stacked_layers(
+                rows, "pools/", {"unsolved": "red", "learning": "green", "solved": "blue", "unseen": "sky"}
+            ),
+        ),
         _length_panel(rows),
         _reward_vs_kl_panel(rows, kl),
         Panel(

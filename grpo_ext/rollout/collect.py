@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.losses.advantages import group_kind_shares
+from grpo_ext.rollout.pools import DifficultyPools
 from grpo_ext.rollout.sampler import CompletionSampler
 from grpo_ext.rollout.types import Completion, Rollout
 
@@ -61,6 +62,7 @@ class StageContext:
         score: returns log-probs of completions under the current policy, and their mask, shapes (B, C).
         dataset: returns the current training data.
         step: returns the number of optimizer steps so far.
+        pools: chooses the problems of a rollout; None if the data loader does.
         interleaved: names of the features of this run that TRL interleaves with sampling; no stage works with them.
         process, processes: index of this process, and the number of processes.
     """
@@ -72,6 +74,7 @@ class StageContext:
     score: Callable[[list[Completion]], tuple[Tensor, Tensor]]
     dataset: Callable[[], Dataset | IterableDataset]
     step: Callable[[], int]
+    pools: DifficultyPools | None = None
     interleaved: Sequence[str] = ()
     process: int = 0
     processes: int = 1

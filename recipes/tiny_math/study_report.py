@@ -26,21 +26,39 @@ NAMES = {
     "keep": "keep (beta = 0)",
     "skip": "skip (beta = 0)",
     "resample": "resample (beta = 0)",
+    "off": "1/4 learnable: curriculum off",
+    "pools": "1/4 learnable: pools, p(1-p)",
+    "pools_worth": "1/4 learnable: pools, probability of a mixed group",
+    "pools_started": "1/4 learnable: pools, p(1-p), with start values",
+    "rare_off": "1/16 learnable: curriculum off",
+    "rare_pools": "1/16 learnable: pools, p(1-p)",
+    "rare_pools_worth": "1/16 learnable: pools, probability of a mixed group",
+    "rare_pools_started": "1/16 learnable: pools, p(1-p), with start values",
 }
 PANELS = {
     "Objective": ("sequence", "token", "stock"),
     "KL estimator": ("sequence", "exact"),
     "Dead groups, beta = 0": ("keep", "skip", "resample"),
+    "A quarter can be learned": ("off", "pools", "pools_worth", "pools_started"),
+    "A sixteenth can be learned": ("rare_off", "rare_pools", "rare_pools_worth", "rare_pools_started"),
 }
-STYLES = [(PALETTE["blue"], "o", "-"), (PALETTE["orange"], "s", "--"), (PALETTE["green"], "^", ":")]
+STYLES = [
+    (PALETTE["blue"], "o", "-"),
+    (PALETTE["orange"], "s", "--"),
+    (PALETTE["green"], "^", ":"),
+    (PALETTE["purple"], "v", "-."),
+]
 GOAL = 0.9  # share of sampled answers that are right
 
 
 def draw(points: Points, path: Path) -> Path:
-    """One panel per comparison: each seed as a thin line, their mean as a thick one."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    """One panel per comparison that was run: each seed as a thin line, their mean as a thick one."""
+    found = {point["arm"] for point in points}
+    panels = {title: arms for title, arms in PANELS.items() if found.intersection(arms)}
+    figure = Figure(figsize=(0.5 + 4.2 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, arms) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
         for arm, (colour, marker, dashes) in zip(arms, STYLES, strict=False):
             runs = _runs(points, arm)
             for run in runs:

@@ -55,6 +55,8 @@ MATRIX = {
     "dead groups resampled": LONG | {"dead_groups": "resample", "num_iterations": 2},
     "growing groups": LONG | {"num_generations_max": 12, "reward": rarely_good},
     "replay": {"per_device_train_batch_size": 16, "replay_fraction": 0.5, "num_iterations": 2, "max_steps": 9},
+    # the third rollout, after step 5, is the first one that chooses by pass rates alone
+    "difficulty pools": LONG | {"curriculum": "pools", "prompts": PROMPTS + PROMPTS[:2], "dead_groups": "resample"},
     "linear temperature": LONG | {"temperature_schedule": "linear", "temperature_end": 1.4},
     "temperature from entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.4},
     "dead groups skipped": LONG | {"beta": 0.0, "entropy_coef": 0.0},

@@ -18,6 +18,7 @@ LONG: dict[str, Any] = {"per_device_train_batch_size": 2, "steps_per_generation"
 CASES: dict[str, dict[str, Any]] = {
     "rollouts": LONG,
     "replayed": LONG | {"replay_fraction": 0.5, "dead_groups": "resample", "max_resample_rounds": 1},
+    "pools": LONG | {"curriculum": "pools"},
     "by entropy": LONG | {"temperature_schedule": "entropy", "temperature_entropy_target": 4.5},
     "reference": {"per_device_train_batch_size": 4, "num_iterations": 2, "sync_ref_model": True},
 }

@@ -77,7 +77,11 @@ def test_results_equal_those_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
     expected = evaluate(tiny_model, tokenizer, problems, math_answer_reward, **settings)
     file = tmp_path / "found.json"
     flags = "--max_problems 32 --temperature 0.6 --samples 3 --seed 7".split()
-    cli.main(["eval", *TASK, *flags, "--json", str(file)])
+    rates = tmp_path / "rates.jsonl"
+    cli.main(["eval", *TASK, *flags, "--json", str(file), "--save_pass_rates", str(rates)])
+    saved = [json.loads(line) for line in rates.read_text().splitlines()]
+    assert [row["prompt"] for row in saved] == [problem["prompt"] for problem in problems]
+    assert [row["passes"] / row["answers"] for row in saved] == pytest.approx(expected.shares)
     found = json.loads(file.read_text())
     assert found["pass_at_1"] == asdict(expected.greedy)
     assert found["sampled_pass_at_1"] == asdict(expected.sampled)
@@ -140,6 +144,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
     [
         (["--split", "dev"], "has no split 'dev'; it has: train, test. Add --split train"),
         (["--samples", "2", "--temperature", "0"], "--temperature 0.0 must be above 0 with --samples"),
+        (["--save_pass_rates", "rates.jsonl"], "--save_pass_rates needs samples of each problem. Type --samples 8"),
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
         (["--reward", "grpo_ext.rewards:nope"], "nope"),

@@ -112,6 +112,7 @@ def a_step(step, **changes):
     row |= {"completions/mean_length": 9.0, "completions/min_length": 1.0, "completions/max_length": 12.0}
     row |= {"completions/clipped_ratio": 0.5, "frac_groups/all_right": 0.25, "frac_groups/all_wrong": 0.25}
     row |= {"frac_groups/mixed": 0.5, "time/generate": 1.0, "time/update": 2.0, "advantages/mean": 0.0}
+    row |= {"pools/unseen": 0.5, "pools/unsolved": 0.25, "pools/learning": 0.25, "pools/solved": 0.0}
     row |= {"rewards/right/mean": 0.5, "rewards/format_reward/mean": 0.9, "peak_memory_mb": 2000.0}
     return row | changes
 
@@ -127,6 +128,7 @@ def test_panels_are_in_the_order_in_which_they_are_read():
         "Rewards for the shape of the text",
         "Mean raw reward",
         "Groups by their rewards",
+        "Training problems by pool",
         "Length of completions",
         "Reward against KL, step by step",
         "KL to the reference",
@@ -145,6 +147,12 @@ def test_panels_are_in_the_order_in_which_they_are_read():
         ("all wrong", [0.25, 0.25]),
         ("mixed", [0.5, 0.5]),
         ("all right", [0.25, 0.25]),
+    ]
+    assert [(line.label, line.y) for line in panels["Training problems by pool"].lines] == [
+        ("unsolved", [0.25, 0.25]),
+        ("learning", [0.25, 0.25]),
+        ("solved", [0.0, 0.0]),
+        ("unseen", [0.5, 0.5]),
     ]
     length, cut = panels["Length of completions"].lines
     assert (length.low, length.high, cut.y, cut.on_right_axis) == ((1.0, 1.0), (12.0, 12.0), [0.5, 0.5], True)

@@ -1,6 +1,7 @@
 """Training the embedded model as stock TRL does, and the command line of the study that compares learning curves."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from grpo_ext.data import load_problems
 from grpo_ext.recipes.math import parse
 from grpo_ext.recipes.tiny_math import study
+from grpo_ext.recipes.tiny_math.mixed import mixed_problems
 from grpo_ext.recipes.tiny_math.study_report import table
 from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import TINY_DATA, TINY_MODEL
@@ -121,7 +123,7 @@ def test_arms_of_the_study():
     """Each arm differs from `make math` as its name says, and stock TRL gets the settings of the token arm."""
     default = parse([])[1]
     changes = {}
-    for arm, flags in study.ARMS.items():
+    for arm, flags in study.SUMS.items():
         args = parse(flags.split())[1]
         both = {name: (getattr(default, name), getattr(args, name)) for name in default.__dataclass_fields__}
         changes[arm] = {name: value for name, (by_default, value) in both.items() if value != by_default}
@@ -135,6 +137,33 @@ def test_arms_of_the_study():
         "skip": no_regularisation,  # the default
         "resample": no_regularisation | {"dead_groups": "resample"},
     }
+
+
+def test_arms_of_the_study_of_pools():
+    """They differ in the curriculum only. The problems are different ones, and none of them is held out."""
+    flags = [{flag.strip() for flag in flags.split("--")} for flags in study.MIXED.values()]
+    assert all(of_arm ^ flags[0] <= {"curriculum pools"} for of_arm in flags)
+    rows = mixed_problems(160, seed=0)
+    assert Counter(rows["digits"]) == dict.fromkeys((1, 2, 3, 4), 40)
+    assert Counter(mixed_problems(160, seed=0, learnable=1 / 16)["digits"]) == dict.fromkeys((1, 2, 4), 50) | {3: 10}
+    assert len(set(rows["prompt"])) == 160
+    heldout = {line.split('"')[3] for line in (TINY_DATA / "test.jsonl").read_text().splitlines()}
+    assert not heldout & {prompt.removeprefix("Question: ").removesuffix("\nAnswer:") for prompt in rows["prompt"]}
+
+
+@pytest.mark.slow
+def test_the_study_of_pools_through_its_command_line(tmp_path, capsys):
+    """The rollouts that the start values cost are counted: 160 problems in rollouts of 8."""
+    study.main(
+        f"--task mixed --arms pools,rare_pools_started --seeds 1 --steps 1 --problems 8 --output {tmp_path}".split()
+    )
+    points = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert [(point["arm"], point["step"]) for point in points] == [
+        *(("pools", 0), ("pools", 1)),
+        *(("rare_pools_started", 20), ("rare_pools_started", 21)),
+    ]
+    assert "| 1/16 learnable: pools, p(1-p), with start values | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "mixed.png").stat().st_size > 10_000
 
 
 def test_the_table_of_a_study():

@@ -12,12 +12,13 @@ from torch.utils.data import IterableDataset
 from grpo_ext import refusals
 from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.rollout.collect import Draw, Record, StageContext
+from grpo_ext.rollout.pools import DifficultyPools
 from grpo_ext.rollout.types import Rollout
 
 
 @dataclass(kw_only=True)
 class Resample:
-    """The stage of `dead_groups="resample"`: each round samples one group on a random prompt per dead group.
+    """The stage of `dead_groups="resample"`: each round samples one group on another prompt per dead group.
 
     Groups that are still dead after the last round stay. Metric: `resampled_groups`, the number of replaced groups.
 
@@ -29,6 +30,7 @@ class Resample:
         step: returns the optimizer step of the rollout.
         seed: the same on every process. Seed and step determine the prompts, so a resumed run samples the same ones.
         record: records the metric.
+        pools: chooses the prompts; None for random ones.
         process, processes: index of this process, and the number of processes.
     """
 
@@ -39,6 +41,7 @@ class Resample:
     step: Callable[[], int]
     seed: int
     record: Record
+    pools: DifficultyPools | None = None
     process: int = 0
     processes: int = 1
     _rollout_of_step: tuple[int, int] = field(default=(-1, 0), init=False)  # the step, and its earlier rollouts
@@ -63,6 +66,7 @@ class Resample:
             step=context.step,
             seed=args.seed,
             record=context.record,
+            pools=context.pools,
             process=context.process,
             processes=context.processes,
         )
@@ -80,7 +84,10 @@ class Resample:
             while groups * unit % self.processes:
                 groups += 1
             rows = range(len(dataset))
-            chosen = prompts.sample(rows, groups) if groups <= len(rows) else prompts.choices(rows, k=groups)
+            if self.pools is not None:
+                chosen = self.pools.choose_more(groups)
+            else:
+                chosen = prompts.sample(rows, groups) if groups <= len(rows) else prompts.choices(rows, k=groups)
             drawn = [dataset[i] for i in chosen]
             fresh_rows = [dict(example) for example in drawn for _ in range(G)]
             per_process = len(fresh_rows) // self.processes
