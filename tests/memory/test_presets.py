@@ -1,5 +1,5 @@
-"""The presets in recipes/ for cards of 8 to 24 GB: each one fills 75 to 90% of what its card has, by the plan in its own
-comment."""
+"""The presets in recipes/ for cards of 8 to 24 GB: by the plan in its comment, each one fills 75 to 90% of what a run
+may use on its card."""
 
 import argparse
 import itertools
