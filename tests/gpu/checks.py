@@ -26,7 +26,7 @@ from tests.tools.scoring import gradients, padded_batch, prompts_of, score_by_tr
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 MIB = 2**20
-QWEN_05B, QWEN_15B, QWEN_7B = (f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "7B"))
+QWEN_05B, QWEN_15B = (f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B"))
 LOGP_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats per token
 GRADIENT_BOUND = 1e-3  # of the norm, in float32
 Numbers = dict[str, Any]
@@ -147,20 +147,13 @@ def job(is_tiny: bool) -> Numbers:
     }
 
 
-# Plans against measurements: model, 4-bit, and the fields of StepShape.
-PLANS: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "0.5B bf16, one row": (QWEN_05B, False, {"prompt": 200, "completion": 128}),
-    "0.5B bf16, one graph": (QWEN_05B, False, {"prompt": 200, "completion": 128, "gradient_checkpointing": False}),
-    "1.5B bf16, chunks of 1024": (QWEN_15B, False, {"prompt": 384, "completion": 128, "chunk_tokens": 1024}),
-    "1.5B NF4, one row": (QWEN_15B, True, {"prompt": 384, "completion": 256}),
-    "7B NF4, one row": (QWEN_7B, True, {"prompt": 384, "completion": 256}),
-}
-
-
-def plan(is_tiny: bool, *, name: str) -> Numbers:
+def plan(is_tiny: bool, *, model: str, load_in_4bit: bool, sizes: dict[str, Any]) -> Numbers:
     """Planned bytes against those allocated and reserved in a step, all in MiB. The plan's overhead, for what is not in
-    tensors, is apart; `outside` is what the driver counts beyond PyTorch's allocator."""
-    model, load_in_4bit, sizes = PLANS[name]
+    tensors, is apart; `outside` is what the driver counts beyond PyTorch's allocator.
+
+    Args:
+        sizes: fields of StepShape.
+    """
     if is_tiny:
         sizes = {key: size // 8 if type(size) is int else size for key, size in sizes.items()}
     step = StepShape(**sizes, generations=8, rows=8, accumulation=2, beta=0.1)
@@ -187,7 +180,7 @@ def plan(is_tiny: bool, *, name: str) -> Numbers:
     return numbers | {"planned / allocated": numbers["planned"] / numbers["allocated"]}
 
 
-CHECKS: dict[str, Callable[[bool], Numbers]] = {
+CHECKS: dict[str, Callable[..., Numbers]] = {
     function.__name__: function for function in (scores, sampling, steps, nf4, job, fp16, little_memory, syncs)
 }
 
