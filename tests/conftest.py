@@ -21,6 +21,7 @@ SLOW = (
     "distributed/",  # two processes for every case
     "engine/test_memory.py",  # updates in forks of a fresh process
     "engine/test_smollm2.py",  # a real language model
+    "gpu/",  # processes that load every library
     "recipes/test_recipe_math.py",  # whole runs, each in its own process
     "recipes/test_recipes.py",
     "report/test_hub.py",  # runs that push

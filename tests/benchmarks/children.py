@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -46,8 +47,12 @@ class Children:
     path: Sequence[Path] = (ROOT,)
     exact_memory: bool = False
 
-    def run(self, spec: dict[str, Any], label: str) -> dict[str, Any]:
-        """One of `{"result": ...}`, `{"does_not_fit": reason}` and `{"failed": last lines}`."""
+    def run(self, spec: dict[str, Any], label: str, *, limit_s: float = math.inf) -> dict[str, Any]:
+        """One of `{"result": ...}`, `{"does_not_fit": reason}`, `{"timed_out": reason}` and `{"failed": last lines}`.
+
+        Args:
+            limit_s: seconds after which the process is killed.
+        """
         command = [sys.executable, str(self.script), "--child", json.dumps(spec)]
         with (
             tempfile.TemporaryFile("w+", encoding="utf-8") as out,
@@ -55,10 +60,10 @@ class Children:
         ):
             with subprocess.Popen(command, stdout=out, stderr=err, env=self._environment()) as process:
                 try:
-                    too_much = self._watch(process, label)
+                    stopped = self._watch(process, label, limit_s)
                 finally:
                     process.kill()
-            return self._answer(process.returncode, too_much, _text(out), _text(err))
+            return stopped or self._answer(process.returncode, _text(out), _text(err))
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {
@@ -71,23 +76,22 @@ class Children:
             **(RETURN_AT_ONCE if self.exact_memory else {}),
         }
 
-    def _watch(self, process: subprocess.Popen[bytes], label: str) -> str | None:
-        """Wait for the process to end; return the reason for killing it, if any."""
+    def _watch(self, process: subprocess.Popen[bytes], label: str, limit_s: float) -> dict[str, Any] | None:
+        """Wait for the process to end; return the outcome if it had to be killed."""
         start = time.monotonic()
         with self.console.status(label) as status:
             while process.poll() is None:
                 time.sleep(POLL_S)
                 resident = _resident_gib(process.pid)
-                status.update(f"{label}  {time.monotonic() - start:.0f} s, {resident:.1f} GiB")
+                seconds = time.monotonic() - start
+                status.update(f"{label}  {seconds:.0f} s, {resident:.1f} GiB")
                 if resident > self.limit_gib:
-                    process.kill()
-                    process.wait()
-                    return f"more than {self.limit_gib:.1f} GiB resident"
+                    return {"does_not_fit": f"more than {self.limit_gib:.1f} GiB resident"}
+                if seconds > limit_s:
+                    return {"timed_out": f"more than {limit_s:.0f} s"}
         return None
 
-    def _answer(self, code: int, too_much: str | None, out: str, err: str) -> dict[str, Any]:
-        if too_much is not None:
-            return {"does_not_fit": too_much}
+    def _answer(self, code: int, out: str, err: str) -> dict[str, Any]:
         if code == -signal.SIGKILL:
             return {"does_not_fit": "killed by the system"}
         if code == 0:

@@ -4,6 +4,7 @@
     python tests/benchmarks/compare_trl.py                    # every workload and variant
     python tests/benchmarks/compare_trl.py --only W3,W5 --variants "1 row/default" --steps 1
     python tests/benchmarks/compare_trl.py --scale-g          # for growing numbers of completions per prompt
+    python tests/benchmarks/compare_trl.py --bf16 --tf32      # in the precision of a run on a GPU
 
 Workloads, in tokens of a prompt (S), tokens of a completion (C) and completions per prompt (G):
 
@@ -13,9 +14,10 @@ Workloads, in tokens of a prompt (S), tokens of a completion (C) and completions
     W4    4 prompts, S from 128 to 384, C from 6 to 256 (mean 64), G=8
     W5    8 prompts, S from 100 to 218 (mean 150), C from 52 to 256 (mean 181), G=8: the usual shape of GSM8K
 
-The model has the shape of SmolLM2-135M, with random weights in float32 and LoRA r=16 on every linear layer. Prompts and
-completion lengths are the same on both sides. Every variant runs in its own process, on the GPU if there is one. Ratios
-compare with stock TRL at its best: with its fastest variant for time, and with its smallest for memory.
+The model has the shape of SmolLM2-135M, with random weights and LoRA r=16 on every linear layer, in float32 unless
+`--bf16` is given. Prompts and completion lengths are the same on both sides. Every variant runs in its own process, on
+the GPU if there is one. Ratios compare with stock TRL at its best: with its fastest variant for time, and with its
+smallest for memory.
 """
 
 import argparse
@@ -130,6 +132,8 @@ def _run(
         "warmup_workload": warmup_workload.as_dict(),
         "steps": 1 if arguments.quick or arguments.tiny else arguments.steps,
         "scale": arguments.scale_g,
+        "bf16": arguments.bf16,
+        "tf32": arguments.tf32,
     }
     label = f"{place} {workload.title}  {side}, {variant}"
     run = {"workload": workload.name, "title": workload.title, "side": side, "variant": variant, "spec": spec}
@@ -147,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sides", type=_names(*VARIANTS), default=list(VARIANTS), help="stock, ours, or stock,ours")
     parser.add_argument(
         "--variants", type=_names(*STOCK, *OURS, separator="/"), help="such as '1 row/default'; default: all"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="frozen weights and autocast in bfloat16, the adapter in float32"
+    )
+    parser.add_argument(
+        "--tf32", action="store_true", help="float32 products on the tensor cores of a GPU, in TF32, where it has them"
     )
     add_options(
         parser,

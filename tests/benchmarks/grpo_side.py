@@ -8,6 +8,7 @@ import trl
 from datasets import Dataset
 from meters import PHASES, StepMeter, matmul_flops, peak_meter, release_free_memory
 from models import causal_lm, force_lengths, prompt_ids, random_lora, shrink_b, word_tokenizer
+from switches import switch_off
 from trl import GRPOConfig, GRPOTrainer
 from workloads import Workload
 
@@ -29,8 +30,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     Args:
         spec: `side` ("stock" or "ours"), `workload`, `shape` of the model, `settings` (fields of the config in addition
             to the common ones), `warmup` and `steps`, `warmup_workload` with as many rows as `workload`, `scale` (also
-            measure the machine and count operations).
+            measure the machine and count operations), `bf16` (frozen weights and autocast), `tf32` (float32 products);
+            optionally `load_in_4bit`, `free_lengths` (sample until `max_completion_length`, whatever the workload
+            says) and `switched_off` (names in `switches.OFF`).
     """
+    if spec["tf32"]:
+        torch.set_float32_matmul_precision("high")
+    switch_off(spec.get("switched_off", ()))
     workload, short = (Workload.from_dict(spec[name]) for name in ("workload", "warmup_workload"))
     steps = [short] * spec["warmup"] + [workload] * spec["steps"]
     peak = peak_meter()
@@ -47,7 +53,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         trainer.train()
 
     logged = {name: [row[name] for row in trainer.state.log_history if name in row] for name in LOGGED}
-    _require_lengths(logged["completions/mean_length"], steps)
+    if not spec.get("free_lengths"):
+        _require_lengths(logged["completions/mean_length"], steps)
     seconds, highest = meter.seconds[spec["warmup"] :], meter.highest[spec["warmup"] :]
     if any(phases.keys() != set(PHASES) for phases in seconds):
         raise RuntimeError(f"every step should have the phases {PHASES}; measured: {[dict(step) for step in seconds]}")
@@ -55,7 +62,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "seconds": [{"step": sum(phases.values())} | phases for phases in seconds],
         "peak_mib": {phase: max(step[phase] - before for step in highest) / MIB for phase in PHASES},
         "weights_mib": (before - empty) / MIB,
+        "reserved_mib": torch.cuda.max_memory_reserved() / MIB if torch.cuda.is_available() else None,
         "memory_meter": type(peak).__name__,
+        "dtypes": {
+            "weights": str(trainer.model.get_input_embeddings().weight.dtype),
+            "adapter": _adapter_dtype(trainer),
+        },
+        "float32_products": torch.get_float32_matmul_precision(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch_threads": torch.get_num_threads(),
         "trl": trl.__version__,
@@ -70,8 +83,10 @@ def _trainer(spec: dict[str, Any], steps: list[Workload], folder: str) -> GRPOTr
     workload = steps[-1]
     settings = {"per_device_train_batch_size": workload.rows, "gradient_checkpointing": False} | spec["settings"]
     vocabulary = spec["shape"]["vocab_size"]
-    lm = causal_lm(spec["shape"], SEED)
-    force_lengths(lm, [step.completions for step in steps])
+    dtype = torch.bfloat16 if spec["bf16"] else torch.float32
+    lm = causal_lm(spec["shape"], SEED, dtype=dtype, load_in_4bit=spec.get("load_in_4bit", False))
+    if not spec.get("free_lengths"):
+        force_lengths(lm, [step.completions for step in steps])
     prompts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids(steps, vocabulary, SEED)]
     config, trainer = GRPOConfig, GRPOTrainer
     if spec["side"] == "ours":
@@ -89,7 +104,7 @@ def _trainer(spec: dict[str, Any], steps: list[Workload], folder: str) -> GRPOTr
         learning_rate=1e-5,
         optim="adamw_torch",
         disable_dropout=True,
-        bf16=False,
+        bf16=spec["bf16"],
         use_cpu=not torch.cuda.is_available(),
         num_generations=workload.generations,
         max_completion_length=max(workload.completions),
@@ -113,6 +128,10 @@ def _trainer(spec: dict[str, Any], steps: list[Workload], folder: str) -> GRPOTr
     )
     shrink_b(made.model)
     return made
+
+
+def _adapter_dtype(trainer: GRPOTrainer) -> str:
+    return str(next(parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad))
 
 
 def _require_lengths(mean_lengths: list[float], steps: list[Workload]) -> None:

@@ -9,11 +9,13 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from workloads import EOS, FIRST_WORD, PAD, Workload
@@ -21,9 +23,49 @@ from workloads import EOS, FIRST_WORD, PAD, Workload
 SMALL_B = 0.1  # factor for PEFT's random B: the policy differs from its reference, but not wildly
 
 
-def causal_lm(shape: dict[str, Any], seed: int) -> LlamaForCausalLM:
+def causal_lm(
+    shape: dict[str, Any], seed: int, *, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False
+) -> PreTrainedModel:
+    """A model with random weights, made on the GPU if there is one.
+
+    Args:
+        shape: fields of the config; `model_type` is "llama" if it is left out.
+        load_in_4bit: quantise every linear layer but the LM head to NF4, as bitsandbytes does for a model from a file.
+    """
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**shape))
+    config = AutoConfig.for_model(**{"model_type": "llama"} | shape)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if load_in_4bit:
+        _quantize(lm, dtype)
+    return lm
+
+
+def _quantize(lm: PreTrainedModel, dtype: torch.dtype) -> None:
+    """One layer at a time, so that each frees its 16-bit weights before the next."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # not in the environment of compare_ppo.py
+
+    linear = [
+        (parent, name, layer)
+        for parent in lm.base_model.modules()
+        for name, layer in parent.named_children()
+        if type(layer) is nn.Linear
+    ]
+    while linear:
+        parent, name, layer = linear.pop()
+        quantized = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = layer.weight.data
+        quantized.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to(weight.device)
+        quantized.bias = layer.bias
+        setattr(parent, name, quantized)
+    lm.is_loaded_in_4bit = True
 
 
 def scorer(shape: dict[str, Any], seed: int) -> LlamaForSequenceClassification:
@@ -75,14 +117,15 @@ class FixedLengths(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         assert input_ids.size(0) == len(self.lengths), f"{input_ids.size(0)} rows for {len(self.lengths)} lengths"
-        last = (self.lengths <= input_ids.size(1) - self.prompt_width + 1).to(scores.device)
+        self.lengths = self.lengths.to(scores.device)  # once, as every copy waits for the device
+        last = self.lengths <= input_ids.size(1) - self.prompt_width + 1
         scores = scores.masked_fill(last.unsqueeze(1), -torch.inf)
         scores[:, PAD] = -torch.inf
         scores[:, EOS] = torch.where(last, 0.0, -torch.inf).to(scores.dtype)
         return scores
 
 
-def force_lengths(lm: LlamaForCausalLM, lengths: Iterable[tuple[int, ...]]) -> None:
+def force_lengths(lm: PreTrainedModel, lengths: Iterable[tuple[int, ...]]) -> None:
     """Make each call of `lm.generate` sample completions of the next lengths; its arguments are passed on."""
     generate, lengths_of_calls = lm.generate, iter(lengths)
 

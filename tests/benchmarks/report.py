@@ -39,6 +39,8 @@ def outcome(run: Run) -> str:
         return f"{seconds(run, 'step'):.2f} s per step, {peak_mib(run):.0f} MiB excluding the weights"
     if "does_not_fit" in run:
         return f"does not fit: {run['does_not_fit']}"
+    if "timed_out" in run:
+        return f"timed out: {run['timed_out']}"
     return "failed: " + " | ".join(run["failed"])
 
 

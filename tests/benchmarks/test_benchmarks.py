@@ -50,6 +50,17 @@ def test_both_sides_are_measured_in_every_phase(bench):
         assert f"{times[1]:.2f} ({times[0] / times[1]:.2f}x)" in output
 
 
+def test_the_precision_of_a_gpu_run(bench):
+    """Both sides in bfloat16 with the adapter in float32, and float32 products in TF32: a comparison in float32 says
+    little about a GPU."""
+    status, output, content = bench("--only", "W2", "--variants", "all rows/default", "--bf16", "--tf32")
+    assert status == 0, output
+    for run in content["runs"]:
+        result = run["result"]
+        assert result["dtypes"] == {"weights": "torch.bfloat16", "adapter": "torch.float32"}
+        assert result["float32_products"] == "high"
+
+
 def tokens_of(workload):
     """Tokens of a step: each completion, with its prompt."""
     rows = len(workload["completions"]) // len(workload["prompts"])

@@ -34,6 +34,7 @@ TINY = SMOLLM2_135M | {
 }
 RAGGED_SEED = 53  # its 32 draws have mean 64.25 after the clip, minimum 6, maximum 256
 GSM8K_SEED = 410  # prompts: mean 150.4, from 100 to 218; completions: mean 180.5, from 52 to 256, which 11 of 64 reach
+LONG_SEED = 8  # prompts: mean 200.4, from 150 to 296; completions: mean 601.7, from 189 to 1024, which 7 of 64 reach
 TINY_PROMPT, TINY_COMPLETION = 16, 8  # divisors of the lengths in a tiny run and in warm-up steps
 
 
@@ -97,10 +98,17 @@ def gsm8k(name: str) -> Workload:
     return Workload(name, prompts, _log_normal(draw, mean=190, sigma=0.4, number=8 * 8))
 
 
-def _log_normal(draw: random.Random, *, mean: float, sigma: float, number: int) -> tuple[int, ...]:
-    """Lengths around `mean` before they are clipped to [1, 256]."""
+def long_answers(name: str) -> Workload:
+    """Eight prompts of about 200 tokens, with eight completions each around 600 tokens, clipped to [1, 1024]."""
+    draw = random.Random(LONG_SEED)
+    prompts = tuple(round(draw.triangular(120, 300, 180)) for _ in range(8))
+    return Workload(name, prompts, _log_normal(draw, mean=640, sigma=0.5, number=8 * 8, longest=1024))
+
+
+def _log_normal(draw: random.Random, *, mean: float, sigma: float, number: int, longest: int = 256) -> tuple[int, ...]:
+    """Lengths around `mean` before they are clipped to [1, longest]."""
     lengths = (draw.lognormvariate(math.log(mean) - sigma**2 / 2, sigma) for _ in range(number))
-    return tuple(min(256, max(1, round(length))) for length in lengths)
+    return tuple(min(longest, max(1, round(length))) for length in lengths)
 
 
 def tiny(workload: Workload) -> Workload:

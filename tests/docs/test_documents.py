@@ -194,7 +194,7 @@ def flags():
         found |= {flag for action in parser._actions for flag in action.option_strings}
     for name in shell_lines.RECIPES:
         found |= shell_lines.flags_of_recipe(name)
-    for folder in ("tests/benchmarks", "recipes/tiny_math"):
+    for folder in ("tests/benchmarks", "tests/gpu", "recipes/tiny_math"):
         for path in (ROOT / folder).glob("*.py"):
             found |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     return found | set(shell_lines.FLAGS_OF_THE_LAUNCHER)

@@ -49,7 +49,7 @@ def scoring_batch_of(ids, mask, C, **settings):
 def gradients(model, outputs, seed=2, **options):
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
-    loss = sum((output.double() * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    loss = sum((output.double() * w.to(output.device)).sum() for output, w in zip(outputs, weights, strict=True))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), **options), strict=True))
 

@@ -230,6 +230,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "accelerate": _accelerate,
     "python": _python,
     "python3": _python,
+    "bash": _python,
     "pytest": _pytest,
     "pip": _pip,
     "cd": lambda words: None,
