@@ -7,12 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grpo_ext.algorithms import algorithm, overlong_punishment
     from grpo_ext.config import TRL_DEFAULTS, GRPOExtConfig
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.rollout.dialogue import Dialogue, TextEnv, dialogue_reward
     from grpo_ext.trainer import GRPOExtTrainer
 
-__all__ = ["TRL_DEFAULTS", "Dialogue", "GRPOExtConfig", "GRPOExtTrainer", "TextEnv", "dialogue_reward", "evaluate"]
+__all__ = [
+    "TRL_DEFAULTS",
+    "Dialogue",
+    "GRPOExtConfig",
+    "GRPOExtTrainer",
+    "TextEnv",
+    "algorithm",
+    "dialogue_reward",
+    "evaluate",
+    "overlong_punishment",
+]
 __version__ = "0.2.0"
 
 _MODULES = {
@@ -21,8 +32,10 @@ _MODULES = {
     "GRPOExtConfig": "grpo_ext.config",
     "GRPOExtTrainer": "grpo_ext.trainer",
     "TextEnv": "grpo_ext.rollout.dialogue",
+    "algorithm": "grpo_ext.algorithms",
     "dialogue_reward": "grpo_ext.rollout.dialogue",
     "evaluate": "grpo_ext.evaluation.complete",
+    "overlong_punishment": "grpo_ext.algorithms",
 }
 
 

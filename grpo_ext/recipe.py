@@ -3,7 +3,7 @@
 Every field of GRPOExtConfig, of TRL's ModelConfig and of the recipe's own arguments is a flag, or a line of a YAML file
 given by `--config`; flags take precedence. If that file does not exist, it is searched in the folder of the recipes. In
 the name of a model or data set, `$RECIPES` is replaced with this folder. `--num_generations auto` is resolved before
-the run (`memory/auto_group_size.py`). A run
+the run (`memory/auto_group_size.py`). `--algorithm NAME` changes defaults (`algorithms.py`). A run
 
 1. prints the banner, and runs the checks and a step of the largest shape;
 2. measures held-out accuracy, and keeps the result for sessions that resume the run;
@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, TrlParser, get_peft_config
 from trl.distributed import DistributedBackend
 
+from grpo_ext.algorithms import ALGORITHMS, algorithm, describe_algorithm, overlong_punishment
 from grpo_ext.checkpoints.best import BestAdapter, read_best
 from grpo_ext.checkpoints.stop import Stopped
 from grpo_ext.config import GRPOExtConfig
@@ -58,6 +59,14 @@ from grpo_ext.trainer import GRPOExtTrainer
 class RecipeArguments(ScriptArguments):
     """The arguments that every recipe adds to those of TRL's scripts (`dataset_name`, `dataset_config`, splits)."""
 
+    algorithm: str | None = field(
+        default=None,
+        metadata={
+            "help": f"A named algorithm of the literature, which sets the fields of its objective: "
+            f"{', '.join(ALGORITHMS)}. Flags and YAML values win. Unset: the defaults, which are those of deepseek.",
+            "choices": list(ALGORITHMS),
+        },
+    )
     max_eval_prompts: int = field(
         default=256,
         metadata={
@@ -136,6 +145,9 @@ def parse_arguments(
     if not (settings.model_name_or_path or settings.dataset_name or "--config" in argv):
         argv = ["--config", f"{folder}/{embedded}", *argv]
         settings = parse_flags(parser, argv)
+    if settings.algorithm is not None:
+        parser.set_defaults(**algorithm(settings.algorithm))
+        settings = parse_flags(parser, argv)  # values of the user win
     parser.set_defaults(max_steps=500 if settings.num_train_epochs is None else -1, num_train_epochs=3.0)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither of them for the embedded run")
@@ -143,6 +155,8 @@ def parse_arguments(
         script_args, args, model_args = parser.parse_args_and_config(flags)
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
+    if script_args.algorithm is not None and int(os.environ.get("RANK", 0)) == 0:
+        show(describe_algorithm(script_args.algorithm, args))
     return script_args, args, model_args
 
 
@@ -213,13 +227,20 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     args: GRPOExtConfig,
     model_args: PolicyConfig,
+    *,
+    algorithm: str | None = None,
     **arguments: Any,
 ) -> GRPOExtTrainer:
-    """The trainer for these arguments; `arguments` are further arguments of GRPOExtTrainer."""
+    """The trainer for these arguments; `arguments` are further arguments of GRPOExtTrainer.
+
+    Args:
+        algorithm: the one of `--algorithm`, which may have a reward of its own.
+    """
+    shapes_length = algorithm is not None and ALGORITHMS[algorithm].shapes_length
     args.model_init_kwargs = model_init_kwargs(model_args, args)
     return GRPOExtTrainer(
         model=model_args.model_name_or_path,
-        reward_funcs=reward,
+        reward_funcs=[reward, overlong_punishment(args.max_completion_length)] if shapes_length else reward,
         args=args,
         train_dataset=problems.train,
         processing_class=tokenizer,

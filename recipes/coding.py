@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     problems = build_problems(script_args, args, tokenizer, PROMPT_FORMAT)
     refuse_unread_tests(problems.train.column_names, f"'{script_args.dataset_name}'")
     problems = judged(problems)
-    trainer = build_trainer(program_reward, problems, tokenizer, args, model_args)
+    trainer = build_trainer(program_reward, problems, tokenizer, args, model_args, algorithm=script_args.algorithm)
     train_and_report(trainer, problems, program_reward, recipe="coding", eval_samples=script_args.eval_samples)
 
 

@@ -79,7 +79,9 @@ def main(argv: list[str]) -> None:
     else:
         environment, problems = Calculator, build_problems(script_args, args, tokenizer)
     dialogue = Dialogue(environment, max_turns=script_args.max_turns, max_turn_tokens=script_args.max_turn_tokens)
-    trainer = build_trainer(dialogue_reward, problems, tokenizer, args, model_args, rollout_func=dialogue)
+    trainer = build_trainer(
+        dialogue_reward, problems, tokenizer, args, model_args, algorithm=script_args.algorithm, rollout_func=dialogue
+    )
     evaluate = partial(evaluate_dialogue, stop_strings=stop_strings_of(trainer.generation_config))
     train_and_report(
         trainer, problems, dialogue, recipe="dialogue", eval_samples=script_args.eval_samples, evaluate=evaluate

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         note=f"{len(heldout)} puzzles of {task}",
     )
     reward = in_workers(logic_reward, args.reward_workers, args.reward_timeout)
-    trainer = build_trainer(reward, problems, tokenizer, args, model_args)
+    trainer = build_trainer(reward, problems, tokenizer, args, model_args, algorithm=script_args.algorithm)
     train_and_report(trainer, problems, reward, recipe="logic", eval_samples=script_args.eval_samples)
 
 

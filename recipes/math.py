@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
     problems = build_problems(script_args, args, tokenizer, reads_gold=reads_gold)
     reward = in_workers(math_answer_reward, args.reward_workers, args.reward_timeout)
-    trainer = build_trainer(reward, problems, tokenizer, args, model_args)
+    trainer = build_trainer(reward, problems, tokenizer, args, model_args, algorithm=script_args.algorithm)
     train_and_report(trainer, problems, reward, recipe="math", eval_samples=script_args.eval_samples)
 
 

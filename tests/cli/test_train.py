@@ -92,3 +92,17 @@ def test_a_preset_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "gpu_8gb.yaml").write_text(f"model_name_or_path: {TINY_MODEL}\ndataset_name: x\nseed: 3\n")
     _, args, model_args = parse(*flags)
     assert (args.seed, model_args.model_name_or_path) == (7, str(TINY_MODEL))
+
+
+def test_values_of_the_user_win_over_the_algorithm(tmp_path, capsys):
+    """From a flag or the file of `--config`, also if a value is the default of its field."""
+    (tmp_path / "mine.yaml").write_text("model_name_or_path: m\ndataset_name: d\nalgorithm: dapo\nepsilon: 0.1\n")
+    _, args, _ = parse("--config", str(tmp_path / "mine.yaml"), "--beta", "0.1")
+    assert (args.loss_type, args.epsilon, args.epsilon_high, args.beta) == ("dapo", 0.1, 0.28, 0.1)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "algorithm dapo (DAPO, arXiv:2503.14476" in output
+    assert output.endswith("replaced by you: epsilon=0.1, beta=0.1")
+    _, args, _ = parse("--algorithm", "gspo")
+    assert (args.importance_sampling_level, args.epsilon, args.learning_rate) == ("sequence", 3e-4, 1e-3)
+    with pytest.raises(SystemExit):
+        parse("--algorithm", "ppo")

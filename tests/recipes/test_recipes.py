@@ -65,6 +65,16 @@ def test_logic(train):
     assert "Question: " in output
 
 
+def test_an_algorithm_with_a_reward_of_its_own(tmp_path, train):
+    """DAPO punishes long completions in training; the held-out accuracy counts right answers only."""
+    output, _ = train("logic", "--train_problems", "40", "--algorithm", "dapo")
+    assert "dead_groups='resample', mask_truncated_completions=True" in output
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if "loss" in row]
+    assert all(-1 <= row["rewards/soft_overlong_punishment_reward/mean"] < 0 for row in steps)
+    assert all("resampled_groups" in row for row in steps)
+
+
 @needs_sandbox
 def test_coding_from_inside_the_folder(tmp_path):
     code, output = launch(
