@@ -33,13 +33,16 @@ def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
 def test_only_the_named_fields_differ_from_trl():
     ours, theirs = GRPOExtConfig.__dataclass_fields__, GRPOConfig.__dataclass_fields__
     assert set(ours) - set(theirs) == {
+        "accept_changes",
         "chunk_tokens",
+        "curriculum",
         "dead_groups",
         "dry_run",
         "guards",
         "kl_estimator",
         "kl_stop",
         "log_kl",
+        "max_hours",
         "max_prompt_tokens",
         "max_resample_rounds",
         "num_generations_max",
@@ -49,6 +52,7 @@ def test_only_the_named_fields_differ_from_trl():
         "reward_timeout",
         "reward_workers",
         "share_prompt",
+        "start_pass_rates",
         "temperature_end",
         "temperature_entropy_target",
         "temperature_schedule",
