@@ -37,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -165,6 +166,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     args: GRPOExtConfig
     eos_token_ids: list[int]
+    control: TrainerControl
     _buffered_inputs: list[dict[str, Any]] | None
     mask_truncated_completions: bool
 
