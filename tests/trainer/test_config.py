@@ -34,6 +34,7 @@ def test_only_the_named_fields_differ_from_trl():
     ours, theirs = GRPOExtConfig.__dataclass_fields__, GRPOConfig.__dataclass_fields__
     assert set(ours) - set(theirs) == {
         "chunk_tokens",
+        "curriculum",
         "dead_groups",
         "dry_run",
         "guards",
@@ -49,6 +50,7 @@ def test_only_the_named_fields_differ_from_trl():
         "reward_timeout",
         "reward_workers",
         "share_prompt",
+        "start_pass_rates",
         "temperature_end",
         "temperature_entropy_target",
         "temperature_schedule",
