@@ -130,7 +130,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: s
     if task == "mixed":
         rows = mixed_problems(MIXED_PROBLEMS, seed, learnable=1 / 16 if arm.startswith("rare") else 1 / 4)
     if arm.endswith("started"):
-        _measure_pass_rates(rows, args, model_args.model_name_or_path, tokenizer)
+        _measure_pass_rates(rows, args, str(model_args.model_name_or_path), tokenizer)
     trainer = (GRPOTrainer if arm == "stock" else GRPOExtTrainer)(
         model=model_args.model_name_or_path,
         reward_funcs=math_answer_reward,
@@ -140,6 +140,7 @@ def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: s
         peft_config=get_peft_config(model_args),
     )
     if arm.endswith("worth"):
+        assert trainer.parts.pools is not None
         trainer.parts.pools.worth = mixed_probability
     curve = Curve(trainer, problems.heldout.to_list(), EVERY[task], bar)
     trainer.remove_callback(PrinterCallback)
