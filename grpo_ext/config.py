@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from grpo_ext.losses.kl import KL_ESTIMATORS
 from grpo_ext.losses.temperature import TEMPERATURE_SCHEDULES
+from grpo_ext.machine import supports_bfloat16
 from grpo_ext.refusals import (
     CURRICULA,
     DEAD_GROUPS,
@@ -438,7 +438,7 @@ class GRPOExtConfig(GRPOConfig):
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
         elif self.bf16 is None and not self.fp16:
-            self.bf16 = is_torch_bf16_gpu_available()
+            self.bf16 = supports_bfloat16()
             self.fp16 = not self.bf16 and torch.cuda.is_available()
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one is the older name
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -27,6 +28,17 @@ def device_name(device: "torch.device") -> str:
     return f"{device.type.upper()}, {torch.get_num_threads()} threads ({platform.machine()})"
 
 
+def supports_bfloat16() -> bool:
+    """Whether the accelerator computes in bfloat16. By default, torch counts NVIDIA cards before Ampere, which only
+    store it: their matrix units compute in float16."""
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available()
+
+
 def memory_in_use(device: "torch.device") -> str:
     """Memory that this process uses: allocated on the GPU, with the size of the card, or resident on a CPU."""
     import torch
@@ -35,6 +47,13 @@ def memory_in_use(device: "torch.device") -> str:
         total = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.memory_allocated(device) / GIB:.2f} of {total / GIB:.0f} GB on the GPU"
     return f"{psutil.Process().memory_info().rss / GIB:.2f} GB resident"
+
+
+def use_expandable_segments() -> None:
+    """Let PyTorch's allocator on a GPU grow its segments, unless the user has configured it. Caches of completions grow
+    as they are sampled, and blocks of fixed sizes would fragment the memory. Must be called before CUDA starts."""
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def peak_memory_mb(device: "torch.device") -> float:

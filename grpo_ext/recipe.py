@@ -43,6 +43,7 @@ from grpo_ext.console.terminal import escaping_unencodable, show
 from grpo_ext.data import DEFAULT_FORMAT, Problems, PromptFormat, load_problems
 from grpo_ext.evaluation.callback import HeldOutAccuracy, load_initial_evaluation, save_initial_evaluation
 from grpo_ext.evaluation.complete import Evaluation, Problem, evaluate
+from grpo_ext.machine import use_expandable_segments
 from grpo_ext.memory.auto_group_size import parse_flags, with_group_size
 from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
 from grpo_ext.report.heldout_file import SHOWN_PROBLEMS, HeldoutFile, append_evaluation, evaluation_metrics
@@ -148,6 +149,8 @@ def parse_arguments(
     if settings.algorithm is not None:
         parser.set_defaults(**algorithm(settings.algorithm))
         settings = parse_flags(parser, argv)  # values of the user win
+    if not (settings.use_vllm and settings.vllm_enable_sleep_mode):  # vLLM's own allocator refuses such segments
+        use_expandable_segments()
     parser.set_defaults(max_steps=500 if settings.num_train_epochs is None else -1, num_train_epochs=3.0)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither of them for the embedded run")

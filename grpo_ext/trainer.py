@@ -69,7 +69,7 @@ from grpo_ext.losses.micro_batch import MicroBatch
 from grpo_ext.losses.separable import WithoutReads, why_inseparable, without_collectives
 from grpo_ext.losses.sequence_grpo import SequenceGRPO, policy_weights
 from grpo_ext.machine import peak_memory_mb
-from grpo_ext.model.adapters import copy_adapter_values, restore_adapter_in_float32
+from grpo_ext.model.adapters import copy_adapter_values, keeping_adapter, restore_adapter_in_float32
 from grpo_ext.model.lm_head_lora import hide_head_adapter
 from grpo_ext.model.load import computes_in_float32, frozen_dtype
 from grpo_ext.model.reference import REFERENCE, ReferenceSetup, ReferenceSync, scores_reference, why_unmixable
@@ -523,7 +523,8 @@ class GRPOExtTrainer(GRPOTrainer):
             name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()
         }
         order = order_by_group(prompt_groups(tensors["prompt_ids"], tensors["prompt_mask"]))
-        tensors = {name: value[order] if value.ndim else value for name, value in tensors.items()}
+        orders = {device: torch.tensor(order, device=device) for device in {value.device for value in tensors.values()}}
+        tensors = {name: value[orders[value.device]] if value.ndim else value for name, value in tensors.items()}
         self._buffered_inputs = split_tensor_dict(tensors, self.args.steps_per_generation)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
@@ -630,7 +631,8 @@ class GRPOExtTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         generate = super()._generate_single_turn
         if not self.parts.sampler.is_shared:
-            return generate(*args, **kwargs)
+            with keeping_adapter(self.model):  # TRL casts the whole model for continuous batching
+                return generate(*args, **kwargs)
         lm = base_of(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():  # as in scoring, so that both see the same model; TRL samples without it
             completion_ids, logps, is_cut = self.parts.sampler.sample(lm, lambda: generate(*args, **kwargs))
@@ -724,7 +726,7 @@ class GRPOExtTrainer(GRPOTrainer):
         all_rewards_PM = None if rollout is None else rollout.all_rewards_PM
         advantages_B = population_advantages(rewards_B, G, all_rewards_PM=all_rewards_PM)
         own = self.accelerator.process_index * len(output["advantages"])
-        output["advantages"] = advantages_B[own : own + len(output["advantages"])]
+        output["advantages"] = advantages_B[own : own + len(output["advantages"])].to(output["advantages"].device)
         self._log_advantages(advantages_B)
 
     def _log_advantages(self, advantages_B: Tensor) -> None:
@@ -910,10 +912,11 @@ class GRPOExtTrainer(GRPOTrainer):
         methods = ((name, getattr(getattr(self, name), "__func__", None)) for name in names)
         return next((name for name, method in methods if method is not getattr(GRPOExtTrainer, name)), None)
 
-    def _loss_scale(self) -> float:
-        """The factor that keeps small gradients from becoming 0 in fp16."""
+    def _loss_scale(self) -> float | Tensor:
+        """The factor that keeps small gradients from becoming 0 in fp16. It stays on the device: reading it would make
+        the host wait."""
         scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else scaler.get_scale()
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
 
     def _loss_of_scores(
         self, loss_of: Callable[[nn.Module, MicroBatch], Tensor], model: nn.Module, micro_batch: MicroBatch
@@ -1174,8 +1177,8 @@ class GRPOExtTrainer(GRPOTrainer):
         self._metrics["train" if is_training else "eval"][name].append(value)
 
     def _total_rewards(self, rewards_BF: Tensor) -> Tensor:
-        """The weighted sum of each row's rewards, shape (..., F) -> (...)."""
-        return combine_rewards(rewards_BF, self.reward_weights.to(rewards_BF.device))
+        """The weighted sum of each row's rewards, shape (..., F) -> (...), on the CPU: Apple's GPUs have no float64."""
+        return combine_rewards(rewards_BF.cpu(), self.reward_weights.cpu())
 
     def _current_dataset(self) -> Any:
         return self.train_dataset

@@ -58,10 +58,13 @@ def freeze_imports():
 
 @pytest.fixture(autouse=True)
 def path_of_children() -> Iterator[None]:
-    """Recipes set PYTHONSAFEPATH, which keeps their folder off the path of child processes. If a test calls one in this
-    process, this must not affect later tests."""
+    """Recipes set PYTHONSAFEPATH, which keeps their folder off the path of child processes, and PyTorch's allocator. If
+    a test calls one in this process, this must not affect later tests."""
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF")
     yield
     os.environ.pop("PYTHONSAFEPATH", None)
+    if allocator is None:
+        os.environ.pop("PYTORCH_ALLOC_CONF", None)
 
 
 @pytest.fixture(scope="session")

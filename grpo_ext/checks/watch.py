@@ -31,6 +31,7 @@ DEAD_ROLLOUTS = 20
 # Nats per token: the largest value that rounding may give to a KL of 0, in float32 and with autocast.
 ZERO_KL, ZERO_KL_AUTOCAST = 1e-3, 1e-2
 PART = 2**20  # values of a parameter that are summed at a time
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
 
 
 class Watch(TrainerCallback):
@@ -230,15 +231,16 @@ class Watch(TrainerCallback):
 
 
 def _marks(trainer: GRPOTrainer) -> Tensor:
-    """Two sums over this process's shard of each trainable parameter, in float64. They are equal as long as nothing
-    moves, and hardly ever otherwise. No parameter is copied as a whole."""
+    """Two sums over this process's shard of each trainable parameter. They are equal as long as nothing moves, and
+    hardly ever otherwise. No parameter is copied as a whole."""
     return torch.stack([_sums(local_shard(p).detach()) for p in trainable_parameters(trainer.model).values()])
 
 
 def _sums(values: Tensor) -> Tensor:
-    """The sum of the values and the sum of their magnitudes, in float64."""
-    sums = torch.zeros(2, dtype=torch.float64, device=values.device)
+    """The sum of the bits of all values, read as integers, and the sum of their squares, modulo 2^64. Integers, because
+    a float32 sum would round small moves away, and Apple's GPUs have no float64."""
+    sums = torch.zeros(2, dtype=torch.int64, device=values.device)
     for part in values.flatten().split(PART):
-        part = part.double()
-        sums += torch.stack([part.sum(), part.abs().sum()])
+        bits = part.view(INTEGERS[part.element_size()]).long()
+        sums += torch.stack([bits.sum(), bits.square().sum()])
     return sums

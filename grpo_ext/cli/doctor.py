@@ -24,7 +24,7 @@ from rich.text import Text
 
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
-from grpo_ext.machine import GIB, device_name
+from grpo_ext.machine import GIB, device_name, supports_bfloat16
 
 SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 LOW_DISK_GB, MIN_DISK_GB = 10, 1  # free: a small model with a few checkpoints needs the first, any run the second
@@ -136,11 +136,10 @@ def device() -> Finding:
 def precision() -> Finding:
     """The precision that a run computes in."""
     import torch
-    from transformers.utils import is_torch_bf16_gpu_available
 
     if not torch.accelerator.is_available():
         return Finding("precision", "green", "float32, as on every CPU")
-    if is_torch_bf16_gpu_available():
+    if supports_bfloat16():
         return Finding("precision", "green", "bfloat16")
     return Finding(
         "precision", "yellow", "no bfloat16 on this card: runs use float16", "nothing to do: it is chosen automatically"

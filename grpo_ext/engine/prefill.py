@@ -30,6 +30,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from grpo_ext.engine.flash_lengths import flash_lengths
 from grpo_ext.engine.grouped_attention import grouped_attention
 
 Prompt = tuple[int, ...]  # token ids without padding
@@ -236,6 +237,7 @@ def prefill_segment(
             past_key_values=cache,
             position_ids=torch.arange(segment.start, segment.stop, device=prompts_kS.device).unsqueeze(0),
             use_cache=True,
+            **flash_lengths(lm, prompts_kS[:, segment.start : segment.stop], cache),
             **options,
         )
     return output.past_key_values
@@ -301,6 +303,7 @@ def prefill_prompts(
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
+                **flash_lengths(lm, ids_kS, cache),
                 **options,
             )
         caches.append(output.past_key_values)

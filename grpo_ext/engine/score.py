@@ -32,6 +32,7 @@ from grpo_ext.engine.batch import (
 )
 from grpo_ext.engine.chunk_indices import ChunkIndices, index_chunks
 from grpo_ext.engine.decode_cache import can_share_slot
+from grpo_ext.engine.flash_lengths import flash_lengths
 from grpo_ext.engine.grouped_attention import grouped_attention
 from grpo_ext.engine.lm_head import TiledHead
 from grpo_ext.engine.moe_aux_loss import RouterRecorder, RouterSums, total_router_sums
@@ -128,6 +129,7 @@ class ChunkScorer:
                 position_ids=siblings.prompt_tokens - 1 + places_1s,
                 past_key_values=cache,
                 use_cache=True,
+                **flash_lengths(self.lm, ids_1c[:, tokens], cache),
             )
         part = indices.part(segment)
         scores = self._score_tokens(output.last_hidden_state[0], targets_1c[0, tokens], part, None)
@@ -165,7 +167,12 @@ class ChunkScorer:
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache | None, **options: Any) -> Tensor:
         with grouped_attention():
             output = self.lm.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=False, **options
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=False,
+                **flash_lengths(self.lm, ids, cache),
+                **options,
             )
         return output.last_hidden_state
 

@@ -142,8 +142,8 @@ def choose_group_size(settings: Namespace) -> tuple[int, str]:
 def _this_device(use_cpu: bool) -> tuple[str, float, str]:
     """Device type of this process, the memory to plan for in bytes, and which memory that is."""
     if torch.cuda.is_available() and not use_cpu:
-        card = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
-        return "cuda", card.total_memory, "the memory of the card"
+        free, _ = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))
+        return "cuda", free, "the free memory of the card"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shared = f", shared by {processes} processes" if processes > 1 else ""
     return "cpu", free_memory_per_process(), f"the free memory of this machine{shared}"

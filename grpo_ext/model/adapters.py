@@ -5,6 +5,9 @@ TRL 1.16 casts the trainable weights of a quantised model to bfloat16 while it b
 from disk would change before the first step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -39,6 +42,25 @@ def restore_adapter_in_float32(model: nn.Module, values: dict[str, Tensor]) -> N
         return
     for name, parameter in trainable_parameters(model).items():
         parameter.data = values.get(name, parameter.data).to(parameter.device, torch.float32)
+
+
+@contextmanager
+def keeping_adapter(model: nn.Module) -> Iterator[None]:
+    """A context at whose end every trainable parameter, and every adapter, has the values that it had at its start.
+
+    Nothing is copied: a cast gives a parameter new values, and the old ones are put back.
+    """
+    adapters = tuple(f".{name}." for name in getattr(model, "peft_config", {}))
+    kept = [
+        (parameter, parameter.data)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or any(adapter in name for adapter in adapters)
+    ]
+    try:
+        yield
+    finally:
+        for parameter, values in kept:
+            parameter.data = values
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import modeling_flash_attention_utils
 
 from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.scorer import Scorer, ScoringPass, ScoringRequest
@@ -278,6 +280,52 @@ def test_chunked_scoring(device, model, bound, chunk_tokens):
     torch.testing.assert_close(logps_BC.cpu(), expected[0], atol=bound, rtol=0)
     for grad, wanted in zip(grads, expected[1], strict=True):
         assert (grad.cpu() - wanted).norm() < bound * wanted.norm()
+
+
+@pytest.fixture
+def flash_attention(monkeypatch):
+    """The functions of the package flash-attn, computed by PyTorch; the ends of the sequences that they were given."""
+    ends = []
+
+    def attend(query, key, value, **options):
+        """Shapes (B, T, heads, D); the last query sees the last key."""
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        sees = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device)
+        sees = sees.tril(key.size(2) - query.size(2))
+        return scaled_dot_product_attention(query, key, value, attn_mask=sees, enable_gqa=True).transpose(1, 2)
+
+    def attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        """Shapes (T, heads, D); here always one sequence."""
+        assert (len(query), len(key)) == (max_seqlen_q, max_seqlen_k)
+        ends.extend([(cu_seqlens_q, len(query)), (cu_seqlens_k, len(key))])
+        return attend(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))[0]
+
+    def arguments(**options):
+        return {name: options[name] for name in ("max_seqlen_q", "max_seqlen_k") if name in options}
+
+    functions = (attend, attend_packed, None, None, None), (arguments, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda name: functions)
+    return ends
+
+
+@pytest.mark.parametrize("chunk_tokens", [20, 60])
+def test_flash_attention_knows_the_lengths(device, flash_attention, chunk_tokens):
+    """Otherwise, the host waits in every layer of every forward of one row."""
+    ids, mask, C = padded_batch((40, 30), ((12, 7, 1, 9), (5, 12, 0, 3)))
+    there = ids.to(device.torch_device), mask.to(device.torch_device)
+    syncs = {}
+    for layers in (1, 3):
+        lm = LORA.build(layers)
+        expected, _ = score(lm, LORA, CPU, ids, mask, C, chunk_tokens)
+        lm.get_base_model().config._attn_implementation = "flash_attention_2"
+        lm.to(device.torch_device)
+        with device.counting() as counts:
+            logps_BC, _ = score(lm, LORA, device.torch_device, *there, C, chunk_tokens)
+        torch.testing.assert_close(logps_BC.cpu(), expected, atol=1e-5, rtol=0)
+        syncs[layers] = counts.syncs.total()
+    assert syncs[3] == syncs[1], counts.report()
+    assert flash_attention
+    assert all(ends.tolist() == [0, length] for ends, length in flash_attention)
 
 
 # Kernel launches of one chunk, forward and backward: of each layer, and of everything else.

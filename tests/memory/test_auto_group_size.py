@@ -127,6 +127,16 @@ def test_processes_share_rollout_and_memory(monkeypatch, available, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_memory_that_others_use_on_the_card(monkeypatch, capsys):
+    """A desktop takes a part of its card, and a plan for the whole card would run out of memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
+    argv = ["--config", f"{FOLDER}/tiny_math.yaml", *AUTO, *batch(8, 8), "--output_dir", "x", "--use_cpu", "false"]
+    settings = parse_flags(TrlParser((RecipeArguments, GRPOExtConfig, PolicyConfig)), argv)
+    assert with_group_size(argv, settings, folder=FOLDER)[-1] == "8"
+    assert "out of 5.40 GB (the free memory of the card, less a tenth)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_planned_prompt_length(available, capsys):
     """The embedded model has 256 positions; `max_prompt_tokens` is a better bound if it is set."""

@@ -5,6 +5,9 @@
         lm.generate(ids.to(device.torch_device))
         print(device.counts.report())
 
+Inside the `with`, a trainer with `use_cpu=False` is on this device, and so are its optimizer and its checkpoints.
+`SecondDevice(has_float64=False)` refuses float64, as Apple's GPUs do.
+
 A tensor of this device wraps a CPU tensor, so all values are real. An operation that mixes devices raises an error if
 it would raise one on CUDA. Autocast to bfloat16 and float16 casts what it casts on CUDA. Random numbers come from the
 random state of the CPU, so a program draws the same on either device.
@@ -118,13 +121,15 @@ class SecondDevice:
 
     Attributes:
         torch_device: its name for torch.
+        has_float64: False if a tensor in float64 raises an error.
         counts: what was counted since the `with`, or since the last `counting`.
     """
 
     torch_device = TORCH_DEVICE
     active: ClassVar["SecondDevice | None"] = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_float64: bool = True) -> None:
+        self.has_float64 = has_float64
         self.counts = Counts()
         self.pinned: dict[int, Tensor] = {}  # by address; kept alive so that no address is used twice
         self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # autocast's cache: by id, a leaf and its cast
@@ -140,6 +145,9 @@ class SecondDevice:
         # Autograd starts one thread per device that existed at its first backward. Without threads, it can be used on
         # this device at any time, and the lines that called it are known.
         enter(torch.autograd.set_multithreading_enabled(False))
+        enter(patch.object(torch.accelerator, "synchronize", _synchronize))
+        for name, value in TRAINERS.items():
+            enter(patch(name, value))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -176,6 +184,8 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> "SimulatedTensor":
+        if host.dtype == torch.float64 and SecondDevice.active is not None and not SecondDevice.active.has_float64:
+            raise TypeError(f"{TORCH_DEVICE} does not support float64. Use float32 instead.")
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             host.size(),
@@ -203,8 +213,26 @@ class SimulatedTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the CPU tensor: safetensors reads addresses and sizes before it copies the values."""
+        return self.host.untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as a CPU tensor, which a checkpoint moves to the device after it is loaded."""
+        return self.cpu().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copy = self.detach().clone().requires_grad_(self.requires_grad)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if _is_parameter(self) else copy
+        return memo[id(self)]
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"SimulatedTensor({self.host})"
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 # Operations
@@ -425,8 +453,22 @@ class _Module:
         return list(HALVES)
 
     def synchronize(self, device: Any = None) -> None:
-        if SecondDevice.active is not None:
-            SecondDevice.active.counts.syncs[_event("synchronize")] += 1
+        _synchronize()
+
+
+def _synchronize(device: Any = None) -> None:
+    if SecondDevice.active is not None:
+        SecondDevice.active.counts.syncs[_event("synchronize")] += 1
+
+
+# What accelerate and transformers, which know the devices by name, have to be told about this one.
+TRAINERS: dict[str, Any] = {
+    "accelerate.state.PartialState.default_device": TORCH_DEVICE,
+    "transformers.TrainingArguments.device": property(
+        lambda args: args._setup_devices and args.distributed_state.device
+    ),
+    "transformers.training_args.is_torch_bf16_gpu_available": lambda: True,
+}
 
 
 @functools.cache

@@ -1,12 +1,14 @@
 """The configuration: defaults of sequence-level GRPO, the device's precision, and refusals that suggest a fix."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trl import GRPOConfig
 
 from grpo_ext import TRL_DEFAULTS, GRPOExtConfig
+from tests.tools.second_device import SecondDevice
 
 
 def config(tmp_path, **changes):
@@ -28,6 +30,24 @@ def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
     args = config(tmp_path)
     assert (args.use_cpu, args.bf16, args.fp16) == (True, False, False)
     assert config(tmp_path, bf16=True).bf16  # requested, so kept
+
+
+@pytest.mark.parametrize(("major", "precision"), [(7, "fp16"), (8, "bf16")], ids=["T4", "A10"])
+def test_a_card_without_bfloat16_runs_in_float16(tmp_path, monkeypatch, major, precision):
+    """torch counts such a card as one with bfloat16, because it emulates it."""
+    card = SimpleNamespace(major=major, minor=5, name="a card", total_memory=2**34)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "get_device_properties": card,
+        "set_device": None,
+        "_check_bf16_tensor_supported": True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with SecondDevice():
+        args = config(tmp_path)
+    assert [name for name in ("bf16", "fp16") if getattr(args, name)] == [precision]
 
 
 def test_only_the_named_fields_differ_from_trl():

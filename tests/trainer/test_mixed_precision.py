@@ -54,6 +54,23 @@ def train(build, tokenizer, tmp_path):
     return run
 
 
+def test_continuous_batching_leaves_the_adapter_in_float32(build, small_model):
+    """TRL casts the whole model to bfloat16 for every rollout, and the adapter would stay rounded."""
+    trainer = build(
+        small_model,
+        peft_config=random_lora(),
+        bf16=True,
+        use_transformers_continuous_batching=True,
+        learning_rate=0.0,
+        max_steps=1,
+    )
+    before = adapter_of(trainer)
+    trainer.train()
+    for name, value in adapter_of(trainer).items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name]), name
+
+
 def by_length(completions, **columns):
     return [float(len(text)) for text in completions]
 
