@@ -4,27 +4,29 @@ switch_off(["CUDA graph"])      # in a process that measures one variant
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 from grpo_ext.engine import decode, decode_cache, prefill, score
 
 
 def _without_cuda_graph() -> None:
-    decode.CapturedSteps = lambda capture: None
+    _replace(decode, "CapturedSteps", lambda capture: None)
 
 
 def _without_stacked_lora() -> None:
-    decode.stacked_lora = _unchanged
+    _replace(decode, "stacked_lora", lambda model: nullcontext())
 
 
 def _without_grouped_attention() -> None:
     for module in (decode_cache, prefill, score):
-        module.grouped_attention = nullcontext
+        _replace(module, "grouped_attention", nullcontext)
 
 
-def _unchanged(model: Any) -> AbstractContextManager[None]:
-    return nullcontext()
+def _replace(module: ModuleType, name: str, replacement: Any) -> None:
+    getattr(module, name)  # raises if the mechanism was renamed, and would stay on
+    setattr(module, name, replacement)
 
 
 OFF: dict[str, Callable[[], None]] = {

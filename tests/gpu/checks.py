@@ -132,16 +132,16 @@ def syncs(is_tiny: bool) -> Numbers:
 def job(is_tiny: bool) -> Numbers:
     """recipes/math.py on the embedded model, and the same run resumed for a few more steps."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = 2 if is_tiny else 10
+        steps, more = (1, 1) if is_tiny else (10, 2)
         flags = ["--config", "tiny_math.yaml", "--output_dir", folder, "--eval_samples", "0", "--eval_steps", "5"]
         flags += ["--max_eval_prompts", "16" if is_tiny else "256", "--save_steps", str(steps)]
         if is_tiny:
             flags += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "16"]
         with contextlib.redirect_stdout(io.StringIO()):
             math_recipe.main([*flags, "--max_steps", str(steps)])
-            math_recipe.main([*flags, "--max_steps", str(steps + 2), "--resume_from_checkpoint", "last"])
+            math_recipe.main([*flags, "--max_steps", str(steps + more), "--resume_from_checkpoint", "last"])
         summary = json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))
-    _require(summary["steps"] == steps + 2, summary)
+    _require(summary["steps"] == steps + more, summary)
     return {name: summary[name] for name in ("device", "steps", "seconds", "peak_memory_mb")} | {
         name: summary[name]["value"] for name in ("pass_at_1_before", "pass_at_1_after")
     }

@@ -16,7 +16,6 @@ from tests.tools.paths import ROOT
 from tests.tools.processes import launch
 
 CHECKS = {"scores", "sampling", "steps", "nf4", "job", "fp16", "little_memory", "syncs"}
-VARIANTS = {"stock, TRL's defaults", "ours, all mechanisms off"}
 
 
 def run_tiny(command, file):
@@ -41,19 +40,19 @@ def test_all_checks_run(tmp_path):
     assert numbers.keys() > CHECKS
     assert planned["planned"] > 0
     assert planned["allocated"] > 0
-    assert numbers["job"]["steps"] == 4
+    assert numbers["job"]["steps"] == 2
     assert numbers["nf4"]["adapter"] == "torch.float32"
     assert {name for name in CHECKS if "skipped" in numbers[name]} == {"fp16", "little_memory", "syncs"}
 
 
-def test_variants_of_the_benchmark_run(tmp_path):
-    """Stock TRL, and grpo_ext with all mechanisms off, on a 4-bit base; `nf4` of the checks has them on."""
+def test_a_variant_of_the_benchmark_runs(tmp_path):
+    """grpo_ext on a 4-bit base, with everything off that the benchmark switches off: a mechanism that was renamed would
+    still be on."""
     results = run_tiny([sys.executable, "tests/gpu/bench.py"], tmp_path / "bench.jsonl")
-    assert results.keys() == {"machine"} | {f"T1 {variant}" for variant in VARIANTS}
-    for variant in VARIANTS:
-        (step,) = results[f"T1 {variant}"]["seconds"]
-        assert step["sample"] > 0
-        assert step["update"] > 0
+    assert results.keys() == {"machine", "T1 ours, all mechanisms off"}
+    (step,) = results["T1 ours, all mechanisms off"]["seconds"]
+    assert step["sample"] > 0
+    assert step["update"] > 0
 
 
 PROGRAM = """
