@@ -33,6 +33,7 @@ def test_a_machine_without_accelerator_runs_in_float32(tmp_path):
 def test_only_the_named_fields_differ_from_trl():
     ours, theirs = GRPOExtConfig.__dataclass_fields__, GRPOConfig.__dataclass_fields__
     assert set(ours) - set(theirs) == {
+        "accept_changes",
         "chunk_tokens",
         "dead_groups",
         "dry_run",
@@ -40,6 +41,7 @@ def test_only_the_named_fields_differ_from_trl():
         "kl_estimator",
         "kl_stop",
         "log_kl",
+        "max_hours",
         "max_prompt_tokens",
         "max_resample_rounds",
         "num_generations_max",
