@@ -80,8 +80,9 @@ def assert_case(text: str) -> Case:
     """Parse a test in the form that data sets use: a call with constant arguments, compared with a constant.
 
     Supported: `assert f(x) == y`, `assert f(x)`, `assert not f(x)`, `assert f(x) is None` (or True, or False),
-    `assert math.isclose(f(x), y, rel_tol=z)`, `assert abs(f(x) - y) < z`, and `WRAPPERS` around the call. A call may be
-    that of a method, `Solution().f(x)`. A constant may have arithmetic, such as `1.0 / 3`, `3 * 19` and `"a" + "b"`.
+    `assert math.isclose(f(x), y, rel_tol=z)`, `assert abs(f(x) - y) < z`, and `WRAPPERS` around the call. Any
+    value passes `assert f(x) == f(x)`. A call may be that of a method, `Solution().f(x)`. A constant may have
+    arithmetic, such as `1.0 / 3`, `3 * 19` and `"a" + "b"`.
 
     Raises:
         ValueError: the test has none of these forms. Use this to find the rows to drop from a data set.
@@ -168,6 +169,8 @@ def _case_of_condition(condition: ast.expr) -> Case:
     match condition:
         case ast.UnaryOp(op=ast.Not(), operand=call):
             return _case_of_call(call, _expect_equal(False), ("bool",))
+        case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]) if ast.dump(left) == ast.dump(right):
+            return _case_of_call(left, lambda got: True)  # it only has to return
         case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
             call, expected = _call_and_expected(left, right)
             return _case_of_call(call, _expect_equal(expected))

@@ -22,6 +22,7 @@ pass.
 
 import ast
 import base64
+import copy
 import io
 import json
 import pickle
@@ -178,6 +179,7 @@ def _kod_code(row: dict[str, Any]) -> RowTests:
     return RowTests(tests)
 
 
+MAX_REPETITIONS = 1000  # of a loop over constants
 _HOW_TO_WRITE_ASSERTS = (
     "Give the row `test_list` in its place: a list of asserts as strings, each of which calls the function by its name "
     "and compares with a constant, as in 'assert f([1, 2]) == 3'; or leave the row out."
@@ -189,21 +191,50 @@ def _cannot_convert(node: ast.AST) -> ValueError:
 
 
 def _converted(body: list[ast.stmt], names: dict[str, ast.expr]) -> Iterator[Case]:
-    """The asserts of a test function, with the expressions in place of the names that stand for them."""
+    """The asserts of a test function, with the expressions in place of the names that stand for them.
+
+    A loop over constants becomes one assert per constant.
+    """
     for node in body:
         match node:
-            case ast.Expr(value=ast.Constant()) | ast.Pass() | ast.Assert(test=ast.Constant(value=True)):
+            case ast.Expr(value=ast.Constant() | ast.Name()) | ast.Pass() | ast.Assert(test=ast.Constant(value=True)):
                 pass
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                names = names | {name: _Substitute(names).visit(value)}
+                names = names | {name: _substituted(value, names)}
+            case ast.For(target=ast.Name(id=name), iter=values, body=inner, orelse=[]) if not any(
+                isinstance(part, ast.For) for part in inner
+            ):
+                for item in _constants(node, _substituted(values, names)):
+                    yield from _converted(inner, names | {name: item})
             case ast.Assert(test=test):
                 try:
-                    case = assert_case(ast.unparse(ast.Assert(test=_Substitute(names).visit(test))))
+                    case = assert_case(ast.unparse(ast.Assert(test=_substituted(test, names))))
                 except ValueError as error:
                     raise ValueError(f"{error} {_HOW_TO_WRITE_ASSERTS}") from error
                 yield case
             case _:
                 raise _cannot_convert(node)
+
+
+def _constants(loop: ast.For, values: ast.expr) -> list[ast.expr]:
+    """The constants that a loop goes over: those of a list, a tuple or a range."""
+    match values:
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return items
+        case ast.Call(func=ast.Name(id="range"), args=bounds, keywords=[]):
+            try:
+                numbers = range(*map(ast.literal_eval, bounds))
+            except (ValueError, TypeError):
+                raise _cannot_convert(loop) from None
+            if not numbers[MAX_REPETITIONS:]:  # len() of a huge range raises
+                return [ast.parse(str(number), mode="eval").body for number in numbers]
+    raise _cannot_convert(loop)
+
+
+def _substituted(node: ast.expr, names: dict[str, ast.expr]) -> ast.expr:
+    """A copy of an expression with other expressions in place of names."""
+    expression: ast.expr = _Substitute(names).visit(copy.deepcopy(node))
+    return expression
 
 
 class _Substitute(ast.NodeTransformer):

@@ -836,7 +836,7 @@ def test_rewards_import_no_heavy_packages(module):
 def test_a_timeout_does_not_last(monkeypatch):
     """If a failure to parse a gold answer in time were cached, the answer would be unreadable for the rest of the run,
     but only in this worker: the rewards of a group would depend on which worker scored it."""
-    gold, answer = r"\frac{71x^2+1}{3}", r"#### (71x^2+1)/3"
+    gold, answer = r"\frac{\sin(71x)+1}{3}", r"#### (\sin(71x)+1)/3"
     monkeypatch.setattr(expression, "TIME_LIMIT_SECONDS", 1e-6)
     assert math_answer_reward([answer], answer=[gold]) == [None]
     assert check_gold([gold]) == [0]

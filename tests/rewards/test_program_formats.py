@@ -31,6 +31,16 @@ def check(candidate):
     assert True, "end"
     assert candidate(2 * 3, 1) == 7
 """
+LOOPS = """
+def check(candidate):
+    assert candidate(1, 0) == candidate(1, 0)
+    print
+    for x in range(-2, 2):
+        assert candidate(x ** 2, 1) == x ** 2 + 1
+    for y in [3, 4]:
+        z = y
+        assert candidate(y, 0) == z
+"""
 NAMED = """
 def check(f):
     x = [1]
@@ -91,6 +101,11 @@ FORMATS = {
         {"entry_point": "add", "test": NAMED},
         ADD,
         "def add(a, b): return [1, 1]",
+    ),
+    "HumanEval, with loops": (
+        {"entry_point": "add", "test": LOOPS},
+        ADD,
+        "def add(a, b): return a + b if (a, b) != (4, 0) else 0",
     ),
     "LeetCode": (
         {"entry_point": "Solution().add", "test": LEETCODE},
@@ -191,8 +206,16 @@ class Harmful:
 
 REFUSED = {
     "a loop": (
-        {"entry_point": "f", "test": "def check(candidate):\n  for x in range(3):\n    assert candidate(x) == x"},
-        r"test, entry_point: 'for x in range\(3\):.*cannot be converted into a call. Give the row `test_list`",
+        {"entry_point": "f", "test": "def check(candidate):\n  for x in numbers():\n    assert candidate(x) == x"},
+        r"test, entry_point: 'for x in numbers\(\):.*cannot be converted into a call. Give the row `test_list`",
+    ),
+    "a long loop": (
+        {"entry_point": "f", "test": "def check(c):\n  for x in range(10000000000000000000000):\n    assert c(x) == x"},
+        "for x in range.*cannot be converted",
+    ),
+    "a loop in a loop": (
+        {"entry_point": "f", "test": "def check(c):\n  for x in [1]:\n    for y in [1]:\n      assert c(x) == y"},
+        "cannot be converted",
     ),
     "another test": (
         {"entry_point": "f", "test": TWO_CALLS},
