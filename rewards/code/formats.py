@@ -22,6 +22,7 @@ pass.
 
 import ast
 import base64
+import copy
 import io
 import json
 import pickle
@@ -199,15 +200,15 @@ def _converted(body: list[ast.stmt], names: dict[str, ast.expr]) -> Iterator[Cas
             case ast.Expr(value=ast.Constant() | ast.Name()) | ast.Pass() | ast.Assert(test=ast.Constant(value=True)):
                 pass
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                names = names | {name: _Substitute(names).visit(value)}
+                names = names | {name: _substituted(value, names)}
             case ast.For(target=ast.Name(id=name), iter=values, body=inner, orelse=[]) if not any(
                 isinstance(part, ast.For) for part in inner
             ):
-                for item in _constants(node, _Substitute(names).visit(values)):
+                for item in _constants(node, _substituted(values, names)):
                     yield from _converted(inner, names | {name: item})
             case ast.Assert(test=test):
                 try:
-                    case = assert_case(ast.unparse(ast.Assert(test=_Substitute(names).visit(test))))
+                    case = assert_case(ast.unparse(ast.Assert(test=_substituted(test, names))))
                 except ValueError as error:
                     raise ValueError(f"{error} {_HOW_TO_WRITE_ASSERTS}") from error
                 yield case
@@ -228,6 +229,12 @@ def _constants(loop: ast.For, values: ast.expr) -> list[ast.expr]:
             if not numbers[MAX_REPETITIONS:]:  # len() of a huge range raises
                 return [ast.parse(str(number), mode="eval").body for number in numbers]
     raise _cannot_convert(loop)
+
+
+def _substituted(node: ast.expr, names: dict[str, ast.expr]) -> ast.expr:
+    """A copy of an expression with other expressions in place of names."""
+    expression: ast.expr = _Substitute(names).visit(copy.deepcopy(node))
+    return expression
 
 
 class _Substitute(ast.NodeTransformer):
