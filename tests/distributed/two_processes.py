@@ -66,7 +66,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "guarded": (WHOLE_GROUPS, OURS | {"dead_groups": "skip", "beta": 0.0, "entropy_coef": 0.0, "guards": True}),
     "skipped_chunks": (WHOLE_GROUPS, {"loss_type": "dapo", "dead_groups": "skip", "beta": 0.0, "chunk_tokens": 40}),
     # both choose the same problems, which every process learns about from the answers of all
-    "pools": (HALF_GROUPS, OURS | {"curriculum": "pools", "dead_groups": "resample", "max_steps": 6}),
+    "pools": (ONE_AND_A_HALF, OURS | {"curriculum": "pools", "dead_groups": "resample", "max_steps": 6}),
     # some groups become mixed only with more completions, which each process samples for its own groups
     "growing": (WHOLE_GROUPS, OURS | {"num_generations_max": 12}),
     # groups of earlier steps, sampled by either process, replace dead ones
