@@ -33,7 +33,8 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    # The defaults of this project: one ratio per completion, the population standard deviation, a KL per completion.
+    # The defaults of this project: one ratio per completion, the population standard deviation, and a KL whose
+    # gradient is corrected as in DeepSeek-V3.2, arXiv:2512.02556.
     "deepseek": Algorithm(
         source="sequence-level GRPO, DeepSeekMath, arXiv:2402.03300",
         settings={
@@ -41,6 +42,7 @@ ALGORITHMS = {
             "scale_rewards": "population",
             "epsilon": 0.2,
             "kl_estimator": "k3",
+            "use_bias_correction_kl": True,
             "beta": 0.1,
             "entropy_coef": 0.01,
         },
@@ -54,6 +56,7 @@ ALGORITHMS = {
             "scale_rewards": "group",
             "epsilon": 0.2,
             "kl_estimator": "k3",
+            "use_bias_correction_kl": False,
             "beta": 0.04,
             "entropy_coef": 0.0,
         },

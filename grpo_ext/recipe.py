@@ -53,6 +53,8 @@ from grpo_ext.report.run_files import draw_or_warn
 from grpo_ext.report.run_settings import redact, resume_command
 from grpo_ext.report.summary import accuracy_lines, build_summary, write_summary
 from grpo_ext.rewards.completion import text_of
+from grpo_ext.rewards.lenient import lenient_version
+from grpo_ext.rollout.reward_workers import close_workers, in_workers
 from grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -271,7 +273,8 @@ def train_and_report(
     Args:
         trainer: must not be trained yet.
         problems: the held-out rows are evaluated and must not be among the training rows.
-        reward: passed to `evaluate` to grade held-out completions: a reward function that gives 1.0 to a right one.
+        reward: passed to `evaluate` to grade held-out completions: a reward function that gives 1.0 to a right one. If
+            it has a lenient version (`grpo_ext.rewards.lenient`), accuracy with the format ignored is measured, too.
         recipe: name of the recipe, for the summary.
         eval_samples: completions sampled per held-out problem before and after training; 0 for greedy accuracy only.
         evaluate: `evaluation.complete.evaluate`, or a function that takes the same arguments.
@@ -314,6 +317,10 @@ def _train_and_report(
 ) -> dict[str, object]:
     args = trainer.args
     heldout = problems.heldout.to_list()
+    lenient_reward = lenient_version(reward)
+    if lenient_reward is not None:
+        lenient_reward = in_workers(lenient_reward, args.reward_workers, args.reward_timeout)
+        evaluate = partial(evaluate, lenient_reward=lenient_reward)
     base_model = str(redact(trainer.model.config.name_or_path))
     measure = partial(
         evaluate,
@@ -358,6 +365,7 @@ def _train_and_report(
         raise Stopped(trainer.stop.reason)
     after = measure(samples=eval_samples, description="held-out accuracy after")
     record(after)
+    close_workers([lenient_reward])
     summary = build_summary(trainer, recipe=recipe, base_model=base_model, seconds=seconds, before=before, after=after)
 
     if trainer.accelerator.is_main_process:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo_ext.rewards.code.program import ProgramReward, program_reward
+    from grpo_ext.rewards.lenient import lenient_math_reward, lenient_program_reward
     from grpo_ext.rewards.math.answer_reward import MathAnswerReward, check_gold, math_answer_reward
     from grpo_ext.rewards.text_shape import (
         CoherenceReward,
@@ -40,6 +41,8 @@ __all__ = [
     "format_reward",
     "isolated",
     "length_reward",
+    "lenient_math_reward",
+    "lenient_program_reward",
     "math_answer_reward",
     "program_reward",
 ]
@@ -55,6 +58,8 @@ _MODULES = {
     "format_reward": "grpo_ext.rewards.text_shape",
     "isolated": "grpo_ext.rewards.workers.pool",
     "length_reward": "grpo_ext.rewards.text_shape",
+    "lenient_math_reward": "grpo_ext.rewards.lenient",
+    "lenient_program_reward": "grpo_ext.rewards.lenient",
     "math_answer_reward": "grpo_ext.rewards.math.answer_reward",
     "program_reward": "grpo_ext.rewards.code.program",
 }

@@ -3,14 +3,15 @@
 import argparse
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, split: str) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, *, split: str, required: bool = True) -> None:
     """Add the arguments for the data, its split and columns, and for rows that cannot be judged.
 
     Args:
         split: the default split, used unless the data has only one.
+        required: whether `--data` must be given.
     """
     parser.add_argument(
-        "--data", required=True, help="a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or a Hub name"
+        "--data", required=required, help="a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or a Hub name"
     )
     parser.add_argument(
         "--split", default=split, help="the split to use; default: %(default)s, or the only split of the data"

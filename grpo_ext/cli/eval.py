@@ -1,10 +1,14 @@
-"""`grpo-ext eval --model NAME --data problems.jsonl`: how many problems a model solves, with or without an adapter.
+"""`grpo-ext eval --model NAME --task gsm8k`: how many problems a model solves, with or without an adapter.
 
-It measures as a run does: the prompts of `grpo_ext.data`, greedy completions for pass@1, samples for pass@k, 95%
-intervals. From a test split, it takes the problems that a run with the same seed held out. From data with one split, it
-takes rows of the whole data: a run on this data has trained on most of them.
+`--task` names a benchmark (`eval_tasks.py`) or a file, and `--data` a local copy of it. `--data` alone takes any
+problems. It measures as a run does: the prompts of `grpo_ext.data`, greedy completions for pass@1, samples for pass@k,
+95% intervals. From a test split, it takes the problems that a run with the same seed held out. From data with one
+split, it takes rows of the whole data: a run on this data has trained on most of them.
 
-{"model": "Qwen/Qwen2.5-0.5B", "pass_at_1": {"value": 0.31, "low": 0.26, "high": 0.37, "n": 256}, "k": 0, ...}
+Two accuracies stand side by side. The strict one is that of a run: the answer has the format that the reward demands.
+The lenient one ignores the format (`grpo_ext.rewards.lenient`).
+
+{"model": "Qwen/Qwen2.5-0.5B", "pass_at_1": {"value": 0.31, "low": 0.26, "high": 0.37, "n": 256}, ...}
 """
 
 import argparse
@@ -17,14 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_ext.cli.data_arguments import add_data_arguments
+from grpo_ext.cli.eval_tasks import TASKS, find_task
 from grpo_ext.cli.load_reward import load_reward
 from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
     from grpo_ext.config import GRPOExtConfig
+    from grpo_ext.data import PromptFormat
     from grpo_ext.evaluation.estimates import Estimate
     from grpo_ext.model.load import PolicyConfig
 
@@ -33,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--model", required=True, help="a Hub name or a folder")
     parser.add_argument("--adapter", help="an adapter for this model: the output folder of a run, or a Hub name")
-    add_data_arguments(parser, split="test")
+    parser.add_argument(
+        "--task",
+        metavar="TASK|FILE",
+        help=f"a benchmark ({', '.join(TASKS)}; --data names a local copy), or a file or folder with problems",
+    )
+    add_data_arguments(parser, split="test", required=False)
     parser.add_argument(
         "--chat",
         choices=["auto", "true", "false"],
@@ -42,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reward",
-        default="grpo_ext.rewards:math_answer_reward",
-        help="the reward function as module:name; default: %(default)s",
+        help="the reward function as module:name; default: that of the task, or grpo_ext.rewards:math_answer_reward",
     )
     parser.add_argument(
         "--samples", type=int, default=0, help="samples per problem, which is the k of pass@k; default: greedy only"
@@ -60,11 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_problems",
         type=int,
-        default=256,
-        help="maximum number of problems; default: 256, which give an interval of +-0.06 or less",
+        help="maximum number of problems; default: all of a task, else 256, which give an interval of +-0.06 or less",
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="maximum tokens per completion; default: %(default)s"
+        "--max_new_tokens", type=int, help="maximum tokens per completion; default: that of the task, else 256"
     )
     parser.add_argument(
         "--batch_size", type=int, default=64, help="completions decoded at the same time; default: %(default)s"
@@ -92,24 +102,36 @@ def run(options: argparse.Namespace) -> None:
     if config.exists():
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE"
         raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
+    task = find_task(options.task, options.data)
     quiet_libraries()
     from grpo_ext.config import GRPOExtConfig
-    from grpo_ext.data import format_rows, is_chat, load_splits, reads_gold, sample_rows
+    from grpo_ext.data import DEFAULT_FORMAT, format_rows, is_chat, load_splits, program_tests, reads_gold, sample_rows
     from grpo_ext.data.pass_rates import write_pass_rates
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.model.load import PolicyConfig, load_tokenizer
     from grpo_ext.rewards import MathAnswerReward
-    from grpo_ext.rewards.workers.pool import IsolatedReward
-    from grpo_ext.rollout.reward_workers import in_workers
+    from grpo_ext.rewards.lenient import lenient_version
+    from grpo_ext.rollout.reward_workers import close_workers, in_workers
 
     model_args = PolicyConfig(model_name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     tokenizer = load_tokenizer(model_args)
-    splits, plain_reward = load_splits(options.data), load_reward(options.reward)
+    splits = load_splits(task.data)
+    rows = splits.pick(splits.only_or(options.split), "--split")
+    runs_programs = bool(program_tests(rows.column_names)) if task.runs_programs is None else task.runs_programs
+    options.data = task.data
+    options.reward = options.reward or f"grpo_ext.rewards:{'program_reward' if runs_programs else 'math_answer_reward'}"
+    options.max_new_tokens = options.max_new_tokens or task.max_new_tokens
+    options.max_problems = options.max_problems or task.max_problems or len(rows)
+    plain_reward = load_reward(options.reward)
+    prompt_format, skipped = DEFAULT_FORMAT, ""
+    if runs_programs:
+        prompt_format, rows, skipped = _programs(rows, f"'{options.data}'")
     is_math = isinstance(inspect.unwrap(plain_reward), MathAnswerReward)
     rows, note = format_rows(
-        splits.pick(splits.only_or(options.split), "--split"),
+        rows,
         tokenizer,
         f"'{options.data}'",
+        prompt_format,
         needs_answer=is_math,
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,
@@ -117,11 +139,14 @@ def run(options: argparse.Namespace) -> None:
         unreadable_gold=options.unreadable_gold,
         reads_gold=reads_gold if is_math else None,
     )
-    for text in filter(None, (splits.note, note)):
+    for text in filter(None, (splits.note, skipped, note)):
         print(text, file=sys.stderr)
     problems = sample_rows(rows, options.max_problems, options.seed).to_list()
     args = GRPOExtConfig(report_to="none")
-    reward = in_workers(plain_reward, args.reward_workers, args.reward_timeout)
+    reward, lenient_reward = (
+        in_workers(one, args.reward_workers, args.reward_timeout)
+        for one in (plain_reward, lenient_version(plain_reward))
+    )
     model = _load(model_args, args, options.adapter)
     started = time.monotonic()
     try:
@@ -137,16 +162,19 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
             description="evaluation",
             template_kwargs=options.chat_template_kwargs,
+            lenient_reward=lenient_reward,
         )
     finally:
-        if isinstance(reward, IsolatedReward):
-            reward.close()
+        close_workers([reward, lenient_reward])
     if options.save_pass_rates:
         prompts = [problem["prompt"] for problem in problems]
         write_pass_rates(options.save_pass_rates, prompts, found.shares, found.k)
-    measured = {"pass_at_1": found.greedy, "sampled_pass_at_1": found.sampled, "pass_at_k": found.pass_at_k}
+    measured = {"pass_at_1": found.greedy, "lenient_pass_at_1": found.lenient}
+    measured |= {"sampled_pass_at_1": found.sampled, "lenient_sampled_pass_at_1": found.lenient_sampled}
+    measured |= {"pass_at_k": found.pass_at_k}
     result = {name: value for name, value in vars(options).items() if name not in ("json", "samples")}
     result |= {name: None if estimate is None else asdict(estimate) for name, estimate in measured.items()}
+    result["pass_at_1_by_kind"] = asdict(found)["kinds"]
     result |= {"k": found.k, "seconds": round(time.monotonic() - started, 1)}
     text = json.dumps(result, indent=2)
     if options.json is None:
@@ -173,7 +201,23 @@ def _load(model_args: "PolicyConfig", args: "GRPOExtConfig", adapter: str | None
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 
+def _programs(rows: "Dataset", name: str) -> "tuple[PromptFormat, Dataset, str]":
+    """The prompts of the coding recipe, the rows whose tests its reward supports, and a note on the others."""
+    from grpo_ext.data import refuse_unread_tests
+    from grpo_ext.recipes.coding import PROMPT_FORMAT, can_be_judged
+
+    refuse_unread_tests(rows.column_names, name)
+    judged = rows.filter(can_be_judged)
+    skipped = len(rows) - len(judged)
+    return PROMPT_FORMAT, judged, f"{skipped} problems with unsupported tests were left out" if skipped else ""
+
+
 def _line(measured: "dict[str, Estimate | None]", k: int) -> str:
-    """`pass@1 0.14 [0.10, 0.18]  sampled pass@1 0.39 [0.33, 0.45]  pass@8 0.98 [0.95, 0.99]`"""
+    """`pass@1 0.14 [0.10, 0.18] (any format: 0.20 [0.16, 0.25])  pass@8 0.98 [0.95, 0.99]`"""
     labels = {"pass_at_1": "pass@1", "sampled_pass_at_1": "sampled pass@1", "pass_at_k": f"pass@{k}"}
-    return "  ".join(f"{labels[name]} {estimate}" for name, estimate in measured.items() if estimate is not None)
+    parts = []
+    for name, label in labels.items():
+        lenient = measured.get(f"lenient_{name}")
+        if measured[name] is not None:
+            parts.append(f"{label} {measured[name]}" + (f" (any format: {lenient})" if lenient is not None else ""))
+    return "  ".join(parts)

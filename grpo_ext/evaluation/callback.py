@@ -64,7 +64,8 @@ def load_initial_evaluation(output_dir: str | Path, *, problems: int, samples: i
     except (FileNotFoundError, json.JSONDecodeError):  # the run was killed before the file was complete
         return None
     figures: dict[str, Any] = {
-        name: kept[name] and Estimate(**kept[name]) for name in ("greedy", "sampled", "pass_at_k")
+        name: Estimate(**kept[name]) if kept.get(name) else None
+        for name in ("greedy", "sampled", "pass_at_k", "lenient", "lenient_sampled")
     }
     figures["pass_at"] = {int(k): Estimate(**estimate) for k, estimate in kept["pass_at"].items()}
     figures["kinds"] = {

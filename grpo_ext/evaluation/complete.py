@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class Evaluation:
         shares: share of right samples per problem; empty if `k` is 0.
         pass_at: k -> pass@k, for the powers of two above 1 and below the number of samples, and for that number.
         kinds: column -> value -> greedy pass@1 of the problems with that value, for `KIND_COLUMNS`.
+        right_lenient: whether each greedy completion is right if its format is ignored; empty if that is not known.
+        lenient, lenient_sampled: `greedy` and `sampled` with the format ignored; None if that is not known.
     """
 
     greedy: Estimate
@@ -68,6 +70,9 @@ class Evaluation:
     shares: list[float] = field(default_factory=list)
     pass_at: dict[int, Estimate] = field(default_factory=dict)
     kinds: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    right_lenient: list[bool] = field(default_factory=list)
+    lenient: Estimate | None = None
+    lenient_sampled: Estimate | None = None
 
 
 @contextmanager
@@ -206,6 +211,7 @@ def evaluate(
     seed: int = 0,
     description: str | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    lenient_reward: Reward | None = None,
 ) -> Evaluation:
     """Greedy pass@1; with `samples` >= 1 also sampled pass@1, with `samples` >= 2 also pass@k for k up to `samples`.
 
@@ -216,6 +222,8 @@ def evaluate(
         temperature: temperature of the samples, above 0.
         samples: number of samples per problem.
         batch_size, seed, description, template_kwargs: see `complete`.
+        lenient_reward: grades the completions that `reward` finds wrong once more, with their format ignored
+            (`grpo_ext.rewards.lenient`); None for no lenient accuracy.
     """
     prompts = [problem["prompt"] for problem in problems]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
@@ -227,7 +235,23 @@ def evaluate(
     if samples:
         drawn = complete(model, tokenizer, [p["prompt"] for p in repeated], temperature=temperature, **settings)
         sampled_right = grade(reward, repeated, drawn)
-    return build_evaluation(problems, completions, right, sampled_right)
+    found = build_evaluation(problems, completions, right, sampled_right)
+    if lenient_reward is None:
+        return found
+    right = _grade_wrong_ones(lenient_reward, problems, completions, right)
+    sampled_right = _grade_wrong_ones(lenient_reward, repeated, drawn, sampled_right) if samples else []
+    lenient = build_evaluation(problems, completions, right, sampled_right)
+    return replace(found, right_lenient=right, lenient=lenient.greedy, lenient_sampled=lenient.sampled)
+
+
+def _grade_wrong_ones(
+    reward: Reward, problems: Sequence[Problem], completions: Sequence[GeneratedText], right: list[bool]
+) -> list[bool]:
+    """Whether each completion is right, with those that are not right graded once more."""
+    wrong = [i for i, hit in enumerate(right) if not hit]
+    again = grade(reward, [problems[i] for i in wrong], [completions[i] for i in wrong]) if wrong else []
+    found = {i for i, hit in zip(wrong, again, strict=True) if hit}
+    return [hit or i in found for i, hit in enumerate(right)]
 
 
 def build_evaluation(

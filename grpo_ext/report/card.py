@@ -188,8 +188,9 @@ def _accuracy_section(trainer: GRPOTrainer, summary: dict[str, Any] | None) -> s
 
 def _before_and_after(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, estimate before and estimate after, for each measure that the run evaluated."""
-    names = {"greedy pass@1": "pass_at_1", "sampled pass@1": "sampled_pass_at_1", f"pass@{summary['k']}": "pass_at_k"}
-    pairs = [(label, summary[f"{name}_before"], summary[f"{name}_after"]) for label, name in names.items()]
+    names = {"greedy pass@1": "pass_at_1", "greedy pass@1, any format": "lenient_pass_at_1"}
+    names |= {"sampled pass@1": "sampled_pass_at_1", f"pass@{summary['k']}": "pass_at_k"}
+    pairs = [(label, summary.get(f"{name}_before"), summary.get(f"{name}_after")) for label, name in names.items()]
     return [(label, before, after) for label, before, after in pairs if before and after]
 
 

@@ -1,10 +1,10 @@
 """Record held-out accuracy: rows of `heldout.jsonl`, and metrics.
 
-    heldout.jsonl  {"step": 5, "right": [1, 0, ...], "shares": [...], "kinds": {...}, "answers": [{"text": ...}, ...]}
+    heldout.jsonl  {"step": 5, "right": [1, 0, ...], "right_lenient": [1, 1, ...], "shares": [...], "answers": [...]}
     metrics.jsonl  {"step": 5, "heldout/pass@1": 0.98, "heldout/pass@1/low": 0.95, "heldout/pass@1/high": 0.99}
 
-A row of `heldout.jsonl` says for each problem whether it was solved, and has the greedy completions of the first four
-problems, which are the same in every row.
+A row of `heldout.jsonl` says for each problem whether it was solved, and whether it was if the format is ignored. It
+has the greedy completions of the first four problems, which are the same in every row.
 """
 
 from collections.abc import Sequence
@@ -49,6 +49,7 @@ def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, proble
     row = {
         "step": step,
         "right": [int(hit) for hit in evaluation.right],
+        "right_lenient": [int(hit) for hit in evaluation.right_lenient],
         "shares": [round(share, 4) for share in evaluation.shares],
         "pass_at": {str(k): asdict(estimate) for k, estimate in evaluation.pass_at.items()},
         "kinds": {
@@ -64,6 +65,7 @@ def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, proble
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """The figures of an evaluation under their names in `metrics.jsonl`."""
     named: list[tuple[str, Estimate | None]] = [("pass@1", evaluation.greedy), ("sampled_pass@1", evaluation.sampled)]
+    named += [("lenient_pass@1", evaluation.lenient), ("lenient_sampled_pass@1", evaluation.lenient_sampled)]
     named += [(f"pass@{k}", estimate) for k, estimate in evaluation.pass_at.items()]
     metrics: dict[str, float] = {}
     for name, estimate in named:

@@ -143,7 +143,8 @@ def training_argument(run: RunRecord, name: str) -> Any:
 def accuracy_table(run: RunRecord) -> dict[str, list[str]]:
     """Measure -> estimate before, estimate after, and their change, which is "" for pass@k and kinds of problems."""
     table = {}
-    for label, column in (("greedy pass@1", "right"), ("sampled pass@1", "shares")):
+    columns = {"greedy pass@1": "right", "greedy pass@1, any format": "right_lenient", "sampled pass@1": "shares"}
+    for label, column in columns.items():
         found = accuracy_change(run, column)
         if found:
             table[label] = [str(part) for part in found]

@@ -87,8 +87,10 @@ def test_results_equal_those_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
     assert found["sampled_pass_at_1"] == asdict(expected.sampled)
     assert found["pass_at_k"] == asdict(expected.pass_at_k)
     assert found["k"] == 3
-    line = f"pass@1 {expected.greedy}  sampled pass@1 {expected.sampled}  pass@3 {expected.pass_at_k} "
-    assert line in capsys.readouterr().out
+    line = f"pass@1 {expected.greedy} (any format: {expected.greedy})  sampled pass@1 {expected.sampled} ("
+    output = capsys.readouterr().out
+    assert line in output
+    assert f")  pass@3 {expected.pass_at_k}  (32 problems" in output
 
 
 def test_custom_reward_and_data_without_answers_in_4_bits(capsys, tmp_path, monkeypatch, tokenizer):
@@ -109,6 +111,48 @@ def test_custom_reward_and_data_without_answers_in_4_bits(capsys, tmp_path, monk
     found = evaluated(capsys, *flags, "--load_in_4bit")
     assert (found["pass_at_1"]["value"], found["pass_at_1"]["n"]) == (1.0, 16)
     assert evaluated(capsys, *flags)["pass_at_1"]["value"] < 1.0
+
+
+def test_a_benchmark_in_a_local_copy_strict_and_lenient(capsys, tmp_path, monkeypatch):
+    """The embedded model marks its answers with ####. For a reward that demands a box, every answer is wrong, and as
+    many as ever are right in any format."""
+    (tmp_path / "boxes.py").write_text(
+        "from grpo_ext.rewards import MathAnswerReward\nboxed = MathAnswerReward(strict=True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = "--max_problems 32 --samples 2 --batch_size 256 --max_new_tokens 40".split()
+
+    def found(*more):
+        capsys.readouterr()
+        cli.main(["eval", "--model", str(TINY_MODEL), "--task", *more, *flags])
+        return json.loads(capsys.readouterr().out)
+
+    usual = found("gsm8k", "--data", str(TINY_DATA))
+    boxed = found(str(TINY_DATA), "--reward", "boxes:boxed")
+    assert usual["pass_at_1"]["value"] > 0
+    assert usual["pass_at_1"] == boxed["lenient_pass_at_1"]
+    assert usual["sampled_pass_at_1"] == boxed["lenient_sampled_pass_at_1"]
+    assert boxed["pass_at_1"]["value"] == boxed["sampled_pass_at_1"]["value"] == 0.0
+    assert (usual["reward"], usual["task"]) == ("grpo_ext.rewards:math_answer_reward", "gsm8k")
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize("task", ["humaneval", "{file}"])
+def test_a_benchmark_of_programs(capsys, tmp_path, task):
+    """Its rows have no answers, and one of them has a test that cannot be converted."""
+    rows = [
+        {"prompt": "def add(a, b):\n", "entry_point": "add", "test": f"def check(candidate):\n    assert {test}\n"}
+        for test in ("candidate(1, 2) == 3", "candidate(1, 2) == 3", "candidate is not None")
+    ]
+    file = tmp_path / "copy.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ["--task", str(file)] if task == "{file}" else ["--task", task, "--data", str(file)]
+    cli.main(["eval", "--model", str(TINY_MODEL), *where, "--max_new_tokens", "8"])
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    assert found["reward"] == "grpo_ext.rewards:program_reward"
+    assert found["pass_at_1"]["n"] == found["lenient_pass_at_1"]["n"] == 2
+    assert "1 problems with unsupported tests were left out" in output.err
 
 
 @pytest.mark.slow
@@ -148,6 +192,7 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
         (["--reward", "grpo_ext.rewards:nope"], "nope"),
+        (["--task", "other.csv"], "--task other.csv is no benchmark \\(gsm8k, math500, .*\\), and --data .* as well"),
         (["--model", "mine"], "'mine' is an adapter. Type: --model the/base --adapter mine"),
     ],
 )
