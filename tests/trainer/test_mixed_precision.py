@@ -61,6 +61,7 @@ def test_continuous_batching_leaves_the_adapter_in_float32(build, small_model):
         peft_config=random_lora(),
         bf16=True,
         use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config={"num_blocks": 64, "max_batch_tokens": 64},  # else most of the memory
         learning_rate=0.0,
         max_steps=1,
     )
