@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ from grpo_ext.console.progress import show_one_progress
 from grpo_ext.console.terminal import escaping_unencodable, forgiving_stdout
 from grpo_ext.engine.batch import Scores, order_by_group, prompt_groups
 from grpo_ext.engine.decode import SampledCompletions
+from grpo_ext.engine.out_of_memory import loss_within_memory
 from grpo_ext.engine.scorer import RequestScores, ScoringPass, ScoringRequest
 from grpo_ext.hooks import replaced, results_of
 from grpo_ext.jsonable import as_json
@@ -69,7 +71,12 @@ from grpo_ext.losses.micro_batch import MicroBatch
 from grpo_ext.losses.separable import WithoutReads, why_inseparable, without_collectives
 from grpo_ext.losses.sequence_grpo import SequenceGRPO, policy_weights
 from grpo_ext.machine import peak_memory_mb
-from grpo_ext.model.adapters import copy_adapter_values, keeping_adapter, restore_adapter_in_float32
+from grpo_ext.model.adapters import (
+    copy_adapter_values,
+    keeping_adapter,
+    restore_adapter_in_float32,
+    trainable_parameters,
+)
 from grpo_ext.model.lm_head_lora import hide_head_adapter
 from grpo_ext.model.load import computes_in_float32, frozen_dtype
 from grpo_ext.model.reference import REFERENCE, ReferenceSetup, ReferenceSync, scores_reference, why_unmixable
@@ -880,7 +887,28 @@ class GRPOExtTrainer(GRPOTrainer):
             self.parts.scorer.limits.choose(chosen.tokens)
             logger.info(f"Updates run {chosen.reason}.")
         with self._updating(inputs) as micro_batch:
-            return super().compute_loss(model, micro_batch.inputs, *args, **kwargs)
+            loss_of = partial(super().compute_loss, model, micro_batch.inputs, *args, **kwargs)
+            # Processes wait for each other in a loss, so one of several cannot repeat it alone.
+            is_alone = self.accelerator.num_processes == 1
+            if not (is_alone and self.shares_prompts and torch.is_grad_enabled() and self._why_loss_inseparable()):
+                return loss_of()
+            parameters = list(trainable_parameters(self.model).values())
+            limits, scale = self.parts.scorer.limits, self._loss_scale()
+            return loss_within_memory(loss_of, parameters, limits, self._snapshot_of_loss, scale)
+
+    def _snapshot_of_loss(self) -> Callable[[], None]:
+        """A function that undoes what the loss of a micro-batch has changed in this trainer and its parts."""
+        data = {*CHANGED_IN_PLACE, *LOSS_ATTRIBUTES} - {"state", "generation_config", LOSS_HOOKS[-1]}
+        attributes = {name: copy.deepcopy(getattr(self, name)) for name in data}
+        parts = {name: part for name, part in self.parts.states.items() if part is not self.parts.scorer.limits}
+        states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+
+        def undo() -> None:
+            self.__dict__.update(attributes)
+            for name, part in parts.items():
+                part.load_state_dict(states[name])
+
+        return undo
 
     def _must_choose_chunk_size(self) -> bool:
         is_open = self.args.chunk_tokens == "auto" and not self.parts.scorer.limits.is_chosen

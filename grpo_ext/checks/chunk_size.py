@@ -130,11 +130,11 @@ def free_memory(device: torch.device) -> float:
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:
     """The largest number of bytes that a call holds at the same time."""
-    if device.type == "cpu":
+    module = torch.get_device_module(device)
+    if not hasattr(module, "reset_peak_memory_stats"):  # a CPU, or an Apple GPU
         with MemoryCounter() as counter:
             run()
         return counter.peak
-    module = torch.get_device_module(device)
     module.reset_peak_memory_stats(device)
     before = module.memory_allocated(device)
     run()

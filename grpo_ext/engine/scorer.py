@@ -135,7 +135,7 @@ class Scorer:
         )
         with self.autocast(), without_adapter_casts(model):
             scores: Scores = model(scoring_batch=batch)
-        self.limits.observe(chunk_tokens, scores.chunk_tokens, with_graph=with_graph)
+        self.limits.observe(batch.tokens, chunk_tokens, scores.chunk_tokens, with_graph=with_graph)
         skipped = [row for group in idle for row in group.rows] if request.skip_idle else []
         return RequestScores(**vars(scores), skipped_rows=skipped)
 

@@ -6,9 +6,12 @@ import copy
 import pytest
 import torch
 
+from grpo_ext import GRPOExtTrainer
 from grpo_ext.engine.decode import GroupSampler
+from grpo_ext.engine.out_of_memory import is_out_of_memory
 from tests.engine.test_loss_in_chunks import adapter_gradients, loss_of
 from tests.tools.architectures import random_model
+from tests.tools.metrics import comparable
 from tests.tools.models import random_lora
 from tests.tools.replay import record
 from tests.tools.scoring import padded_batch, prompts_of, scoring_batch_of
@@ -20,14 +23,19 @@ class Full:
 
     Args:
         in_decoding: count forwards of up to 4 tokens per row only.
+        in_backward: fail in the backward of these forwards.
     """
 
-    def __init__(self, model, limit, times=10**6, *, in_decoding=False):
+    def __init__(self, model, limit, times=10**6, *, in_decoding=False, in_backward=False):
+        self._in_backward = in_backward
         self._backbone, self._limit, self._left, self.refused = model.get_base_model().base_model, limit, times, 0
         self._longest = 4 if in_decoding else 10**6
 
     def __enter__(self):
-        self._hook = self._backbone.register_forward_pre_hook(self._allocate, with_kwargs=True)
+        if self._in_backward:
+            self._hook = self._backbone.register_forward_hook(self._allocate_later, with_kwargs=True)
+        else:
+            self._hook = self._backbone.register_forward_pre_hook(self._allocate, with_kwargs=True)
         return self
 
     def __exit__(self, *error):
@@ -39,6 +47,10 @@ class Full:
             self._left -= 1
             self.refused += 1
             torch.empty(10**15)  # more than any machine has
+
+    def _allocate_later(self, module, args, kwargs, output):
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.register_hook(lambda grad: self._allocate(module, args, kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +165,53 @@ def test_a_run_goes_on_with_smaller_chunks(build, small_model, tmp_path, caplog)
     planned, _ = train(10**6, chunk_tokens=size, output_dir=str(tmp_path / "planned"))
     for name, value in planned.items():
         assert torch.equal(adapter[name], value), name
+
+
+class Doubled(GRPOExtTrainer):
+    """Its loss is not known to be a sum over rows, so gradients are computed after all scores."""
+
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(GRPOExtTrainer, {"loss_type": "grpo", "top_entropy_quantile": 0.5}), (Doubled, {"num_iterations": 2})],
+)
+def test_a_backward_that_does_not_fit_is_repeated(build, small_model, tmp_path, kind, settings):
+    """The adapter and the metrics are those of a run that had the smaller chunks from the start."""
+
+    def train(name, limit, **more):
+        options = {"peft_config": random_lora(), "max_steps": 3, "beta": 0.1, "max_completion_length": 24}
+        options |= {"temperature_schedule": "entropy", "temperature_entropy_target": 1.0} | settings | more
+        trainer = build(copy.deepcopy(small_model), trainer=kind, output_dir=str(tmp_path / name), **options)
+        with Full(trainer.model, limit, in_backward=True) as full:
+            trainer.train()
+        return trainer, full.refused
+
+    repeated, refused = train("repeated", 60)
+    assert refused
+    size = repeated.parts.scorer.limits.state_dict()["with_graph"]
+    planned, refused = train("planned", 10**6, chunk_tokens=size)
+    assert refused == 0
+    for ours, want in zip(adapter_of(repeated).values(), adapter_of(planned).values(), strict=True):
+        assert torch.equal(ours, want)
+    paths = (tmp_path / name / "metrics.jsonl" for name in ("repeated", "planned"))
+    assert comparable(next(paths)) == comparable(next(paths))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 17.00 GB)",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ],
+)
+def test_every_kind_of_out_of_memory_error_is_known(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(ValueError(message))
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
