@@ -6,7 +6,7 @@
 # make check   ruff, its formatter, the type checker and the order of imports
 # make bench   stock TRL and grpo-ext side by side; pass options in ARGS, such as ARGS=--quick
 # make study   learning curves of the embedded model under seven settings; ARGS="--seeds 1" for one run of each,
-#              ARGS="--task mixed" for difficulty pools
+#              ARGS="--task mixed" for difficulty pools, ARGS="--task sweep" for LoRA ranks and learning rates
 # make docs    API pages from the docstrings, in outputs/docs; fails on broken cross-references
 # make release VERSION=X.Y.Z   checks and tags this commit, and pushes the tag, which publishes it
 

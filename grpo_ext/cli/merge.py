@@ -1,4 +1,7 @@
-"""`grpo-ext merge outputs/math merged`: merge base and adapter into one model, and compare it with the two."""
+"""`grpo-ext merge outputs/math merged`: merge base and adapter into one model, and compare it with the two.
+
+grpo-ext merge outputs/math merged --gguf model.gguf        # also as a file for llama.cpp
+"""
 
 import argparse
 
@@ -16,13 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the merged weights; default: %(default)s"
     )
+    parser.add_argument("--gguf", metavar="FILE", help="also write the merged model to FILE.gguf, unquantised")
 
 
 def run(options: argparse.Namespace) -> None:
     """Merge, save and reload the model, and print how far its logits are from those of base and adapter."""
     quiet_libraries()
+    from grpo_ext.model.gguf_file import check_gguf_target, write_gguf
     from grpo_ext.model.merge import merge_adapter
 
+    if options.gguf:
+        check_gguf_target(options.gguf)
     found = merge_adapter(options.adapter, options.out, base=options.base, dtype=options.dtype)
     show(f"merged model compared with base and adapter, in {options.dtype}: {found}")
     show(f"the model, its tokenizer and its generation config are in {options.out}")
+    if options.gguf:
+        found = write_gguf(options.out, options.gguf, dtype=options.dtype)
+        show(f"{options.gguf} read by transformers compared with the merged model: {found}")

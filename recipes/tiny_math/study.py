@@ -1,14 +1,15 @@
-"""Does it learn, and how fast: held-out curves of the embedded model under seven settings, three seeds each.
+"""Does it learn, and how fast: held-out curves of the embedded model under different settings.
 
-    make study                                                                    # every arm, three seeds
+    make study                                                                    # seven arms, three seeds
     python -m grpo_ext.recipes.tiny_math.study --arms sequence,stock --seeds 1    # two arms, one seed
     make study ARGS="--task mixed"                      # difficulty pools, on problems of which most are impossible
+    make study ARGS="--task sweep"                      # five ranks (one of them full) x five learning rates, two seeds
 
 An arm is `make math` with other flags: the same model, problems, batches and seeds. The task `mixed` trains on the
 problems of `mixed.py`, and measures on the same held-out problems, which are of the kind that the model can learn.
 Every few steps, each held-out problem is answered once at the training temperature. When a run is complete, its points
 are appended to `curves.jsonl` in the output folder, one per line. Runs found there are not repeated, so an interrupted
-study can be continued. At the end there is a picture, `study.png` or `mixed.png`, and a table in Markdown.
+study can be continued. At the end there is a picture, `study.png`, `mixed.png` or `sweep.png`, and a table in Markdown.
 
     {"arm": "sequence", "seed": 0, "steps": 35, "problems": 256, "step": 10, "answers": 256, "right": 247}
 """
@@ -42,11 +43,11 @@ from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
 from grpo_ext.recipes.math import parse
 from grpo_ext.recipes.tiny_math.mixed import mixed_problems
-from grpo_ext.recipes.tiny_math.study_report import Points, draw, table
+from grpo_ext.recipes.tiny_math.study_report import RANKS, RATES, Points, draw, sweep_table, table
 from grpo_ext.rewards import math_answer_reward
 from grpo_ext.rollout.pools import mixed_probability
 
-EVERY = {"sums": 2, "mixed": 4}  # steps between two points of a curve
+EVERY = {"sums": 2, "mixed": 4, "sweep": 2}  # steps between two points of a curve
 
 # The flags that an arm adds to `make math`. Stock TRL's trainer gets exactly the settings of `token`. Dead groups can
 # be skipped only if neither a KL penalty nor an entropy bonus gives them a gradient.
@@ -71,9 +72,19 @@ WITH_POOLS = f"{SLOWLY} --curriculum pools"
 CURRICULA = {"off": SLOWLY, "pools": WITH_POOLS, "pools_worth": WITH_POOLS, "pools_started": WITH_POOLS}
 MIXED = CURRICULA | {f"rare_{arm}": flags for arm, flags in CURRICULA.items()}
 MIXED_PROBLEMS = 160
-TASKS = {"sums": SUMS, "mixed": MIXED}
-ARMS = SUMS | MIXED
-STEPS = {"sums": 35, "mixed": 120}
+# The rate is constant, so that the steps to a goal do not depend on the length of a run. alpha is 32 for every rank, as
+# in `make math`: the adapter's output is scaled by 32/r. Without guards, a run at too high a rate ends like the others.
+COMPARED = f"{REWARD_ALONE} --dead_groups skip --lr_scheduler_type constant --guards false"
+SWEEP = {
+    f"{rank}_{rate}": f"{COMPARED} --learning_rate {rate} "
+    + ("--use_peft false" if rank == "full" else f"--lora_r {rank.removeprefix('r')}")
+    for rank in RANKS
+    for rate in RATES
+}
+TASKS = {"sums": SUMS, "mixed": MIXED, "sweep": SWEEP}
+ARMS = SUMS | MIXED | SWEEP
+STEPS = {"sums": 35, "mixed": 120, "sweep": 35}
+SEEDS = {"sums": 3, "mixed": 3, "sweep": 2}
 
 
 class Curve(TrainerCallback):
@@ -118,7 +129,7 @@ class Curve(TrainerCallback):
 def train(arm: str, seed: int, options: argparse.Namespace, bar: tqdm, folder: str) -> Points:
     """The curve of one run; its last point has the mean of TRL's seconds per step, which exclude the measurements."""
     flags = f"{ARMS[arm]} --seed {seed} --max_steps {options.steps}"
-    task = "mixed" if arm in MIXED else "sums"
+    task = next(task for task, arms in TASKS.items() if arm in arms)
     if arm.endswith("started"):
         flags += f" --start_pass_rates {Path(folder, 'pass_rates.jsonl')}"
     leaves_nothing = ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--output_dir", folder]
@@ -174,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     options.arms = options.arms or list(TASKS[options.task])
     options.steps = options.steps or STEPS[options.task]
+    options.seeds = options.seeds or SEEDS[options.task]
     quiet_libraries()
     disable_progress_bar()
     path = Path(options.output, "curves.jsonl")
@@ -195,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(point) + "\n" for point in curve))
     picture = draw(points(), Path(options.output, "study.png" if options.task == "sums" else f"{options.task}.png"))
-    show(table(points()))
+    show((sweep_table if options.task == "sweep" else table)(points()))
     show(f"\nall points are in {path}, the curves in {picture}")
 
 
@@ -203,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), default="sums", help="set of arms; default: %(default)s")
     parser.add_argument("--arms", type=_arms, help="arms, such as sequence,stock; default: all of the task")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm; default: 3")
+    parser.add_argument("--seeds", type=int, help="seeds 0, 1, ... of each arm; default: 3, or 2 for the task sweep")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; default: 35, or 120 for the task mixed")
     parser.add_argument("--problems", type=int, default=256, help="held-out problems, at most 512; default: 256")
     parser.add_argument("--output", default="outputs/study", help="folder; default: outputs/study")

@@ -18,6 +18,10 @@ from grpo_ext.evaluation.estimates import Estimate
 
 Points = list[dict[str, Any]]
 
+# The sweep: an arm per rank of the adapter, or full fine-tuning, and learning rate.
+RANKS = {"r1": "rank 1", "r4": "rank 4", "r16": "rank 16", "r64": "rank 64", "full": "full fine-tuning"}
+RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+
 NAMES = {
     "sequence": "sequence-level GRPO (k3)",
     "token": "token-level GRPO",
@@ -34,6 +38,7 @@ NAMES = {
     "rare_pools": "1/16 learnable: pools, p(1-p)",
     "rare_pools_worth": "1/16 learnable: pools, probability of a mixed group",
     "rare_pools_started": "1/16 learnable: pools, p(1-p), with start values",
+    **{f"{rank}_{rate}": f"{name}, {rate}" for rank, name in RANKS.items() for rate in RATES},
 }
 PANELS = {
     "Objective": ("sequence", "token", "stock"),
@@ -41,12 +46,14 @@ PANELS = {
     "Dead groups, beta = 0": ("keep", "skip", "resample"),
     "A quarter can be learned": ("off", "pools", "pools_worth", "pools_started"),
     "A sixteenth can be learned": ("rare_off", "rare_pools", "rare_pools_worth", "rare_pools_started"),
+    **{name.capitalize(): tuple(f"{rank}_{rate}" for rate in RATES) for rank, name in RANKS.items()},
 }
 STYLES = [
     (PALETTE["blue"], "o", "-"),
     (PALETTE["orange"], "s", "--"),
     (PALETTE["green"], "^", ":"),
     (PALETTE["purple"], "v", "-."),
+    (PALETTE["red"], "D", "-"),
 ]
 GOAL = 0.9  # share of sampled answers that are right
 
@@ -97,12 +104,29 @@ def table(points: Points) -> str:
             column: " -> ".join(str(_pooled(points, arm, step, column)) for step in (first, last))
             for column in ("right", "right_greedy")
         }
-        steps = statistics.median(_steps_to_goal(run) for run in runs)
-        reached = f"{steps:g}" if math.isfinite(steps) else f"more than {last}"
         seconds = statistics.fmean(p["seconds_per_step"] for p in _of(points, arm) if p["step"] == last)
-        cells = [name, len(runs), change["right"], change["right_greedy"], reached, f"{seconds:.2f}"]
+        cells = [name, len(runs), change["right"], change["right_greedy"], _median_steps(runs), f"{seconds:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def sweep_table(points: Points) -> str:
+    """One row per rank and one column per learning rate, in Markdown: the median number of steps to the goal, and the
+    share of sampled answers that are right after the last step, over all seeds."""
+    lines = [f"| | {' | '.join(RATES)} |", "| --- " * (1 + len(RATES)) + "|"]
+    for rank, name in RANKS.items():
+        cells = [_sweep_cell(points, f"{rank}_{rate}") for rate in RATES]
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sweep_cell(points: Points, arm: str) -> str:
+    runs = _runs(points, arm)
+    if not runs:
+        return ""
+    last = max(runs[0])
+    return f"{_median_steps(runs)} ({statistics.fmean(run[last] for run in runs):.2f})"
 
 
 def _of(points: Points, arm: str) -> Points:
@@ -121,6 +145,11 @@ def _pooled(points: Points, arm: str, step: int, column: str) -> Estimate:
     there = [point for point in _of(points, arm) if point["step"] == step]
     right, answers = (sum(point[name] for point in there) for name in (column, "answers"))
     return Estimate.of([1.0] * right + [0.0] * (answers - right))
+
+
+def _median_steps(runs: list[dict[int, float]]) -> str:
+    steps = statistics.median(_steps_to_goal(run) for run in runs)
+    return f"{steps:g}" if math.isfinite(steps) else f"more than {max(runs[0])}"
 
 
 def _steps_to_goal(run: dict[int, float]) -> float:

@@ -13,7 +13,7 @@ from grpo_ext.data import load_problems
 from grpo_ext.recipes.math import parse
 from grpo_ext.recipes.tiny_math import study
 from grpo_ext.recipes.tiny_math.mixed import mixed_problems
-from grpo_ext.recipes.tiny_math.study_report import table
+from grpo_ext.recipes.tiny_math.study_report import sweep_table, table
 from grpo_ext.rewards import math_answer_reward
 from tests.tools.paths import TINY_DATA, TINY_MODEL
 from tests.tools.training import SETTINGS, adapter_of, log_of
@@ -164,6 +164,56 @@ def test_the_study_of_pools_through_its_command_line(tmp_path, capsys):
     ]
     assert "| 1/16 learnable: pools, p(1-p), with start values | 1 |" in capsys.readouterr().out
     assert (tmp_path / "mixed.png").stat().st_size > 10_000
+
+
+def test_arms_of_the_sweep():
+    """They differ in the rank and the learning rate only; full fine-tuning has no adapter."""
+    seen = set()
+    default = parse(study.SWEEP["r16_1e-3"].split())
+    for flags in study.SWEEP.values():
+        _, args, model_args = parse(flags.split())
+        assert model_args.lora_alpha == 32
+        seen.add((model_args.lora_r if model_args.use_peft else "full", args.learning_rate))
+        for one, other, changes in (
+            (args, default[1], {"learning_rate"}),
+            (model_args, default[2], {"lora_r", "use_peft"}),
+        ):
+            fields = one.__dataclass_fields__
+            assert {name for name in fields if getattr(one, name) != getattr(other, name)} <= changes
+    assert seen == {(rank, rate) for rank in (1, 4, 16, 64, "full") for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+
+
+@pytest.mark.slow
+def test_the_sweep_through_its_command_line(tmp_path, capsys, monkeypatch):
+    """An adapter and full fine-tuning. A run is saved when it is complete: an interrupted sweep repeats none."""
+    command = f"--task sweep --seeds 1 --steps 1 --problems 8 --output {tmp_path}".split()
+    study.main([*command, "--arms", "r64_1e-3"])
+    trained, train = [], study.train
+    monkeypatch.setattr(study, "train", lambda arm, *rest: trained.append(arm) or train(arm, *rest))
+    capsys.readouterr()
+    study.main([*command, "--arms", "r64_1e-3,full_1e-4"])
+    assert trained == ["full_1e-4"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | 1e-4 | 3e-4 | 1e-3 | 3e-3 | 1e-2 |"
+    assert lines[2].startswith("| rank 64 |  |  | more than 1 (")
+    assert lines[3].startswith("| full fine-tuning | more than 1 (")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_the_table_of_a_sweep():
+    """Worked out by hand: the median of two seeds, one of which does not reach the goal in the second cell."""
+    curves = {
+        ("r4_1e-3", 0): {0: 20, 2: 90, 4: 98},
+        ("r4_1e-3", 1): {0: 40, 2: 60, 4: 92},
+        ("r4_1e-2", 0): {0: 20, 2: 30, 4: 95},
+        ("r4_1e-2", 1): {0: 20, 2: 30, 4: 15},
+    }
+    points = [
+        {"arm": arm, "seed": seed, "step": step, "answers": 100, "right": right}
+        for (arm, seed), rights in curves.items()
+        for step, right in rights.items()
+    ]
+    assert sweep_table(points).splitlines()[2:] == ["| rank 4 |  |  | 3 (0.95) |  | more than 4 (0.55) |"]
 
 
 def test_the_table_of_a_study():
