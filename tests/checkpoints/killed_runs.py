@@ -58,6 +58,7 @@ RUN: dict[str, Any] = {
     "replay_fraction": 0.5,
     "dead_groups": "resample",
     "max_resample_rounds": 1,
+    "chunk_tokens": None,  # each session would measure an update of its own, which the notes would list
     "temperature_schedule": "entropy",
     "temperature_entropy_target": 4.5,
     "sync_ref_model": True,

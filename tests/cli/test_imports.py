@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import grpo_ext
+from grpo_ext.algorithms import algorithm, overlong_punishment
 from grpo_ext.cli import COMMANDS
 from grpo_ext.config import TRL_DEFAULTS, GRPOExtConfig
 from grpo_ext.evaluation.complete import evaluate
@@ -22,8 +23,10 @@ LAZY = {
     "GRPOExtConfig": GRPOExtConfig,
     "GRPOExtTrainer": GRPOExtTrainer,
     "TextEnv": TextEnv,
+    "algorithm": algorithm,
     "dialogue_reward": dialogue_reward,
     "evaluate": evaluate,
+    "overlong_punishment": overlong_punishment,
 }
 
 

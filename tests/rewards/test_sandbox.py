@@ -246,10 +246,12 @@ for _ in range(10):
     if not os.fork():
         memory = bytearray(100 * 2**20)
         time.sleep(600)
-time.sleep(1)
+time.sleep(30)
 print(10)
 """
-SHARED_AFTER_FORKS = "memory = bytearray(300 * 2**20)" + EACH_PROCESS_TAKES_100_MB.replace("100", "1")
+SHARED_AFTER_FORKS = "memory = bytearray(300 * 2**20)" + EACH_PROCESS_TAKES_100_MB.replace("100", "1").replace(
+    "30", "1"
+)
 ASYNC_SUBPROCESS = """
 import asyncio, sys
 async def main():
@@ -494,7 +496,7 @@ def test_other_users_than_root_get_a_user_namespace():
     programs = ["import os; print(os.getuid())", COUNTS_FORKS, ATTEMPT.replace("{attempt}", HARMFUL["unmounting"])]
     programs += [
         EACH_PROCESS_TAKES_100_MB,
-        "x = bytearray(300 * 2**20)" + EACH_PROCESS_TAKES_100_MB.replace("100", "1"),
+        SHARED_AFTER_FORKS,
     ]
     # Imported while still root: other users may not be able to enter the folders of TMPDIR and of the checkout.
     script = f"""import os
