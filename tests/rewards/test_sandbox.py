@@ -251,8 +251,6 @@ print(10)
 """
 ONE_MB_EACH = EACH_PROCESS_TAKES_100_MB.replace("100", "1").replace("30", "1")
 SHARED_AFTER_FORKS = "memory = bytearray(300 * 2**20)" + ONE_MB_EACH
-    "30", "1"
-)
 ASYNC_SUBPROCESS = """
 import asyncio, sys
 async def main():
