@@ -390,7 +390,8 @@ class GRPOExtTrainer(GRPOTrainer):
         try:
             with self.stop.on_signals(signal.SIGTERM) if self.args.enable_jit_checkpoint else nullcontext():
                 output = self._train_with_workers(resume_from_checkpoint, *args, **kwargs)
-                self.stop.is_due()  # a signal may have come after the last step
+                if self.stop.defers:  # steps were run, and a signal may have come after the last one
+                    self.stop.is_due()
         finally:
             self.stop.defers = False
             close_workers(self.reward_funcs)

@@ -48,7 +48,9 @@ def why_impossible(saved: dict[str, Any], now: dict[str, Any], *, in_a_rollout: 
     """
     was, is_now = layout(saved), layout(now)
     if (was.rollout, was.update) != (is_now.rollout, is_now.update):
-        rows = was.update // is_now.processes
+        rows, remainder = divmod(was.update, is_now.processes)
+        if remainder:
+            return f"its updates have {was.update} completions, which {is_now.processes} processes cannot share equally"
         return (
             f"this run has {is_now.rollout} completions per rollout and {is_now.update} per update, the checkpoint "
             f"{was.rollout} and {was.update}. Choose per_device_train_batch_size and gradient_accumulation_steps such "

@@ -227,14 +227,17 @@ class Checkpoints:
     def load(self, folder: Path) -> None:
         """Restore the parts whose states are in the checkpoint, and a reference that follows the policy.
 
-        The other parts keep their initial state: the watch, if the earlier session had `guards=False`, and a part that
-        had no state in the version that wrote the checkpoint.
+        The other parts keep their initial state: the watch, if the earlier session had `guards=False`, a part that had
+        no state in the version that wrote the checkpoint, and difficulty pools, if the training data has changed: pass
+        rates belong to the rows that they were estimated on.
         """
         if self.just_accepted:
             logger.warning(f"{folder} is continued with other values of {', '.join(sorted(self.just_accepted))}.")
         if self.changes_processes:
             logger.warning(f"{folder} is continued on another number of processes, with other random numbers.")
         states = load_states(folder, self._state_of, self._device)
+        if "train_dataset" in self.just_accepted and states.pop("pools", None) is not None:
+            logger.warning("The training data has changed, so the pass rates of the checkpoint are not used.")
         for name, part in self._states.items():
             if name in states:
                 part.load_state_dict(states[name])

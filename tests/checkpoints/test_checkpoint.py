@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from grpo_ext.checkpoints import files
+from grpo_ext.checkpoints.other_processes import PROCESSES, why_impossible
 from grpo_ext.checkpoints.resume import FORMAT
 from grpo_ext.report.run_reader import read_metrics
 from tests.tools.lanes import slow_but, thinned
@@ -317,6 +318,14 @@ def test_another_number_of_processes_is_refused(saved, again):
     files.seal(folder)
     with pytest.raises(ValueError, match="made with number of processes=2, and cannot continue on 1: this run has"):
         again().train(resume_from_checkpoint="last")
+
+
+def test_a_batch_that_the_processes_cannot_share_has_no_recommended_size():
+    """No size per process gives three processes the 8 completions per update of two."""
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    saved, now = ({PROCESSES: n, "generation_batch_size": 4 * n} | sizes for n in (2, 3))
+    reason = why_impossible(saved, now, in_a_rollout=False, is_sharded=False)
+    assert reason == "its updates have 8 completions, which 3 processes cannot share equally"
 
 
 def test_a_checkpoint_without_an_optimizer_is_refused(saved, again):

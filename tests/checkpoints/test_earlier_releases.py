@@ -2,8 +2,6 @@
 
 first_format/       of 0.1, in a format that is refused; also with a moving reference
 release_0_2_0/      of 0.2, in the present format, but without its number
-
-`final.txt` has the SHA-256 of the adapter that the version which saved it reached at step 7.
 """
 
 import json

@@ -230,3 +230,10 @@ def test_a_recipe_that_has_no_checkpoint_yet(tmp_path):
     last = output.strip().splitlines()[-1]
     assert last.startswith("stopped by SIGTERM; there is no checkpoint to continue from. To start again: ")
     assert last.endswith(shlex.join([*FLAGS, "--output_dir", str(tmp_path)]))
+
+
+def test_a_dry_run_is_not_reported_as_stopped(session):
+    """Nothing was trained, so there is nothing to continue."""
+    trainer = session(dry_run=True, guards=True, max_hours=1e-9)
+    trainer.train()
+    assert trainer.stop.reason is None

@@ -308,6 +308,22 @@ def test_start_values_in_a_run(build, small_model, tmp_path):
     assert set(seen[0]) == set(MANY[8:])
 
 
+@pytest.mark.parametrize("prompts", [MANY[:6], [*MANY, "20+20", "21+21"]], ids=["fewer", "more"])
+def test_changed_data_starts_from_no_pass_rates(build, small_model, tmp_path, prompts):
+    """Pass rates of the old rows would count for the new ones of the same index, or name rows that do not exist."""
+    folder = str(tmp_path / "run")
+    saves = {"output_dir": folder, "save_strategy": "steps", "save_steps": 1}
+    run(build, small_model, **saves, max_steps=2)
+    accepted = POOLS | saves | {"prompts": prompts, "accept_changes": "train_dataset", "max_steps": 5}
+    resumed = build(copy.deepcopy(small_model), **accepted)
+    seen = prompts_of(resumed)
+    resumed.train(resume_from_checkpoint="last")
+    drawn = [prompt for rollout in seen for prompt in rollout]
+    assert len(set(drawn)) == len(drawn) == 6
+    assert set(drawn) <= set(prompts)
+    assert len(resumed.parts.pools.pass_rates()) == len(prompts)
+
+
 def test_streams_are_refused_before_the_model_is_loaded(build):
     """The name of the model does not exist, so loading it would fail first."""
     data = IterableDataset.from_generator(lambda: iter([{"prompt": "1+1"}]))
