@@ -2,7 +2,7 @@
 
     GRPOExtConfig("outputs", **algorithm("dapo"))                        in Python
     GRPOExtConfig("outputs", **(algorithm("dapo") | {"beta": 0.01}))     with a value of your own
-    grpo-ext train math --algorithm dapo --beta 0.01                     in a recipe, where flags and YAML values win
+    grpo-ext train math --algorithm dapo --beta 0.01                     in a recipe; other flags win
 
 An algorithm is its loss, its advantages, its clipping and its regularisation. Sampling, batch size and learning rate
 are left to you: their values in the papers are for other models and other amounts of compute.

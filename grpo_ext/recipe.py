@@ -66,7 +66,8 @@ class RecipeArguments(ScriptArguments):
         default=None,
         metadata={
             "help": f"A named algorithm of the literature, which sets the fields of its objective: "
-            f"{', '.join(ALGORITHMS)}. Flags and YAML values win. Unset: the defaults, which are those of deepseek.",
+            f"{', '.join(ALGORITHMS)}. Other flags win, and so do the values of a YAML "
+            "file that names the algorithm itself. Unset: the defaults, which are those of deepseek.",
             "choices": list(ALGORITHMS),
         },
     )
@@ -150,6 +151,7 @@ def parse_arguments(
         settings = parse_flags(parser, argv)
     if settings.algorithm is not None:
         parser.set_defaults(**algorithm(settings.algorithm))
+        argv = _with_algorithm(argv, settings.algorithm)
         settings = parse_flags(parser, argv)  # values of the user win
     if not (settings.use_vllm and settings.vllm_enable_sleep_mode):  # vLLM's own allocator refuses such segments
         use_expandable_segments()
@@ -163,6 +165,14 @@ def parse_arguments(
     if script_args.algorithm is not None and int(os.environ.get("RANK", 0)) == 0:
         show(describe_algorithm(script_args.algorithm, args))
     return script_args, args, model_args
+
+
+def _with_algorithm(argv: list[str], name: str) -> list[str]:
+    """The flags, after those that `--algorithm` stands for: it wins over a file, such as a preset, and loses against
+    other flags. An algorithm that a file names only changes defaults."""
+    if not any(word.partition("=")[0] == "--algorithm" for word in argv):
+        return argv
+    return [*(word for key, value in algorithm(name).items() for word in (f"--{key}", str(value))), *argv]
 
 
 def _with_preset(argv: list[str], folder: str) -> list[str]:

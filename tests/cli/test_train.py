@@ -102,6 +102,8 @@ def test_values_of_the_user_win_over_the_algorithm(tmp_path, capsys):
     output = " ".join(capsys.readouterr().out.split())
     assert "algorithm dapo (DAPO, arXiv:2503.14476" in output
     assert output.endswith("replaced by you: epsilon=0.1, beta=0.1")
+    _, args, _ = parse("--config", "gpu_8gb.yaml", "--algorithm", "dapo", "--epsilon", "0.1")
+    assert (args.epsilon, args.epsilon_high, args.beta) == (0.1, 0.28, 0.0)  # the preset has another beta
     _, args, _ = parse("--algorithm", "gspo")
     assert (args.importance_sampling_level, args.epsilon, args.learning_rate) == ("sequence", 3e-4, 1e-3)
     with pytest.raises(SystemExit):
