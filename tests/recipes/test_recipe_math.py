@@ -54,7 +54,7 @@ def test_two_processes_with_spawned_workers(tmp_path):
         "import multiprocessing as m\nm.set_start_method('spawn', force=True)\n"
     )
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *ONE_STEP, "--dataloader_num_workers", "1"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "site")}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
     code, output = launch([*command, "--output_dir", str(tmp_path)], cwd=ROOT / "recipes", **environment)
     assert code == 0, output
     assert "held-out pass@1: " in output.strip().splitlines()[-1]
