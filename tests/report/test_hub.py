@@ -94,7 +94,8 @@ def test_a_run_is_published_and_its_card_loads_it_elsewhere(hub, build, tiny_mod
     card = ModelCard(states[-1]["README.md"].decode())
     summary = json.loads(states[-1]["summary.json"])
     after = summary["pass_at_1_after"]
-    (result,) = card.data.eval_results
+    result, lenient = card.data.eval_results
+    assert lenient.metric_value >= result.metric_value
     assert card.data.datasets == "someone/sums"
     assert card.data.to_dict()["base_model"] == summary["base_model"] == BASE
     assert (result.metric_value, result.metric_args["low"], result.metric_args["n"]) == (
