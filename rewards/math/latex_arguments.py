@@ -9,6 +9,8 @@ Two habits of plain text differ from LaTeX: all digits after `^` and `\sqrt` bel
 
 import re
 
+from grpo_ext.rewards.math.cursor import Cursor
+
 MAX_DEPTH = 40  # of braces and nested arguments; a deeper text is returned unchanged
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+|\s+|.", re.DOTALL)
@@ -31,21 +33,12 @@ def brace_arguments(text: str) -> str:
         return text
 
 
-class _Reader:
+class _Reader(Cursor):
     """A cursor over the tokens of a text."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = _TOKEN.findall(text)
-        self.place = 0
+        super().__init__(_TOKEN.findall(text))
         self.depth = 0
-
-    def peek(self) -> str:
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
-
-    def next(self) -> str:
-        token = self.peek()
-        self.place += 1
-        return token
 
     def skip_spaces(self) -> None:
         while self.peek().isspace():

@@ -10,6 +10,8 @@ import re
 
 import sympy
 
+from grpo_ext.rewards.math.cursor import Cursor
+
 _TOKEN = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div)(?![A-Za-z])|\d+|[A-Za-z(){}\[\]+*/^-]| +")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3}|d[A-Za-z]|[A-Za-z]d)", re.IGNORECASE)  # or the differential dx
 _PRODUCT_SIGNS = {"*", r"\cdot", r"\times"}
@@ -39,20 +41,8 @@ def parse_plain_expression(text: str) -> sympy.Expr | None:
     return None if reader.peek() else expression
 
 
-class _Reader:
+class _Reader(Cursor):
     """A cursor over the tokens of an expression, with a method for each level of precedence."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.place = 0
-
-    def peek(self) -> str:
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
-
-    def next(self) -> str:
-        token = self.peek()
-        self.place += 1
-        return token
 
     def expect(self, token: str) -> None:
         if self.next() != token:
