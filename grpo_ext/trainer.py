@@ -51,6 +51,7 @@ from grpo_ext.checkpoints.files import is_foreign
 from grpo_ext.checkpoints.fingerprint import OPTIMIZER_SETTINGS, fingerprint
 from grpo_ext.checkpoints.hyperparameters import Hyperparameters
 from grpo_ext.checkpoints.resume import Checkpoints
+from grpo_ext.checkpoints.state import Stateful
 from grpo_ext.checkpoints.stop import Stop
 from grpo_ext.checks.chunk_size import choose_on
 from grpo_ext.checks.preflight import before_training, before_weights, try_rewards
@@ -115,6 +116,11 @@ MULTIMODAL_INPUTS = (
 CHANGED_IN_PLACE = ("state", "generation_config", "_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
 # Methods of the trainer that compute the loss of a micro-batch.
 LOSS_HOOKS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+# Attributes of the trainer that the loss of a micro-batch changes.
+CHANGED_BY_LOSS = (
+    *("_metrics", "_pending_extra_logs", "_pending_metrics"),
+    *("entropy_coef", "_entropy_window_stats", "_last_world_entropy"),
+)
 # Attributes of the trainer that are replaced while a loss is computed.
 LOSS_ATTRIBUTES = (
     "beta",
@@ -453,9 +459,8 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._checkpoints.changes_processes:
-            set_seed(
-                self.args.seed + self.state.global_step, device_specific=True
-            )  # not the numbers of the first steps
+            # Not the random numbers of the first steps.
+            set_seed(self.args.seed + self.state.global_step, device_specific=True)
         else:
             super()._load_rng_state(checkpoint)
 
@@ -899,15 +904,15 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _snapshot_of_loss(self) -> Callable[[], None]:
         """A function that undoes what the loss of a micro-batch has changed in this trainer and its parts."""
-        data = {*CHANGED_IN_PLACE, *LOSS_ATTRIBUTES} - {"state", "generation_config", LOSS_HOOKS[-1]}
-        attributes = {name: copy.deepcopy(getattr(self, name)) for name in data}
-        parts = {name: part for name, part in self.parts.states.items() if part is not self.parts.scorer.limits}
-        states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        attributes = {name: copy.deepcopy(getattr(self, name)) for name in CHANGED_BY_LOSS}
+        # The parts that receive the scores of an update.
+        parts: tuple[Stateful, ...] = (self.parts.temperature, self.parts.skipped_rows)
+        states = [copy.deepcopy(part.state_dict()) for part in parts]
 
         def undo() -> None:
             self.__dict__.update(attributes)
-            for name, part in parts.items():
-                part.load_state_dict(states[name])
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
 
         return undo
 
