@@ -136,9 +136,8 @@ def serve(connection: Connection, parent: int, start_method: str | None) -> None
 
 def _prepare_process(parent: int, start_method: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    signal.signal(
-        signal.SIGTERM, partial(_leave_to_parent, os.getpid())
-    )  # schedulers send it to every process of a job
+    # Schedulers send it to every process of a job.
+    signal.signal(signal.SIGTERM, partial(_leave_to_parent, os.getpid()))
     if hasattr(os, "setsid"):
         os.setsid()  # its own group, which can be killed together with the processes that a reward has started
     if sys.platform == "linux":  # works even if a call that never returns holds the GIL

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bf16", action="store_true", help="frozen weights and autocast in bfloat16, the adapter in float32"
     )
     parser.add_argument(
-        "--tf32", action="store_true", help="float32 products on the tensor cores of a GPU, in TF32, where it has them"
+        "--tf32", action="store_true", help="float32 products on the tensor cores of a GPU, in TF32, if it has them"
     )
     add_options(
         parser,
