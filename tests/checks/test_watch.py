@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from grpo_ext import GRPOExtTrainer
 from grpo_ext.checkpoints.best import BestAdapter, read_best
 from grpo_ext.checks.watch import Watch
-from tests.tools.memory import peak_above
+from grpo_ext.memory.counter import MemoryCounter
 from tests.tools.models import random_lora, small_llama
 from tests.tools.reward_functions import share_of_digits
 from tests.tools.training import adapter_of, log_of
@@ -191,9 +191,9 @@ def test_comparing_the_parameters_takes_little_memory():
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 16 MiB each
     trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(device=torch.device("cpu")))
     watch = Watch(trainer, train_metrics=dict, micro_batches=list)
-    watch.on_train_begin(None, TrainerState(), None)
-    peak = peak_above(lambda: watch.on_train_begin(None, TrainerState(), None))
-    assert peak < 2 * 2048 * 2048 * 8  # less than two of the twelve in float64
+    with MemoryCounter() as counter:
+        watch.on_train_begin(None, TrainerState(), None)
+    assert 0 < counter.peak < 2048 * 2048 * 8  # less than one of the twelve in float64
 
 
 class EndsEarlyIfAsked(GRPOExtTrainer):
