@@ -353,7 +353,7 @@ def _train_and_report(
     resumed = trainer.find_checkpoint(args.resume_from_checkpoint)
     before = None
     if resumed:
-        before = load_initial_evaluation(args.output_dir, problems=len(heldout), samples=eval_samples)
+        before = load_initial_evaluation(args.output_dir, problems=heldout, samples=eval_samples)
     if before is None:  # the policy is still the starting policy
         with DistributedBackend(trainer.accelerator).gather_params(list(trainer.model.parameters())):
             before = measure(samples=eval_samples, description="held-out accuracy before")

@@ -4,14 +4,14 @@ Recording the results is left to the caller.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grpo_ext.evaluation.complete import Evaluation
+from grpo_ext.evaluation.complete import Evaluation, Problem, digest_of
 from grpo_ext.evaluation.estimates import Estimate
 
 INITIAL_FILE = "heldout_before.json"
@@ -56,9 +56,9 @@ def save_initial_evaluation(output_dir: str | Path, evaluation: Evaluation) -> N
     Path(output_dir, INITIAL_FILE).write_text(json.dumps(asdict(evaluation)) + "\n", encoding="utf-8")
 
 
-def load_initial_evaluation(output_dir: str | Path, *, problems: int, samples: int) -> Evaluation | None:
-    """The evaluation that `save_initial_evaluation` kept; None if there is none with this number of problems and
-    samples."""
+def load_initial_evaluation(output_dir: str | Path, *, problems: Sequence[Problem], samples: int) -> Evaluation | None:
+    """The evaluation that `save_initial_evaluation` kept; None if there is none on these problems with this number of
+    samples per problem."""
     try:
         kept = json.loads(Path(output_dir, INITIAL_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # the run was killed before the file was complete
@@ -73,4 +73,4 @@ def load_initial_evaluation(output_dir: str | Path, *, problems: int, samples: i
         for column, values in kept["kinds"].items()
     }
     evaluation = Evaluation(**kept | figures)
-    return evaluation if (evaluation.greedy.n, evaluation.k) == (problems, samples) else None
+    return evaluation if (evaluation.problems_digest, evaluation.k) == (digest_of(problems), samples) else None

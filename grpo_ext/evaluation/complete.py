@@ -5,6 +5,8 @@ completion. Out: an `Evaluation`, for example greedy 0.12 [0.08, 0.16], sampled 
 problems.
 """
 
+import hashlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +61,7 @@ class Evaluation:
         kinds: column -> value -> greedy pass@1 of the problems with that value, for `KIND_COLUMNS`.
         right_lenient: whether each greedy completion is right if its format is ignored; empty if that is not known.
         lenient, lenient_sampled: `greedy` and `sampled` with the format ignored; None if that is not known.
+        problems_digest: `digest_of` the problems. Two evaluations can be compared if theirs are equal.
     """
 
     greedy: Estimate
@@ -73,6 +76,13 @@ class Evaluation:
     right_lenient: list[bool] = field(default_factory=list)
     lenient: Estimate | None = None
     lenient_sampled: Estimate | None = None
+    problems_digest: str = ""
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """A digest of the prompts of these problems, in order."""
+    prompts = json.dumps([problem["prompt"] for problem in problems])
+    return hashlib.sha256(prompts.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -281,6 +291,7 @@ def build_evaluation(
         shares=shares,
         pass_at=pass_at,
         kinds=accuracy_by_kind(problems, right),
+        problems_digest=digest_of(problems),
     )
 
 

@@ -48,6 +48,7 @@ def append_evaluation(output_dir: str, step: int, evaluation: Evaluation, proble
     ]
     row = {
         "step": step,
+        "problems_digest": evaluation.problems_digest,
         "right": [int(hit) for hit in evaluation.right],
         "right_lenient": [int(hit) for hit in evaluation.right_lenient],
         "shares": [round(share, 4) for share in evaluation.shares],

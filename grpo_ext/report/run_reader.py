@@ -82,9 +82,12 @@ def accuracy_change(run: RunRecord, column: str = "right") -> tuple[Estimate, Es
         column: "right" for greedy completions, "shares" for sampled ones.
     """
     measured = [row for row in run.evaluations if row.get(column)]
-    if len(measured) < 2 or len(measured[0][column]) != len(measured[-1][column]):
+    if len(measured) < 2:
         return None
-    before, after = measured[0][column], measured[-1][column]
+    first, last = measured[0], measured[-1]
+    before, after = first[column], last[column]
+    if first.get("problems_digest") != last.get("problems_digest") or len(before) != len(after):
+        return None
     return Estimate.of(before), Estimate.of(after), Difference.of(before, after)
 
 

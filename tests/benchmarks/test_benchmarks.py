@@ -26,9 +26,9 @@ def bench(tmp_path):
 
 
 def test_both_sides_are_measured_in_every_phase(bench):
-    """On prompts and completions of different lengths. A variant that is missing, a phase without a time, or a step
-    with other tokens would make the comparison meaningless."""
-    status, output, content = bench("--only", "W4", "--variants", "all rows/default")
+    """On prompts and completions of different lengths, in the precision of a GPU run. A variant that is missing, a
+    phase without a time, a step with other tokens, or one in another precision would make the comparison meaningless."""
+    status, output, content = bench("--only", "W4", "--variants", "all rows/default", "--bf16", "--tf32")
     assert status == 0, output
     assert [(run["side"], run["variant"]) for run in content["runs"]] == [("stock", "all rows"), ("ours", "default")]
     for run in content["runs"]:
@@ -38,6 +38,8 @@ def test_both_sides_are_measured_in_every_phase(bench):
         assert step["step"] == pytest.approx(sum(step[phase] for phase in PHASES))
         assert all(result["peak_mib"][phase] > 0 for phase in PHASES)
         assert result["weights_mib"] > 0
+        assert result["dtypes"] == {"weights": "torch.bfloat16", "adapter": "torch.float32"}
+        assert result["float32_products"] == "high"
         warmup, total = result["logged"]["num_tokens"]
         assert warmup == tokens_of(spec["warmup_workload"])
         assert total - warmup == tokens_of(spec["workload"])
@@ -48,17 +50,6 @@ def test_both_sides_are_measured_in_every_phase(bench):
         times = [run["result"]["seconds"][0][phase] for run in (stock, ours)]
         assert compared["default"][phase] == pytest.approx(times[0] / times[1])
         assert f"{times[1]:.2f} ({times[0] / times[1]:.2f}x)" in output
-
-
-def test_the_precision_of_a_gpu_run(bench):
-    """Both sides in bfloat16 with the adapter in float32, and float32 products in TF32: a comparison in float32 says
-    little about a GPU."""
-    status, output, content = bench("--only", "W2", "--variants", "all rows/default", "--bf16", "--tf32")
-    assert status == 0, output
-    for run in content["runs"]:
-        result = run["result"]
-        assert result["dtypes"] == {"weights": "torch.bfloat16", "adapter": "torch.float32"}
-        assert result["float32_products"] == "high"
 
 
 def tokens_of(workload):
@@ -73,6 +64,7 @@ def test_a_run_by_group_size_measures_the_machine(bench):
     (run,) = content["runs"]
     assert run["workload"] == "G=2"
     result = run["result"]
+    assert result["dtypes"] == {"weights": "torch.float32", "adapter": "torch.float32"}
     share = result["update_flops"] / result["seconds"][0]["update"] / result["matmul_flops"]
     assert f"{result['update_flops'] / 1e9:.1f}" in output
     assert f"{share:.0%}" in output

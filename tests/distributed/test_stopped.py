@@ -1,10 +1,7 @@
-"""Runs of two processes: a signal to one, to both or to their launcher ends them at one step, and one process may
-continue what two began."""
+"""Runs of two processes: a signal to one or to both ends them at one step, and one process may continue what two
+began."""
 
 import json
-import os
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,7 @@ from grpo_ext.checkpoints import files
 from grpo_ext.report.run_reader import read_metrics
 from tests.distributed import two_stopped
 from tests.tools.paths import ROOT
-from tests.tools.processes import BIN, in_two_processes
-from tests.tools.waiting import PATIENCE, becomes
+from tests.tools.processes import in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +74,3 @@ def test_when_another_number_of_processes_cannot_continue(two, tmp_path, folder,
     trainer = two_stopped.moved(tmp_path, **settings)
     with pytest.raises(ValueError, match=f"number of processes=2, and cannot continue on 1: .*{message}"):
         trainer.train(resume_from_checkpoint=str(two / folder / "checkpoint-1"))
-
-
-def test_a_signal_to_the_launcher(tmp_path):
-    """torchrun passes SIGTERM on to its processes, and waits for them."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "grpo_ext.recipes.math", "--output_dir", str(tmp_path)]
-    command += "--max_steps 500 --per_device_train_batch_size 8 --max_completion_length 16 --max_eval_prompts 8".split()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    log = tmp_path / "metrics.jsonl"
-    run = subprocess.Popen(command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, **pipes)
-    assert becomes(lambda: run.poll() is not None or (log.exists() and '"loss"' in log.read_text()))
-    run.send_signal(signal.SIGTERM)
-    output, _ = run.communicate(timeout=PATIENCE)
-    (line,) = [line for line in output.splitlines() if line.startswith("stopped by SIGTERM after step ")]
-    assert "torchrun --nproc_per_node 2 -m grpo_ext.recipes.math --output_dir " in line
-    assert line.endswith("--max_eval_prompts 8 --resume_from_checkpoint last")
-    assert files.find_checkpoint("last", tmp_path) is not None

@@ -1,6 +1,6 @@
 """Measure the peak memory of two real training steps; test_plan.py runs this as a separate program.
 
-python tests/memory/planned_memory.py '[["folder of a model", {"prompt": 256, ...}, {"load_in_4bit": true}], ...]'
+python tests/memory/planned_memory.py '[["folder of a model", {"prompt": 256, ...}, {"load_in_4bit": true}, false]]'
 measured 12345678   bytes at the peak, one line per case, excluding what its process held before it loaded the model
 """
 
@@ -30,18 +30,23 @@ from tests.tools.models import small_llama
 from tests.tools.training import SETTINGS
 
 PROMPTS = 8
+END_OFTEN = {"sequence_bias": [[[1], 8.0]]}  # after one token in 9, with the random logits of these models
 
 
 def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [sum(ids) % 1009 / 1009 for ids in completion_ids]
 
 
-def trainer(model: Any, policy: PolicyConfig, step: StepShape, tokenizer: Any, folder: str) -> GRPOExtTrainer:
+def trainer(
+    model: Any, policy: PolicyConfig, step: StepShape, tokenizer: Any, folder: str, is_uneven: bool = False
+) -> GRPOExtTrainer:
+    """If `is_uneven`, every second prompt has half of the tokens, and most completions end before the last token."""
+    lengths = [step.prompt // (2 if is_uneven and i % 2 else 1) for i in range(PROMPTS)]
     args = GRPOExtConfig(
         **SETTINGS | {"output_dir": folder, "max_steps": 2, "gradient_checkpointing": step.gradient_checkpointing},
         num_generations=step.generations,
         max_completion_length=step.completion,
-        generation_kwargs={"min_new_tokens": step.completion},
+        generation_kwargs=END_OFTEN if is_uneven else {"min_new_tokens": step.completion},
         per_device_train_batch_size=step.rows,
         gradient_accumulation_steps=step.accumulation,
         chunk_tokens=step.chunk_tokens,
@@ -55,14 +60,14 @@ def trainer(model: Any, policy: PolicyConfig, step: StepShape, tokenizer: Any, f
         model,
         reward_funcs=reward,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": [f"w{2 + i} " * step.prompt for i in range(PROMPTS)]}),
+        train_dataset=Dataset.from_dict({"prompt": [f"w{2 + i} " * lengths[i] for i in range(PROMPTS)]}),
         processing_class=tokenizer,
         quantization_config=quantization(policy, args) if is_path else None,
         peft_config=get_peft_config(policy),
     )
 
 
-def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
+def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any], is_uneven: bool) -> int:
     step, policy = StepShape(**sizes), PolicyConfig(model_name_or_path=model, **settings)
     warm_up()
     tokenizer = word_tokenizer(AutoConfig.from_pretrained(model).vocab_size)
@@ -70,7 +75,7 @@ def measure(model: str, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
     release_free_memory()
     before = peak.now()
     with tempfile.TemporaryDirectory() as folder:
-        training = trainer(model, policy, step, tokenizer, folder)
+        training = trainer(model, policy, step, tokenizer, folder, is_uneven)
         for tensor in (*training.model.parameters(), *training.model.buffers()):
             # A view would keep the whole file in memory, including weights that have been quantized since.
             tensor.data = tensor.data.clone()

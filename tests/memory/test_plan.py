@@ -66,10 +66,12 @@ CASES = {
     "qwen2, NF4, 2 prompts, whole": ("qwen2", NF4, step(128, 8, 4, rows=8, **WHOLE)),
     "qwen2, bf16, row by row": ("qwen2", BF16, step(96, 8, 4)),
     "qwen2, NF4, chunks of 128 tokens": ("qwen2", NF4, step(256, 8, 4, chunk_tokens=128)),
+    "llama, fp32, uneven": ("llama", FP32, step(192, 24, 8, rows=16, chunk_tokens=2 * 216)),
 }
+UNEVEN = ("llama, fp32, uneven",)  # prompts of two lengths, and completions of any up to the limit
 # These have each model, precision and way of cutting an update; the others run with THOROUGH=1.
 USUAL = (
-    "llama, fp32, chunks of 2 rows",
+    "llama, fp32, uneven",
     "llama, bf16, whole",
     "qwen2, NF4, chunks of 128 tokens",
 )
@@ -91,7 +93,7 @@ def test_plans_match_real_steps(folders):
     """Within 15% of the peak of two real steps of the trainer, excluding what the process held before. Anything that
     is forgotten, counted twice or freed too early shows in one of these settings."""
     chosen = {name: CASES[name] for name in (CASES if THOROUGH else USUAL)}
-    cases = [[folders[model], asdict(sizes), policy] for model, policy, sizes in chosen.values()]
+    cases = [[folders[model], asdict(sizes), policy, name in UNEVEN] for name, (model, policy, sizes) in chosen.items()]
     done = subprocess.run(
         [sys.executable, planned_memory.__file__, json.dumps(cases)],
         env=os.environ | RETURN_FREED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

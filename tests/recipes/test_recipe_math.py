@@ -1,13 +1,12 @@
 """`recipes/math.py` as users run it: every way of launching it, the files that it writes, and that it learns.
 
 If Python's own `math` is a shared object, a script named math.py in the first folder of sys.path would become `math`
-for every other module, and `import random` would fail. So it is started by `python` and `torchrun` in its own folder,
-by `accelerate launch` from the root, and in `cli/test_wheel.py` as a module from elsewhere.
+for every other module, and `import random` would fail. So it is started by `accelerate launch` from the root, in
+`distributed/test_recipe.py` by `torchrun` in its own folder, and in `cli/test_wheel.py` as a module from elsewhere.
 """
 
 import json
 import random
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -25,15 +24,14 @@ from grpo_ext.model.load import load_tokenizer, model_init_kwargs
 from grpo_ext.rewards import math_answer_reward
 from tests.tools.lanes import THOROUGH
 from tests.tools.metrics import comparable
-from tests.tools.paths import ROOT, TINY_DATA, TINY_MODEL
-from tests.tools.processes import BIN, LAUNCH, launch
+from tests.tools.paths import TINY_DATA, TINY_MODEL
+from tests.tools.processes import LAUNCH, launch
 
 TWO_STEPS = (
     "--max_steps 2 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_completion_length 16 "
     "--max_eval_prompts 8 --eval_samples 2 --eval_steps 1 --save_steps 1 --seed 0"
 ).split()
 IN_THIS_PROCESS = [*TWO_STEPS, "--reward_workers", "0"]
-ONE_STEP = [*IN_THIS_PROCESS, "--max_steps", "1", "--eval_samples", "0"]
 SUMMARY_FIELDS = (
     "recipe base_model device steps seconds prompts_seen completions_seen pass_at_1_before pass_at_1_after "
     "pass_at_k_before pass_at_k_after k peak_memory_mb trainable_parameters total_parameters versions seed"
@@ -42,34 +40,6 @@ SUMMARY_FIELDS = (
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_two_processes_with_spawned_workers(tmp_path):
-    """Each process takes half of the rollouts and of the held-out problems, and results are printed once.
-
-    The children are data-loader workers. A spawned child starts with the current folder first on its path, here
-    recipes/, and imports the script again."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import multiprocessing as m\nm.set_start_method('spawn', force=True)\n"
-    )
-    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "math.py", *ONE_STEP, "--dataloader_num_workers", "1"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
-    code, output = launch([*command, "--output_dir", str(tmp_path)], cwd=ROOT / "recipes", **environment)
-    assert code == 0, output
-    assert "held-out pass@1: " in output.strip().splitlines()[-1]
-    assert "16 completions (2 prompts x 8)" in output
-    assert output.count("held-out pass@1: ") == 1
-    assert json.loads((tmp_path / "summary.json").read_text())["pass_at_1_after"]["n"] == 8
-    rollouts = lines_of(tmp_path / "completions.jsonl")
-    assert [(row["step"], len(row["groups"])) for row in rollouts] == [(1, 2)]
-    for group in (group for row in rollouts for group in row["groups"]):
-        assert len(group["answers"]) == 8
-        assert int(group["gold"]) == sum(
-            map(int, re.findall(r"\d+", group["prompt"]))
-        )  # not the gold answer of the other process
-        for answer in group["answers"]:
-            assert answer["rewards"]["math_answer_reward"] == float(answer["found"] == group["gold"])
 
 
 def test_what_a_run_prints_and_writes(tmp_path):
@@ -169,7 +139,7 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, caplog):
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
 
 
-def test_a_resumed_recipe_reports_from_its_start(tmp_path):
+def test_a_resumed_recipe_reports_from_its_start(tmp_path, tokenizer):
     """The evaluation before training is kept from the first session, and report and log are those of one run."""
     flags = [*IN_THIS_PROCESS, "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
     recipe.main(flags)
@@ -183,16 +153,19 @@ def test_a_resumed_recipe_reports_from_its_start(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-2")
     recipe.main([*flags, "--resume_from_checkpoint", "True"])
     assert left_behind() == at_once
-    before = load_initial_evaluation(tmp_path, problems=8, samples=2)
+    heldout, others = (
+        load_problems(str(TINY_DATA), tokenizer, max_heldout=8, seed=seed).heldout.to_list() for seed in (0, 1)
+    )
+    before = load_initial_evaluation(tmp_path, problems=heldout, samples=2)
     assert asdict(before.greedy) == at_once[0]["pass_at_1_before"]
-    assert load_initial_evaluation(tmp_path, problems=8, samples=3) is None
-    assert load_initial_evaluation(tmp_path, problems=9, samples=2) is None
+    assert load_initial_evaluation(tmp_path, problems=heldout, samples=3) is None
+    assert load_initial_evaluation(tmp_path, problems=others, samples=2) is None
     kept = tmp_path / "heldout_before.json"
     kept.write_text(kept.read_text().replace(f'"value": {before.pass_at_k.value}', '"value": 0.0625'))
     recipe.main([*flags, "--resume_from_checkpoint", "last"])
     assert left_behind()[0]["pass_at_k_before"]["value"] == 0.0625  # it is not measured again
     kept.write_text("{")  # killed while it was written
-    assert load_initial_evaluation(tmp_path, problems=8, samples=2) is None
+    assert load_initial_evaluation(tmp_path, problems=heldout, samples=2) is None
 
 
 @pytest.mark.slow

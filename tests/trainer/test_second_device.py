@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_ext import TRL_DEFAULTS
-from tests.tools.lanes import slow_but
+from tests.tools.lanes import slow_but, thinned
 from tests.tools.models import random_lora, small_llama
 from tests.tools.second_device import SecondDevice
 from tests.tools.training import adapter_of
@@ -49,7 +49,8 @@ RUNS: dict[str, tuple[dict[str, Any], Ceiling]] = {
     ),
     "TRL's objective": (TRL_DEFAULTS, Ceiling(121, 5_800)),
 }
-SLOW = set(RUNS) - {"default", "chunks", "two micro-batches"}
+QUICK = ("default", "chunks", "two micro-batches")
+ALSO_IN_CHUNKS = ("one row at a time",)
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def count_steps(device: SecondDevice, trainer: Any) -> Ceiling:
     return Ceiling(-(-counts.syncs.total() // STEPS), -(-counts.launches.total() // STEPS))
 
 
-@pytest.mark.parametrize("name", slow_but(RUNS, set(RUNS) - SLOW))
+@pytest.mark.parametrize("name", slow_but(thinned(RUNS, ALSO_IN_CHUNKS), QUICK))
 def test_steps(device, build_there, name):
     settings, ceiling = RUNS[name]
     counted = count_steps(device, build_there(**settings))
