@@ -87,8 +87,8 @@ class GRPOExtConfig(GRPOConfig):
             gives. Recommended: "auto"; less than prompt plus completion if even one row does not fit.
         kl_estimator: estimator of the KL to the reference for `loss_type` "grpo_sequence" and "grpo": `"k1"`, `"k2"`,
             `"k3"` (default) or `"exact"`, see `grpo_ext/losses/kl.py`. "exact" has no sampling noise and costs one more
-            pass of the completions through the LM head. TRL's `use_bias_correction_kl` keeps its meaning. Recommended:
-            "k3".
+            pass of the completions through the LM head; `use_bias_correction_kl`, which corrects a sampled KL, has no
+            effect on it. Recommended: "k3".
         log_kl: False by default. True logs `kl` even if `beta` is 0; this costs one reference pass per rollout.
             Recommended: False; True to watch, with `beta=0`, how far the policy moves.
         dead_groups: what to do with groups whose completions all earned the same reward. `"skip"` (default) excludes
@@ -111,10 +111,10 @@ class GRPOExtConfig(GRPOConfig):
             would not get with `num_generations` completions. Recommended: None; two to four times `num_generations` if
             most groups are all wrong.
         curriculum: which training problems a rollout is made of. `"off"` (default): the order of the data loader, as in
-            TRL. `"pools"`: problems that are nearly always or nearly never solved rest, and the others are drawn by how
-            much their pass rate lets a group teach (`grpo_ext/rollout/pools.py`), once every problem was drawn once.
-            The number of steps is unchanged. Needs a data set that can be indexed. No field of TRL chooses problems by
-            what was learned about them. Recommended: "off"; "pools" if most groups are dead and the run passes over the
+            TRL. `"pools"`: problems that are almost always or almost never solved are set aside. The others are sampled
+            in proportion to how informative a group at their pass rate is, after every problem was sampled once
+            (`grpo_ext/rollout/pools.py`). The number of steps is unchanged. Needs a data set that can be indexed.
+            Recommended: "off"; "pools" if most groups are dead and the run passes over the
             data more than once, or has `start_pass_rates`.
         start_pass_rates: pass rates of the training problems under the starting model, 0 to 1, for
             `curriculum="pools"`; problems that have one skip the first pass. Either a column of the training data (in
@@ -271,8 +271,8 @@ class GRPOExtConfig(GRPOConfig):
     curriculum: str = field(
         default="off",
         metadata={
-            "help": f"Which training problems a rollout is made of: {', '.join(CURRICULA)}. 'pools' lets problems rest "
-            "that are nearly always or nearly never solved. Recommended: off; pools if most groups are dead and the "
+            "help": f"Which training problems a rollout is made of: {', '.join(CURRICULA)}. 'pools' sets aside those "
+            "that are almost always or almost never solved. Recommended: off; pools if most groups are dead and the "
             "run passes over the data more than once, or has start_pass_rates."
         },
     )

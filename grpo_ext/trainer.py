@@ -116,19 +116,12 @@ MULTIMODAL_INPUTS = (
 CHANGED_IN_PLACE = ("state", "generation_config", "_metrics", "_logs", "_pending_extra_logs", "_pending_metrics")
 # Methods of the trainer that compute the loss of a micro-batch.
 LOSS_HOOKS = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+# Attributes of the trainer that TRL's adaptive entropy bonus changes.
+ENTROPY_BONUS = ("entropy_coef", "_entropy_window_stats", "_last_world_entropy")
 # Attributes of the trainer that the loss of a micro-batch changes.
-CHANGED_BY_LOSS = (
-    *("_metrics", "_pending_extra_logs", "_pending_metrics"),
-    *("entropy_coef", "_entropy_window_stats", "_last_world_entropy"),
-)
+CHANGED_BY_LOSS = ("_metrics", "_pending_extra_logs", "_pending_metrics", *ENTROPY_BONUS)
 # Attributes of the trainer that are replaced while a loss is computed.
-LOSS_ATTRIBUTES = (
-    "beta",
-    "entropy_coef",
-    "_entropy_window_stats",
-    "_last_world_entropy",
-    "_get_per_token_logps_and_entropies",
-)
+LOSS_ATTRIBUTES = ("beta", "_get_per_token_logps_and_entropies", *ENTROPY_BONUS)
 # TRL's table of completions: plain columns, and groups of columns with one column per reward function or logged name.
 LOGGED, LOGGED_BY_NAME = ("prompt", "completion", "advantages"), ("rewards", "extra")
 
@@ -149,13 +142,16 @@ class GRPOExtTrainer(GRPOTrainer):
     - Stop strings in `generation_kwargs` work (TRL raises), and completions that end with one do not count as cut off.
     - In float32, old log-probs come from the sampler as long as it agrees with scoring (`rollout/old_logprobs.py`).
     - Rewards that declare `scores_independently = True`, such as `math_answer_reward`, run in worker processes; others
-      do on request (`rollout/reward_workers.py`). An error names the reward that raised it, and a call that takes long
-      is reported (`rollout/reward_watch.py`).
+      do on request (`rollout/reward_workers.py`). An error names the reward that raised it, and a slow call is
+      reported (`rollout/reward_watch.py`).
     - `guards`, `dry_run`, `kl_stop`: checks before the first step, and a watch during the run (`checks/`).
     - Checkpoints are verified, and a run resumes exactly (`checkpoints/`).
     - `max_hours`, and `enable_jit_checkpoint` for SIGTERM, end `train` after the current step, with a checkpoint
-      (`checkpoints/stop.py`). `stop.reason` tells which of them did. transformers saves in the middle of a step, from
-      where a run cannot be resumed exactly.
+      (`checkpoints/stop.py`). `stop.reason` tells which of them did. transformers itself saves in the middle of a
+      step, and a run cannot resume exactly from there.
+    - With shared prompts, the rows of a prompt stay in one micro-batch if it has room. This changes what `bnpo` and
+      the entropy bonus average over. Completions are sampled under the autocast of training, and
+      `off_policy_mask_threshold` compares with the log-probs of the sampler, as TRL does with vLLM.
     - The trainer writes its own model card, pushes a selection of files to the Hub, and survives a failed push
       (`report/`).
     - The frozen base of an adapter is loaded in bfloat16 if the device supports it, and adapters are kept in float32.
@@ -452,8 +448,6 @@ class GRPOExtTrainer(GRPOTrainer):
         self._checkpoints.load(Path(checkpoint))
         if self._checkpoints.changes_processes:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        if "temperature" in accepted:
-            self.parts.temperature.temperature = self.args.temperature
         if self.parts.temperature.temperature != self.temperature:
             self._set_temperature(self.parts.temperature.temperature)
 
@@ -497,11 +491,11 @@ class GRPOExtTrainer(GRPOTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.stop.reason is None:
-            return super()._finalize_training(*args, **kwargs)
+        kept = {} if self.stop.reason is None else {"save_total_limit": None, "load_best_model_at_end": False}
         # transformers would delete the last checkpoint if it is not the best, and load the best adapter
-        with replaced(self.args, save_total_limit=None, load_best_model_at_end=False):
-            return super()._finalize_training(*args, **kwargs)
+        with replaced(self.args, **kept):
+            output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])  # over all sessions, see `log`
 
     def _largest(self, number: int) -> int:
         """The largest of the numbers of all processes."""
@@ -532,13 +526,10 @@ class GRPOExtTrainer(GRPOTrainer):
             self.parts.recorder(rollout, is_cut, step=self.state.global_step + 1, logs=self._logs)
         if parts is None or parts is before or not self.shares_prompts:
             return inputs
-        tensors = {
-            name: torch.cat([part[name] for part in parts]) if value.ndim else value for name, value in parts[0].items()
-        }
-        order = order_by_group(prompt_groups(tensors["prompt_ids"], tensors["prompt_mask"]))
-        orders = {device: torch.tensor(order, device=device) for device in {value.device for value in tensors.values()}}
-        tensors = {name: value[orders[value.device]] if value.ndim else value for name, value in tensors.items()}
-        self._buffered_inputs = split_tensor_dict(tensors, self.args.steps_per_generation)
+        whole = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        order = order_by_group(prompt_groups(whole["prompt_ids"], whole["prompt_mask"]))
+        whole = {name: _in_order(value, order) for name, value in whole.items()}
+        self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # Rollout
@@ -557,7 +548,8 @@ class GRPOExtTrainer(GRPOTrainer):
                     current.rollout = collect(inputs, self._draw, self.parts.stages)
                     self._record_metric("reward_drawn", torch.cat(current.rollout.sampled_PM).nanmean().item())
                     inputs = [completion.example for completion in current.rollout.completions]
-                with self._hooks_heard(current), self._beta(self.beta or float(self.parts.reference_kl.has_reference)):
+                beta = self.beta or float(self.parts.reference_kl.has_reference)  # TRL's condition for the reference
+                with self._hooks_heard(current), replaced(self, beta=beta):
                     output = super()._generate_and_score_completions(inputs)
             self._add_tensors(output, current)
             self._normalise(output, current)
@@ -598,9 +590,10 @@ class GRPOExtTrainer(GRPOTrainer):
                 current.rewards_BF = calculate_rewards(examples, prompts, completions, completion_ids)
             else:
                 current.rewards_BF = current.rollout.rewards_BF
-                for row in current.rollout.completions:
-                    for column, value in row.extra.items():
-                        self._pending_extra_logs[column].append(value)
+                completions_of_rollout = current.rollout.completions
+                for column in dict.fromkeys(column for row in completions_of_rollout for column in row.extra):
+                    values = [row.extra.get(column) for row in completions_of_rollout]  # a reward may log it rarely
+                    self._pending_extra_logs[column].extend(values)
             current.scored(examples, completion_ids, list(self._pending_extra_logs))
             return current.rewards_BF
 
@@ -637,7 +630,9 @@ class GRPOExtTrainer(GRPOTrainer):
         if self.parts.sampler.stop_strings and self._rollout is not None:
             is_cut = self._is_cut(generated[1], self._rollout.is_cut)
             metrics = self._metrics["train" if self._rollout.is_training else "eval"]
-            for name, value in ending_metrics(generated[1], is_cut, self.accelerator).items():
+            _, completion_ids, own_tokens_mask, *_ = generated
+            lengths = [sum(row) for row in own_tokens_mask or [[1] * len(ids) for ids in completion_ids]]
+            for name, value in ending_metrics(lengths, is_cut, self.accelerator).items():
                 metrics[f"completions/{name}"][-1] = value
         return generated
 
@@ -712,7 +707,8 @@ class GRPOExtTrainer(GRPOTrainer):
         if self._masks_cut:
             is_cut = self._is_cut(current.completion_ids, current.is_cut)
             output["completion_mask"] = output["completion_mask"] * ~torch.tensor(is_cut, device=device).unsqueeze(1)
-            output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
+            own_mask = output["completion_mask"] * output.get("tool_mask", 1)
+            output["num_items_in_batch"] = self.accelerator.gather(own_mask.sum()).sum()
         if current.ref_hidden_BCH is not None:
             output["ref_hidden_states"] = current.ref_hidden_BCH
         if current.is_training and self.args.replay_fraction > 0:
@@ -793,10 +789,10 @@ class GRPOExtTrainer(GRPOTrainer):
         completion_ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
         # `micro_batch` and `sampled` describe particular rows, and an override may score other ones.
         micro_batch = self._micro_batch if scoring_pass is ScoringPass.UPDATE else None
-        if micro_batch is not None and not micro_batch.has_rows(completion_ids):
-            micro_batch = None
         if micro_batch is not None and micro_batch.scores is not None:
             return micro_batch.scores.logps_BC, micro_batch.scores.entropies_BC, None
+        if micro_batch is not None and not micro_batch.has_rows(completion_ids):
+            micro_batch = None
         sampled = self._rollout.rows if self._rollout is not None else None
         if sampled is not None and not sampled.are_rows_of(completion_ids, mask):
             sampled = None
@@ -880,8 +876,10 @@ class GRPOExtTrainer(GRPOTrainer):
             is_replayed=[True] * len(completions),
         )
         rows = self.args.per_device_train_batch_size
-        logps_BC, _, _ = self._get_per_token_logps_and_entropies(self.model, ids_BT, mask_BT, C, batch_size=rows)
-        self._rollout.rows = None
+        try:
+            logps_BC, _, _ = self._get_per_token_logps_and_entropies(self.model, ids_BT, mask_BT, C, batch_size=rows)
+        finally:
+            self._rollout.rows = None
         return logps_BC, mask_BT[:, -C:]
 
     # Update
@@ -934,6 +932,8 @@ class GRPOExtTrainer(GRPOTrainer):
         """The reason why chunks cannot be run forward and backward at once; None if they can."""
         if (name := self._overridden(*LOSS_HOOKS)) is not None:
             return f"{name} is overridden"
+        if self.is_deepspeed_enabled and self.args.fp16:
+            return "DeepSpeed scales a loss for fp16 after it was computed"
         return why_inseparable(
             loss_type=self.loss_type,
             has_aux_loss=self.aux_loss_enabled,
@@ -1005,7 +1005,6 @@ class GRPOExtTrainer(GRPOTrainer):
             has_aux_loss=self.aux_loss_enabled,
             top_entropy_quantile=self.top_entropy_quantile,
             temperature_schedule=self.args.temperature_schedule,
-            noise_alpha=self.args.neftune_noise_alpha,
         )
 
     def _sequence_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
@@ -1064,11 +1063,11 @@ class GRPOExtTrainer(GRPOTrainer):
         """TRL's loss; if the KL to use is not TRL's own, it is added or logged here."""
         kl, mask_BC = self.parts.reference_kl, micro_batch.mask_BC
         if not micro_batch.has_reference:
-            with self._beta(0.0):  # a changed beta applies from the next rollout on
+            with replaced(self, beta=0.0):  # a changed beta applies from the next rollout on
                 return super()._compute_loss(model, micro_batch.inputs)
         if kl.estimator == "k3" and self.beta != 0.0:
             return super()._compute_loss(model, micro_batch.inputs)
-        with self._beta(0.0), results_of(self, "_get_per_token_logps_and_entropies") as scored:
+        with replaced(self, beta=0.0), results_of(self, "_get_per_token_logps_and_entropies") as scored:
             loss = super()._compute_loss(model, micro_batch.inputs)
         kl_BC = kl.per_token(micro_batch, scored[0][0])
         totals = self.accelerator.reduce(torch.stack([(kl_BC.detach() * mask_BC).sum(), mask_BC.sum().float()]))
@@ -1080,15 +1079,6 @@ class GRPOExtTrainer(GRPOTrainer):
     def _accumulation(self) -> int:
         """The divisor of a loss, which transformers does not apply itself (`loss_is_scaled_for_ga`)."""
         return self.current_gradient_accumulation_steps if self.model.training else 1
-
-    @contextmanager
-    def _beta(self, beta: float) -> Iterator[None]:
-        """A context in which TRL uses this weight of the KL."""
-        own, self.beta = self.beta, beta
-        try:
-            yield
-        finally:
-            self.beta = own
 
     # Logs
 
@@ -1125,7 +1115,8 @@ class GRPOExtTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_card_or_warn(self, output_dir or self.args.output_dir)
-        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+        is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if is_final and REFERENCE in getattr(self.model, "peft_config", {}):
             shutil.rmtree(Path(self.args.output_dir, REFERENCE), ignore_errors=True)
 
     def create_model_card(
@@ -1278,6 +1269,22 @@ class TrainerProgress:
         for kind in LOGGED_BY_NAME if "logs" in state else ():
             for name, values in state["logs"][kind].items():
                 trainer._logs[kind][name].extend(values)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One entry of all micro-batches: rows as a tensor or a list, or a value that they share."""
+    first = parts[0]
+    if isinstance(first, list):
+        return [row for part in parts for row in part]
+    return torch.cat(parts) if isinstance(first, Tensor) and first.ndim else first
+
+
+def _in_order(value: Any, order: list[int]) -> Any:
+    """The rows of an entry in this order."""
+    if isinstance(value, list):
+        return [value[row] for row in order]
+    is_rows = isinstance(value, Tensor) and value.ndim
+    return value[torch.tensor(order, device=value.device)] if is_rows else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
+
+logger = get_logger(__name__)
 
 METRIC = "heldout/pass@1"
 FOLDER, RECORD = "best", "best.json"
@@ -33,6 +36,7 @@ class BestAdapter(TrainerCallback):
         if saved and state.global_step and saved["step"] <= state.global_step:
             self._best = saved["pass@1"]
         elif saved and self._trainer.accelerator.is_main_process:
+            logger.warning(f"{self._folder} is deleted: its adapter, of step {saved['step']}, is not of this run.")
             shutil.rmtree(self._folder)
 
     def on_log(
@@ -52,14 +56,16 @@ class BestAdapter(TrainerCallback):
             self._trainer.accelerator.unwrap_model(self._trainer.model), PeftModel
         ):
             return
-        self._trainer.save_model(str(self._folder), _internal_call=True)
+        new = self._folder.with_name(f"{FOLDER}.new")  # a killed process leaves the earlier one whole
+        self._trainer.save_model(str(new), _internal_call=True)
         if self._trainer.accelerator.is_main_process:
             for name in EXCLUDED:
-                path = self._folder / name
+                path = new / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            (self._folder / RECORD).write_text(
-                json.dumps({"step": state.global_step, "pass@1": accuracy}) + "\n", encoding="utf-8"
-            )
+            record = {"step": state.global_step, "pass@1": accuracy}
+            (new / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            shutil.rmtree(self._folder, ignore_errors=True)
+            new.rename(self._folder)
 
 
 def read_best(output_dir: str | Path) -> dict[str, Any] | None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-RUN_FILE, MANIFEST, REMOVED_PREFIX = "run.json", "complete.json", "removed-"
+RUN_FILE, MANIFEST = "run.json", "complete.json"
+REMOVED_PREFIX, REPLACED_PREFIX = "removed-", "replaced-"  # of folders about to be deleted or written again
 # Values of `resume_from_checkpoint`, in lower case; on a command line they are text.
 LAST, NONE = ("last", "true"), ("", "none", "false")
 
@@ -143,6 +144,30 @@ def remove(folder: Path) -> None:
     if folder.exists():
         folder.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a new checkpoint in this place: rename a complete one, and delete an unfinished one."""
+    if not (folder / MANIFEST).exists():
+        remove(folder)
+        return
+    forget_replaced(folder)
+    folder.rename(_replaced(folder))
+
+
+def put_back(folder: Path) -> None:
+    """Restore the checkpoint that `set_aside` renamed, if there is one."""
+    if _replaced(folder).exists():
+        _replaced(folder).rename(folder)
+
+
+def forget_replaced(folder: Path) -> None:
+    """Delete the checkpoint that `set_aside` renamed, if there is one."""
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f"{REPLACED_PREFIX}{folder.name}")
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:

@@ -30,7 +30,7 @@ class Hyperparameters:
         """Set them, with the learning rates of the schedule after the steps that it has counted.
 
         Raises:
-            ValueError: the schedule is none of the step number alone, such as "reduce_lr_on_plateau".
+            ValueError: the schedule depends on more than the step number, such as "reduce_lr_on_plateau".
         """
         schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
         if not isinstance(schedule, LambdaLR):

@@ -31,9 +31,15 @@ from grpo_ext.checkpoints.state import Stateful, has_states, is_in_rollout, load
 
 REFERENCE_FILE = "reference.safetensors"
 logger = get_logger(__name__)
-# Format of a checkpoint: 1 until version 0.1, 2 since 0.2. A checkpoint without a number has one of these.
-FORMAT = 2
+FORMAT = 2  # of a checkpoint; those without a number have format 1 or 2
 FORMAT_KEY, VERSION_KEY, ACCEPTED_KEY = "format", "grpo_ext", "accepted_changes"  # in `run.json`
+# Parts whose state in a checkpoint is not used if one of these facts has changed: pass rates belong to the rows that
+# they were estimated on, stored rewards to their reward functions, and a temperature to its schedule.
+OUTDATED_BY = {
+    "pools": {"train_dataset"},
+    "Replay": {"reward_funcs", "reward_weights", "num_generations_max"},
+    "temperature": {"temperature", "temperature_schedule"},
+}
 OPTIMIZERS = "optimizer.*", "optimizer_*", "global_step*"  # unsharded, sharded by FSDP, sharded by DeepSpeed
 
 
@@ -136,6 +142,11 @@ class Checkpoints:
         allowed = accepted_names(self._args.accept_changes)
         if any(name not in allowed for name in changed):
             raise ValueError(explain_differences(changed, saved, now))
+        if "kl_estimator" in changed and is_in_rollout(folder):
+            raise ValueError(
+                f"{folder} is in the middle of a rollout, whose reference pass was made for kl_estimator="
+                f"{saved['kl_estimator']!r}. Restore it, or use a checkpoint between two rollouts."
+            )
         step = files.step_of(folder)
         new = [{"step": step, "name": name, "was": saved[name], "is": now[name]} for name in changed]
         self.accepted = [*saved.get(ACCEPTED_KEY, []), *new]
@@ -189,7 +200,7 @@ class Checkpoints:
                 f"{folder} was written by another trainer and is not overwritten. Use another output_dir."
             )
         if writes:
-            files.remove(folder)  # a killed process may have left it unfinished
+            files.set_aside(folder)  # it may be complete, or left unfinished by a killed process
         self._wait()
         self._args.save_total_limit = None  # transformers would delete old ones before the new one is complete
         try:
@@ -203,9 +214,11 @@ class Checkpoints:
             self._wait()
             if writes:
                 files.seal(folder)
+                files.forget_replaced(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if writes:
                 files.remove(folder)
+                files.put_back(folder)
             free = shutil.disk_usage(folder.parent).free / 1e6
             raise OSError(
                 f"{folder} could not be written: {error} ({free:.0f} MB are free). Earlier checkpoints are unchanged. "
@@ -228,16 +241,16 @@ class Checkpoints:
         """Restore the parts whose states are in the checkpoint, and a reference that follows the policy.
 
         The other parts keep their initial state: the watch, if the earlier session had `guards=False`, a part that had
-        no state in the version that wrote the checkpoint, and difficulty pools, if the training data has changed: pass
-        rates belong to the rows that they were estimated on.
+        no state in the version that wrote the checkpoint, and one whose state is outdated by an accepted change.
         """
         if self.just_accepted:
             logger.warning(f"{folder} is continued with other values of {', '.join(sorted(self.just_accepted))}.")
         if self.changes_processes:
             logger.warning(f"{folder} is continued on another number of processes, with other random numbers.")
         states = load_states(folder, self._state_of, self._device)
-        if "train_dataset" in self.just_accepted and states.pop("pools", None) is not None:
-            logger.warning("The training data has changed, so the pass rates of the checkpoint are not used.")
+        for name, facts in OUTDATED_BY.items():
+            if (changed := sorted(facts & self.just_accepted)) and states.pop(name, None) is not None:
+                logger.warning(f"The state of {name!r} in the checkpoint is not used: changed {', '.join(changed)}.")
         for name, part in self._states.items():
             if name in states:
                 part.load_state_dict(states[name])

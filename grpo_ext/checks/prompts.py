@@ -88,11 +88,12 @@ def find_longest(data: Dataset, tokenizer: PreTrainedTokenizerBase, template: di
     )
 
 
-def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int) -> None:
+def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config: Any, new_tokens: int | None) -> None:
     """Check that these tokens are in the model's vocabulary, and that it has positions for them and `new_tokens` more.
 
     Args:
         config: the model's config.
+        new_tokens: `max_completion_length`; None if it has no limit.
 
     Raises:
         ValueError: a token is not in the vocabulary, or the longest prompt and completion exceed the positions.
@@ -105,7 +106,7 @@ def check_tokens(longest: list[int], tokenizer: PreTrainedTokenizerBase, config:
             f"only {text_config.vocab_size} tokens. Use the tokenizer of this model, or resize its embeddings."
         )
     positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and len(longest) + new_tokens > positions:
+    if positions and new_tokens is not None and len(longest) + new_tokens > positions:
         raise ValueError(
             f"The longest prompt has {len(longest)} tokens; with max_completion_length={new_tokens} this exceeds the "
             f"model's {positions} positions. Lower max_completion_length, or leave out long prompts: "

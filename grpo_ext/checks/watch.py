@@ -217,7 +217,7 @@ class Watch(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         parts = self._micro_batches()
         tensors = {
-            f"{i}.{name}": value.detach().contiguous().cpu()
+            f"{i}.{name}": value.detach().to("cpu", copy=True).contiguous()  # micro-batches may share a value
             for i, part in enumerate(parts)
             for name, value in part.items()
             if isinstance(value, Tensor)

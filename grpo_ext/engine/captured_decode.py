@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grpo_ext.engine.autocast import same_autocast_without_cache
 from grpo_ext.engine.decode_cache import HIDDEN, BufferedLayer, DecodeBatch, reallocate
+from grpo_ext.engine.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class CapturedSteps:
             return output
         except Exception as error:  # whatever it was, the step itself may still run
             self._forget()
+            if is_out_of_memory(error):  # fewer rows may fit
+                raise
             self._capture = None
             reason = str(error) or type(error).__name__
             logger.warning("Decoding launches its kernels one by one, which is slower than a CUDA graph: %s", reason)

@@ -1,6 +1,6 @@
 """Where the tokens of each chunk are, computed on the host and copied to the device once per micro-batch.
 
-The host waits for the device whenever it copies a list or asks for the positions of a mask, so no chunk does either.
+The host waits for the device whenever it copies a list or asks for the positions of a mask.
 
 Legend: n rows of a chunk, c tokens of its longest completion, w >= c places per row of its forward, T tokens of all its
 completions.

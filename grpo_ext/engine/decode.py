@@ -48,7 +48,7 @@ from grpo_ext.engine.unpacked_weights import WeightUnpacker
 
 logger = logging.getLogger(__name__)
 
-# Tokens between two looks at which rows have ended: on a GPU, each look waits for the device.
+# Tokens between checks for rows that have ended. On a GPU, each check waits for the device.
 LOOK_EVERY = 8
 
 
@@ -179,7 +179,8 @@ class GroupSampler:
             clear_device_cache(garbage_collection=True)
             self._max_rows = -(-len(part_rows) // 2)
             logger.warning(
-                "Out of memory: completions are now sampled in parts of %s rows, with the same tokens.", self._max_rows
+                "Out of memory: completions are now sampled in parts of %s rows, with the same random numbers.",
+                self._max_rows,
             )
             pending = _split_rows(part_rows, self._max_rows) + pending
         generator.set_rng_state(max(parts, key=lambda part: max(map(len, part.tokens))).random_state)
@@ -191,14 +192,14 @@ class GroupSampler:
         batch, logits_RV = self._prefill(call, rows)
         rows_R = None if is_whole else torch.tensor(rows, device=device)
         input_ids, most = call.input_ids_BS, max(call.limits[row] for row in rows)
-        # If caches are kept, then as they are when their rows end.
+        # A kept cache is copied at the token at which its row ends, so every token is checked.
         look_every = 1 if device.type == "cpu" or self._keeps_rows else LOOK_EVERY
         how = {"temperature": self.temperature, "do_sample": call.generation_config.do_sample}
         random_states = _RandomStates(device, look_every)
         endings = _Endings(call.limits, rows, device)
         logps: list[Tensor] = []
         finished_caches: dict[int, DynamicCache] = {}
-        # LoRA first: it leaves layers alone whose base has another forward.
+        # LoRA first: `stacked_lora` skips layers whose base has another forward.
         layers = stacked_lora(model), self._unpacker.unpacked(model)
         with model._optimize_model_for_decode(), layers[0], layers[1], self._captured or nullcontext():
             while True:

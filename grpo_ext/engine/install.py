@@ -27,7 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
-from grpo_ext.engine.autocast import same_autocast_without_cache
+from grpo_ext.engine.autocast import same_autocast_without_cache, without_adapter_casts
 from grpo_ext.engine.batch import Scores, ScoringBatch
 from grpo_ext.engine.decode import GroupSampler
 from grpo_ext.engine.lm_head import TiledHead
@@ -83,7 +83,7 @@ def _recompute_context(lm: PreTrainedModel) -> Any:
 
     @contextmanager
     def context() -> Iterator[None]:
-        with autocast, disable_gradient_checkpointing(lm):
+        with autocast, disable_gradient_checkpointing(lm), without_adapter_casts(lm):
             yield
 
     return context
@@ -152,11 +152,20 @@ def why_scoring_unsupported(
         return "cast_lm_head_to_fp32 is on"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout is on"
-    if getattr(config, "attention_dropout", 0.0):
-        return "attention dropout is on"
+    if (name := _functional_dropout(model)) is not None:
+        return f"{name} is on"
+    if args.neftune_noise_alpha:
+        return "neftune_noise_alpha adds noise that depends on the length of a forward"
     if getattr(config, "router_jitter_noise", 0.0):
         return "its routers add noise (router_jitter_noise)"
     return why_sharing_unsupported(model, is_sharded=is_sharded)
+
+
+def _functional_dropout(model: nn.Module) -> str | None:
+    """The name of a dropout that a module applies without an `nn.Dropout`, such as `attention_dropout`; None if every
+    one is 0. `disable_dropout` of TRL does not reach them."""
+    values = (item for module in model.modules() for item in vars(module).items())
+    return next((name for name, value in values if "drop" in name and isinstance(value, float) and value > 0), None)
 
 
 def why_sharing_unsupported(model: PreTrainedModel, *, is_sharded: bool) -> str | None:

@@ -17,7 +17,7 @@ from grpo_ext.engine.batch import NO_GRAD_CHUNK_FACTOR, Scores, ScoringBatch
 
 logger = logging.getLogger(__name__)
 
-# Chunks of this many tokens are not halved any more: weights and prompt states take most of the memory then.
+# Chunks of this many tokens are not halved further: weights and prompt states take most of the memory then.
 MIN_CHUNK_TOKENS = 64
 # Failed allocations that neither torch's own type nor accelerate's list of messages covers.
 MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

@@ -45,8 +45,13 @@ class SkippedRows:
 
 
 def rows_without_advantage(advantages: Tensor) -> frozenset[int]:
-    """The rows of a micro-batch whose advantage is 0: the policy term gives them no gradient."""
-    return frozenset((advantages == 0).nonzero().flatten().tolist())
+    """The rows of a micro-batch whose advantages are 0: the policy term gives them no gradient.
+
+    Args:
+        advantages: shape (B,), or (B, C) if a subclass sets one per token.
+    """
+    is_zero_B = (advantages == 0).flatten(start_dim=1).all(dim=1) if advantages.ndim > 1 else advantages == 0
+    return frozenset(is_zero_B.nonzero().flatten().tolist())
 
 
 def why_dead_groups_have_gradient(
@@ -59,7 +64,6 @@ def why_dead_groups_have_gradient(
     has_aux_loss: bool,
     top_entropy_quantile: float,
     temperature_schedule: str,
-    noise_alpha: float | None,
 ) -> str | None:
     """The reason why dead groups cannot be skipped, as text for a log; None if they can."""
     if beta != 0.0:
@@ -74,6 +78,4 @@ def why_dead_groups_have_gradient(
         return f"top_entropy_quantile={top_entropy_quantile} is computed over the tokens of all answers"
     if temperature_schedule == "entropy":
         return f"temperature_schedule={temperature_schedule!r} follows the entropy of all answers"
-    if noise_alpha:
-        return f"neftune_noise_alpha={noise_alpha}, and the noise of the other answers would change"
     return None

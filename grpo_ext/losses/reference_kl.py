@@ -19,7 +19,7 @@ class ReferenceKL:
     Attributes:
         has_reference: whether the run has a reference.
         estimator: "k1", "k2", "k3" or "exact".
-        bias_corrected: TRL's `use_bias_correction_kl`.
+        bias_corrected: TRL's `use_bias_correction_kl`; no effect on "exact".
     """
 
     has_reference: bool

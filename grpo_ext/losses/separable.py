@@ -2,7 +2,8 @@
 
 The gradient of such a loss in the scores of a row depends on no other row, so each chunk of a micro-batch can be run
 forward and backward at once (`engine/loss_in_chunks.py`). TRL's loss function also records metrics, for which processes
-wait for each other and the host waits for the device. Neither may happen in a chunk.
+wait for each other and the host waits for the device. In a chunk, collectives and `item()` are suppressed; a few reads
+of values in TRL's metrics remain.
 """
 
 from collections.abc import Iterator

@@ -4,11 +4,15 @@ TRL scores the completions of a rollout once more if it serves several optimizer
 gradient accumulation that is not aligned with the rollout). Here, the first rollout is scored completely, and later
 ones in one row per process. If that row disagrees, the whole rollout is scored.
 
-In 16 bits, every rollout is scored, because sampler and scorer round differently. In bfloat16 on a CPU (the embedded
-model, and a random llama of 6 layers and hidden size 256), their log-probs differ by 0.008 to 0.017 nats per token
-(standard deviation), and by 0.12 to 0.24 nats on average per completion of 256 tokens; in float32, by 0.0002 at most.
-The ratio of a policy that has not changed yet would be off by a factor of exp(0.12) to exp(0.24), which is the size of
-the clipping range: a tolerance that holds in 16 bits changes the objective.
+In 16 bits, every rollout is scored, because sampler and scorer round differently. Measured on a CPU (the embedded
+model, and a random llama of 6 layers and hidden size 256):
+
+    differences in nats                             bfloat16            float32
+    per token, standard deviation                   0.008 to 0.017
+    per completion of 256 tokens, mean              0.12 to 0.24        0.0002 at most
+
+In bfloat16, the ratio of an unchanged policy would be off by a factor of exp(0.12) to exp(0.24), which is the size of
+the clipping range. Any tolerance loose enough for 16 bits would change the objective.
 
 Legend: B rows, C completion tokens.
 """

@@ -7,16 +7,16 @@
 
 Each problem is in one of four pools:
 
-    unseen      never drawn: drawn first, in random order, until every problem was drawn once
-    learning    drawn with a weight, the `worth` of its pass rate
-    solved      a pass rate of `RESTS_AT` or more: rests
-    unsolved    a pass rate of 1 - `RESTS_AT` or less: rests
+    unseen      not sampled yet; these come first, in random order
+    learning    sampled with a weight, the `worth` of its pass rate
+    solved      a pass rate of `solved_rate` or more: set aside
+    unsolved    a pass rate of 1 - `solved_rate` or less: set aside
 
-An eighth of the groups (`REVISITED`) goes to the problems that have rested for longest, so that none is lost if the
+An eighth of the groups (`REVISITED`) goes to the problems that were set aside longest ago, so that none is lost if the
 policy improves or forgets.
 
 An answer passes if its total reward is more than half of a perfect one. The pass rate of a problem is the mean of a
-Beta distribution: (1 + passes) / (2 + answers). Each group that is drawn for a problem halves the weight of its earlier
+Beta distribution: (1 + passes) / (2 + answers). Each group of a problem halves the weight of its earlier
 answers (`MEMORY`), because an earlier policy gave them.
 
 The trainer chooses when a rollout begins, from the answers of all earlier rollouts. Nothing is decided when the data
@@ -36,12 +36,19 @@ from torch import Tensor
 from grpo_ext.config import GRPOExtConfig
 from grpo_ext.data.pass_rates import PassRate, read_pass_rates
 
-RESTS_AT = 0.9  # pass rate. With 8 answers, one group that is all right or all wrong is just enough
-REVISITED = 1 / 8  # share of the groups that are drawn from resting problems
+SOLVED_RATE = 0.9  # pass rate. With 8 answers, one group that is all right or all wrong is just enough
+REVISITED = 1 / 8  # share of the groups that go to problems that were set aside
 MEMORY = 0.5  # factor on the weight of earlier answers per group of the same problem
 POOLS = ("unseen", "unsolved", "learning", "solved")
 
 Worth = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def solved_rate(group_size: int) -> float:
+    """The pass rate from which on a problem is set aside: `SOLVED_RATE`, or what two right groups in a row reach if
+    small groups never exceed that."""
+    answers = (1 + MEMORY) * group_size
+    return min(SOLVED_RATE, (1 + answers) / (2 + answers))
 
 
 def reward_variance(a_N: Tensor, b_N: Tensor, group_size: int) -> Tensor:
@@ -101,6 +108,7 @@ class DifficultyPools:
     ):
         self.worth = worth
         self._group_size, self._seed = group_size, seed
+        self._solved_rate = solved_rate(group_size)
         self._answers_N = torch.zeros(problems, dtype=torch.float64)
         self._passes_N = torch.zeros(problems, dtype=torch.float64)
         self._last_drawn_N = torch.full((problems,), -1)  # number of the call that drew a problem; -1 if unseen
@@ -199,12 +207,13 @@ class DifficultyPools:
     def _pools(self) -> dict[str, Tensor]:
         """Which problems are in each pool, shapes (N,)."""
         unseen_N, rate_N = self._last_drawn_N < 0, self.pass_rates()
-        solved_N, unsolved_N = rate_N >= RESTS_AT - 1e-9, rate_N <= 1 - RESTS_AT + 1e-9
+        solved_N = rate_N >= self._solved_rate - 1e-9
+        unsolved_N = rate_N <= 1 - self._solved_rate + 1e-9
         learning_N = ~(unseen_N | solved_N | unsolved_N)
         return dict(zip(POOLS, (unseen_N, unsolved_N & ~unseen_N, learning_N, solved_N & ~unseen_N), strict=True))
 
     def _choose_different(self, groups: int, rng: random.Random) -> list[int]:
-        """Up to N different problems: unseen ones first, then by weight and by rest."""
+        """Up to N different problems: unseen ones first, then by weight, then those set aside longest ago."""
         pools = self._pools()
         is_unseen = pools["unseen"].tolist()
         chosen = [i for i in self._order if is_unseen[i]][:groups]
@@ -215,7 +224,7 @@ class DifficultyPools:
         last_drawn = self._last_drawn_N.tolist()
         resting = (pools["solved"] | pools["unsolved"]).nonzero().flatten().tolist()
         rng.shuffle(resting)
-        resting.sort(key=lambda i: last_drawn[i])  # the longest rest first; the order is random if it is equal
+        resting.sort(key=lambda i: last_drawn[i])  # the longest first; ties in random order
         revisited = sum(rng.random() < REVISITED for _ in range(left))
         revisited = max(min(revisited, len(resting)), left - len(learning))
         return chosen + learning[: left - revisited] + resting[:revisited]

@@ -95,11 +95,14 @@ def _first_tokens(rows: list[list[Any]], lengths: list[int]) -> list[list[Any]]:
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
-def ending_metrics(completion_ids: TokenRows, is_cut: list[bool], accelerator: Accelerator) -> dict[str, float]:
-    """TRL's metrics of terminated completions, over all processes; here, a stop string also terminates a completion."""
-    lengths_B = accelerator.gather(
-        torch.tensor([len(ids) for ids in completion_ids], device=accelerator.device)
-    ).float()
+def ending_metrics(lengths: list[int], is_cut: list[bool], accelerator: Accelerator) -> dict[str, float]:
+    """TRL's metrics of terminated completions, over all processes; here, a stop string also terminates a completion.
+
+    Args:
+        lengths: tokens of each completion of this process that the model wrote.
+        is_cut: whether each was cut off.
+    """
+    lengths_B = accelerator.gather(torch.tensor(lengths, device=accelerator.device)).float()
     is_cut_B = accelerator.gather(torch.tensor(is_cut, device=accelerator.device))
     ended = lengths_B[~is_cut_B] if not is_cut_B.all() else lengths_B.new_zeros(1)
     metrics = {

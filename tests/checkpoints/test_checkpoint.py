@@ -165,16 +165,8 @@ def verbose_reward(completions, log_extra, **columns):
     return share_of_digits(completions)
 
 
-@pytest.mark.parametrize(
-    ("max_bytes", "settings"),
-    slow_but([(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})], [(40_000, {})]),
-)
-def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, max_bytes, settings):
-    """In the second save, no file can exceed `max_bytes`, so writing fails at the card, the adapter, the optimizer or,
-    after all files of transformers, the state. With save_total_limit=1, transformers would have deleted the first
-    checkpoint."""
-    settings = settings | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    trainer = build(small_model, peft_config=random_lora(), reward=verbose_reward, **settings)
+def fill_disk_at_step_two(trainer, max_bytes):
+    """In the save at step 2, no file can exceed `max_bytes`."""
     save = trainer._save_checkpoint
 
     def on_a_full_disk(*args):
@@ -186,12 +178,36 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     trainer._save_checkpoint = on_a_full_disk
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "settings"),
+    slow_but([(4_000, {}), (9_000, {}), (40_000, {}), (80_000, {"num_iterations": 3})], [(40_000, {})]),
+)
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(build, small_model, max_bytes, settings):
+    """In the second save, no file can exceed `max_bytes`, so writing fails at the card, the adapter, the optimizer or,
+    after all files of transformers, the state. With save_total_limit=1, transformers would have deleted the first
+    checkpoint."""
+    settings = settings | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = build(small_model, peft_config=random_lora(), reward=verbose_reward, **settings)
+    fill_disk_at_step_two(trainer, max_bytes)
     with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*Earlier checkpoints are unchanged"):
         trainer.train()
     folder = Path(trainer.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     assert files.find_checkpoint("last", folder) == folder / "checkpoint-1"
     assert trainer.args.save_total_limit == 1
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_was_to_be_replaced(saved, again):
+    """The run is resumed from an earlier one, and writes step 2 once more."""
+    folder = Path(saved(max_steps=2).args.output_dir)
+    resumed = again(max_steps=3)
+    fill_disk_at_step_two(resumed, 40_000)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*Earlier checkpoints are unchanged"):
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert files.find_checkpoint("last", folder) == folder / "checkpoint-2"
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(("replaced", "removed"))]
 
 
 def test_an_existing_checkpoint_is_replaced(saved, again):
@@ -376,6 +392,35 @@ def test_accepted_changes_take_effect_and_are_recorded(saved, again, tmp_path):
     assert [change["name"] for change in recorded] == ["learning_rate", "weight_decay", "epsilon", "temperature"]
 
 
+def test_a_temperature_that_was_accepted_starts_its_schedule_again(saved, again):
+    """The controller would otherwise go on from the earlier temperature."""
+    entropy = {"temperature_schedule": "entropy", "temperature_entropy_target": 2.0}
+    saved(max_steps=1, **entropy)
+    resumed = again(max_steps=2, temperature=1.2, accept_changes="temperature", **entropy)
+    resumed.train(resume_from_checkpoint="last")
+    assert log_of(resumed, "temperature")[1] == pytest.approx(1.2, rel=0.1)
+    back = again(max_steps=3, temperature=1.2, accept_changes="temperature_schedule,temperature_entropy_target")
+    back.train(resume_from_checkpoint="last")
+    assert back.temperature == 1.2
+
+
+def test_the_loss_of_a_resumed_run_is_that_of_the_whole(saved, again):
+    """The value that `train` returns: the mean over the steps of all sessions."""
+    whole = again(max_steps=4, num_iterations=2)
+    expected = whole.train().training_loss
+    shutil.rmtree(Path(whole.args.output_dir, "checkpoint-4"))
+    resumed = again(max_steps=4, num_iterations=2)
+    assert resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2").training_loss == expected != 0
+
+
+def test_another_estimator_waits_for_the_next_rollout(saved, again):
+    """The exact KL needs hidden states of the reference, which the saved rollout does not have."""
+    saved(max_steps=1, num_iterations=2, beta=0.1)
+    settings = {"max_steps": 3, "num_iterations": 2, "beta": 0.1, "kl_estimator": "exact"}
+    with pytest.raises(ValueError, match=r"in the middle of a rollout, .* made for kl_estimator='k3'\. Restore it"):
+        again(**settings, accept_changes="kl_estimator").train(resume_from_checkpoint="last")
+
+
 def test_a_warm_schedule_continues_with_the_accepted_rate(saved, again):
     """The steps that the schedule has counted are kept: after 2 of 4, a linear schedule is at half of the new rate."""
     saved(max_steps=2, lr_scheduler_type="constant")
@@ -442,3 +487,12 @@ def test_pickled_training_arguments_are_not_loaded(saved, again, tmp_path):
     files.seal(folder)
     again().train(resume_from_checkpoint="last")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_the_user_is_kept(saved, tmp_path):
+    """A reference adapter would be in a folder `ref`; this run has none."""
+    kept = tmp_path / "run" / "ref" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine", encoding="utf-8")
+    saved(max_steps=1).save_model()
+    assert kept.exists()

@@ -126,6 +126,16 @@ def test_a_nonfinite_update_is_skipped(build, small_model, caplog):
     assert saved["0.advantages"].abs().max() > 1e30
 
 
+def test_the_batch_of_several_micro_batches_is_saved(build, small_model):
+    """They share the number of tokens of the rollout, one tensor, which a safetensors file cannot hold twice."""
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = guarded(build, small_model, reward=Blows(1), scale_rewards="none", **rows)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    saved = load_file(Path(trainer.args.output_dir, "nonfinite", "step-1", "rollout-0.safetensors"))
+    assert saved["0.num_items_in_batch"] == saved["1.num_items_in_batch"] > 0
+
+
 THIRD = r"Step {}: .* it is the third one in a row\. Lower learning_rate \(now 0\.001\)"
 
 
@@ -310,9 +320,11 @@ def test_no_adapter_is_kept_unless_it_beats_the_start(build, small_model):
     assert not Path(trainer.args.output_dir, "best").exists()
 
 
-def test_a_new_run_does_not_inherit_the_best_of_another(build, small_model, tokenizer):
+def test_a_new_run_does_not_inherit_the_best_of_another(build, small_model, tokenizer, caplog):
     train_with_accuracies(build, small_model, [0.1, 0.9])
     trainer, _ = train_with_accuracies(build, small_llama(tokenizer), [0.1, 0.2])
+    assert f"{trainer.args.output_dir}/best is deleted: its adapter, of step 1, is not of this run." in caplog.text
     assert read_best(trainer.args.output_dir) == {"step": 1, "pass@1": 0.2}
+    assert [path.name for path in Path(trainer.args.output_dir).glob("best*")] == ["best"]
     trainer, _ = train_with_accuracies(build, small_llama(tokenizer), [0.5, 0.2])
     assert read_best(trainer.args.output_dir) is None

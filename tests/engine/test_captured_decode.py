@@ -96,6 +96,23 @@ def test_without_a_graph_decoding_goes_on(llama, caplog, fault):
     assert [reason in message for message in caplog.messages] == [True], "one message with the reason"
 
 
+def test_a_capture_that_runs_out_of_memory_is_tried_with_fewer_rows(llama, caplog):
+    """Graphs stay on: the sampler draws the rows in two halves."""
+    ids, mask = prompts_of(40, 33)
+    failed = []
+
+    def capture(step):
+        if not failed:
+            failed.append(step)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(step)
+
+    with caplog.at_level(logging.WARNING, logger="grpo_ext"):
+        tokens = sample(llama, ids, mask, GroupSampler(0.8, capture=capture))
+    assert torch.equal(tokens, sample(llama, ids, mask, GroupSampler(0.8)))
+    assert not [message for message in caplog.messages if "one by one" in message]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_cuda_graph_that_cannot_be_made(llama, caplog):
     ids, mask = prompts_of(40)

@@ -313,3 +313,17 @@ def test_results_of_the_calculator_are_used(tiny_model, tokenizer):
     wrong = played(Wrong)
     assert all(text.count("=7 ") == 3 for text in wrong.completions)
     assert wrong.right != calculated.right
+
+
+def test_replies_count_in_no_normaliser_and_no_length(build_player, tokenizer):
+    """The tokens of the environment, also if completions that were cut off are masked."""
+    no_mark = {"suppress_tokens": [tokenizer.convert_tokens_to_ids(MARK), tokenizer.pad_token_id]}
+    settings = {"mask_truncated_completions": True, "loss_type": "dapo", "num_iterations": 1, "max_steps": 1}
+    trainer = build_player(generation_kwargs=no_mark | {"stop_strings": ["7"]}, **settings)
+    trainer.train()
+    (part,) = trainer._buffered_inputs
+    own_BC = part["completion_mask"] * part["tool_mask"]
+    assert own_BC.sum() < part["completion_mask"].sum()
+    assert part["num_items_in_batch"] == own_BC.sum()
+    ended = own_BC.sum(dim=1)[part["completion_mask"].any(dim=1)].float()
+    assert log_of(trainer, "completions/mean_terminated_length") == [pytest.approx(ended.mean().item())]

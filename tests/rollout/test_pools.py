@@ -104,6 +104,15 @@ def test_the_longest_rest_ends_first():
         assert sorted(problem for chosen in passes for problem in chosen) == list(range(12))
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_problems_of_small_groups_rest_too(size):
+    """Earlier answers count half, so few answers never reach a rate of 0.9."""
+    pools = DifficultyPools(problems=1, group_size=size, seed=0)
+    for _ in range(2):
+        answer(pools, (0, [1.0] * size))
+    assert pools.shares()["solved"] == 1.0
+
+
 def test_one_dead_group_of_eight_rests_and_one_right_answer_does_not():
     pools = DifficultyPools(problems=3, group_size=8, seed=0)
     answer(pools, (0, [0.0] * 8), (1, [1.0] + [0.0] * 7), (2, [1.0] * 8))

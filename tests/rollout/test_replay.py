@@ -36,10 +36,19 @@ def test_the_youngest_come_first_and_once():
     assert buffer.take(2) == []
 
 
+def test_groups_of_an_earlier_training_are_dropped():
+    """`train` counts steps from 0 again."""
+    buffer = GroupReplayBuffer(capacity=8, max_age=4)
+    buffer.add([kept(100)])
+    assert buffer.drop_old(step=1) == 1
+    assert len(buffer) == 0
+
+
 def test_old_groups_are_dropped_and_counted():
     buffer = GroupReplayBuffer(capacity=9, max_age=2)
-    buffer.add([kept(step) for step in (0, 1, 2, 3)])
+    buffer.add([kept(step) for step in (0, 1, 2)])
     assert buffer.drop_old(2) == 0
+    buffer.add([kept(3)])
     assert buffer.drop_old(4) == 2
     assert [group.step for group in buffer.take(9)] == [3, 2]
 
@@ -265,6 +274,17 @@ def test_a_resumed_run_has_its_replay_buffer(build, small_model, tmp_path):
     assert of_prompts(again, replayed, PROMPTS) == of_prompts(
         whole, seen[0][0], {p for p, _ in texts_of(again, replayed)}
     )
+
+
+def test_other_rewards_empty_the_buffer(build, small_model, tmp_path, caplog):
+    """Stored totals were computed with the earlier weights, and would give wrong advantages."""
+    saves = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    train(build, small_model, max_steps=2, **saves)
+    accepted = {"reward_weights": [0.5], "accept_changes": "reward_weights"}
+    resumed = build(copy.deepcopy(small_model), **SETTINGS | saves | accepted | {"max_steps": 4})
+    resumed.train(resume_from_checkpoint="last")
+    assert "The state of 'Replay' in the checkpoint is not used: changed reward_weights." in caplog.text
+    assert resumed.state.global_step == 4
 
 
 def test_refused_if_nothing_can_be_replayed(build, small_model):

@@ -1,6 +1,7 @@
 """Resampled dead groups: which prompts replace them, what TRL receives, and what is counted."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -95,3 +96,22 @@ def test_refused_if_rows_cannot_be_replaced(tiny_model, tokenizer, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"dead_groups='resample' {name}"):
             GRPOExtTrainer(tiny_model, alive, args, processing_class=tokenizer, peft_config=random_lora(), **keywords)
+
+
+def test_a_column_that_is_logged_in_some_calls_only(build, small_model, tmp_path):
+    """Rows without a value have none, and the values of others stay with their rows."""
+
+    def sometimes(prompts, log_extra, completions, **columns):
+        if len(completions) == 16:  # not in further rounds
+            log_extra("seen", list(completions))
+        return half_dead(prompts, lambda *_: None, completions)
+
+    trainer, draws = train(build, small_model, reward=sometimes, dead_groups="resample", max_resample_rounds=30)
+    assert len(set(draws)) > 1
+    logs = trainer._logs
+    seen = list(logs["extra"]["seen"])
+    assert len(seen) == len(logs["completion"]) == 16
+    assert None in seen
+    assert all(value in (None, text) for value, text in zip(seen, logs["completion"], strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import Embedding
 
+from grpo_ext.losses.dead_groups import rows_without_advantage
 from tests.tools.lanes import slow, slow_but, thinned
 from tests.tools.models import random_lora
 from tests.tools.reward_functions import PROMPTS
@@ -98,7 +99,7 @@ def test_all_dead(build, small_model):
         slow(
             ({"temperature_schedule": "entropy", "temperature_entropy_target": 2.0}, "temperature_schedule='entropy'")
         ),
-        slow(({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0")),
+        slow(({"neftune_noise_alpha": 5.0}, "prompts are not shared")),
         slow(({"share_prompt": False}, "prompts are not shared")),
     ],
 )
@@ -115,3 +116,10 @@ def test_kept_if_skipping_would_change_the_run(build, small_model, caplog, setti
         assert tokens == all_tokens
         for name, value in adapter_of(keep).items():
             assert torch.equal(adapter_of(skip)[name], value), name
+
+
+def test_an_advantage_per_token_counts_for_its_row():
+    """A subclass may set one per token. A row with a single 0, such as on padding, has a gradient."""
+    advantages_BC = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, -1.0]])
+    assert rows_without_advantage(advantages_BC) == {1}
+    assert rows_without_advantage(advantages_BC[:, 0]) == {1, 2}

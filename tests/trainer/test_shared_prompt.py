@@ -166,6 +166,16 @@ def test_a_loaded_adapter_is_its_own_reference(build, tiny_model, tmp_path):
     assert abs(log_of(trainer, "kl_sequence")[0]) < 1e-8
 
 
+def test_noise_that_depends_on_the_forward_is_left_to_trl(build, small_model, caplog):
+    """A prompt apart from its completions would get other noise. OPT has a dropout that is no module, which
+    `disable_dropout` of TRL does not reach."""
+    build(copy.deepcopy(small_model), peft_config=random_lora(), neftune_noise_alpha=5.0)
+    assert "TRL's plain path is taken: neftune_noise_alpha adds noise" in caplog.text
+    small_model.model.layers[1].self_attn.attention_dropout = 0.1
+    build(small_model, peft_config=random_lora())
+    assert "TRL's plain path is taken: attention_dropout is on." in caplog.text
+
+
 def test_unsupported_settings_are_reported_and_train_on_the_plain_path(build, small_model, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = build(

@@ -306,3 +306,25 @@ def test_hooks_that_are_wrapped_on_the_object_leave_no_trace_of_the_worst_case_s
     assert len(trainer._logs["completion"]) == 0
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+class WithRowsOfPython(GRPOExtTrainer):
+    """Entries that are lists or None, as TRL's own shuffling and splitting accept them."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        lengths = output["completion_mask"].sum(dim=1).tolist()
+        return output | {"lengths": lengths, "nothing": None}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            assert inputs["lengths"] == inputs["completion_mask"].sum(dim=1).tolist()
+            assert inputs["nothing"] is None
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_outputs_of_a_rollout_that_are_no_tensors(build, small_model):
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = build(small_model, trainer=WithRowsOfPython, peft_config=random_lora(), **rows)
+    trainer.train()
+    assert trainer.state.global_step == 2

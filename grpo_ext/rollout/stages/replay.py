@@ -63,9 +63,10 @@ class GroupReplayBuffer:
         self._groups = (self._groups + groups)[-self.capacity :]
 
     def drop_old(self, step: int) -> int:
-        """Drop the groups that are too old at this optimizer step; returns their number."""
+        """Drop the groups that are too old at this optimizer step, or of a later one, which belong to an earlier call of
+        `train`; returns their number."""
         before = len(self._groups)
-        self._groups = [group for group in self._groups if step - group.step <= self.max_age]
+        self._groups = [group for group in self._groups if 0 <= step - group.step <= self.max_age]
         return before - len(self._groups)
 
     def take(self, count: int) -> list[StoredGroup]:
@@ -231,7 +232,7 @@ def add_old_logps(inputs: dict[str, Any], logps_BC: Tensor) -> None:
         inputs: changed in place; `is_replayed` has shape (B,), `sampling_per_token_logps` (B, C).
         logps_BC: log-probs under the current policy.
     """
-    if "is_replayed" in inputs and "old_per_token_logps" not in inputs and inputs["is_replayed"].any():
+    if "is_replayed" in inputs and "old_per_token_logps" not in inputs:
         is_replayed_B1 = inputs["is_replayed"].unsqueeze(1)
         old_logps_BC = inputs["sampling_per_token_logps"].where(is_replayed_B1, logps_BC.detach())
         inputs["old_per_token_logps"] = old_logps_BC
