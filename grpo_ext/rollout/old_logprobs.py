@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from grpo_ext.engine.scorer import RequestScores
-from grpo_ext.rollout.types import SampledRows
+from grpo_ext.rollout.types import SampledRows, padded_logps
 
 
 class OldLogprobs:
@@ -60,9 +60,7 @@ class OldLogprobs:
             Scores with log-probs only, and the difference in nats per completion.
         """
         assert rows.logps is not None
-        sampled_BC = torch.zeros_like(mask_BC, dtype=torch.float32)
-        for row, logps in zip(sampled_BC, rows.logps, strict=True):
-            row[: len(logps)] = row.new_tensor(logps)
+        sampled_BC = padded_logps(rows.logps, like=mask_BC)
         is_fresh_B1 = ~torch.tensor(rows.is_replayed, device=mask_BC.device).unsqueeze(1)
 
         def compare(which: slice) -> tuple[Tensor, float]:

@@ -3,10 +3,11 @@
 Legend: P prompts, G completions per prompt, B = P*G rows, F reward functions, M >= G completions sampled per prompt.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -204,3 +205,11 @@ def _all_or_none(values: Iterable[Any]) -> list[Any] | None:
     """The values, or None if any of them is None."""
     listed = list(values)
     return None if any(value is None for value in listed) else listed
+
+
+def padded_logps(rows: Sequence[Sequence[float]], *, like: Tensor) -> Tensor:
+    """Log-probs in float32, padded with 0 on the right to the shape of `like`, (B, C), on its device."""
+    padded_BC = torch.zeros(like.shape)
+    for row, logps in zip(padded_BC, rows, strict=True):
+        row[: len(logps)] = torch.tensor(logps)
+    return padded_BC.to(like.device)

@@ -21,7 +21,7 @@ from grpo_ext import refusals
 from grpo_ext.jsonable import as_json
 from grpo_ext.losses.advantages import mixed_groups
 from grpo_ext.rollout.collect import Draw, Record, StageContext
-from grpo_ext.rollout.types import Completion, Rollout
+from grpo_ext.rollout.types import Completion, Rollout, padded_logps
 
 # Nats. If the probability of a completion has changed by more than a factor of e since it was sampled, its group is too
 # far from the policy to learn from.
@@ -63,8 +63,8 @@ class GroupReplayBuffer:
         self._groups = (self._groups + groups)[-self.capacity :]
 
     def drop_old(self, step: int) -> int:
-        """Drop the groups that are too old at this optimizer step, or of a later one, which belong to an earlier call of
-        `train`; returns their number."""
+        """Drop the groups that are too old at this optimizer step, and those of a later one, which an earlier call of
+        `train` has left; returns their number."""
         before = len(self._groups)
         self._groups = [group for group in self._groups if 0 <= step - group.step <= self.max_age]
         return before - len(self._groups)
@@ -202,10 +202,7 @@ class Replay:
         distances: list[float] = []
         for group in groups[self._process * share : (self._process + 1) * share]:
             logps_GC, mask_GC = self._score(group.completions)
-            sampled_GC = torch.zeros_like(logps_GC)
-            for row, completion in zip(sampled_GC, group.completions, strict=True):
-                assert completion.logps is not None
-                row[: len(completion.logps)] = row.new_tensor(completion.logps)
+            sampled_GC = padded_logps([row.logps or [] for row in group.completions], like=logps_GC)
             gaps_G = ((logps_GC - sampled_GC) * mask_GC).sum(dim=1).abs()
             distances.append(gaps_G.max().item())
         return gather_object(distances)
