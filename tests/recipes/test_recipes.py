@@ -16,7 +16,6 @@ from grpo_ext.recipe import RecipeArguments
 from grpo_ext.recipes import coding, dialogue, logic
 from grpo_ext.rewards import program_reward
 from tests.tools.paths import ROOT
-from tests.tools.processes import LAUNCH, launch
 
 RECIPES = ROOT / "recipes"
 TWO_STEPS = (
@@ -34,18 +33,13 @@ def train(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         main(["train", *arguments, *TWO_STEPS, "--reward_workers", "0", "--output_dir", str(tmp_path)])
-        return checked(tmp_path, capsys.readouterr().out)
+        output = capsys.readouterr().out
+        assert "held-out pass@1: " in output.strip().splitlines()[-1]
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left >= {"adapter_model.safetensors", "metrics.jsonl", "curves.png", "summary.json", "checkpoint-2"}
+        return output, json.loads((tmp_path / "summary.json").read_text())
 
     return run
-
-
-def checked(tmp_path, output):
-    """What two steps print and leave behind: the output and the summary."""
-    assert "held-out pass@1: " in output.strip().splitlines()[-1]
-    assert "Traceback" not in output
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left >= {"adapter_model.safetensors", "metrics.jsonl", "curves.png", "summary.json", "checkpoint-2"}
-    return output, json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_dialogue(tmp_path, train):
@@ -76,12 +70,8 @@ def test_an_algorithm_with_a_reward_of_its_own(tmp_path, train):
 
 
 @needs_sandbox
-def test_coding_from_inside_the_folder(tmp_path):
-    code, output = launch(
-        [*LAUNCH, "coding.py", *TWO_STEPS, "--reward_workers", "0", "--output_dir", str(tmp_path)], cwd=RECIPES
-    )
-    assert code == 0, output
-    _, summary = checked(tmp_path, output)
+def test_coding(train):
+    output, summary = train("coding")
     assert (summary["recipe"], summary["steps"]) == ("coding", 2)
     assert "32 problems; held out: 8 problems taken out of split 'train'" in output
 
