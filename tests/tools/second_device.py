@@ -23,18 +23,17 @@ it; only `torch.accelerator.current_accelerator()` without its check still names
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.library import Library
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import grpo_ext
@@ -241,18 +240,31 @@ def _is_parameter(tensor: Tensor) -> bool:
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run one operation on the CPU tensors inside its arguments, count it, and wrap its results."""
     device = SecondDevice.active or SecondDevice()  # a tensor may be printed after the `with`
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(_tensors((args, *kwargs.values())))
     if func in (aten._to_copy.default, aten.copy_.default):
         return _copy(device, func, args, kwargs)
     _check_placement(device, func, args, tensors)
     if reason := _why_sync(func, args, kwargs):
         device.counts.syncs[_event(reason)] += 1
-    results = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
+    results = func(*_to_host(args), **{name: _to_host(value) for name, value in kwargs.items()})
     own = {id(tensor.host): tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)}
-    wrapped = tree_map(lambda result: _wrap(result, own), results)
-    if _launches(func, [*tree_leaves(wrapped), *tensors]):
-        device.counts.launches[_event(str(func))] += 1
+    wrapped = _wrap(results, own)
+    if _launches(func, [*_tensors((wrapped,)), *tensors]):
+        device.counts.launches[_event(_name(func))] += 1
     return wrapped
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among these values and in lists and tuples of them. torch's own pytrees take most of the time of an
+    operation on small tensors."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+_name = functools.cache(str)  # of an operation
 
 
 def _copy(device: SecondDevice, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -266,7 +278,7 @@ def _copy(device: SecondDevice, func: Any, args: tuple, kwargs: dict[str, Any]) 
         is_on_device = isinstance(source, SimulatedTensor) if target_device is None else target_device.type == NAME
         target, ends = None, (source,)
         is_async = kwargs.get("non_blocking")  # copied into pinned memory if it goes to the host
-    result = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
+    result = func(*_to_host(args), **{name: _to_host(value) for name, value in kwargs.items()})
     if target is None:
         target = SimulatedTensor(result) if is_on_device else result
     direction = {(False, True): "copy to the device", (True, False): "copy to the host"}.get(
@@ -277,7 +289,7 @@ def _copy(device: SecondDevice, func: Any, args: tuple, kwargs: dict[str, Any]) 
     if direction and not is_async:
         device.counts.syncs[_event(direction)] += 1
     else:
-        device.counts.launches[_event(str(func))] += 1
+        device.counts.launches[_event(_name(func))] += 1
     return target
 
 
@@ -287,16 +299,22 @@ def _is_pinned(device: SecondDevice, tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _to_host(value: Any) -> Any:
+    """A value with CPU tensors in place of those of the device."""
     if isinstance(value, SimulatedTensor):
         return value.host
+    if isinstance(value, list | tuple):
+        return list(map(_to_host, value)) if isinstance(value, list) else tuple(map(_to_host, value))
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _wrap(result: Any, own: dict[int, SimulatedTensor]) -> Any:
-    """The tensor of the device with these values; an argument that was written in place is returned itself."""
-    if not isinstance(result, Tensor):
-        return result
-    return own[id(result)] if id(result) in own else SimulatedTensor(result)
+    """Results with tensors of the device; an argument that was written in place is returned itself."""
+    if isinstance(result, Tensor):
+        return own[id(result)] if id(result) in own else SimulatedTensor(result)
+    if isinstance(result, list | tuple):
+        wrapped = [_wrap(part, own) for part in result]
+        return wrapped if isinstance(result, list) else tuple(wrapped)
+    return result
 
 
 def _launches(func: Any, values: list[Any]) -> bool:
@@ -352,18 +370,18 @@ def _event(operation: str) -> Event:
     while frame is not None:
         file = frame.f_code.co_filename
         if not inner and file != __file__ and not file.startswith(TORCH):
-            inner = _line(frame)
+            inner = _line(file, frame.f_lineno)
         if file.startswith(PACKAGE):
-            return Event(operation, _line(frame), inner)
+            return Event(operation, _line(file, frame.f_lineno), inner)
         frame = frame.f_back
     return Event(operation, inner, inner)
 
 
-def _line(frame: FrameType) -> str:
-    file = frame.f_code.co_filename
+@functools.cache
+def _line(file: str, number: int) -> str:
     for folder in (PACKAGE, PACKAGES):
         file = file.removeprefix(folder)
-    return f"{file}:{frame.f_lineno}"
+    return f"{file}:{number}"
 
 
 # What torch has to know
