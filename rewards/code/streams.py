@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from grpo_ext.rewards.code.cases import TOLERANCES
+from grpo_ext.rewards.code.values import TOLERANCES
 
 FLOAT = re.compile(rb"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d{1,4})?")
 NUMBER = re.compile(rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")

@@ -321,6 +321,7 @@ def test_asserts_of_data_sets():
         "assert f(x) == 2",
         "assert f(*[1]) == 2",
         "assert f(**{'a': 1}) == 2",
+        "assert sorted(f(1), reverse=True) == [2, 1]",
         "assert f(1)[0] == 2",
         "assert f(1) + 1 == 2",
         "assert f(1) > 2",
