@@ -11,7 +11,6 @@ For what the sandbox stops and what it does not, see `grpo_ext.rewards.code.sand
 
 import json
 import marshal
-import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from grpo_ext.rewards.code.cases import Case
 from grpo_ext.rewards.code.formats import FORMATS, OPTIONAL_COLUMNS, RowTests, read_tests
 from grpo_ext.rewards.code.sandbox import Limits, Outcome, Sandbox
 from grpo_ext.rewards.completion import Completion, text_of
+from grpo_ext.rewards.cores import cores_per_process
 
 _GUEST = Path(__file__).parent / "guest"
 RUN_CALLS = (_GUEST / "run_calls.py").read_text(encoding="utf-8")
@@ -51,7 +51,8 @@ class ProgramReward:
         prelude: whether to run `guest/prelude.py` before programs that are tested by calls. None (recommended) means
             for rows whose data set does: HumanEval, LeetCode (`Solution().f`), and calls in APPS, LiveCodeBench and
             open-r1.
-        workers: number of programs that run at the same time. None (recommended) means one per core of this process.
+        workers: number of programs that run at the same time. None (recommended) means one per core of this process;
+            cores are shared if several processes train.
         allow_unsandboxed: run programs as your own user, without bubblewrap. Read `grpo_ext.rewards.code.sandbox`
             first.
     """
@@ -93,7 +94,7 @@ class ProgramReward:
         """
         tests = _parse_tests(columns, len(completions))
         programs = [extract_program(completion) for completion in completions]
-        with ThreadPoolExecutor(self.workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self.workers or cores_per_process()) as pool:
             return list(pool.map(self._score, programs, tests))
 
     def _score(self, program: str, row: RowTests | None) -> float | None:

@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import cloudpickle
 
+from grpo_ext.rewards.cores import cores_per_process
 from grpo_ext.rewards.workers.processes import SetupError, WorkerPool, shared_pool
 from grpo_ext.rewards.workers.worker import Failure, RunState, Task, WorkerResult
 
@@ -311,8 +312,7 @@ def declares(reward: Callable[..., Any], name: str) -> bool:
 
 def default_workers() -> int:
     """One worker per core of this training process, at most four; cores are shared if several processes train."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_DEFAULT_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(MAX_DEFAULT_WORKERS, cores_per_process())
 
 
 def _plain_state(state: Any) -> RunState:
