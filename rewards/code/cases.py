@@ -67,9 +67,9 @@ def assert_case(text: str) -> Case:
     """Parse a test in the form that data sets use: a call with constant arguments, compared with a constant.
 
     Supported: `assert f(x) == y`, `assert f(x)`, `assert not f(x)`, `assert f(x) is None` (or True, or False),
-    `assert math.isclose(f(x), y, rel_tol=z)`, `assert abs(f(x) - y) < z`, and `WRAPPERS` around the call. Any
-    value passes `assert f(x) == f(x)`. A call may be that of a method, `Solution().f(x)`. A constant may have
-    arithmetic, such as `1.0 / 3`, `3 * 19` and `"a" + "b"`.
+    `assert math.isclose(f(x), y, rel_tol=z)`, `assert abs(f(x) - y) < z`, and builtins around the call, such as
+    `sorted(f(x))`, from `grpo_ext.rewards.code.constants.WRAPPERS`. Any value passes `assert f(x) == f(x)`. A call may
+    be that of a method, `Solution().f(x)`. A constant may have arithmetic, such as `1.0 / 3`, `3 * 19` and `"a" + "b"`.
 
     Raises:
         ValueError: the test has none of these forms. Use this to find the rows to drop from a data set.
@@ -152,16 +152,14 @@ def _encode_call(
 
 
 def _leading_name(function: str) -> str:
-    """The name that a program must define to be called: `Solution` in `Solution().solve`."""
+    """The name that a program must define to be called, such as "Solution" in "Solution().solve"."""
     node: ast.expr | None = None
     with contextlib.suppress(SyntaxError):
         node = ast.parse(function.strip(), mode="eval").body
     while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
         node = node.func if isinstance(node, ast.Call) else node.value
     if not isinstance(node, ast.Name):
-        raise ValueError(
-            f"the function must be a name or an expression that starts with one, such as 'Solution().solve'; got {function!r}"
-        )
+        raise ValueError(f"the function must be a name or an expression like 'Solution().solve'; got {function!r}")
     return node.id
 
 

@@ -196,7 +196,7 @@ def _is_setup(node: ast.stmt) -> bool:
 
 MAX_REPETITIONS = 1000  # of a loop over constants
 _HOW_TO_WRITE_ASSERTS = (
-    "Give the row `test_list` in its place: a list of asserts as strings, each of which calls the function by its name "
+    "Give the row `test_list` instead: a list of asserts as strings, each of which calls the function by its name "
     "and compares with a constant, as in 'assert f([1, 2]) == 3'; or leave the row out."
 )
 
@@ -237,7 +237,7 @@ def _converted(body: list[ast.stmt], names: dict[str, ast.expr]) -> Iterator[Cas
 
 
 def _constants(loop: ast.For, values: ast.expr) -> list[ast.expr]:
-    """The constants that a loop goes over: those of a list, a tuple or a range."""
+    """The constants that a loop iterates over: the items of a list, a tuple or a range."""
     match values:
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return items

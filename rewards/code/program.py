@@ -47,9 +47,9 @@ class ProgramReward:
         share: True scores the fraction of the tests that a program passes. False (recommended) scores 1.0 if it passes
             all of them and 0.0 otherwise: a fraction rewards programs that solve only the easy tests.
         limits: limits of the sandbox, for each test. The time to start a sandbox does not count.
-        total_seconds: running time of all tests of a program together. The tests after it fail.
+        total_seconds: running time of all tests of a program together, in seconds. The remaining tests fail.
         prelude: whether to run `guest/prelude.py` before programs that are tested by calls. None (recommended) means
-            for rows whose data set does: HumanEval, LeetCode (`Solution().f`), and calls in APPS, LiveCodeBench and
+            for rows whose data set needs it: HumanEval, LeetCode (`Solution().f`), and calls in APPS, LiveCodeBench and
             open-r1.
         workers: number of programs that run at the same time. None (recommended) means one per core of this process;
             cores are shared if several processes train.

@@ -242,7 +242,7 @@ class _Started:
             message, descriptors, _, _ = socket.recv_fds(ours, 64, 1)
         if not message or not descriptors:
             raise _start_error(self.log())
-        self._tmp = descriptors[0]  # a path only: it can be asked for its size, not be read
+        self._tmp = descriptors[0]  # a path only: its usage can be queried, but it cannot be read
         self._kept.callback(os.close, self._tmp)
         self._used_at_start = self._used()
 

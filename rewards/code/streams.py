@@ -5,7 +5,7 @@ r"""Tests a program by its standard output: which outputs are correct.
     same_output(b"3.0\n", "3")                    ->  False
 
 White space at the end of lines and of the output is ignored. A number with a decimal point or an exponent in the
-expected output stands for its value, within a tolerance; everything else must be the same text.
+expected output is compared by value, within a tolerance. Everything else is compared as text.
 """
 
 import math

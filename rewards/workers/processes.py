@@ -154,12 +154,17 @@ class _Batch:
     tasks: Sequence[Task]
     reward: bytes
     timeout_s: float
-    waiting: deque[int] = field(init=False)
+    waiting: deque[int]
     results: dict[int, WorkerResult | Failure] = field(default_factory=dict)
     lost_starts: int = 0
 
-    def __post_init__(self) -> None:
-        self.waiting = deque(range(len(self.tasks)))
+    def fail(self, running: _Running, failure: Failure) -> None:
+        """Record the failure of a task whose worker has been removed; before its call, another worker can run it."""
+        if running.is_called:
+            self.results[running.index] = failure
+        else:
+            self.waiting.appendleft(running.index)
+            self.lose_start(failure.reason)
 
     def lose_start(self, reason: str) -> None:
         """Count a worker that failed before it called the reward.
@@ -169,9 +174,7 @@ class _Batch:
         """
         self.lost_starts += 1
         if self.lost_starts == MAX_LOST_STARTS:
-            raise SetupError(
-                Failure("setup", f"{self.lost_starts} workers failed before calling it; the last {reason}")
-            )
+            raise SetupError(Failure("setup", f"{MAX_LOST_STARTS} workers failed before calling it; the last {reason}"))
 
 
 class WorkerPool:
@@ -214,7 +217,7 @@ class WorkerPool:
         with self._lock:
             self._begin()
             try:
-                return self._run(_Batch(tasks, reward, timeout_s))
+                return self._run(_Batch(tasks, reward, timeout_s, waiting=deque(range(len(tasks)))))
             finally:
                 for worker in list(self._busy):  # after an exception or Ctrl-C
                     self._remove(worker)
@@ -242,7 +245,7 @@ class WorkerPool:
                 if worker in self._busy and time.monotonic() > running.deadline:
                     seconds = batch.timeout_s if running.is_called else SETUP_SECONDS
                     self._remove(worker)
-                    _fail(Failure("timeouts", f"took longer than {seconds:g} s"), running, batch)
+                    batch.fail(running, Failure("timeouts", f"took longer than {seconds:g} s"))
         return [batch.results[index] for index in range(len(batch.tasks))]
 
     def _assign(self, batch: _Batch) -> None:
@@ -271,7 +274,7 @@ class WorkerPool:
                 batch.results[running.index], batch.lost_starts = answer, 0
             case None:
                 code = self._remove(worker)
-                _fail(Failure("crashes", f"ended its process with exit code {code}"), running, batch)
+                batch.fail(running, Failure("crashes", f"ended its process with exit code {code}"))
 
     def _idle_worker(self) -> Worker | None:
         for worker in [worker for worker in self._workers if worker not in self._busy]:
@@ -290,15 +293,6 @@ class WorkerPool:
             self._workers.remove(worker)
             self.replaced += 1
         return worker.end()
-
-
-def _fail(failure: Failure, running: _Running, batch: _Batch) -> None:
-    """Record the failure of a task whose worker has been removed; before its call, another worker can run it."""
-    if running.is_called:
-        batch.results[running.index] = failure
-    else:
-        batch.waiting.appendleft(running.index)
-        batch.lose_start(failure.reason)
 
 
 def _log_levels() -> dict[str, int]:

@@ -236,7 +236,7 @@ def _call(reward: Callable[..., Any], arguments: dict[str, Any], *, logs: bool) 
 
 
 def _as_number(score: Any) -> float | None:
-    """The score as TRL reads it: `float` of anything but text."""
+    """The score as TRL converts it: `float` of anything but text."""
     if isinstance(score, str | bytes):
         raise TypeError(f"{score!r} is not a score; valid: a number, or None")
     return None if score is None else float(score)
