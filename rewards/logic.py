@@ -37,7 +37,7 @@ UNSUPPORTED_TASKS = {
     "composite": "it is a mixture of tasks; use them one by one",
 }
 # These scorers also execute the model's text, or as many moves as it states. They only see answers of this form.
-_ARITHMETIC = r"(?!.*(?:\*\*|//|\d{7}))[\d\s+*/()-]{1,200}"
+_ARITHMETIC = r"(?!(?s:.*)(?:\*\*|//|\d{7}))[\d\s+*/()-]{1,200}"
 _NUMBER_LISTS = r"[\d\s,\[\]-]*"
 SAFE_ANSWERS = {
     "countdown": _ARITHMETIC,
@@ -50,8 +50,9 @@ SAFE_ANSWERS = {
     "rubiks_cube": r"(?:[A-Za-z']{1,4}\d?(?:\s+|$)){0,200}",
     "rush_hour": r"(?:[A-Z][+-]\d\s*){0,200}",
 }
-# NaN equals everything in some scorers; 1e999999999 as an exact fraction would exhaust the memory.
-_NOT_A_NUMBER = re.compile(r"\b(?:nan|inf|infinity)\b|\d[eE][-+]?\d{4}", re.IGNORECASE)
+# NaN equals everything in some scorers. The exact fraction 1e999999999 would exhaust the memory. It may also be written
+# 1.e999999999 or 1e999_999_999, and coin_flip removes commas.
+_NOT_A_NUMBER = re.compile(r"\b(?:nan|inf|infinity)\b|[\d.,]e[-+,]*[\d_,]{4}", re.IGNORECASE)
 
 
 def logic_problems(

@@ -3,7 +3,7 @@
     read_tests({"test_list": ["assert f(1) == 2"]})            ->  RowTests with one call
     read_tests({"input_output": '{"inputs": ["1\\n"], "outputs": ["2\\n"]}'})  ->  RowTests with one standard input
 
-| columns | data sets |
+| columns | data sets or content |
 | --- | --- |
 | `entry_point`, `inputs`, `outputs` | a function, one list of arguments and one expected value per test |
 | `stdin`, `stdout`; optionally `float_tolerance` | one text, or list of lines, per test |
@@ -22,6 +22,7 @@ pass.
 
 import ast
 import base64
+import contextlib
 import copy
 import io
 import json
@@ -66,19 +67,19 @@ def read_tests(row: dict[str, Any]) -> RowTests | None:
                 if not tests.tests:
                     raise ValueError("there are no tests; expected a list of one or more tests")
             except (ValueError, TypeError, KeyError, AttributeError, SyntaxError) as error:
-                raise ValueError(f"{', '.join(columns)}: {_shown(error)}") from error
+                raise ValueError(f"{', '.join(columns)}: {_message(error)}") from error
             return tests
     return None
 
 
-def _shown(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _own_calls(row: dict[str, Any]) -> RowTests:
     function = row["entry_point"]
     pairs = zip(_listed(row["inputs"]), _listed(row["outputs"]), strict=True)
-    tests: list[Test] = [returns_case(function, arguments, expected) for arguments, expected in pairs]
+    tests: list[Test] = [returns_case([function], arguments, expected) for arguments, expected in pairs]
     return RowTests(tests, "." in function)
 
 
@@ -97,7 +98,7 @@ def _apps(row: dict[str, Any]) -> RowTests:
     if not function:
         return RowTests(_stream_tests(tests["inputs"], tests["outputs"]))
     pairs = zip(tests["inputs"], tests["outputs"], strict=True)
-    return RowTests([_call_of_either(function, *pair) for pair in pairs], needs_prelude=True)
+    return RowTests([_apps_call(function, *pair) for pair in pairs], needs_prelude=True)
 
 
 def _live_code_bench(row: dict[str, Any]) -> RowTests:
@@ -111,7 +112,7 @@ def _live_code_bench(row: dict[str, Any]) -> RowTests:
             raise ValueError("metadata has no 'func_name', which functional tests need")
         else:
             arguments = [json.loads(line) for line in case["input"].split("\n") if line.strip()]
-            tests.append(returns_case(_either(function), arguments, json.loads(case["output"])))
+            tests.append(returns_case(_function_or_method(function), arguments, json.loads(case["output"])))
     return RowTests(tests, bool(function))
 
 
@@ -119,11 +120,12 @@ def _private_tests(value: Any) -> list[dict[str, str]]:
     """The private tests of LiveCodeBench: JSON, which its files compress as the pickle of a text."""
     if not value:
         return []
-    try:
+    with contextlib.suppress(ValueError):
         return list(_parsed(value))
-    except ValueError:
-        text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
-        return list(json.loads(text))
+    try:
+        return list(json.loads(_TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()))
+    except Exception as error:  # zlib and pickle raise many types
+        raise ValueError(f"private_test_cases is neither JSON nor a compressed pickle of JSON text: {error}") from error
 
 
 class _TextUnpickler(pickle.Unpickler):
@@ -149,7 +151,7 @@ def _open_r1(row: dict[str, Any]) -> RowTests:
     tests: list[Test] = []
     for case in info["test_cases"]:
         if case.get("fn_name"):
-            tests.append(_call_of_either(case["fn_name"], _parsed(case["input"]), _parsed(case["output"])))
+            tests.append(_apps_call(case["fn_name"], _parsed(case["input"]), _parsed(case["output"])))
         else:
             tests += _stream_tests([case["input"]], [case["output"]])
     return RowTests(tests, any(isinstance(test, Case) for test in tests))
@@ -157,31 +159,44 @@ def _open_r1(row: dict[str, Any]) -> RowTests:
 
 def _human_eval(row: dict[str, Any]) -> RowTests:
     function = ast.parse(row["entry_point"].strip(), mode="eval").body
+    check: ast.FunctionDef | None = None
     for node in ast.parse(row["test"]).body:
         match node:
-            case ast.FunctionDef(name="check", args=ast.arguments(args=[candidate]), body=body):
-                return RowTests(list(_converted(body, {candidate.arg: function})), needs_prelude=True)
-    raise ValueError(f"there is no 'def check(candidate)'. {_HOW_TO_WRITE_ASSERTS}")
+            case ast.FunctionDef(name="check", args=ast.arguments(args=[_])) if check is None:
+                check = node
+            case ast.Expr(value=ast.Call(func=ast.Name(id="check"), args=[ast.Name() | ast.Attribute()], keywords=[])):
+                pass  # the call of the function above
+            case _ if not _is_setup(node):
+                raise _cannot_convert(node)
+    if check is None:
+        raise ValueError(f"there is no 'def check(candidate)'. {_HOW_TO_WRITE_ASSERTS}")
+    return RowTests(list(_converted(check.body, {check.args.args[0].arg: function})), needs_prelude=True)
 
 
 def _kod_code(row: dict[str, Any]) -> RowTests:
     tests: list[Test] = []
     for node in ast.parse(row["test"]).body:
         match node:
-            case ast.Import() | ast.ImportFrom():
-                pass
             case ast.FunctionDef(name=name, args=ast.arguments(args=[]), body=body, decorator_list=[]) if (
                 name.startswith("test")
             ):
                 tests += _converted(body, {})
-            case _:
+            case _ if not _is_setup(node):
                 raise _cannot_convert(node)
     return RowTests(tests)
 
 
+def _is_setup(node: ast.stmt) -> bool:
+    """Whether a statement outside a test function only prepares tests: an import, an assignment or a docstring."""
+    match node:
+        case ast.Import() | ast.ImportFrom() | ast.Assign(targets=[ast.Name()]) | ast.Expr(value=ast.Constant()):
+            return True
+    return False
+
+
 MAX_REPETITIONS = 1000  # of a loop over constants
 _HOW_TO_WRITE_ASSERTS = (
-    "Give the row `test_list` in its place: a list of asserts as strings, each of which calls the function by its name "
+    "Give the row `test_list` instead: a list of asserts as strings, each of which calls the function by its name "
     "and compares with a constant, as in 'assert f([1, 2]) == 3'; or leave the row out."
 )
 
@@ -191,21 +206,26 @@ def _cannot_convert(node: ast.AST) -> ValueError:
 
 
 def _converted(body: list[ast.stmt], names: dict[str, ast.expr]) -> Iterator[Case]:
-    """The asserts of a test function, with the expressions in place of the names that stand for them.
+    """The asserts of a test function, with names replaced by the expressions assigned to them.
 
     A loop over constants becomes one assert per constant.
+
+    Args:
+        body: statements of the function.
+        names: expression per name; the assignments in the body are added.
     """
     for node in body:
         match node:
             case ast.Expr(value=ast.Constant() | ast.Name()) | ast.Pass() | ast.Assert(test=ast.Constant(value=True)):
                 pass
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                names = names | {name: _substituted(value, names)}
+                names[name] = _substituted(value, names)
             case ast.For(target=ast.Name(id=name), iter=values, body=inner, orelse=[]) if not any(
                 isinstance(part, ast.For) for part in inner
             ):
                 for item in _constants(node, _substituted(values, names)):
-                    yield from _converted(inner, names | {name: item})
+                    names[name] = item
+                    yield from _converted(inner, names)
             case ast.Assert(test=test):
                 try:
                     case = assert_case(ast.unparse(ast.Assert(test=_substituted(test, names))))
@@ -217,7 +237,7 @@ def _converted(body: list[ast.stmt], names: dict[str, ast.expr]) -> Iterator[Cas
 
 
 def _constants(loop: ast.For, values: ast.expr) -> list[ast.expr]:
-    """The constants that a loop goes over: those of a list, a tuple or a range."""
+    """The constants that a loop iterates over: the items of a list, a tuple or a range."""
     match values:
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return items
@@ -245,17 +265,17 @@ class _Substitute(ast.NodeTransformer):
         return self._names.get(node.id, node)
 
 
-def _either(function: str) -> str:
-    """An expression for a function of the program, or for a method of its class Solution."""
-    if not function.isidentifier():
-        raise ValueError(f"{function!r} is not the name of a function")
-    return f"(Solution().{function} if 'Solution' in globals() else {function})"
+def _function_or_method(name: str) -> list[str]:
+    """Expressions for a method of the program's class Solution, or else for its function."""
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is not the name of a function")
+    return [f"Solution().{name}", name]
 
 
-def _call_of_either(function: str, arguments: Any, expected: Any) -> Case:
+def _apps_call(function: str, arguments: Any, expected: Any) -> Case:
     """A call in APPS, which may wrap the expected value in a list of one."""
     values = [expected, expected[0]] if isinstance(expected, list) and len(expected) == 1 else [expected]
-    return returns_any_case(_either(function), arguments, values)
+    return returns_any_case(_function_or_method(function), arguments, values)
 
 
 def _stream_tests(stdin: Any, stdout: Any, tolerance: float | None = None) -> list[Test]:

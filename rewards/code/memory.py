@@ -1,11 +1,12 @@
 """Measures the memory of a process and all its descendants together.
 
-    exceeds(process.pid, 512 * 2**20)  ->  False
+    memory_exceeds(process.pid, 512 * 2**20)  ->  False
 
-Counted are pages in memory and in swap, without those of files on disk. Pages that processes share after a fork count
-once. Everything is read from /proc: this needs no privileges and no control group, and works in containers.
+It counts pages in memory and in swap, excluding file-backed pages. Pages that processes share after a fork count once.
+Everything is read from /proc: this needs no privileges and no control group, and works in containers.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ _RESIDENT = re.compile(rb"^(?:RssAnon|RssShmem|VmSwap):\s*(\d+) kB", re.MULTILIN
 _PROPORTIONAL = re.compile(rb"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s*(\d+) kB", re.MULTILINE)
 
 
-def exceeds(root: int, limit: int) -> bool:
+def memory_exceeds(root: int, limit: int) -> bool:
     """Whether the memory of a process and its descendants is more than `limit` bytes."""
     family = list(_family(root))
     # The first sum counts shared pages several times. It is cheap, and most programs are far below the limit.
@@ -27,12 +28,16 @@ def _family(root: int) -> Iterator[Path]:
     while left:
         folder = Path("/proc", str(left.pop()))
         yield folder
-        for children in folder.glob("task/*/children"):
-            left += map(int, _read(children).split())
+        with contextlib.suppress(OSError):  # the process has ended
+            for children in folder.glob("task/*/children"):
+                left += map(int, _read(children).split())
 
 
 def _proportional_total(family: list[Path]) -> int:
-    """As `_RESIDENT`, with the share of each process in its pages; a process whose shares are hidden counts in full."""
+    """Like `_total(family, "status", _RESIDENT)`, but each shared page is divided among its processes.
+
+    A process whose proportional sizes cannot be read counts in full.
+    """
     return sum(
         _total([folder], "smaps_rollup", _PROPORTIONAL) or _total([folder], "status", _RESIDENT) for folder in family
     )
@@ -45,5 +50,5 @@ def _total(family: list[Path], file: str, counted: re.Pattern[bytes]) -> int:
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
-    except OSError:  # the process has ended, or its file is not for this user
+    except OSError:  # the process has ended, or this user may not read its file
         return b""

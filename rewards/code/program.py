@@ -11,7 +11,6 @@ For what the sandbox stops and what it does not, see `grpo_ext.rewards.code.sand
 
 import json
 import marshal
-import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from grpo_ext.rewards.code.cases import Case
 from grpo_ext.rewards.code.formats import FORMATS, OPTIONAL_COLUMNS, RowTests, read_tests
 from grpo_ext.rewards.code.sandbox import Limits, Outcome, Sandbox
 from grpo_ext.rewards.completion import Completion, text_of
+from grpo_ext.rewards.cores import cores_per_process
 
 _GUEST = Path(__file__).parent / "guest"
 RUN_CALLS = (_GUEST / "run_calls.py").read_text(encoding="utf-8")
@@ -47,11 +47,12 @@ class ProgramReward:
         share: True scores the fraction of the tests that a program passes. False (recommended) scores 1.0 if it passes
             all of them and 0.0 otherwise: a fraction rewards programs that solve only the easy tests.
         limits: limits of the sandbox, for each test. The time to start a sandbox does not count.
-        total_seconds: running time of all tests of a program together. The tests after it fail.
+        total_seconds: running time of all tests of a program together, in seconds. The remaining tests fail.
         prelude: whether to run `guest/prelude.py` before programs that are tested by calls. None (recommended) means
-            for rows whose data set does: HumanEval, LeetCode (`Solution().f`), and calls in APPS, LiveCodeBench and
+            for rows whose data set needs it: HumanEval, LeetCode (`Solution().f`), and calls in APPS, LiveCodeBench and
             open-r1.
-        workers: number of programs that run at the same time. None (recommended) means one per core of this process.
+        workers: number of programs that run at the same time. None (recommended) means one per core of this process;
+            cores are shared if several processes train.
         allow_unsandboxed: run programs as your own user, without bubblewrap. Read `grpo_ext.rewards.code.sandbox`
             first.
     """
@@ -93,7 +94,7 @@ class ProgramReward:
         """
         tests = _parse_tests(columns, len(completions))
         programs = [extract_program(completion) for completion in completions]
-        with ThreadPoolExecutor(self.workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self.workers or cores_per_process()) as pool:
             return list(pool.map(self._score, programs, tests))
 
     def _score(self, program: str, row: RowTests | None) -> float | None:

@@ -33,8 +33,8 @@ options and the seccomp filter in `sandbox_policy.py` give, and no more. What th
   group, and their memory counts unless their parent has ended.
 
 If this process runs as root, bwrap creates no user namespace: inside one, the program would still be the machine's root
-user, who is exempt from the limit on processes. Instead, the program switches to a user id that nothing else uses. For
-any other user, bwrap creates a user namespace with user 65534.
+user, who is exempt from the limit on processes. Instead, the program switches to a transient user id, which no other
+sandbox of this process has. For any other user, bwrap creates a user namespace with user 65534.
 """
 
 import math
@@ -45,14 +45,16 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from grpo_ext.rewards.code.memory import exceeds
+from grpo_ext.rewards.code.memory import memory_exceeds
 from grpo_ext.rewards.code.sandbox_policy import bubblewrap_command, host_python, seccomp_filter
 
 # Time limit for starting bwrap and Python on a busy machine. The program's own time starts after that.
@@ -216,7 +218,7 @@ class _Started:
             user = 0
             folder = "/"
             if self._is_sandbox:
-                user = secrets.choice(TRANSIENT_USERS) if os.geteuid() == 0 else 0
+                user = self._kept.enter_context(_reserved_user()) if os.geteuid() == 0 else 0
                 seccomp = stack.enter_context(_memory_file(seccomp_filter()))
                 inherited.append(seccomp.fileno())
                 command = [*bubblewrap_command(limits.file_mb), "--seccomp", str(seccomp.fileno()), "--"]
@@ -240,7 +242,7 @@ class _Started:
             message, descriptors, _, _ = socket.recv_fds(ours, 64, 1)
         if not message or not descriptors:
             raise _start_error(self.log())
-        self._tmp = descriptors[0]  # a path only: it can be asked for its size, not be read
+        self._tmp = descriptors[0]  # a path only: its usage can be queried, but it cannot be read
         self._kept.callback(os.close, self._tmp)
         self._used_at_start = self._used()
 
@@ -279,7 +281,7 @@ class _Started:
         """Whether the run exceeds a limit that the kernel does not know."""
         assert self._process is not None
         has_too_many_files = self._is_sandbox and self._used()[0] - self._used_at_start[0] > limits.files
-        return has_too_many_files or exceeds(self._process.pid, limits.memory_mb * 2**20)
+        return has_too_many_files or memory_exceeds(self._process.pid, limits.memory_mb * 2**20)
 
     def is_clean(self) -> bool:
         """Whether the last run left the sandbox as it was."""
@@ -298,6 +300,23 @@ class _Started:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._kept.close()
+
+
+_reserved_users: set[int] = set()
+_reserving = threading.Lock()
+
+
+@contextmanager
+def _reserved_user() -> Iterator[int]:
+    """A user id of its own for one sandbox: the limit on processes is one per user."""
+    with _reserving:
+        while (user := secrets.choice(TRANSIENT_USERS)) in _reserved_users:
+            pass
+        _reserved_users.add(user)
+    try:
+        yield user
+    finally:
+        _reserved_users.remove(user)
 
 
 def _start_error(log: str) -> RuntimeError:

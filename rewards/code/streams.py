@@ -5,14 +5,14 @@ r"""Tests a program by its standard output: which outputs are correct.
     same_output(b"3.0\n", "3")                    ->  False
 
 White space at the end of lines and of the output is ignored. A number with a decimal point or an exponent in the
-expected output stands for its value, within a tolerance; everything else must be the same text.
+expected output is compared by value, within a tolerance. Everything else is compared as text.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
-from grpo_ext.rewards.code.cases import TOLERANCES
+from grpo_ext.rewards.code.values import TOLERANCES
 
 FLOAT = re.compile(rb"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d{1,4})?")
 NUMBER = re.compile(rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")

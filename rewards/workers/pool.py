@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import cloudpickle
 
+from grpo_ext.rewards.cores import cores_per_process
 from grpo_ext.rewards.workers.processes import SetupError, WorkerPool, shared_pool
 from grpo_ext.rewards.workers.worker import Failure, RunState, Task, WorkerResult
 
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 RewardFunc = Callable[..., Any]
 
-# A run stops if more than MIN_FAILURES and more than MAX_FAILURE_RATE of the last FAILURE_WINDOW completions failed.
+# A run stops if more than MIN_FAILURES and more than MAX_FAILURE_RATE of the last FAILURE_WINDOW tasks failed: of its
+# completions, or of its calls if the reward gets whole calls.
 MIN_FAILURES, MAX_FAILURE_RATE, FAILURE_WINDOW = 5, 0.05, 1000
 SHOWN_CHARACTERS = 300  # of a completion, in an error message
 MAX_DEFAULT_WORKERS = 4  # each has the modules of the rewards in memory
@@ -148,8 +150,9 @@ class IsolatedReward:
 
         Raises:
             ValueError: the reward, or an argument, cannot be sent to a worker.
-            RuntimeError: a failure with `on_error="raise"`; failures on more than five, and more than 5%, of the last
-                1,000 completions; or the reward cannot be set up in a worker.
+            RuntimeError: a failure with `on_error="raise"`; more than five failures that are more than 5% of the last
+                1,000 completions, or of the last 1,000 calls if the reward gets whole calls; or the reward cannot be
+                set up in a worker.
         """
         log_extra, log_metric = columns.pop("log_extra", None), columns.pop("log_metric", None)
         state = columns.get("trainer_state")
@@ -249,34 +252,39 @@ class IsolatedReward:
     def _collect(self, answer: WorkerResult | Failure, completions: list[Any]) -> WorkerResult:
         count = len(completions)
         self.failures.completions += count
+        self._recent_failures.append(isinstance(answer, Failure))
         if isinstance(answer, WorkerResult):
-            self._recent_failures.extend([False] * count)
             return answer
         setattr(self.failures, answer.kind, getattr(self.failures, answer.kind) + count)
-        error = self._record_failure(completions, answer.how)
+        error = self._check_failure(completions, answer.reason)
         if error is not None:
             if answer.trace:
                 error.add_note(f"In the worker:\n{answer.trace}")
             raise error
         return WorkerResult([None] * count)
 
-    def _record_failure(self, completions: list[Any], how: str) -> RuntimeError | None:
-        """The error to raise if `on_error` is "raise" or too many recent completions failed, else None."""
-        self._recent_failures.extend([True] * len(completions))
+    def _check_failure(self, completions: list[Any], reason: str) -> RuntimeError | None:
+        """The error to raise if `on_error` is "raise" or too many recent tasks failed, else None.
+
+        A failed call is also logged: it may cost all groups of a step.
+        """
         failed, recent = sum(self._recent_failures), len(self._recent_failures)
         shown = repr(str(completions[0])[:SHOWN_CHARACTERS])
-        what, advice = f"Reward {self.__name__!r} {how} on the completion {shown}", ""
+        what, advice = f"Reward {self.__name__!r} {reason} on the completion {shown}", ""
         if len(completions) > 1:
-            what = f"Reward {self.__name__!r} {how} on {len(completions)} completions, the first being {shown}"
+            what = f"Reward {self.__name__!r} {reason} on {len(completions)} completions, the first being {shown}"
             advice = " If the score of a completion depends on its row alone, set scores_independently = True on it: a "
             advice += "failure then costs only one completion."
         if self._on_error == "raise":
             return RuntimeError(f"{what}. Fix the reward, or pass on_error='none' to exclude such completions.{advice}")
         if failed > max(MIN_FAILURES, MAX_FAILURE_RATE * recent):
+            unit = "calls" if self._batched else "completions"
             return RuntimeError(
-                f"{what}. It failed on {failed} of the last {recent} completions, so the run would learn from noise: "
+                f"{what}. It failed on {failed} of the last {recent} {unit}, so the run would learn from noise: "
                 f"fix the reward, or increase timeout_s={self._timeout_s:g} if it is just slow.{advice}"
             )
+        if self._batched:
+            logger.warning(f"{what}. The completions of this call are not scored.{advice}")
         return None
 
 
@@ -311,8 +319,7 @@ def declares(reward: Callable[..., Any], name: str) -> bool:
 
 def default_workers() -> int:
     """One worker per core of this training process, at most four; cores are shared if several processes train."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_DEFAULT_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(MAX_DEFAULT_WORKERS, cores_per_process())
 
 
 def _plain_state(state: Any) -> RunState:

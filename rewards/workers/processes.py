@@ -1,7 +1,7 @@
 """Worker processes, and pools of them, which run tasks of `worker.py` in parallel, each in bounded time.
 
 A worker that ends while it is idle costs nothing: the next task starts another one. A worker that ends or exceeds the
-time limit during a call costs that task.
+time limit during a call costs that task. A task whose worker ends or hangs before the call moves to another worker.
 
 Workers live until `close()`, or until this process ends in any way. They do not import the main module again: a script
 that loads a model does not load it twice, and the reward may still be a function of that script.
@@ -14,12 +14,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import struct
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 
 from loky.backend import get_context
@@ -27,7 +30,8 @@ from loky.backend import get_context
 from grpo_ext.rewards.workers.worker import END, Answer, Failure, Started, Task, WorkerResult, serve
 
 WORKER_NAME = "reward_worker"  # in the command line of the process
-TICK_SECONDS = 0.2  # how often a process that keeps its connection open is checked for being alive
+TICK_SECONDS = 0.2  # how often to check that a process with an open connection is still alive and in time
+SETUP_SECONDS = 600  # time limit for everything before a call: sending the task, and the imports of the reward
 END_SECONDS = 5.0  # how long an idle worker may take to end by itself, for example to write out its files
 MAX_LOST_STARTS = 3  # workers in a row that end before they call the reward
 
@@ -42,6 +46,8 @@ class Worker:
 
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
+        if sys.platform == "linux":
+            _limit_waiting(self.connection.fileno(), SETUP_SECONDS)
         method = multiprocessing.get_start_method(allow_none=True)
         context = get_context("loky")
         self._process = context.Process(target=serve, args=(theirs, os.getpid(), method), name=WORKER_NAME)
@@ -55,7 +61,7 @@ class Worker:
         return self._process.is_alive()
 
     def send(self, task: Task) -> bool:
-        """Send a task; False if the process has ended."""
+        """Send a task; False if the process has ended, or does not receive it in SETUP_SECONDS."""
         try:
             self.connection.send_bytes(pickle.dumps(task))
         except OSError:
@@ -101,6 +107,14 @@ class Worker:
         return True
 
 
+def _limit_waiting(connection: int, seconds: int) -> None:
+    """Let each read and each write of a socket fail if the other side makes it wait for longer than this."""
+    with socket.socket(fileno=os.dup(connection)) as same:
+        same.setblocking(True)  # in case of socket.setdefaulttimeout
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+
+
 def _exists(process_id: int) -> bool:
     try:
         os.kill(process_id, 0)
@@ -113,10 +127,54 @@ def _exists(process_id: int) -> bool:
 
 @dataclass
 class _Running:
-    """A task in a worker; its deadline is None until the reward is called."""
+    """A task in a worker.
+
+    Attributes:
+        index: which task of its batch.
+        deadline: when to end the worker, on the clock of `time.monotonic`.
+        is_called: whether the reward has been called.
+    """
 
     index: int
-    deadline: float | None = None
+    deadline: float
+    is_called: bool = False
+
+
+@dataclass
+class _Batch:
+    """The tasks of one call of `WorkerPool.run`, and what has become of them.
+
+    Attributes:
+        tasks, reward, timeout_s: arguments of that call.
+        waiting: indices of the tasks that no worker has.
+        results: result per index.
+        lost_starts: workers in a row that failed before they called the reward.
+    """
+
+    tasks: Sequence[Task]
+    reward: bytes
+    timeout_s: float
+    waiting: deque[int]
+    results: dict[int, WorkerResult | Failure] = field(default_factory=dict)
+    lost_starts: int = 0
+
+    def fail(self, running: _Running, failure: Failure) -> None:
+        """Record the failure of a task whose worker has been removed; before its call, another worker can run it."""
+        if running.is_called:
+            self.results[running.index] = failure
+        else:
+            self.waiting.appendleft(running.index)
+            self.lose_start(failure.reason)
+
+    def lose_start(self, reason: str) -> None:
+        """Count a worker that failed before it called the reward.
+
+        Raises:
+            SetupError: this happened MAX_LOST_STARTS times in a row.
+        """
+        self.lost_starts += 1
+        if self.lost_starts == MAX_LOST_STARTS:
+            raise SetupError(Failure("setup", f"{MAX_LOST_STARTS} workers failed before calling it; the last {reason}"))
 
 
 class WorkerPool:
@@ -159,7 +217,7 @@ class WorkerPool:
         with self._lock:
             self._begin()
             try:
-                return self._run(tasks, reward, timeout_s)
+                return self._run(_Batch(tasks, reward, timeout_s, waiting=deque(range(len(tasks)))))
             finally:
                 for worker in list(self._busy):  # after an exception or Ctrl-C
                     self._remove(worker)
@@ -175,44 +233,48 @@ class WorkerPool:
             self._workers, self._busy, self._process_id = [], {}, os.getpid()
             weakref.finalize(self, _end_workers, self._workers, self._busy, self._process_id).atexit = False
 
-    def _run(self, tasks: Sequence[Task], reward: bytes, timeout_s: float) -> list[WorkerResult | Failure]:
-        results: dict[int, WorkerResult | Failure] = {}
-        waiting, lost_starts = deque(range(len(tasks))), 0
-        while len(results) < len(tasks):
-            while waiting and (worker := self._idle_worker()) is not None:
-                task = tasks[waiting[0]]
-                if task.key not in worker.keys:
-                    task = replace(task, reward=reward, log_levels=_log_levels())
-                if worker.send(task):
-                    self._busy[worker] = _Running(waiting.popleft())
-                else:
-                    self._remove(worker)
+    def _run(self, batch: _Batch) -> list[WorkerResult | Failure]:
+        while len(batch.results) < len(batch.tasks):
+            self._assign(batch)
             arrived = set(wait([worker.connection for worker in self._busy], TICK_SECONDS))
             for worker, running in list(self._busy.items()):
-                answer = worker.receive() if worker.connection in arrived else None
-                if isinstance(answer, logging.LogRecord):
-                    logging.getLogger(answer.name).handle(answer)
-                elif isinstance(answer, Started):
-                    running.deadline = time.monotonic() + timeout_s
-                elif isinstance(answer, Failure) and answer.kind == "setup":
-                    raise SetupError(answer)
-                elif answer is not None:
-                    results[running.index] = answer
-                    del self._busy[worker]
-                    lost_starts = 0
-                elif worker.connection in arrived or not worker.is_alive:
-                    code = self._remove(worker)
-                    if running.deadline is not None:
-                        results[running.index] = Failure("crashes", f"ended its process with exit code {code}")
-                        continue
-                    waiting.appendleft(running.index)  # its reward was not called: another worker can run it
-                    lost_starts += 1
-                    if lost_starts == MAX_LOST_STARTS:
-                        raise SetupError(Failure("setup", f"{lost_starts} workers ended with exit code {code}"))
-                elif running.deadline is not None and time.monotonic() > running.deadline:
+                if worker.connection in arrived:
+                    self._handle(worker.receive(), worker, running, batch)
+                elif not worker.is_alive:
+                    self._handle(None, worker, running, batch)
+                if worker in self._busy and time.monotonic() > running.deadline:
+                    seconds = batch.timeout_s if running.is_called else SETUP_SECONDS
                     self._remove(worker)
-                    results[running.index] = Failure("timeouts", f"took longer than {timeout_s:g} s")
-        return [results[index] for index in range(len(tasks))]
+                    batch.fail(running, Failure("timeouts", f"took longer than {seconds:g} s"))
+        return [batch.results[index] for index in range(len(batch.tasks))]
+
+    def _assign(self, batch: _Batch) -> None:
+        """Send waiting tasks to idle workers."""
+        while batch.waiting and (worker := self._idle_worker()) is not None:
+            task = batch.tasks[batch.waiting[0]]
+            if task.key not in worker.keys:
+                task = replace(task, reward=batch.reward, log_levels=_log_levels())
+            if worker.send(task):
+                self._busy[worker] = _Running(batch.waiting.popleft(), time.monotonic() + SETUP_SECONDS)
+            else:
+                self._remove(worker)
+                batch.lose_start("did not receive its task")
+
+    def _handle(self, answer: Answer | None, worker: Worker, running: _Running, batch: _Batch) -> None:
+        """Handle an answer; None means that the process of the worker has ended."""
+        match answer:
+            case logging.LogRecord():
+                logging.getLogger(answer.name).handle(answer)
+            case Started():
+                running.is_called, running.deadline = True, time.monotonic() + batch.timeout_s
+            case Failure(kind="setup"):
+                raise SetupError(answer)
+            case WorkerResult() | Failure():
+                del self._busy[worker]
+                batch.results[running.index], batch.lost_starts = answer, 0
+            case None:
+                code = self._remove(worker)
+                batch.fail(running, Failure("crashes", f"ended its process with exit code {code}"))
 
     def _idle_worker(self) -> Worker | None:
         for worker in [worker for worker in self._workers if worker not in self._busy]:
@@ -240,10 +302,10 @@ def _log_levels() -> dict[str, int]:
 
 
 class SetupError(RuntimeError):
-    """A reward or its arguments could not be unpickled in a worker, or no worker could be started."""
+    """A reward or its arguments could not be unpickled in a worker, or no worker got as far as calling it."""
 
     def __init__(self, failure: Failure):
-        super().__init__(failure.how)
+        super().__init__(failure.reason)
         if failure.trace:
             self.add_note(failure.trace)
 

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from logging.handlers import QueueHandler
@@ -23,7 +24,7 @@ from multiprocessing.connection import Connection
 from types import FrameType, SimpleNamespace
 from typing import Any, Literal
 
-PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when its parent ends
+PR_SET_PDEATHSIG = 1  # Linux: the signal that this process gets when the thread that started it ends
 PARENT_POLL_SECONDS = 1.0
 END = b""  # sent in place of a task to end the worker
 
@@ -86,13 +87,13 @@ class Failure:
     """Why a task has no result.
 
     Attributes:
-        kind: "setup" if the reward or its arguments could not be unpickled, and so the reward was not called.
-        how: what the reward did, as a predicate, such as "raised KeyError('answer')".
+        kind: "setup" if the reward was not called, for example because it could not be unpickled.
+        reason: what the reward did, as a predicate, such as "raised KeyError('answer')".
         trace: the traceback in the worker; "" if there is none.
     """
 
     kind: Literal["timeouts", "crashes", "errors", "setup"]
-    how: str
+    reason: str
     trace: str = ""
 
 
@@ -100,7 +101,7 @@ Answer = Started | WorkerResult | Failure | logging.LogRecord
 
 
 def serve(connection: Connection, parent: int, start_method: str | None) -> None:
-    """Process incoming tasks until `END`.
+    """Process incoming tasks until `END`, or until the training process ends.
 
     Args:
         connection: connection to the training process.
@@ -108,7 +109,8 @@ def serve(connection: Connection, parent: int, start_method: str | None) -> None
         start_method: start method of `multiprocessing` in the training process, for rewards that start processes.
     """
     _prepare_process(parent, start_method)
-    lock, rewards = threading.Lock(), {}
+    lock = threading.Lock()
+    rewards: dict[int, Any] = {}
 
     def send(answer: Answer) -> None:
         message = pickle.dumps(answer)
@@ -116,22 +118,34 @@ def serve(connection: Connection, parent: int, start_method: str | None) -> None
             connection.send_bytes(message)
 
     logging.getLogger().addHandler(_SendRecords(send))
-    while (message := connection.recv_bytes()) != END:
-        task: Task = pickle.loads(message)
-        _follow(task)
-        try:
-            if task.reward is not None:
-                rewards[task.key] = pickle.loads(task.reward)
-            arguments = pickle.loads(task.arguments)
-        except BaseException as error:  # unpickling imports modules of the user, which may raise anything
-            send(Failure("setup", repr(error), traceback.format_exc()))
-            continue
-        _seed(task.seed)
-        send(Started())
-        answer = _call(rewards[task.key], arguments, logs=task.logs)
-        sys.stdout.flush()  # it would be lost if the worker were killed
-        sys.stderr.flush()
+    while (message := _receive(connection)) != END:
+        with _killed_with(parent):
+            answer = _run(pickle.loads(message), rewards, send)
         send(answer)
+
+
+def _receive(connection: Connection) -> bytes:
+    try:
+        return connection.recv_bytes()
+    except EOFError:  # the training process has ended
+        return END
+
+
+def _run(task: Task, rewards: dict[int, Any], send: Callable[[Answer], None]) -> WorkerResult | Failure:
+    """Run a task. `rewards` keeps the reward under its key for later tasks."""
+    _follow(task)
+    try:
+        if task.reward is not None:
+            rewards[task.key] = pickle.loads(task.reward)
+        arguments = pickle.loads(task.arguments)
+    except BaseException as error:  # unpickling imports modules of the user, which may raise anything
+        return Failure("setup", repr(error), traceback.format_exc())
+    _seed(task.seed)
+    send(Started())
+    answer = _call(rewards[task.key], arguments, logs=task.logs)
+    sys.stdout.flush()  # it would be lost if the worker were killed
+    sys.stderr.flush()
+    return answer
 
 
 def _prepare_process(parent: int, start_method: str | None) -> None:
@@ -140,8 +154,6 @@ def _prepare_process(parent: int, start_method: str | None) -> None:
     signal.signal(signal.SIGTERM, partial(_leave_to_parent, os.getpid()))
     if hasattr(os, "setsid"):
         os.setsid()  # its own group, which can be killed together with the processes that a reward has started
-    if sys.platform == "linux":  # works even if a call that never returns holds the GIL
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     # loky's own method cannot start other kinds of processes
     multiprocessing.set_start_method(start_method, force=True)
@@ -152,6 +164,23 @@ def _leave_to_parent(worker: int, number: int, frame: FrameType | None) -> None:
     if os.getpid() != worker:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+@contextmanager
+def _killed_with(parent: int) -> Iterator[None]:
+    """End this process with its parent during a task, even if a call that never returns holds the GIL.
+
+    Linux does so when the thread that started this process ends. An idle worker must outlive that thread.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that line
+        os._exit(1)
+    yield
+    prctl(PR_SET_PDEATHSIG, 0)
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -207,7 +236,7 @@ def _call(reward: Callable[..., Any], arguments: dict[str, Any], *, logs: bool) 
 
 
 def _as_number(score: Any) -> float | None:
-    """The score as TRL reads it: `float` of anything but text."""
+    """The score as TRL converts it: `float` of anything but text."""
     if isinstance(score, str | bytes):
         raise TypeError(f"{score!r} is not a score; valid: a number, or None")
     return None if score is None else float(score)

@@ -21,9 +21,12 @@ HOSTILE = [
     "R999999999",
     "F+999999999",
     "1e999999999",
+    "1.e999999999",
+    "1e999_999_999",
     "nan",
     "[NaN, NaN, NaN]",
     "9**9**9**9",
+    "(\n9**9**9**9)",
     "[[" * 4000,
     "(" * 9000,
     "¬" * 9000,
@@ -122,11 +125,19 @@ def test_partial_scores_are_kept():
     assert score(row, " + ".join(map(str, numbers))) == 0.05  # the right numbers
     assert score(row, "1 + 1") == 0.05
     assert score(row, "no idea") == 0.0
+    assert score(row, "(2\n**3)") == 0.0  # powers are refused on every line: the scorer would compute huge ones
 
 
 @pytest.mark.parametrize(
     ("task", "answer"),
-    [("complex_arithmetic", "nan"), ("number_sorting", "[NaN, NaN]"), ("coin_flip", "1e9999999")],
+    [
+        ("complex_arithmetic", "nan"),
+        ("number_sorting", "[NaN, NaN]"),
+        ("coin_flip", "1e9999999"),
+        ("coin_flip", "1.e-9999"),
+        ("coin_flip", "1e-9_999"),
+        ("coin_flip", "1,e-9,999"),
+    ],
 )
 def test_what_is_not_a_number_earns_nothing(task, answer):
     """A scorer that takes the smaller of two scores would accept NaN as the right number."""

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from grpo_ext.rewards import length_reward, math_answer_reward, program_reward
+from grpo_ext.rewards.workers import processes
 from grpo_ext.rewards.workers.pool import isolated
 from grpo_ext.rewards.workers.processes import WORKER_NAME
 from grpo_ext.rollout.reward_workers import in_workers
@@ -90,17 +92,16 @@ def test_a_failure_costs_one_completion(safe, text, kind):
 
 
 @pytest.mark.slow
-def test_batched_calls(safe, new_workers):
+def test_batched_calls(safe, new_workers, caplog):
     """A reward may compare completions and remember them, so it has one worker. A failure costs the whole call, and the
-    message says how to limit the cost to one completion."""
+    warning says how to limit the cost to one completion."""
     reward = safe(compared, workers=None)
     assert reward(completions=["one", "three", "a"]) == [0.0, 1.0, 0.0]
     assert reward(completions=["six"]) == [0.0]
     assert len(new_workers()) == 1
-    with pytest.raises(
-        RuntimeError, match=r"took longer than 6 s on 6 completions, the first being 'a'\. .*scores_independently"
-    ):
-        reward(completions=["a", "hang", "abc", "b", "c", "d"])
+    assert reward(completions=["a", "hang", "abc", "b", "c", "d"]) == [None] * 6
+    warning = r"took longer than 6 s on 6 completions, the first being 'a'\. .*scores_independently"
+    assert re.search(warning, caplog.text)
     assert vars(reward.failures) == {"completions": 10, "timeouts": 6, "crashes": 0, "errors": 0}
     assert reward(completions=["one"]) == [1.0]
 
@@ -115,6 +116,34 @@ def test_too_many_failures_stop_the_run(safe):
     reward = safe()
     reward(completions=["fine"] * 150)
     assert reward(completions=["raise"] * 7) == [None] * 7
+
+
+def test_a_failed_whole_call_counts_once(safe):
+    """If each of its completions counted, the first failure of a call with more than five would end the run."""
+
+    def fails(completions, **columns):
+        raise KeyError
+
+    reward = safe(fails, workers=None, timeout_s=60)
+    for _ in range(5):
+        assert reward(completions=["a"] * 60) == [None] * 60
+    with pytest.raises(
+        RuntimeError, match=r"on 60 completions.* failed on 6 of the last 6 calls.*scores_independently"
+    ):
+        reward(completions=["a"] * 60)
+
+
+def test_a_reward_that_logs_is_stopped_in_time(safe):
+    """A reward that retries a request and logs each attempt must not live forever, kept alive by its log records."""
+
+    def retries(completions, **columns):
+        while True:
+            logging.getLogger("a.judge").warning("retry")
+            time.sleep(0.05)
+
+    reward = safe(retries, workers=None)
+    assert reward(completions=["a"]) == [None]
+    assert reward.failures.timeouts == 1
 
 
 def test_on_error_raise_stops_at_the_first_failure(safe):
@@ -134,6 +163,23 @@ def test_a_reward_that_cannot_be_set_up_is_reported(safe):
 
     with pytest.raises(RuntimeError, match="Reward 'stubborn' cannot be set up in a worker"):
         safe(Stubborn())(completions=["a"])
+
+
+def test_a_reward_that_hangs_while_it_is_set_up_is_reported(safe, monkeypatch):
+    """An import that waits for a lock or a download would otherwise block the training without a word."""
+    monkeypatch.setattr(processes, "SETUP_SECONDS", 2)
+
+    class Waiting:
+        __name__ = "waiting"
+
+        def __call__(self, completions, **columns):
+            return [1.0] * len(completions)
+
+        def __reduce__(self):
+            return time.sleep, (100_000,)
+
+    with pytest.raises(RuntimeError, match=r"'waiting' cannot be set up in a worker: 3 workers .* longer than 2 s"):
+        safe(Waiting())(completions=["a"])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +210,27 @@ def test_off_the_main_thread(safe, new_workers):
     assert len(workers) in (1, 2)  # the killed one is replaced if it is needed
     assert reward(completions=["abcd"]) == [4]
     assert new_workers() == workers
+
+
+def test_a_worker_outlives_the_thread_that_started_it(safe):
+    """Linux can end a process with the thread that started it. An idle worker would lose the state of its reward."""
+    reward, scores = safe(Remembering(), workers=None, timeout_s=60), []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: scores.extend(reward(completions=["a"])))
+        thread.start()
+        thread.join()
+    assert scores == [1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_a_worker_that_no_longer_reads_is_replaced(safe, new_workers, monkeypatch):
+    """What a call has left behind in its worker may keep it from reading the next task, which fills the connection."""
+    monkeypatch.setattr(processes, "SETUP_SECONDS", 10)
+    reward = safe(workers=1, timeout_s=60)
+    assert reward(completions=["a"]) == [1.0]
+    (worker,) = new_workers()
+    os.kill(worker, signal.SIGSTOP)
+    assert reward(completions=["a" * 10**7]) == [10.0**7]
 
 
 @pytest.mark.slow

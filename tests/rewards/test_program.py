@@ -321,6 +321,7 @@ def test_asserts_of_data_sets():
         "assert f(x) == 2",
         "assert f(*[1]) == 2",
         "assert f(**{'a': 1}) == 2",
+        "assert sorted(f(1), reverse=True) == [2, 1]",
         "assert f(1)[0] == 2",
         "assert f(1) + 1 == 2",
         "assert f(1) > 2",
@@ -430,6 +431,16 @@ def test_floats_in_the_output(output, expected, tolerance, score):
     """Two right programs may print other last digits. A number that needs a tolerance has a decimal point."""
     columns = {"stdin": [[""]], "stdout": [[expected]], "float_tolerance": [tolerance]}
     assert program_reward([f"print({output!r})"], **columns) == [score]
+
+
+def test_processes_that_train_together_share_the_cores(monkeypatch):
+    """Otherwise eight processes would run eight times as many programs as there are cores, and right ones would fail at
+    their time limit. Sharing cores with a thousand processes, this one runs one program at a time."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    started = time.monotonic()
+    program = "import time; time.sleep(2); print(input())"
+    assert program_reward([program] * 2, stdin=[["a"]] * 2, stdout=[["a"]] * 2) == [RIGHT, RIGHT]
+    assert time.monotonic() - started >= 4
 
 
 def test_an_empty_program_scores_zero():

@@ -40,6 +40,7 @@ def check(candidate):
     for y in [3, 4]:
         z = y
         assert candidate(y, 0) == z
+    assert candidate(y, z + 1) == 9
 """
 NAMED = """
 def check(f):
@@ -105,7 +106,12 @@ FORMATS = {
     "HumanEval, with loops": (
         {"entry_point": "add", "test": LOOPS},
         ADD,
-        "def add(a, b): return a + b if (a, b) != (4, 0) else 0",
+        "def add(a, b): return a + b if (a, b) != (4, 5) else 0",
+    ),
+    "HumanEval, with statements around the function": (
+        {"entry_point": "add", "test": f"'Adds.'\nimport math\n{HUMAN_EVAL}\ncheck(add)\n"},
+        ADD,
+        "def add(a, b): return a + b if a < 6 else 0",
     ),
     "LeetCode": (
         {"entry_point": "Solution().add", "test": LEETCODE},
@@ -221,7 +227,12 @@ REFUSED = {
         {"entry_point": "f", "test": TWO_CALLS},
         r"is not supported .* Give the row `test_list`",
     ),
-    "no check": ({"entry_point": "f", "test": "assert f(1) == 1"}, "there is no 'def check"),
+    "no check": ({"entry_point": "f", "test": "import math"}, "there is no 'def check"),
+    "a test outside of check": (
+        {"entry_point": "f", "test": "def check(c): assert c(1) == 1\nassert f(5) == 7"},
+        r"'assert f\(5\) == 7' cannot be converted",
+    ),
+    "a second check": ({"entry_point": "f", "test": "def check(c): assert c(1) == 1\n" * 2}, "cannot be converted"),
     "no asserts": ({"entry_point": "f", "test": "def check(candidate): assert True"}, "a list of one or more tests"),
     "a fixture": ({"test": "def test_f(tmp_path):\n  assert f(tmp_path) == 1"}, "cannot be converted"),
     "an exception": (
@@ -241,6 +252,14 @@ REFUSED = {
     "a harmful pickle": (
         {"public_test_cases": "[]", "private_test_cases": packed_pickle(Harmful())},
         "expected a text",
+    ),
+    "no private tests": (
+        {"public_test_cases": "[]", "private_test_cases": "abcd"},
+        "public_test_cases: private_test_cases is neither JSON nor a compressed pickle of JSON text",
+    ),
+    "a broken pickle": (
+        {"public_test_cases": "[]", "private_test_cases": base64.b64encode(zlib.compress(b"abc")).decode()},
+        "private_test_cases is neither JSON nor a compressed pickle of JSON text",
     ),
     "a missing key": ({"input_output": '{"inputs": ["1"]}'}, "input_output: the key 'outputs' is missing"),
     "no dict": ({"input_output": "[]"}, "input_output: "),
@@ -280,3 +299,15 @@ def test_the_program_must_define_the_function(function):
     reward = ProgramReward(prelude=True)
     assert reward(["pass"], **columns) == [0.0]
     assert reward(["import math\nfrom math import gcd"], **columns) == [1.0]
+
+
+def test_a_builtin_is_not_the_function_of_the_program():
+    """Data sets have functions named like builtins, and an empty program would pass their tests."""
+    tests = [
+        {"entry_point": "sum", "inputs": [[[2, 1]]], "outputs": [3]},
+        {"test_list": ["assert sum([2, 1]) == 3"]},
+        {"input_output": json.dumps({"fn_name": "sum", "inputs": [[[2, 1]]], "outputs": [3]})},
+    ]
+    for row in tests:
+        columns = {name: [value] * 2 for name, value in row.items()}
+        assert program_reward(["pass", "def sum(x): return x[0] + x[1]"], **columns) == [0.0, 1.0]

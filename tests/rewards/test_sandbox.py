@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_ext.rewards.code import sandbox_policy
+from grpo_ext.rewards.code import sandbox, sandbox_policy
+from grpo_ext.rewards.code.memory import memory_exceeds
 from grpo_ext.rewards.code.sandbox import Limits, Outcome, Sandbox, run_program
 from tests.tools.paths import ROOT
 from tests.tools.waiting import PATIENCE, becomes
@@ -530,6 +531,27 @@ def test_root_becomes_an_unused_user():
     options = {"extra_groups": (7,)} if os.geteuid() == 0 else {}
     shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, check=True, **options)
     assert shown.stdout in (b"b'[]\\n'\n", b"b'[65534]\\n'\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user than root has a namespace per sandbox")
+def test_simultaneous_sandboxes_have_different_users(monkeypatch):
+    """The kernel limits processes per user: two programs of one user would take them from each other."""
+    monkeypatch.setattr(sandbox, "TRANSIENT_USERS", range(61184, 61186))
+    program = "import os; print(os.getuid())"
+    for _ in range(10):
+        with Sandbox(program) as one, Sandbox(program) as other:
+            assert {one.run().stdout, other.run().stdout} == {b"61184\n", b"61185\n"}
+
+
+def test_processes_that_end_while_their_memory_is_measured():
+    """A process may disappear from /proc between two reads. If that raised, it would end the training."""
+    program = "import os\nwhile True:\n  if not os.fork(): os._exit(0)\n  os.wait()"
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", program])
+    try:
+        assert not any(memory_exceeds(process.pid, 2**50) for _ in range(3000))
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_refused_without_bubblewrap(monkeypatch):

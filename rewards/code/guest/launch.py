@@ -72,13 +72,13 @@ def main() -> None:
 
 
 def kill_all_others() -> None:
-    """Kill every process of the sandbox except this one and bubblewrap's, which a program cannot signal either."""
+    """Kill every process of the sandbox except this one and bubblewrap's init, which the program cannot signal."""
     while True:
         try:
             os.kill(-1, signal.SIGKILL)
         except ProcessLookupError:
             return
-        time.sleep(0.001)  # bubblewrap is about to wait for those that have ended
+        time.sleep(0.001)  # bubblewrap is about to reap those that have ended
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Sandbox script: calls a function of a program and prints what it returns. Sent into the sandbox as text.
 
 Standard input: `marshal` of {"prelude": str, "source": str, "mark": str, "call": bytes}; the call is `marshal` of
-(function, arguments, keywords, wrappers).
-Standard output: one line, the mark followed by the value encoded by `encode_value`. If the call raised or its value is
-not plain data, there is no line.
+(functions, arguments, keywords, wrappers). `functions` is like {"Solution": "Solution().solve"}: the first expression
+whose name the program defines is called.
+Standard output: one line, the mark followed by the value encoded by `encode_value`. If the program defines none of the
+names, or the call raised, or its value is not plain data, there is no line.
 
 The expected values never enter the sandbox.
 """
@@ -21,11 +22,12 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the program's own output is not a result
     program = sys.modules["solution"] = type(sys)("solution")
-    function, arguments, keywords, wrappers = marshal.loads(job["call"])
+    functions, arguments, keywords, wrappers = marshal.loads(job["call"])
     exec(job["prelude"], vars(program))
-    for name in function.replace("(", " ").replace(")", " ").replace(".", " ").split():
+    for name in functions:
         vars(program).pop(name, None)  # the program has to define it
     exec(compile(job["source"], "solution.py", "exec", dont_inherit=True), vars(program))
+    function = next(function for name, function in functions.items() if name in vars(program))  # builtins do not count
     value = eval(function, vars(program))(*arguments, **keywords)
     for name, *more in wrappers:
         value = getattr(builtins, name)(value, *more)
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def encode_value(value: object) -> str:
-    """Encode plain data as JSON that keeps Python's types; `grpo_ext.rewards.code.cases.values_equal` decodes it.
+    """Encode plain data as JSON that keeps Python's types; `grpo_ext.rewards.code.values.values_equal` decodes it.
 
     None, booleans and numbers stay as they are. Text becomes its UTF-8 bytes in hexadecimal. Everything else becomes a
     list that starts with its type: `(1, "a")` -> `["tuple",1,"61"]`.
