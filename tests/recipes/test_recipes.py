@@ -92,7 +92,22 @@ def test_guess_a_number(train):
     """The preset of the game, with the embedded model in place of a chat model. It has no chat template."""
     preset = ["--config", "guess_number.yaml", "--model", str(RECIPES / "tiny_math/model")]
     output, _ = train("dialogue", *preset, "--max_turns", "3")
-    assert "80 problems; held out: 20 of 100 numbers" in output
+    assert "80 problems; held out: 8 of 100 numbers" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["logic", "--answer_column", "solution"], "--answer_column solution would have no effect: the puzzles are"),
+        (["dialogue", "--config", "guess_number.yaml", "--chat", "true"], "--chat true would have no effect"),
+        (["math", "--dataset_streaming", "true"], "--dataset_streaming True would have no effect"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flags_that_a_recipe_does_not_read_are_refused(train, arguments, message):
+    """If they were ignored, a run on other data than the user named would look like a success."""
+    with pytest.raises(SystemExit, match=message):
+        train(*arguments, "--model", str(RECIPES / "tiny_math/model"), "--dataset_name", "guess_number")
 
 
 @pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])
