@@ -446,7 +446,7 @@ def test_a_dry_run_ends_before_the_first_step(build, small_model, capsys):
     said = re.sub(r"\s*│\n│\s*", "", capsys.readouterr().out)
     assert "length_reward: 0.18 (for a completion without an answer)" in said
     assert "Question: 1+2=?" in said
-    assert re.search(r"worst-case step\s+\d+\.\d s, peak memory \d+\.\d\d GB", said)
+    assert re.search(r"worst-case step\s+\d+\.\d s, peak memory \d+\.\d\d GB resident", said)
 
 
 def test_the_log_says_if_no_worst_case_step_is_possible(build, small_model, caplog):
