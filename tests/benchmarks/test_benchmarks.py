@@ -26,8 +26,8 @@ def bench(tmp_path):
 
 
 def test_both_sides_are_measured_in_every_phase(bench):
-    """On prompts and completions of different lengths, in the precision of a GPU run. A variant that is missing, a
-    phase without a time, a step with other tokens, or one in another precision would make the comparison meaningless."""
+    """On prompts and completions of different lengths, in the precision of a GPU run. A missing variant, a phase
+    without a time, a step with other tokens, or one in another precision would make the comparison meaningless."""
     status, output, content = bench("--only", "W4", "--variants", "all rows/default", "--bf16", "--tf32")
     assert status == 0, output
     assert [(run["side"], run["variant"]) for run in content["runs"]] == [("stock", "all rows"), ("ours", "default")]
