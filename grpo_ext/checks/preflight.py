@@ -33,6 +33,7 @@ KEPT_COLUMNS = ("prompt", "image", "images")  # columns that TRL keeps with remo
 SHOWN_CHARACTERS = 600
 SLOW_LORA = 5e-6  # learning rates below this are for full fine-tuning
 FEW_GENERATIONS = 4
+FEW_PROMPTS = 4  # per update
 LONG_COMPLETION = 50  # tokens; rounding in 16 bits may push the ratio of a longer completion out of its clip range
 
 
@@ -90,6 +91,13 @@ def _check_settings(
         warnings.append(
             f"num_generations={group}: a group whose completions are all right or all wrong teaches nothing. Expected "
             f"share of such groups, by the model's accuracy: {odds}. Use 8 if memory allows."
+        )
+    rows = args.per_device_train_batch_size * args.world_size
+    prompts = rows * args.gradient_accumulation_steps / group
+    if prompts < FEW_PROMPTS:
+        warnings.append(
+            f"An update has the completions of {prompts:g} prompt{'' if prompts == 1 else 's'}, so it follows single "
+            f"problems. Use 8 or more prompts: gradient_accumulation_steps={-(-8 * group // rows)}."
         )
     if has_adapter and args.learning_rate < SLOW_LORA:
         warnings.append(
