@@ -86,8 +86,9 @@ system:
 			for package in $$(missing); do $$sudo apt-get install -y $$package; done; } >/dev/null 2>&1; \
 	[ -z "$$(missing)" ] || echo "Some tests are skipped without: sudo apt install" $$(missing)
 
+# What the targets above made, without the runs, adapters and measurements in outputs/.
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs/oldest* outputs/newest* outputs/docs outputs/cache .pytest_cache .ruff_cache .mypy_cache
 
 # Reinstalled only if the packages or their versions have changed.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

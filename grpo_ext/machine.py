@@ -1,4 +1,7 @@
-"""The machine that a run uses: device name, memory, and installed versions. torch is imported on first use."""
+"""The machine that a run uses: device name, memory, and installed versions.
+
+torch and psutil are imported on first use, so that `grpo-ext doctor` can report that they are missing.
+"""
 
 import functools
 import os
@@ -8,8 +11,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ def supports_bfloat16() -> bool:
 
 def memory_in_use(device: "torch.device") -> str:
     """Memory that this process uses: allocated on the GPU, with the size of the card, or resident on a CPU."""
+    import psutil
     import torch
 
     if device.type == "cuda":
@@ -73,6 +75,8 @@ def free_memory_per_process(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     Args:
         cgroup: folder in which Linux describes the control group (version 2) of a container.
     """
+    import psutil
+
     free = psutil.virtual_memory().available
     try:
         limit, used = ((cgroup / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))

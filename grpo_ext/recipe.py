@@ -18,9 +18,9 @@ import os
 import signal
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +44,7 @@ from grpo_ext.data import DEFAULT_FORMAT, Problems, PromptFormat, load_problems
 from grpo_ext.evaluation.callback import HeldOutAccuracy, load_initial_evaluation, save_initial_evaluation
 from grpo_ext.evaluation.complete import Evaluation, Problem, evaluate
 from grpo_ext.machine import use_expandable_segments
-from grpo_ext.memory.auto_group_size import parse_flags, with_group_size
+from grpo_ext.memory.auto_group_size import parse_flags, read_config, with_group_size
 from grpo_ext.model.load import PolicyConfig, model_init_kwargs, quantization
 from grpo_ext.report.heldout_file import SHOWN_PROBLEMS, HeldoutFile, append_evaluation, evaluation_metrics
 from grpo_ext.report.page import write_page
@@ -119,6 +119,12 @@ class RecipeArguments(ScriptArguments):
 
 Arguments = TypeVar("Arguments", bound=RecipeArguments)
 
+# Flags that only matter to a run that reads a data set.
+DATA_FLAGS = (
+    *("dataset_config", "dataset_train_split", "dataset_test_split"),
+    *("prompt_column", "answer_column", "unreadable_gold"),
+)
+
 
 # Flags -> problems and trainer
 
@@ -158,18 +164,22 @@ def parse_arguments(
     parser.set_defaults(max_steps=500 if settings.num_train_epochs is None else -1, num_train_epochs=3.0)
     if not (settings.model_name_or_path and settings.dataset_name):
         parser.error("give both --model_name_or_path and --dataset_name, or neither of them for the embedded run")
+    for name, least in (("max_eval_prompts", 1), ("eval_samples", 0)):
+        if getattr(settings, name) < least:
+            parser.error(f"--{name} {getattr(settings, name)} must be {least} or more")
     with _config_in_ascii(with_group_size(argv, settings, folder=folder)) as flags:
         script_args, args, model_args = parser.parse_args_and_config(flags)
     for owner, name in ((model_args, "model_name_or_path"), (script_args, "dataset_name")):
         setattr(owner, name, getattr(owner, name).replace("$RECIPES", folder))
+    refuse_unread_flags(script_args, ["dataset_streaming"], "recipes load whole data sets")
     if script_args.algorithm is not None and int(os.environ.get("RANK", 0)) == 0:
         show(describe_algorithm(script_args.algorithm, args))
     return script_args, args, model_args
 
 
 def _with_algorithm(argv: list[str], name: str) -> list[str]:
-    """The flags, after those that `--algorithm` stands for: it wins over a file, such as a preset, and loses against
-    other flags. An algorithm that a file names only changes defaults."""
+    """The flags, after those that `--algorithm` stands for: it overrides a file, such as a preset; other flags override
+    it. An algorithm that a file names only changes defaults."""
     if not any(word.partition("=")[0] == "--algorithm" for word in argv):
         return argv
     return [*(word for key, value in algorithm(name).items() for word in (f"--{key}", str(value))), *argv]
@@ -193,6 +203,23 @@ def _with_preset(argv: list[str], folder: str) -> list[str]:
     raise SystemExit(f"--config {given.config}: there is no such file. Presets of the recipes: {presets}")
 
 
+def refuse_unread_flags(script_args: RecipeArguments, names: Sequence[str], reason: str) -> None:
+    """Refuse flags that a recipe does not read: ignoring them would hide a mistake.
+
+    Args:
+        names: fields that this run does not read.
+        reason: why not, for the message.
+
+    Raises:
+        SystemExit: the value of one of these fields is not its default.
+    """
+    defaults = {one.name: one.default for one in fields(script_args)}
+    for name in names:
+        value = getattr(script_args, name)
+        if value != defaults[name]:
+            raise SystemExit(f"--{name} {value} would have no effect: {reason}. Leave it out.")
+
+
 @contextmanager
 def _config_in_ascii(argv: list[str]) -> Iterator[list[str]]:
     """The flags, with the file of `--config` replaced by an ASCII copy: TRL reads it in the encoding of the locale."""
@@ -200,9 +227,8 @@ def _config_in_ascii(argv: list[str]) -> Iterator[list[str]]:
     with TemporaryDirectory() as folder:
         if "--config" in flags:
             at = flags.index("--config") + 1
-            settings = yaml.safe_load(Path(flags[at]).read_text(encoding="utf-8"))
             copy = Path(folder, "config.yaml")
-            copy.write_text(yaml.safe_dump(settings), encoding="ascii")
+            copy.write_text(yaml.safe_dump(read_config(flags[at])), encoding="ascii")
             flags[at] = str(copy)
         yield flags
 
@@ -293,14 +319,15 @@ def train_and_report(
         The contents of `summary.json`; empty if `dry_run` ended the run before its first step.
 
     Raises:
-        Stopped: SIGINT, SIGTERM or `max_hours` ended the run (`checkpoints/stop.py`). The last line says how to go on.
+        Stopped: SIGINT, SIGTERM or `max_hours` ended the run (`checkpoints/stop.py`). The last line that it prints has
+            the command that continues it.
     """
-    with trainer.stop.on_signals(signal.SIGINT, signal.SIGTERM), _saying_how_to_go_on(trainer):
+    with trainer.stop.on_signals(signal.SIGINT, signal.SIGTERM), _printing_resume_command(trainer):
         return _train_and_report(trainer, problems, reward, recipe=recipe, eval_samples=eval_samples, evaluate=evaluate)
 
 
 @contextmanager
-def _saying_how_to_go_on(trainer: GRPOExtTrainer) -> Iterator[None]:
+def _printing_resume_command(trainer: GRPOExtTrainer) -> Iterator[None]:
     """A context that prints the command that continues the run, if the run is stopped in it."""
     start, resume = resume_command(resumes=False), resume_command()  # a launcher may end first
     try:

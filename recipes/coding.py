@@ -25,9 +25,8 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
 from dataclasses import replace
-from typing import Any
 
-from grpo_ext.data import Problems, PromptFormat, refuse_unread_tests
+from grpo_ext.data.programs import PROGRAM_FORMAT, with_supported_tests
 from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import (
     RecipeArguments,
@@ -40,50 +39,17 @@ from grpo_ext.recipe import (
 from grpo_ext.rewards import program_reward
 
 
-def question(text: str, row: dict[str, Any]) -> str:
-    """The task, with one of its tests if only the tests name the function."""
-    tests = row.get("test_list")
-    return f"{text}\nYour program must pass this test:\n{tests[0]}" if tests else text
-
-
-PROMPT_FORMAT = PromptFormat(
-    system="Write the program that is asked for, in one block fenced as ```python.",
-    plain="{question}\nThe program in Python:\n",
-    question=question,
-    needs_answer=False,
-)
-
-
-def can_be_judged(row: dict[str, Any]) -> bool:
-    """Whether the reward supports the tests of a row. Nothing is run, since the program is empty."""
-    columns = {name: [value] for name, value in row.items() if name != "prompt"}
-    try:
-        return program_reward([""], **columns) != [None]
-    except ValueError:
-        return False
-
-
-def judged(problems: Problems) -> Problems:
-    """The problems whose tests the reward supports."""
-    train, heldout = (rows.filter(can_be_judged) for rows in (problems.train, problems.heldout))
-    dropped = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
-    if not len(train) or not len(heldout):
-        raise SystemExit(
-            "No problem has tests that the reward supports; rewards/code/formats.py says which columns hold them."
-        )
-    note = f"; {dropped} problems with unsupported tests were left out" if dropped else ""
-    return replace(problems, train=train, heldout=heldout, note=problems.note + note)
-
-
 def main(argv: list[str]) -> None:
     prepare_process()
     script_args, args, model_args = parse_arguments(
         argv, "coding", HERE, embedded="tiny_coding.yaml", arguments=RecipeArguments
     )
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
-    problems = build_problems(script_args, args, tokenizer, PROMPT_FORMAT)
-    refuse_unread_tests(problems.train.column_names, f"'{script_args.dataset_name}'")
-    problems = judged(problems)
+    problems = build_problems(script_args, args, tokenizer, PROGRAM_FORMAT)
+    name = f"'{script_args.dataset_name}'"
+    (train, heldout), left_out = with_supported_tests(name, problems.train, problems.heldout)
+    note = f"{problems.note}; {left_out}" if left_out else problems.note
+    problems = replace(problems, train=train, heldout=heldout, note=note)
     trainer = build_trainer(program_reward, problems, tokenizer, args, model_args, algorithm=script_args.algorithm)
     train_and_report(trainer, problems, program_reward, recipe="coding", eval_samples=script_args.eval_samples)
 

@@ -34,11 +34,13 @@ from datasets import Dataset
 from grpo_ext.data import Problems
 from grpo_ext.model.load import load_tokenizer
 from grpo_ext.recipe import (
+    DATA_FLAGS,
     RecipeArguments,
     build_problems,
     build_trainer,
     parse_arguments,
     prepare_process,
+    refuse_unread_flags,
     train_and_report,
 )
 from grpo_ext.engine.install import stop_strings_of
@@ -60,11 +62,12 @@ class DialogueArguments(RecipeArguments):
     )
 
 
-def numbers(seed: int) -> Problems:
-    """The numbers from 1 to 100, with a fifth of them held out."""
+def numbers(seed: int, max_heldout: int) -> Problems:
+    """The numbers from 1 to 100, with a fifth of them held out, of which up to `max_heldout` are evaluated."""
     rows = [{"prompt": GuessNumber.rules, "answer": str(number)} for number in range(1, 101)]
     random.Random(seed).shuffle(rows)
-    return Problems(train=Dataset.from_list(rows[20:]), heldout=Dataset.from_list(rows[:20]), note="20 of 100 numbers")
+    train, heldout = Dataset.from_list(rows[20:]), Dataset.from_list(rows[: min(20, max_heldout)])
+    return Problems(train=train, heldout=heldout, note=f"{len(heldout)} of 100 numbers")
 
 
 def main(argv: list[str]) -> None:
@@ -73,9 +76,12 @@ def main(argv: list[str]) -> None:
         argv, "dialogue", HERE, embedded="tiny_dialogue.yaml", arguments=DialogueArguments
     )
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
+    if tokenizer.chat_template is not None and str(script_args.chat).lower() == "false":
+        raise SystemExit("--chat false would have no effect: dialogues use the chat template of a model that has one.")
     environment: type[TextEnv]
     if script_args.dataset_name == GUESS_NUMBER:
-        environment, problems = GuessNumber, numbers(args.seed)
+        refuse_unread_flags(script_args, [*DATA_FLAGS, "chat"], f"{GUESS_NUMBER} has no data set")
+        environment, problems = GuessNumber, numbers(args.seed, script_args.max_eval_prompts)
     else:
         environment, problems = Calculator, build_problems(script_args, args, tokenizer)
     dialogue = Dialogue(environment, max_turns=script_args.max_turns, max_turn_tokens=script_args.max_turn_tokens)

@@ -31,7 +31,15 @@ from datasets import Dataset
 
 from grpo_ext.data import PLAIN_PROMPT, Problems, PromptFormat, format_rows, is_chat
 from grpo_ext.model.load import load_tokenizer
-from grpo_ext.recipe import RecipeArguments, build_trainer, parse_arguments, prepare_process, train_and_report
+from grpo_ext.recipe import (
+    DATA_FLAGS,
+    RecipeArguments,
+    build_trainer,
+    parse_arguments,
+    prepare_process,
+    refuse_unread_flags,
+    train_and_report,
+)
 from grpo_ext.rollout.reward_workers import in_workers
 from grpo_ext.rewards.logic import logic_problems, logic_reward
 
@@ -67,6 +75,7 @@ def main(argv: list[str]) -> None:
     script_args, args, model_args = parse_arguments(
         argv, "logic", HERE, embedded="tiny_logic.yaml", arguments=LogicArguments
     )
+    refuse_unread_flags(script_args, DATA_FLAGS, "the puzzles are generated")
     tokenizer = load_tokenizer(model_args, trust_remote_code=args.trust_remote_code)
     task, options = script_args.dataset_name, json.loads(script_args.task_options)
     sizes = {"train": script_args.train_problems, "heldout": script_args.max_eval_prompts}

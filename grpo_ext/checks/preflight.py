@@ -23,6 +23,7 @@ from grpo_ext.checks import prompts as check_prompts
 from grpo_ext.checks import rewards as check_rewards
 from grpo_ext.checks.worst_case_step import WorstCase, run_worst_case_step, why_not_run
 from grpo_ext.console.terminal import show
+from grpo_ext.machine import GIB
 from grpo_ext.model.adapters import trainable_parameters
 from grpo_ext.model.chat import text_tokenizer, tokenize_prompt
 
@@ -32,6 +33,7 @@ KEPT_COLUMNS = ("prompt", "image", "images")  # columns that TRL keeps with remo
 SHOWN_CHARACTERS = 600
 SLOW_LORA = 5e-6  # learning rates below this are for full fine-tuning
 FEW_GENERATIONS = 4
+FEW_PROMPTS = 4  # per update
 LONG_COMPLETION = 50  # tokens; rounding in 16 bits may push the ratio of a longer completion out of its clip range
 
 
@@ -89,6 +91,13 @@ def _check_settings(
         warnings.append(
             f"num_generations={group}: a group whose completions are all right or all wrong teaches nothing. Expected "
             f"share of such groups, by the model's accuracy: {odds}. Use 8 if memory allows."
+        )
+    rows = args.per_device_train_batch_size * args.world_size
+    prompts = rows * args.gradient_accumulation_steps / group
+    if prompts < FEW_PROMPTS:
+        warnings.append(
+            f"An update has the completions of {prompts:g} prompt{'' if prompts == 1 else 's'}, so it follows single "
+            f"problems. Use 8 or more prompts: gradient_accumulation_steps={-(-8 * group // rows)}."
         )
     if has_adapter and args.learning_rate < SLOW_LORA:
         warnings.append(
@@ -205,14 +214,15 @@ def before_training(trainer: GRPOTrainer, scores: dict[str, list[float | None]])
         logger.warning(warning)
     worst = run_worst_case_step(trainer, data[row], longest, tokenize_prompt(tokenizer, data[0]["prompt"], **template))
     if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
-        _show(worst, scores)
+        _show(worst, scores, is_on_gpu=trainer.accelerator.device.type == "cuda")
 
 
-def _show(worst: WorstCase, scores: dict[str, list[float | None]]) -> None:
+def _show(worst: WorstCase, scores: dict[str, list[float | None]], *, is_on_gpu: bool) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("worst-case step", f"{worst.seconds:.1f} s, peak memory {worst.peak_mb / 1000:.2f} GB")
+    peak = f"{worst.peak_mb * 1e6 / GIB:.2f} GB {'allocated by PyTorch' if is_on_gpu else 'resident'}"
+    table.add_row("worst-case step", f"{worst.seconds:.1f} s, peak memory {peak}")
     if worst.chunks is not None:
         table.add_row("update", worst.chunks)
     if scores:

@@ -16,7 +16,7 @@ COMMANDS = {
     "eval": "how many problems a model solves, with or without an adapter",
     "merge": "make one model of a base and its adapter",
     "push": "publish what a run left behind on the Hub",
-    "report": "what a run learned, as one page; several runs over each other",
+    "report": "what a run learned, as one page; several runs overlaid",
 }
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with escaping_unencodable():
             after = command.run(options)
-    except (ValueError, ImportError, AttributeError, FileNotFoundError) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         raise SystemExit(f"grpo-ext: {error}") from None
     if after is not None:
         after()

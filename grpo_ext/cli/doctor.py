@@ -9,14 +9,12 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Literal
 
-import psutil
-from huggingface_hub import constants, get_token
-from huggingface_hub.utils import build_hf_headers, get_session
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.table import Table
@@ -48,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print one line per finding; exit with 1 if one is red."""
-    quiet_libraries()
+    with suppress(ImportError):  # a missing package is a finding
+        quiet_libraries()
     findings = list(examine())
     table = Table.grid(padding=(0, 2))
     for finding in findings:
@@ -62,19 +61,25 @@ def run(options: argparse.Namespace) -> None:
 
 
 def examine() -> Iterator[Finding]:
-    """Examine the machine; yields the lines of the table in order."""
-    yield python()
-    yield packages()
-    yield device()
-    yield precision()
-    yield four_bits()
-    yield sandbox()
-    yield reward_workers()
-    yield disk("disk, current folder", Path.cwd(), "output_dir=FOLDER on a larger disk")
-    yield disk(
-        "disk, Hub cache", Path(constants.HF_HUB_CACHE), "hf cache prune, or export HF_HOME=FOLDER on a larger disk"
-    )
-    yield hub()
+    """Examine the machine; yields the lines of the table in order. A package that is missing or broken spoils only the
+    lines that need it."""
+    checks = {
+        "Python": python,
+        "packages": packages,
+        "device": device,
+        "precision": precision,
+        "4-bit bases": four_bits,
+        "sandbox": sandbox,
+        "reward workers": reward_workers,
+        "disk, current folder": current_folder,
+        "disk, Hub cache": hub_cache,
+        "Hub": hub,
+    }
+    for name, check in checks.items():
+        try:
+            yield check()
+        except (ImportError, OSError) as error:
+            yield Finding(name, "red", f"not examined: {error}", "install what the line about packages names")
 
 
 def python() -> Finding:
@@ -117,6 +122,7 @@ def _version(name: str) -> str:
 
 def device() -> Finding:
     """The GPU, or the CPU's memory."""
+    import psutil
     import torch
 
     if not torch.accelerator.is_available():
@@ -149,10 +155,11 @@ def precision() -> Finding:
 def four_bits() -> Finding:
     """Whether a 4-bit layer runs forward here."""
     import torch
-    from bitsandbytes.nn import Linear4bit
 
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
+        from bitsandbytes.nn import Linear4bit
+
         layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(here)
         with torch.no_grad():
             works = bool(layer(torch.ones(1, 64, device=here)).isfinite().all())
@@ -202,20 +209,36 @@ def reward_workers() -> Finding:
     return Finding("reward workers", "green", text)
 
 
+def current_folder() -> Finding:
+    """The disk that the output of a run goes to by default."""
+    return disk("disk, current folder", Path.cwd(), "output_dir=FOLDER on a larger disk")
+
+
+def hub_cache() -> Finding:
+    """The disk that models are downloaded to."""
+    from huggingface_hub import constants
+
+    remedy = "hf cache prune, or export HF_HOME=FOLDER on a larger disk"
+    return disk("disk, Hub cache", Path(constants.HF_HUB_CACHE), remedy)
+
+
 def disk(name: str, folder: Path, remedy: str) -> Finding:
-    """Free space on the disk of this folder, which does not need to exist yet."""
+    """Whether this folder, which does not need to exist yet, can be written to, and the free space on its disk."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free / GIB
     text = f"{free:.1f} GB free in {folder}"
-    if free < LOW_DISK_GB:
-        return Finding(name, "red" if free < MIN_DISK_GB else "yellow", text, remedy)
     if not os.access(there, os.W_OK):
         return Finding(name, "red", f"{folder} cannot be written to", remedy)
+    if free < LOW_DISK_GB:
+        return Finding(name, "red" if free < MIN_DISK_GB else "yellow", text, remedy)
     return Finding(name, "green", text)
 
 
 def hub() -> Finding:
     """Whether the Hub responds and accepts the saved token."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import build_hf_headers, get_session
+
     if constants.is_offline_mode():
         text = "offline, because HF_HUB_OFFLINE is set: only files on disk can be used"
         return Finding("Hub", "yellow", text, "unset HF_HUB_OFFLINE")

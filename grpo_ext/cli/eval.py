@@ -1,9 +1,10 @@
 """`grpo-ext eval --model NAME --task gsm8k`: how many problems a model solves, with or without an adapter.
 
 `--task` names a benchmark (`eval_tasks.py`) or a file, and `--data` a local copy of it. `--data` alone takes any
-problems. It measures as a run does: the prompts of `grpo_ext.data`, greedy completions for pass@1, samples for pass@k,
-95% intervals. From a test split, it takes the problems that a run with the same seed held out. From data with one
-split, it takes rows of the whole data: a run on this data has trained on most of them.
+problems. Data with tests of programs is evaluated as programs, other data as mathematics. It measures as a run does:
+the prompts of `grpo_ext.data`, greedy completions for pass@1, samples for pass@k, 95% intervals. From a test split, it
+takes the problems that a run with the same seed held out. From data with one split, it takes rows of the whole data: a
+run on this data has trained on most of them.
 
 Two accuracies stand side by side. The strict one is that of a run: the answer has the format that the reward demands.
 The lenient one ignores the format (`grpo_ext.rewards.lenient`).
@@ -14,6 +15,7 @@ The lenient one ignores the format (`grpo_ext.rewards.lenient`).
 import argparse
 import inspect
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -27,11 +29,9 @@ from grpo_ext.console.quiet import quiet_libraries
 from grpo_ext.console.terminal import show
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
     from grpo_ext.config import GRPOExtConfig
-    from grpo_ext.data import PromptFormat
     from grpo_ext.evaluation.estimates import Estimate
     from grpo_ext.model.load import PolicyConfig
 
@@ -94,6 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and write one JSON object."""
+    for name, least in (("samples", 0), ("max_problems", 1), ("max_new_tokens", 1), ("batch_size", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be {least} or more.")
     if options.samples and options.temperature <= 0:
         raise ValueError(f"--temperature {options.temperature} must be above 0 with --samples, for example 0.8.")
     if options.save_pass_rates and options.samples < 1:
@@ -103,13 +107,16 @@ def run(options: argparse.Namespace) -> None:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE"
         raise ValueError(f"'{options.model}' is an adapter. Type: --model {base} --adapter {options.model}")
     task = find_task(options.task, options.data)
+    for name in ("json", "save_pass_rates"):
+        _prepare_file(f"--{name}", getattr(options, name))
     quiet_libraries()
     from grpo_ext.config import GRPOExtConfig
     from grpo_ext.data import DEFAULT_FORMAT, format_rows, is_chat, load_splits, program_tests, reads_gold, sample_rows
     from grpo_ext.data.pass_rates import write_pass_rates
+    from grpo_ext.data.programs import PROGRAM_FORMAT, with_supported_tests
     from grpo_ext.evaluation.complete import evaluate
     from grpo_ext.model.load import PolicyConfig, load_tokenizer
-    from grpo_ext.rewards import MathAnswerReward
+    from grpo_ext.rewards import MathAnswerReward, ProgramReward
     from grpo_ext.rewards.lenient import lenient_version
     from grpo_ext.rollout.reward_workers import close_workers, in_workers
 
@@ -123,10 +130,13 @@ def run(options: argparse.Namespace) -> None:
     options.max_new_tokens = options.max_new_tokens or task.max_new_tokens
     options.max_problems = options.max_problems or task.max_problems or len(rows)
     plain_reward = load_reward(options.reward)
+    unwrapped = inspect.unwrap(plain_reward)
     prompt_format, skipped = DEFAULT_FORMAT, ""
     if runs_programs:
-        prompt_format, rows, skipped = _programs(rows, f"'{options.data}'")
-    is_math = isinstance(inspect.unwrap(plain_reward), MathAnswerReward)
+        prompt_format = PROGRAM_FORMAT
+        if isinstance(unwrapped, ProgramReward):
+            (rows,), skipped = with_supported_tests(f"'{options.data}'", rows)
+    is_math = isinstance(unwrapped, MathAnswerReward)
     rows, note = format_rows(
         rows,
         tokenizer,
@@ -184,6 +194,23 @@ def run(options: argparse.Namespace) -> None:
     show(f"{_line(measured, found.k)}  ({len(problems)} problems; full result in {options.json})")
 
 
+def _prepare_file(flag: str, file: str | None) -> None:
+    """Create the folder of a result, so that a long evaluation is not lost at its end.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {file}: its folder cannot be created: {error.strerror}.") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag} {file} cannot be written. Name a file in a folder that you can write to.")
+
+
 def _load(model_args: "PolicyConfig", args: "GRPOExtConfig", adapter: str | None) -> "PreTrainedModel":
     """The model as a run loads it, frozen and in the precision of the device, with its adapter."""
     from peft import PeftModel
@@ -199,17 +226,6 @@ def _load(model_args: "PolicyConfig", args: "GRPOExtConfig", adapter: str | None
     )
     disable_4bit_repacking(model)
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
-
-
-def _programs(rows: "Dataset", name: str) -> "tuple[PromptFormat, Dataset, str]":
-    """The prompts of the coding recipe, the rows whose tests its reward supports, and a note on the others."""
-    from grpo_ext.data import refuse_unread_tests
-    from grpo_ext.recipes.coding import PROMPT_FORMAT, can_be_judged
-
-    refuse_unread_tests(rows.column_names, name)
-    judged = rows.filter(can_be_judged)
-    skipped = len(rows) - len(judged)
-    return PROMPT_FORMAT, judged, f"{skipped} problems with unsupported tests were left out" if skipped else ""
 
 
 def _line(measured: "dict[str, Estimate | None]", k: int) -> str:

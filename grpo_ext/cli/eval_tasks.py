@@ -53,5 +53,5 @@ def find_task(name: str | None, data: str | None) -> Task:
         raise ValueError(f"--task {name} is no benchmark ({', '.join(TASKS)}), and --data {data} is given as well.")
     if name is None:
         assert data is not None
-        return Task(data=data, runs_programs=False, max_problems=256)
+        return Task(data=data, max_problems=256)
     return Task(data=name)

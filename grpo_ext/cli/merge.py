@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the merged weights; default: %(default)s"
     )
-    parser.add_argument("--gguf", metavar="FILE", help="also write the merged model to FILE.gguf, unquantised")
+    parser.add_argument(
+        "--gguf", metavar="FILE", help="also write the merged model, unquantised, to FILE, whose name ends in .gguf"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -54,16 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chunk_tokens",
-        type=int,
-        help="maximum tokens with an autograd graph at any one time in the update; default: one completion with its "
-        "prompt, the least that a run with chunk_tokens=auto needs",
+        type=_chunk_tokens,
+        default="auto",
+        metavar="NUMBER|auto|none",
+        help="maximum tokens with an autograd graph at any one time in the update; auto: one completion with its "
+        "prompt, the least that such a run needs; none: as --gradient_checkpointing says; default: auto",
     )
     parser.add_argument(
         "--gradient_checkpointing",
         type=_flag,
         default=True,
         metavar="true|false",
-        help="without chunk_tokens, process one completion at a time in the update; default: true",
+        help="with --chunk_tokens none, process one completion at a time in the update; false for no limit; default: "
+        "true",
     )
     parser.add_argument(
         "--beta", type=float, default=0.1, help="weight of the KL; 0 for no reference; default: %(default)s"
@@ -115,8 +118,8 @@ def plan_inputs(options: argparse.Namespace) -> "tuple[PolicyConfig, StepShape]"
         generations=options.generations,
         rows=options.per_device_train_batch_size or options.generations,
         accumulation=options.gradient_accumulation_steps,
-        chunk_tokens=options.chunk_tokens,
-        gradient_checkpointing=options.gradient_checkpointing,
+        chunk_tokens=None if options.chunk_tokens == "auto" else options.chunk_tokens,
+        gradient_checkpointing=options.gradient_checkpointing or options.chunk_tokens == "auto",
         beta=options.beta,
     )
     names = ["load_in_4bit", "use_bnb_nested_quant", "dtype", "lora_r", "lora_target_modules"]
@@ -133,6 +136,15 @@ def memory_size(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size. Type 8GB, for example.")
     return value * GIB
+
+
+def _chunk_tokens(text: str) -> int | str | None:
+    if text.lower() in ("auto", "none"):
+        return None if text.lower() == "none" else "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number, auto nor none.") from None
 
 
 def _flag(text: str) -> bool:
@@ -208,7 +220,7 @@ def footprint_lines(footprint: "Footprint") -> list[tuple[str, float, str]]:
 
 
 def _show(made: "Plan", title: str, device_type: str) -> None:
-    from grpo_ext.memory.plan import RESERVED_FRACTION
+    from grpo_ext.memory.plan import RESERVED_FRACTION, with_size
 
     footprint = made.footprint
     table = Table(title=title, title_justify="left")
@@ -233,11 +245,15 @@ def _show(made: "Plan", title: str, device_type: str) -> None:
     for name, value in made.largest.items() if made.fits else ():
         asked = getattr(made.step, name)
         found = {0: "no limit needed", None: "none"}.get(value, f"{value}")
-        show(f"  {OPTION_NAMES[name]:<24} {found}" + (f"  (requested: {asked})" if asked else ""))
+        remark = f"  (requested: {asked})" if asked else ""
+        if name == "generations" and value and made.step.rows != made.step.generations:
+            remark += f"  with --per_device_train_batch_size {with_size(made.step, name, value).rows}"
+        show(f"  {OPTION_NAMES[name]:<24} {found}{remark}")
     if not made.fits:
         show("It does not fit. Change these flags, in this order; each line gives the total with it and those above:")
+        width = max((len(change) for change, _ in made.changes), default=0)
         for change, total in made.changes:
-            show(f"  {change:<45} {_gb(total)} GB, {'fits' if total <= made.budget else 'does not fit yet'}")
+            show(f"  {change:<{width}} {_gb(total)} GB, {'fits' if total <= made.budget else 'does not fit yet'}")
         if not made.changes or made.changes[-1][1] > made.budget:
             show("  Use a smaller model, or shorter prompts.")
     _show_groups(made)

@@ -1,7 +1,8 @@
 """Problems for a run: a data set from the Hub or from local files, with a prompt and a gold answer per row.
 
 `files.py` loads splits. `shapes.py` finds the question and the gold answer of a row. `cells.py` converts cells to text
-and lists the rows that cannot be judged. `problems.py` formats prompts and separates the held-out rows.
+and lists the rows that cannot be judged. `problems.py` formats prompts and separates the held-out rows. `programs.py`
+is for problems whose answers are programs.
 """
 
 from grpo_ext.data.cells import answer_of, question_of, reads_gold

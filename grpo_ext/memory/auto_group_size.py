@@ -43,10 +43,22 @@ def parse_flags(parser: TrlParser, argv: list[str]) -> Namespace:
     flags = list(argv)
     if "--config" in flags:
         at = flags.index("--config")
-        defaults = yaml.safe_load(Path(flags[at + 1]).read_text(encoding="utf-8"))
+        defaults = read_config(flags[at + 1])
         parser.set_defaults_with_config(**{name: value for name, value in defaults.items() if name != "env"})
         del flags[at : at + 2]
     return parser.parse_args(flags)
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The settings in the file of `--config`; {} for an empty file.
+
+    Raises:
+        SystemExit: the file has no settings of the form `name: value`.
+    """
+    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise SystemExit(f"--config {file} must have lines of the form name: value, for example seed: 7.")
+    return settings
 
 
 def _number_or_auto(text: str) -> int | str:

@@ -271,7 +271,8 @@ def _suggest_changes(planner: Planner, step: StepShape, budget: float) -> list[t
     for name, flag, least in (("generations", "num_generations", 4), ("completion", "max_completion_length", 64)):
         while getattr(step, name) > least:
             step = with_size(step, name, max(least, getattr(step, name) // 2))
-            if fits_with(f"--{flag} {getattr(step, name)}"):
+            with_rows = f" --per_device_train_batch_size {step.rows}" if name == "generations" else ""
+            if fits_with(f"--{flag} {getattr(step, name)}{with_rows}"):
                 return changes
     return changes
 

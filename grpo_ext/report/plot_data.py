@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from grpo_ext.machine import GIB
 from grpo_ext.report.run_files import Row
 
 PALETTE = {
@@ -127,7 +128,7 @@ def build_panels(rows: list[Row]) -> list[Panel]:
                 rows, "time/", {"generate": "blue", "reward": "orange", "reference": "green", "update": "purple"}
             ),
         ),
-        Panel(title="Peak memory so far", unit="GB", lines=_line(rows, "peak_memory_mb", "sky", scale=1e-3)),
+        Panel(title="Peak memory so far", unit="GB", lines=_line(rows, "peak_memory_mb", "sky", scale=1e6 / GIB)),
         Panel(
             title="Mean normalised reward",
             unit="advantage",

@@ -1,6 +1,7 @@
 """Run measurements in new processes: one at a time, monitored, and killed if they use too much memory."""
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -102,6 +103,21 @@ class Children:
         return {"failed": tail or [f"return code {code}"]}
 
 
+def answer(result: dict[str, Any]) -> None:
+    """In a child: print its result, on a line of its own."""
+    print("\n" + json.dumps(result))
+
+
+def console() -> Console:
+    """The terminal; a table in a file or a pipe is wide enough for its columns."""
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def dated(name: str, suffix: str) -> str:
+    """`bench-2026-01-31-1530.json`: later results do not overwrite earlier ones."""
+    return f"{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M}.{suffix}"
+
+
 def default_limit_gib() -> float:
     return 0.85 * psutil.virtual_memory().total / GIB
 
@@ -122,16 +138,21 @@ def _text(file: IO[str]) -> str:
     return file.read()
 
 
-def add_options(parser: argparse.ArgumentParser, out: str, warmup: str) -> None:
+def add_child_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every program that starts children."""
+    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+
+
+def add_options(parser: argparse.ArgumentParser, name: str, warmup: str) -> None:
     """Add the options that all benchmarks have.
 
     Args:
-        out: default of `--out`.
+        name: of the file of the results.
         warmup: description of the warm-up steps.
     """
     parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps; default 3")
     parser.add_argument("--warmup", type=int, default=1, help=f"{warmup} before those; default 1")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads; default: all cores")
     parser.add_argument(
         "--memory-limit",
         type=float,
@@ -144,6 +165,11 @@ def add_options(parser: argparse.ArgumentParser, out: str, warmup: str) -> None:
         action="store_true",
         help="on Linux, more reproducible peaks at the cost of slower steps",
     )
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"JSON file of the results; default {out}")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs", dated(name, "json")),
+        help="JSON file of the results; default: a file in outputs/, named by the time",
+    )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    add_child_options(parser)

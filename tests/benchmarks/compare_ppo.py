@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from children import INTERRUPTED, ROOT, Children, add_options
-from report import BenchFile, Run, failures, fits, outcome, peak_mib, seconds
+from children import INTERRUPTED, ROOT, Children, add_options, answer, console
+from report import BenchFile, Run, failures, fits, outcome, peak_mib, seconds, why_no_result
 from rich.console import Console
 from rich.table import Table
 from workloads import PPO, SMOLLM2_135M, TINY, Workload, tiny
@@ -31,11 +31,11 @@ def main() -> int:
     """Return the exit status: 1 if a run failed for a reason other than memory, 130 after Ctrl-C."""
     arguments = _parser().parse_args()
     if arguments.child:
-        print("\n" + json.dumps(_measure(json.loads(arguments.child))))
+        answer(_measure(json.loads(arguments.child)))
         return 0
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    _install_old_trl(console)
+    terminal = console()
+    _install_old_trl(terminal)
     shape = TINY if arguments.tiny else SMOLLM2_135M
     file = BenchFile(arguments.out, arguments.threads, shape, ratios)
     status = 0
@@ -44,18 +44,18 @@ def main() -> int:
         for number, (workload, side, variant, spec) in enumerate(plan, start=1):
             path = (TRL_FOLDER, ROOT) if side == "ppo" else (ROOT,)
             limits = (arguments.threads, arguments.memory_limit)
-            children = Children(Path(__file__).resolve(), *limits, console, path, exact_memory=arguments.exact_memory)
+            children = Children(Path(__file__).resolve(), *limits, terminal, path, exact_memory=arguments.exact_memory)
             spec |= {"shape": shape, "warmup": arguments.warmup, "steps": arguments.steps}
             title = Workload.from_dict(spec["workload"]).title
             label = f"({number}/{len(plan)}) {title}  {side}, {variant}"
             run = {"workload": workload.name, "title": title, "side": side, "variant": variant, "spec": spec}
             file.add(run | children.run(spec, label))
-            console.print(f"{label}: {outcome(file.runs[-1])}", markup=False, highlight=False)
+            terminal.print(f"{label}: {outcome(file.runs[-1])}", markup=False, highlight=False)
     except KeyboardInterrupt:
-        console.print("interrupted; the results so far are kept")
+        terminal.print("interrupted; the results so far are kept")
         status = INTERRUPTED
-    console.print(_table(file.runs))
-    console.print(f"all numbers: {arguments.out}")
+    terminal.print(_table(file.runs))
+    terminal.print(f"all numbers: {arguments.out}")
     return status or int(failures(file.runs) > 0)
 
 
@@ -81,10 +81,10 @@ def _measure(spec: dict[str, Any]) -> dict[str, Any]:
     return grpo_side.measure(spec)
 
 
-def _install_old_trl(console: Console) -> None:
+def _install_old_trl(terminal: Console) -> None:
     if (TRL_FOLDER / f"trl-{TRL_WITH_PPO}.dist-info").is_dir():
         return
-    console.print(f"installing trl {TRL_WITH_PPO} into {TRL_FOLDER}")
+    terminal.print(f"installing trl {TRL_WITH_PPO} into {TRL_FOLDER}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--no-deps", "--target", str(TRL_FOLDER), f"trl=={TRL_WITH_PPO}"], check=True)
 
@@ -123,7 +123,7 @@ def _table(runs: list[Run]) -> Table:
     for run in runs:
         head = [run["title"], run["side"], run["variant"]]
         if not fits(run):
-            table.add_row(*head, "does not fit" if "does_not_fit" in run else "failed")
+            table.add_row(*head, why_no_result(run))
             continue
         row = compared.get((run["workload"], run["variant"])) if run["side"] == "ppo" else None
         names = ("step_time", "peak_memory", "peak_memory_with_weights")
@@ -139,7 +139,7 @@ def _table(runs: list[Run]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, out="outputs/ppo.json", warmup="warm-up steps")
+    add_options(parser, "ppo", warmup="warm-up steps")
     return parser
 
 

@@ -27,9 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from children import INTERRUPTED, Children, add_options
+from children import INTERRUPTED, Children, add_options, answer, console
 from report import BenchFile, failures, outcome, ratios, runs_table, scale_table
-from rich.console import Console
 from workloads import FULL, QUICK, SCALE, SMOLLM2_135M, TINY, Workload, tiny
 
 Settings = Callable[[Workload], dict[str, Any]]  # fields of the trainer's config, in addition to the common ones
@@ -61,28 +60,28 @@ def main() -> int:
     if arguments.child:
         from grpo_side import measure
 
-        print("\n" + json.dumps(measure(json.loads(arguments.child))))
+        answer(measure(json.loads(arguments.child)))
         return 0
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    terminal = console()
     limits = (arguments.threads, arguments.memory_limit)
-    children = Children(Path(__file__).resolve(), *limits, console, exact_memory=arguments.exact_memory)
+    children = Children(Path(__file__).resolve(), *limits, terminal, exact_memory=arguments.exact_memory)
     shape = TINY if arguments.tiny else SMOLLM2_135M
     file = BenchFile(arguments.out, arguments.threads, shape, ratios)
     status = 0
     try:
         (_scale if arguments.scale_g else _compare)(arguments, children, file, shape)
     except KeyboardInterrupt:
-        console.print("interrupted; the results so far are kept")
+        terminal.print("interrupted; the results so far are kept")
         status = INTERRUPTED
     if not file.runs:
-        console.print("nothing was run: no workload and variant matches all of the options")
+        terminal.print("nothing was run: no workload and variant matches all of the options")
         return status or 1
     if arguments.scale_g:
-        console.print(scale_table(file.runs))
+        terminal.print(scale_table(file.runs))
     else:
-        console.print(runs_table(file.runs))
-    console.print(f"all numbers: {arguments.out}")
+        terminal.print(runs_table(file.runs))
+    terminal.print(f"all numbers: {arguments.out}")
     return status or int(failures(file.runs) > 0)
 
 
@@ -160,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(
         parser,
-        out="outputs/bench.json",
+        "bench",
         warmup="warm-up steps, with all rows but a sixteenth of the prompt tokens and an eighth of the completion "
         "tokens (with --scale-g: of full size),",
     )

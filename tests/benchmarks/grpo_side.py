@@ -30,9 +30,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     Args:
         spec: `side` ("stock" or "ours"), `workload`, `shape` of the model, `settings` (fields of the config in addition
             to the common ones), `warmup` and `steps`, `warmup_workload` with as many rows as `workload`, `scale` (also
-            measure the machine and count operations), `bf16` (frozen weights and autocast), `tf32` (float32 products);
-            optionally `load_in_4bit`, `free_lengths` (sample until `max_completion_length`, whatever the workload
-            says) and `switched_off` (names in `switches.OFF`).
+            measure the machine and count operations), `bf16` (frozen weights and autocast, as `fp16` in `settings` for
+            float16), `tf32` (float32 products); optionally `load_in_4bit`, `free_lengths` (sample until
+            `max_completion_length`, whatever the workload says) and `switched_off` (names in `switches.OFF`).
     """
     if spec["tf32"]:
         torch.set_float32_matmul_precision("high")
@@ -75,6 +75,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "grpo_ext": {"version": grpo_ext.__version__, "path": grpo_ext.__file__},
         "matmul_flops": matmul,
         "update_flops": meter.update_flops or None,
+        "chunk_limits": trainer.parts.scorer.limits.state_dict() if spec["side"] == "ours" else None,
         "logged": logged,
     }
 
@@ -83,7 +84,7 @@ def _trainer(spec: dict[str, Any], steps: list[Workload], folder: str) -> GRPOTr
     workload = steps[-1]
     settings = {"per_device_train_batch_size": workload.rows, "gradient_checkpointing": False} | spec["settings"]
     vocabulary = spec["shape"]["vocab_size"]
-    dtype = torch.bfloat16 if spec["bf16"] else torch.float32
+    dtype = torch.bfloat16 if spec["bf16"] else torch.float16 if settings.get("fp16") else torch.float32
     lm = causal_lm(spec["shape"], SEED, dtype=dtype, load_in_4bit=spec.get("load_in_4bit", False))
     if not spec.get("free_lengths"):
         force_lengths(lm, [step.completions for step in steps])

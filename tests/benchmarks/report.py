@@ -15,6 +15,7 @@ from rich.table import Table
 
 PACKAGES = ("grpo-ext", "trl", "torch", "transformers", "peft", "accelerate")
 COLUMNS = ("step", "sample", "reference", "update")
+WITHOUT_RESULT = ("does_not_fit", "timed_out", "not_reached", "failed")  # keys of a run, each with its reason
 
 Run = dict[str, Any]  # workload, title, side, variant, and the result of `Children.run`
 
@@ -33,15 +34,18 @@ def peak_mib(run: Run) -> float:
     return max(run["result"]["peak_mib"].values())
 
 
+def why_no_result(run: Run) -> str:
+    """`does not fit`, `timed out`, `not reached` or `failed`."""
+    return next(name for name in WITHOUT_RESULT if name in run).replace("_", " ")
+
+
 def outcome(run: Run) -> str:
     """One line about a finished run."""
     if fits(run):
         return f"{seconds(run, 'step'):.2f} s per step, {peak_mib(run):.0f} MiB excluding the weights"
-    if "does_not_fit" in run:
-        return f"does not fit: {run['does_not_fit']}"
-    if "timed_out" in run:
-        return f"timed out: {run['timed_out']}"
-    return "failed: " + " | ".join(run["failed"])
+    name = why_no_result(run)
+    reason = run[name.replace(" ", "_")]
+    return f"{name}: {reason if isinstance(reason, str) else ' | '.join(reason)}"
 
 
 def ratios(runs: list[Run]) -> list[dict[str, Any]]:
@@ -88,7 +92,7 @@ def runs_table(runs: list[Run]) -> Table:
             values = {phase: f"{seconds(run, phase):.2f}" for phase in COLUMNS} | {"peak": f"{peak_mib(run):.0f}"}
             table.add_row(*head, *(f"{value} ({row[name]:.2f}x)" if row else value for name, value in values.items()))
         else:
-            table.add_row(*head, "does not fit" if "does_not_fit" in run else "failed")
+            table.add_row(*head, why_no_result(run))
     return table
 
 
@@ -107,7 +111,7 @@ def scale_table(runs: list[Run]) -> Table:
     for run in runs:
         head = [run["title"], run["side"], run["variant"]]
         if not fits(run):
-            table.add_row(*head, "does not fit" if "does_not_fit" in run else "failed")
+            table.add_row(*head, why_no_result(run))
             continue
         flops, share = run["result"]["update_flops"], share_of_peak(run)
         table.add_row(
@@ -140,7 +144,7 @@ class BenchFile:
         self._path, self._summary = path, summary
         self._head = {
             "command": sys.argv,
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES},
             "machine": machine(threads),
             "model": model,
         }
@@ -156,7 +160,8 @@ def failures(runs: Iterable[Run]) -> int:
     return sum("failed" in run for run in runs)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The installed version of a package; None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

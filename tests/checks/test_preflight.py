@@ -118,6 +118,7 @@ def test_long_prompts_are_left_out_and_counted(build, small_model, caplog):
 
 
 UNWISE = [
+    ({"gradient_accumulation_steps": 1}, r"the completions of 2 prompts, .*: gradient_accumulation_steps=4\."),
     ({"num_generations": 2}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
     ({"learning_rate": 1e-6}, "learning_rate=1e-06 is typical of full fine-tuning"),
     (
@@ -142,7 +143,7 @@ UNWISE = [
 # The same settings, harmless: one update per rollout, a loss with a ratio per token, short completions, float32.
 WISE = [
     {},
-    {"bf16": True, "max_completion_length": 64, "gradient_accumulation_steps": 2},
+    {"bf16": True, "max_completion_length": 64},
     {"bf16": True, "max_completion_length": 64, "num_iterations": 2, "loss_type": "dapo"},
     {"bf16": True, "max_completion_length": 32, "num_iterations": 2},
     {"max_completion_length": 64, "num_iterations": 2},
@@ -152,7 +153,8 @@ WISE = [
 @pytest.mark.parametrize(("settings", "message"), [*UNWISE, *((settings, None) for settings in WISE)])
 def test_unwise_settings_are_reported(build, small_model, caplog, settings, message):
     with caplog.at_level(logging.WARNING, logger="grpo_ext.checks.preflight"):
-        build(small_model, **{"guards": True, "peft_config": fresh_lora()} | settings)
+        wise = {"guards": True, "peft_config": fresh_lora(), "gradient_accumulation_steps": 2}
+        build(small_model, **wise | settings)
     said = [record.getMessage() for record in caplog.records if record.name == "grpo_ext.checks.preflight"]
     assert [bool(re.search(message, line)) for line in said] == [True] if message else not said
 
@@ -446,7 +448,7 @@ def test_a_dry_run_ends_before_the_first_step(build, small_model, capsys):
     said = re.sub(r"\s*│\n│\s*", "", capsys.readouterr().out)
     assert "length_reward: 0.18 (for a completion without an answer)" in said
     assert "Question: 1+2=?" in said
-    assert re.search(r"worst-case step\s+\d+\.\d s, peak memory \d+\.\d\d GB", said)
+    assert re.search(r"worst-case step\s+\d+\.\d s, peak memory \d+\.\d\d GB resident", said)
 
 
 def test_the_log_says_if_no_worst_case_step_is_possible(build, small_model, caplog):

@@ -8,6 +8,7 @@ from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import requires
 
+import huggingface_hub
 import pytest
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import constants
@@ -89,6 +90,19 @@ def test_packages_out_of_range_or_missing(monkeypatch):
     assert finding.remedy == 'pip install "peft>=0.20" "trl<1.17,>=1.16"'
 
 
+def test_a_missing_package_spoils_only_its_own_lines(monkeypatch, capsys):
+    """An error about the first import would hide the line that says what to install."""
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "psutil" else real(name))
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(SystemExit, match="No run works until the red lines are fixed"):
+        cli.main(["doctor"])
+    output = capsys.readouterr().out
+    assert 'pip install "psutil' in output
+    assert "not examined: import of psutil" in output
+    assert "float32, as on every CPU" in output
+
+
 def test_packages_of_extras_are_optional(monkeypatch):
     """No line asks for reasoning-gym or pytest."""
     extras = [line for line in requires("grpo-ext") if "extra ==" in line]
@@ -124,6 +138,14 @@ def test_disks(free, gigabytes, colour, tmp_path):
     assert f"{gigabytes:.1f} GB free in {tmp_path}/not/yet" in finding.text
 
 
+def test_a_folder_that_cannot_be_written_to(free, monkeypatch, tmp_path):
+    """It is red however little is free: with little space it was yellow, and the run failed at its first save."""
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    free(5)
+    finding = doctor.disk("disk", tmp_path, "output_dir=FOLDER")
+    assert (finding.colour, finding.text) == ("red", f"{tmp_path} cannot be written to")
+
+
 def test_offline_by_choice_is_not_an_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     finding = doctor.hub()
@@ -152,7 +174,7 @@ def test_a_hub_that_answers(monkeypatch, status, token, colour, text, hub_of):
     url, asked = hub_of(status)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(doctor, "get_token", lambda: token)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     finding = doctor.hub()
     assert (finding.colour, finding.text) == (colour, text)
     assert asked == [token and f"Bearer {token}"]

@@ -75,6 +75,28 @@ def test_epochs_replace_the_default_number_of_steps(tmp_path):
     assert (parse(*task)[1].max_steps, parse(*task)[1].num_train_epochs) == (500, 3)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "empty.yaml"], "give both --model_name_or_path and --dataset_name"),
+        (
+            ["--config", "empty.yaml", "--model", "m", "--dataset_name", "d", "--eval_samples", "-1"],
+            "must be 0 or more",
+        ),
+        (["--max_eval_prompts", "0"], "--max_eval_prompts 0 must be 1 or more"),
+        (["--config", "list.yaml"], "--config list.yaml must have lines of the form name: value"),
+    ],
+    ids=["empty file", "samples", "held-out problems", "no settings"],
+)
+def test_settings_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("# seed: 7\n")
+    (tmp_path / "list.yaml").write_text("- seed\n- 7\n")
+    with pytest.raises(SystemExit) as refused:
+        parse(*flags)
+    assert message in f"{refused.value} {capsys.readouterr().err}"
+
+
 def test_an_error_of_the_training_keeps_its_traceback(tmp_path):
     """Other commands print an error as one line, which would hide the place of a fault in a reward or a callback."""
     (tmp_path / "problems.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4, encoding="utf-8")

@@ -74,7 +74,7 @@ def test_results_equal_those_of_a_run(capsys, tmp_path, tiny_model, tokenizer):
     problems = load_problems(str(TINY_DATA), tokenizer, max_heldout=32, seed=7).heldout.to_list()
     settings = {"max_new_tokens": 40, "temperature": 0.6, "samples": 3, "batch_size": 256, "seed": 7}
     expected = evaluate(tiny_model, tokenizer, problems, math_answer_reward, **settings)
-    file = tmp_path / "found.json"
+    file = tmp_path / "results" / "found.json"  # in a folder that does not exist yet
     flags = "--max_problems 32 --temperature 0.6 --samples 3 --seed 7".split()
     rates = tmp_path / "rates.jsonl"
     cli.main(["eval", *TASK, *flags, "--json", str(file), "--save_pass_rates", str(rates)])
@@ -135,23 +135,34 @@ def test_a_benchmark_in_a_local_copy_strict_and_lenient(capsys, tmp_path, monkey
     assert (usual["reward"], usual["task"]) == ("grpo_ext.rewards:math_answer_reward", "gsm8k")
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
-@pytest.mark.parametrize("task", ["humaneval", "{file}"])
-def test_a_benchmark_of_programs(capsys, tmp_path, task):
-    """Its rows have no answers, and one of them has a test that cannot be converted."""
+needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+
+@needs_sandbox
+@pytest.mark.parametrize("flags", [["--task", "humaneval", "--data"], ["--task"], ["--data"]], ids=" ".join)
+def test_a_benchmark_of_programs(capsys, tmp_path, flags):
+    """Its rows have no answers, and one of them has a test that cannot be converted. Without the name of a benchmark,
+    the columns decide: otherwise the rows would be refused because they have no gold answers."""
     rows = [
         {"prompt": "def add(a, b):\n", "entry_point": "add", "test": f"def check(candidate):\n    assert {test}\n"}
         for test in ("candidate(1, 2) == 3", "candidate(1, 2) == 3", "candidate is not None")
     ]
     file = tmp_path / "copy.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ["--task", str(file)] if task == "{file}" else ["--task", task, "--data", str(file)]
-    cli.main(["eval", "--model", str(TINY_MODEL), *where, "--max_new_tokens", "8"])
+    cli.main(["eval", "--model", str(TINY_MODEL), *flags, str(file), "--max_new_tokens", "8"])
     output = capsys.readouterr()
     found = json.loads(output.out)
     assert found["reward"] == "grpo_ext.rewards:program_reward"
     assert found["pass_at_1"]["n"] == found["lenient_pass_at_1"]["n"] == 2
     assert "1 problems with unsupported tests were left out" in output.err
+
+
+@needs_sandbox
+def test_programs_without_any_supported_test(tmp_path):
+    file = tmp_path / "copy.jsonl"
+    file.write_text(json.dumps({"prompt": "Write f.", "test_list": ["assert f(1) > open('x')"]}) + "\n")
+    with pytest.raises(SystemExit, match=r"No problem of '.*copy.jsonl' has tests that the code reward supports"):
+        cli.main(["eval", "--model", str(TINY_MODEL), "--data", str(file)])
 
 
 @pytest.mark.slow
@@ -190,7 +201,17 @@ def test_chat_template_kwargs_are_those_of_training(capsys, tmp_path, tiny_model
         (["--save_pass_rates", "rates.jsonl"], "--save_pass_rates needs samples of each problem. Type --samples 8"),
         (["--model", "no/such"], "'no/such' is not a local path and could not be fetched"),
         (["--adapter", str(TINY_MODEL)], "Can't find 'adapter_config.json'"),
-        (["--reward", "grpo_ext.rewards:nope"], "nope"),
+        (["--reward", "grpo_ext.rewards:nope"], "the module grpo_ext.rewards has no nope"),
+        (["--reward", "my_reward"], "--reward my_reward must be module:name"),
+        (["--max_problems", "0"], "--max_problems 0 must be 1 or more"),
+        (
+            ["--json", "mine"],
+            "--json mine cannot be written. Name a file",
+        ),  # a folder; found before the model is loaded
+        (
+            ["--save_pass_rates", "a/file/rates.jsonl", "--samples", "2"],
+            "its folder cannot be created: Not a directory",
+        ),
         (["--task", "other.csv"], "--task other.csv is no benchmark \\(gsm8k, math500, .*\\), and --data .* as well"),
         (["--model", "mine"], "'mine' is an adapter. Type: --model the/base --adapter mine"),
     ],
@@ -199,5 +220,15 @@ def test_mistakes_give_one_sentence(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_text("")
     with pytest.raises(SystemExit, match=message):
         cli.main(["eval", *TASK, *flags])
+
+
+def test_a_fault_in_code_keeps_its_traceback(tmp_path, monkeypatch):
+    """As one line, an error of Python itself would not say where it is."""
+    (tmp_path / "faulty_rewards.py").write_text("import json\nreward = json.no_such_function\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AttributeError, match="no_such_function"):
+        cli.main(["audit", "--data", str(TINY_DATA), "--reward", "faulty_rewards:reward"])

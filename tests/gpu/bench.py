@@ -1,7 +1,7 @@
 """How fast are steps on this GPU? Whole GRPO steps of grpo-ext, of stock TRL, and with single mechanisms switched off.
 
     source tests/gpu/setup.sh && python3 tests/gpu/bench.py
-    python3 tests/gpu/bench.py --only T1,GSM8K --skip-done FILE      # a second session goes on
+    python3 tests/gpu/bench.py --only T1,GSM8K --skip-done FILE      # continue in a second session
 
 Models have real shapes and random weights, in bfloat16 or NF4 with LoRA r=16 on every linear layer; `shapes.py` has the
 workloads. Each variant is a process with a warm-up step and a measured one. The most informative variants come first,
@@ -9,15 +9,13 @@ and what 9 minutes do not reach is listed as not reached. With `--tiny`, models 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parts import MACHINE, Part, add_options, answer, is_selected, run_parts
-from report import failures, runs_table
-from rich.console import Console
+from parts import Part, console, exit_status, run_program
+from report import runs_table
 from shapes import CASES, Case, shape
 from workloads import Workload
 
@@ -28,30 +26,31 @@ TINY_VARIANTS = ("all mechanisms off",)  # the checks run stock TRL, and grpo_ex
 def variants(workload: Workload) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """Side, name, fields of the trainer's config and further keys of the specification, most informative first.
 
-    Micro-batches are one group. "As in recipes" has an autograd graph for one row at a time.
+    Micro-batches are one group. "As in recipes" has `chunk_tokens="auto"`. The variants without a mechanism have an
+    autograd graph for one row at a time, and are compared with the variant of that name.
     """
     group = {"per_device_train_batch_size": workload.generations}
-    rows = {**group, "gradient_checkpointing": True}
-    several = {**group, "chunk_tokens": 4 * workload.longest_row}
+    checkpointing = {**group, "gradient_checkpointing": True}
+    one_row = {**group, "chunk_tokens": workload.longest_row}
     off = ("CUDA graph", "stacked LoRA", "grouped attention")
-    continuous = {**rows, "use_transformers_continuous_batching": True}
+    continuous = {**checkpointing, "use_transformers_continuous_batching": True}
     return [
-        ("ours", "as in recipes", rows, {}),
-        ("stock", "TRL's defaults", rows, {}),
-        ("ours", "four rows per chunk", several, {}),
+        ("ours", "as in recipes", {**checkpointing, "chunk_tokens": "auto"}, {}),
+        ("stock", "TRL's defaults", checkpointing, {}),
+        ("ours", "one row at a time", one_row, {}),
+        ("ours", "four rows per chunk", {**group, "chunk_tokens": 4 * workload.longest_row}, {}),
         # Its sampler takes no logits processor that would end completions: they have the maximum length.
         ("stock", "continuous batching", continuous, {"free_lengths": True}),
-        *(("ours", f"no {name}", rows, {"switched_off": [name]}) for name in off),
-        ("ours", "all mechanisms off", rows, {"switched_off": off}),
-        ("ours", "prompts not shared", {**rows, "share_prompt": False}, {}),
-        ("ours", "one graph", {**group, "gradient_checkpointing": False}, {}),
-        ("stock", "no checkpointing", {**group, "gradient_checkpointing": False}, {}),
+        *(("ours", f"no {name}", one_row, {"switched_off": [name]}) for name in off),
+        ("ours", "all mechanisms off", one_row, {"switched_off": off}),
+        ("ours", "prompts not shared", {**checkpointing, "share_prompt": False}, {}),
+        ("ours", "one graph", {**group, "chunk_tokens": None}, {}),
+        ("stock", "no checkpointing", group, {}),
     ]
 
 
 def parts(options: argparse.Namespace) -> Iterator[Part]:
-    """The description of the machine, then the first variant of every workload, the second one, and so on."""
-    yield MACHINE
+    """The first variant of every workload, then the second one, and so on."""
     cases = [CASES["T1"]] if options.tiny else list(CASES.values())
     by_variant = zip(*(variants(case.workload) for case in cases), strict=True)
     for same in by_variant:
@@ -64,6 +63,8 @@ def _part(
     case: Case, side: str, name: str, settings: dict[str, Any], further: dict[str, Any], *, is_tiny: bool
 ) -> Part:
     spec = case.spec(is_tiny=is_tiny) | {"side": side, "settings": settings} | further
+    if settings.get("chunk_tokens") == "auto":  # measured in the first step, which should have the shape of the others
+        spec["warmup_workload"] = spec["workload"]
     about = {"workload": case.workload.name, "title": case.workload.title, "side": side, "variant": name, "spec": spec}
     return Part(f"{case.workload.name} {side}, {name}", spec, case.seconds, about)
 
@@ -75,18 +76,11 @@ def measure_variant(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Return the exit status: 1 if a part failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "bench", SECONDS)
-    options = parser.parse_args()
-    if options.child:
-        answer(json.loads(options.child), measure_variant)
-        return 0
-    selected = [part for part in parts(options) if is_selected(part, options.only)]
-    lines = run_parts(Path(__file__).resolve(), selected, options)
-    runs = [line for line in lines if "workload" in line]
-    Console(width=None if sys.stdout.isatty() else 200).print(runs_table(runs))
-    return int(failures(lines) > 0)
+    """Return the exit status: 1 if a part failed, or there is no GPU."""
+    script = Path(__file__).resolve()
+    lines = run_program(script, __doc__, name="bench", seconds=SECONDS, parts_of=parts, run=measure_variant)
+    console().print(runs_table([line for line in lines if "workload" in line]))
+    return exit_status(lines, accepted=("not_reached", "timed_out", "does_not_fit"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parts import MACHINE, Part, add_options, answer, is_selected, run_parts
+from parts import WHOLE, Part, exit_status, run_program
 
 SECONDS = 8 * 60
 # The check or the plan of each part, and its time limit.
@@ -25,7 +25,7 @@ LIMITS = {
     "steps": 60,
     "nf4": 90,
     "job": 120,
-    "fp16": 60,
+    "fp16": 90,
     "little_memory": 60,
     "syncs": 40,
 }
@@ -47,11 +47,10 @@ PLANS = [
 
 
 def parts(options: argparse.Namespace) -> Iterator[Part]:
-    yield MACHINE
     checks = [{"check": name} for name in LIMITS] + (PLANS[:1] if options.tiny else PLANS)
     if options.tiny:
         selected = [spec for spec in checks if options.only is None or spec["check"].startswith(tuple(options.only))]
-        yield Part("all", {"checks": selected, "tiny": True}, 300)
+        yield Part(WHOLE, {"checks": selected, "tiny": True}, 300)
         return
     for spec in checks:
         yield Part(spec["check"], {"checks": [spec], "tiny": False}, LIMITS.get(spec["check"], PLAN_LIMIT))
@@ -75,16 +74,10 @@ def run_checks(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Return the exit status: 1 if a part has no result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "check", SECONDS)
-    options = parser.parse_args()
-    if options.child:
-        answer(json.loads(options.child), run_checks)
-        return 0
-    selected = [part for part in parts(options) if part.name == "all" or is_selected(part, options.only)]
-    lines = run_parts(Path(__file__).resolve(), selected, options)
-    return int(any("result" not in line for line in lines))
+    """Return the exit status: 1 if a part has no result, or there is no GPU."""
+    script = Path(__file__).resolve()
+    lines = run_program(script, __doc__, name="check", seconds=SECONDS, parts_of=parts, run=run_checks)
+    return exit_status(lines)
 
 
 if __name__ == "__main__":

@@ -88,24 +88,32 @@ def nf4(is_tiny: bool) -> Numbers:
 
 
 def fp16(is_tiny: bool) -> Numbers:
-    """A step in float16 with a gradient scaler, as cards without bfloat16 run it."""
+    """A step on a frozen base in float16, and in NF4, with a gradient scaler: what cards without bfloat16 run."""
     if not HAS_GPU:
         return {"skipped": "accelerate has no float16 on a CPU"}
-    return _finite(measure(_spec(QWEN_05B, is_tiny, bf16=False, settings={"fp16": True})))
+    numbers = {}
+    for name, load_in_4bit in (("float16", False), ("NF4", True)):
+        spec = _spec(QWEN_05B, is_tiny, bf16=False, load_in_4bit=load_in_4bit, settings={"fp16": True})
+        numbers[name] = _finite(measure(spec))
+        _require(numbers[name]["weights"] == "torch.float16", numbers)
+    return numbers
 
 
 def little_memory(is_tiny: bool) -> Numbers:
-    """A run whose update does not fit: it goes on in smaller chunks, or its error says what to change."""
+    """A run whose update does not fit on one graph: it goes on in smaller chunks, or its error says what to change."""
     if not HAS_GPU:
         return {"skipped": "needs the limit of a GPU's allocator"}
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((1 if is_tiny else 6) * 2**30 / total)
+    settings = {"gradient_checkpointing": False, "chunk_tokens": None}
     try:
-        result = measure(_spec(QWEN_05B, is_tiny, settings={"gradient_checkpointing": False}, long=True))
+        result = measure(_spec(QWEN_05B, is_tiny, settings=settings, long=True))
     except Exception as error:  # of several types
         _require("chunk_tokens" in str(error), {"error": str(error)})
         return {"advice": str(error)}
-    return {"ran": result["peak_mib"]}
+    numbers = {"chunk_limits": result["chunk_limits"], "peak_mib": result["peak_mib"]}
+    _require(is_tiny or result["chunk_limits"]["with_graph"], numbers)  # else the update fitted, and nothing was tried
+    return numbers
 
 
 def syncs(is_tiny: bool) -> Numbers:

@@ -1,14 +1,13 @@
 """What this machine has: the card, its driver, versions of packages, and which packages are missing."""
 
 import datetime
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
 from typing import Any
 
 from children import GIB
-from report import machine
+from report import installed_version, machine
 
 PACKAGES = (
     *("torch", "triton", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"),
@@ -25,7 +24,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": _gpu(torch) if has_gpu else "no GPU that this torch can use",
         "torch_cuda": torch.version.cuda,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES},
         "missing": [name for name in PACKAGES if importlib.util.find_spec(name) is None],
         "c_compiler": shutil.which("cc") or shutil.which("gcc"),  # Triton needs one
         "host": machine(torch.get_num_threads()),
@@ -41,10 +40,3 @@ def _gpu(torch: Any) -> dict[str, Any]:
         "free_gib": round(free / GIB, 2),
         "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -3,15 +3,18 @@
 import argparse
 import base64
 import hashlib
+import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
+from rich.console import Console
 
-from tests.gpu.pack import keep_one_cuda
-from tests.gpu.parts import Part, run_parts
+from tests.gpu.pack import keep_one_cuda, missing_packages
+from tests.gpu.parts import Part, exit_status, run_parts
 from tests.tools.paths import ROOT
 from tests.tools.processes import launch
 
@@ -78,18 +81,46 @@ def test_a_part_that_hangs_or_fails_does_not_end_the_others(tmp_path):
     assert lines["end"]["result"] == {"did": "end"}
 
     options.skip_done, options.seconds = file, 0
-    again = run_parts(script, parts, options)
+    earlier, *again = run_parts(script, parts, options)
+    assert earlier == lines["end"]  # a ratio to stock TRL needs the results of both sessions
     assert [line["part"] for line in again] == ["hang", "fail"]
     assert all("not_reached" in line for line in again)
+    assert exit_status(again, accepted=["not_reached"]) == 0
+    assert exit_status(again) == exit_status(lines.values(), accepted=["timed_out"]) == 1
+
+
+def test_the_table_says_why_a_variant_has_no_result():
+    """After nine minutes, most variants were not reached: a table that calls them failed would be no use."""
+    from report import runs_table  # found by the programs of the kit
+
+    names = {"not_reached": "later", "timed_out": "slow", "does_not_fit": "large", "failed": "wrong"}
+    runs = [
+        {"workload": "T1", "title": "T1", "side": "ours", "variant": variant, name: "the reason"}
+        for name, variant in names.items()
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(runs_table(runs))
+    printed = console.file.getvalue()
+    for name, variant in names.items():
+        assert re.search(rf"{variant}\W+{name.replace('_', ' ')}", printed)
 
 
 def test_without_a_gpu_no_large_model_is_started(tmp_path):
     """On a CPU they would take hours."""
     file = tmp_path / "bench.jsonl"
     command = [sys.executable, "tests/gpu/bench.py", "--out", str(file)]
-    _, output = launch(command, PYTHONPATH="", CUDA_VISIBLE_DEVICES="")
+    status, output = launch(command, PYTHONPATH="", CUDA_VISIBLE_DEVICES="")
+    assert status == 1
     assert "need a GPU" in output
     assert [line["part"] for line in read(file)] == ["machine"]
+
+
+def test_the_wheels_are_all_that_torch_and_accelerate_do_not_bring():
+    """A package that is missing there would end the hour in its first minute."""
+    missing = missing_packages("3.12")
+    assert {"transformers", "regex", "datasets", "pyarrow", "rich", "pytest"} <= set(missing)
+    assert not {"torch", "numpy", "sympy", "huggingface-hub", "grpo-ext"} & set(missing)
+    assert set(missing) - set(missing_packages("3.12", has=["PyArrow"])) == {"pyarrow"}
 
 
 def test_a_wheel_with_one_version_of_cuda_can_be_installed(tmp_path):

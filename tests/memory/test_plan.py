@@ -1,5 +1,6 @@
 """The memory planner against measured peaks of real training steps and numbers worked out by hand, and its command."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from grpo_ext import cli
+from grpo_ext.cli import plan
 from grpo_ext.memory.counter import MemoryCounter
 from grpo_ext.memory.device_kernels import DeviceKernels, HeadCall
 from grpo_ext.memory.estimate_step import estimate_phase
@@ -293,10 +295,12 @@ def test_suggested_changes(two_layers):
         "--chunk_tokens 128",
         "--load_in_4bit",
         "--per_device_train_batch_size 8 --gradient_accumulation_steps 1",
-        "--num_generations 4",
+        "--num_generations 4 --per_device_train_batch_size 4",
         "--max_completion_length 64",
     ]
     assert all(total > none.budget for _, total in none.changes)
+    typed = planned(two_layers, step(256, 128, 4, chunk_tokens=128), load_in_4bit=True)  # what the flags above say
+    assert none.changes[3][1] == typed.footprint.total
 
 
 @pytest.mark.slow
@@ -332,6 +336,25 @@ def test_command_line(capsys, two_layers):
     assert "It does not fit" in printed
     assert "--load_in_4bit" in printed
     assert "Use a smaller model" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ([], 48),
+        (["--chunk_tokens", "auto", "--gradient_checkpointing", "false"], 48),
+        (["--chunk_tokens", "none"], 48),
+        (["--chunk_tokens", "none", "--gradient_checkpointing", "false"], None),
+        (["--chunk_tokens", "96"], 96),
+    ],
+)
+def test_values_of_chunk_tokens_are_those_of_a_run(flags, tokens):
+    """`auto` overrides gradient checkpointing in a run; a plan that read it otherwise would be for another step."""
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    sizes = ["--model", "m", "--gpu", "8GB", "--prompt", "32", "--completion", "16"]
+    _, shape = plan.plan_inputs(parser.parse_args([*sizes, *flags]))
+    assert shape.graph_tokens == tokens
 
 
 @pytest.mark.slow

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from trl import TrlParser
 
 from grpo_ext import GRPOExtConfig
 from grpo_ext.cli import main
 from grpo_ext.data import PromptFormat, load_problems
+from grpo_ext.data.programs import PROGRAM_FORMAT, with_supported_tests
 from grpo_ext.model.load import PolicyConfig
 from grpo_ext.recipe import RecipeArguments
-from grpo_ext.recipes import coding, dialogue, logic
+from grpo_ext.recipes import dialogue, logic
 from grpo_ext.rewards import program_reward
 from tests.tools.paths import ROOT
 
@@ -80,7 +82,22 @@ def test_guess_a_number(train):
     """The preset of the game, with the embedded model in place of a chat model. It has no chat template."""
     preset = ["--config", "guess_number.yaml", "--model", str(RECIPES / "tiny_math/model")]
     output, _ = train("dialogue", *preset, "--max_turns", "3")
-    assert "80 problems; held out: 20 of 100 numbers" in output
+    assert "80 problems; held out: 8 of 100 numbers" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["logic", "--answer_column", "solution"], "--answer_column solution would have no effect: the puzzles are"),
+        (["dialogue", "--config", "guess_number.yaml", "--chat", "true"], "--chat true would have no effect"),
+        (["math", "--dataset_streaming", "true"], "--dataset_streaming True would have no effect"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flags_that_a_recipe_does_not_read_are_refused(train, arguments, message):
+    """If they were ignored, a run on other data than the user named would look like a success."""
+    with pytest.raises(SystemExit, match=message):
+        train(*arguments, "--model", str(RECIPES / "tiny_math/model"), "--dataset_name", "guess_number")
 
 
 @pytest.mark.parametrize("recipe", ["coding", "dialogue", "logic"])
@@ -144,16 +161,16 @@ def test_problems_in_the_form_of_mbpp(tmp_path, tokenizer):
     rows[7]["test_list"] = ["assert plus(other) > open('x')"]
     path = tmp_path / "mbpp.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = load_problems(str(path), tokenizer, prompt_format=coding.PROMPT_FORMAT)
-    judged = coding.judged(problems)
-    assert len(judged.train) + len(judged.heldout) == 49
-    assert judged.note.endswith("; 1 problems with unsupported tests were left out")
-    number = judged.train[0]["prompt"].partition("add ")[2].partition(".")[0]
+    problems = load_problems(str(path), tokenizer, prompt_format=PROGRAM_FORMAT)
+    (train, heldout), note = with_supported_tests("MBPP", problems.train, problems.heldout)
+    assert len(train) + len(heldout) == 49
+    assert note == "1 problems with unsupported tests were left out"
+    number = train[0]["prompt"].partition("add ")[2].partition(".")[0]
     test = f"Your program must pass this test:\nassert plus(1) == {int(number) + 1}"
-    assert judged.train[0]["prompt"] == f"Write a function to add {number}.\n{test}"
-    (tmp_path / "none.jsonl").write_text("".join(json.dumps(rows[7] | {"prompt": str(i)}) + "\n" for i in range(9)))
-    with pytest.raises(SystemExit, match="No problem has tests that the reward supports"):
-        coding.judged(load_problems(str(tmp_path / "none.jsonl"), tokenizer))
+    assert train[0]["prompt"] == f"Write a function to add {number}.\n{test}"
+    unsupported = Dataset.from_list([rows[7]])
+    with pytest.raises(ValueError, match="No problem of MBPP has tests that the code reward supports"):
+        with_supported_tests("MBPP", train, unsupported)
 
 
 def test_wording_of_a_chat_model(tmp_path, tokenizer):

@@ -113,7 +113,7 @@ def a_step(step, **changes):
     row |= {"completions/clipped_ratio": 0.5, "frac_groups/all_right": 0.25, "frac_groups/all_wrong": 0.25}
     row |= {"frac_groups/mixed": 0.5, "time/generate": 1.0, "time/update": 2.0, "advantages/mean": 0.0}
     row |= {"pools/unseen": 0.5, "pools/unsolved": 0.25, "pools/learning": 0.25, "pools/solved": 0.0}
-    row |= {"rewards/right/mean": 0.5, "rewards/format_reward/mean": 0.9, "peak_memory_mb": 2000.0}
+    row |= {"rewards/right/mean": 0.5, "rewards/format_reward/mean": 0.9, "peak_memory_mb": 2 * 2**30 / 1e6}
     return row | changes
 
 
@@ -158,7 +158,7 @@ def test_panels_are_in_the_order_in_which_they_are_read():
     assert (length.low, length.high, cut.y, cut.on_right_axis) == ((1.0, 1.0), (12.0, 12.0), [0.5, 0.5], True)
     assert panels["KL to the reference"].unit == "nats per completion"
     assert [line.y for line in panels["Gradient norm"].lines if line.on_right_axis] == [[1.0]]
-    assert panels["Peak memory so far"].lines[0].y == [2.0, 2.0]
+    assert panels["Peak memory so far"].lines[0].y == pytest.approx([2.0, 2.0])  # GB of 2^30 bytes, as in plans
     assert [panel.title for panel in build_panels([{"step": 1, "loss": None, "reward": 1.0}])] == ["Mean raw reward"]
     assert build_panels([{"step": 3, "train_runtime": 1.0}]) == []
 
