@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_ext.rewards.completion import text_of
+from grpo_ext.rewards.math.final_answer import extract_final_answer
 
 Row = dict[str, Any]
 
@@ -81,14 +82,22 @@ def audit(
             f"An audit needs two or more rows with the column {gold!r}; got {len(rows)} with the columns: "
             f"{', '.join(sorted(rows[0])) if rows else 'none'}."
         )
-    if not forms or not all("x" in form.format("x") and form.format("x") != form.format("y") for form in forms):
-        raise ValueError(f"forms={list(forms)!r}: each form needs a '{{}}' for the gold answer, as in '#### {{}}'.")
+    if not forms or not all(map(_is_template, forms)):
+        raise ValueError(
+            f"forms={list(forms)!r}: each form needs a '{{}}' for the gold answer, as in '#### {{}}'; other braces are "
+            f"doubled, as in {ANSWER_FORMS[1]!r}."
+        )
     auditor = _Auditor(reward)
     form, rng = forms[0], random.Random(seed)
     golds = [str(row[gold]) for row in rows]
-    wrong = [_perturbed(text, golds, rng) for text in golds]
-    (common, _), *_ = Counter(golds).most_common(1)
-    others = [rng.sample(sorted(set(golds) - {text}), min(2, len(set(golds)) - 1)) for text in golds]
+    parts = [_split_at_final_answer(text) for text in golds]
+    finals = [final for _, final, _ in parts]
+    wrong = [before + _perturbed(final, finals, rng) + after for before, final, after in parts]
+    (common, _), *_ = Counter(finals).most_common(1)
+    several = [
+        before + " or ".join([*rng.sample(sorted(set(finals) - {final}), min(2, len(set(finals)) - 1)), final]) + after
+        for before, final, after in parts
+    ]
     checks = [
         auditor.expect_full_score("gold answers", rows, [form.format(text) for text in golds], is_fatal=True),
         *(
@@ -99,8 +108,8 @@ def audit(
         auditor.expect_less("empty answers", rows, [""] * len(rows)),
         auditor.expect_less(
             "always the same answer",
-            [row for row, text in zip(rows, golds, strict=True) if text != common],
-            [form.format(common)] * sum(text != common for text in golds),
+            [row for row, final in zip(rows, finals, strict=True) if final != common],
+            [form.format(common)] * sum(final != common for final in finals),
         ),
         auditor.expect_less("copied prompt", rows, [text_of(row.get("prompt", "")) for row in rows]),
         auditor.expect_less(
@@ -108,8 +117,8 @@ def audit(
         ),
         auditor.expect_less(
             "several candidates",
-            rows,
-            [form.format(" or ".join([*more, text])) for text, more in zip(golds, others, strict=True)],
+            [row for row, text, own in zip(rows, several, golds, strict=True) if text != own],
+            [form.format(text) for text, own in zip(several, golds, strict=True) if text != own],
         ),
         auditor.expect_no_length_bonus(rows, [form.format(text) for text in wrong]),
     ]
@@ -163,6 +172,20 @@ class _Auditor:
             if not passes(score):
                 check.failed.append((completion, score))
         return check
+
+
+def _is_template(form: str) -> bool:
+    """Whether `{}` stands for the answer, not directly after a LaTeX command: `\\boxed{}` has braces of its own."""
+    try:
+        return form.format("x") != form.format("y") and not re.search(r"\\[A-Za-z]+\{\}", form)
+    except (KeyError, IndexError, ValueError):  # {answer}, {1}, a lone brace
+        return False
+
+
+def _split_at_final_answer(gold: str) -> tuple[str, str, str]:
+    """(text before, final answer, text after) of a solution that marks its answer; all other text is an answer."""
+    before, final, after = gold.rpartition(extract_final_answer(gold) or gold or "?")
+    return (before, final, after) if final else ("", gold, "")
 
 
 def _perturbed(gold: str, golds: Sequence[str], rng: random.Random) -> str:

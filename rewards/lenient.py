@@ -59,7 +59,12 @@ class LenientProgramReward:
         continued: list[Completion] = [
             _continuation(text_of(prompts[row]), text_of(completions[row])) for row in failed
         ]
-        again = self.reward(continued, **{name: [values[row] for row in failed] for name, values in columns.items()})
+        columns |= {
+            name: [values[row] for row in failed]
+            for name, values in columns.items()
+            if isinstance(values, list) and len(values) == len(scores)  # unlike TRL's `trainer_state`
+        }
+        again = self.reward(continued, **columns)
         for row, score in zip(failed, again, strict=True):
             scores[row] = max(scores[row] or 0.0, score or 0.0)
         return scores

@@ -39,15 +39,11 @@ class FormatReward:
     # See `grpo_ext.rewards.workers.pool`.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
+    __name__ = "format_reward"  # TRL logs the reward under this name
 
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) < len(self.tags) or not all(map(str.isidentifier, self.tags)):
             raise ValueError(f"tags={self.tags!r}; valid: one or more distinct names, such as ('think', 'answer').")
-
-    @property
-    def __name__(self) -> str:
-        """The name under which TRL logs the reward."""
-        return "format_reward"
 
     def __call__(self, completions: Sequence[Completion], **columns: object) -> list[float]:
         """Score completions, strings or chat completions: one score in [0, 1] each."""
@@ -86,17 +82,13 @@ class LengthReward:
     # See `grpo_ext.rewards.workers.pool`.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
+    __name__ = "length_reward"  # TRL logs the reward under this name
 
     def __post_init__(self) -> None:
         if self.target <= 0:
             raise ValueError(f"target={self.target}; valid: a length above 0, such as 50.")
         if self.unit not in ("words", "characters"):
             raise ValueError(f"unit={self.unit!r}; valid: 'words', 'characters'.")
-
-    @property
-    def __name__(self) -> str:
-        """The name under which TRL logs the reward."""
-        return "length_reward"
 
     def __call__(self, completions: Sequence[Completion], **columns: object) -> list[float]:
         """Score completions, strings or chat completions: one score in [0, 1] each."""
@@ -122,17 +114,13 @@ class CoherenceReward:
     # See `grpo_ext.rewards.workers.pool`.
     scores_independently: ClassVar[bool] = True
     runs_in_process: ClassVar[bool] = True
+    __name__ = "coherence_reward"  # TRL logs the reward under this name
 
     def __post_init__(self) -> None:
         if not self.connectives or not all(self.connectives):
             raise ValueError(f"connectives={self.connectives!r}; valid: one or more words, such as ('because',).")
         if not 0 < self.each <= 1:
             raise ValueError(f"each={self.each}; valid: above 0, at most 1.")
-
-    @property
-    def __name__(self) -> str:
-        """The name under which TRL logs the reward."""
-        return "coherence_reward"
 
     def __call__(self, completions: Sequence[Completion], **columns: object) -> list[float]:
         """Score completions, strings or chat completions: one score in [0, 1] each."""

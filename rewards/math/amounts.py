@@ -25,7 +25,7 @@ class Amount:
     """An amount.
 
     Attributes:
-        kind: of the unit: time, length, weight or money.
+        kind: index in `_KINDS`: time, length, weight or money.
         size: in the smallest unit of this kind.
     """
 

@@ -6,10 +6,12 @@ This module splits lists, tuples, sets, intervals, equations and inequalities in
 (`grpo_ext.rewards.math.number`), expressions (`grpo_ext.rewards.math.expression`) and phrases.
 
 - A bare list and a set are unordered; a tuple, a vector, `[...]` and an interval are ordered. A bare list also matches
-  a set and, if it uses commas and has the right order, `(...)` and `[...]`. The values of `y = 2, x = 1` match (1, 2):
-  they are sorted by name. Otherwise the brackets must be the same, and so must the number of items.
+  a set and, if it uses commas and has the right order, `(...)` and `[...]`. Otherwise the brackets must be the same,
+  and so must the number of items. The values of `y = 2, x = 1` match (1, 2): they are sorted by name if all names are
+  in one of the alphabets xyz, abcd, mn, pqrs and uvw. Values with other names, `k = 2, b = 1`, are in the gold order.
 - `x = 5` matches 5, and 5 matches `x = 5`, but `y = 5` does not match `x = 5`. In a chain such as `x = 2+3 = 5` every
-  step must hold. If the gold answer is an equation, a constant factor is allowed; but `5x = 25` does not match `x = 5`.
+  step must hold, and `\ln x = 1` and `x! = 120` do not name what was asked for. If the gold answer is an equation, a
+  constant factor is allowed; but `5x = 25` does not match `x = 5`.
 - The value alone matches a gold equation that names it: 3 matches `|AB| = 3`, and (3, 2) matches `(p,q) = (3,2)`. The
   right side of a curve, `x+y = 1`, does not.
 - Numbers with different units are paired by them: `2 girls and 3 boys` matches `3 boys and 2 girls`.
@@ -17,7 +19,8 @@ This module splits lists, tuples, sets, intervals, equations and inequalities in
   `2 hours 30 minutes`, matches the same amount in other units of its kind (`grpo_ext.rewards.math.amounts`).
 - `x > 5` is `(5,\infty)`, and `1 < |x| < 2` is `(-2,-1) \cup (1,2)`. A union of intervals is a list of them.
 - If the gold answer is a number, the answer must be one too: unevaluated arithmetic does not match.
-- Phrases are compared ignoring case and white space.
+- Phrases are compared ignoring case, white space, points and the hyphens of words, but not those between digits.
+  Roman numerals and some two-letter words are phrases too: `VI` is not `IV`, and `no` is not `on`.
 """
 
 import re
@@ -42,15 +45,23 @@ _ITEM_SEPARATOR_ANY_COMMA = re.compile(rf"{_LIST_WORD}|,")
 _RELATION_SIGN = re.compile(r":?=|<|>|\\(?:approx|in|le|ge|ne)(?![A-Za-z])")
 _MIRRORED_SIGN = {">": "<", r"\ge": r"\le"}
 _SYMBOL = re.compile(r"(?:\\?[A-Za-z]+|[\u4e00-\u9fff]+)'*(?:_(?:\w|\{[\w ]+\}))?\s*(?:\([^()=]*\))?")
-# Up to five words, such as "no solution" or "June 20", or a time of day.
+# Other words of two letters are products.
+_TWO_LETTERS = r"(?<![A-Za-z])(?:[IVX]{2}|(?i:am|if|in|is|no|of|ok|on|or|pm|to|up))(?![A-Za-z])"
+# Up to five words, such as "no solution" or "June 20", or two numbers with words between them, such as "1 in 3".
 _PHRASE = re.compile(
-    r"(?=.*(?:[A-Za-z]{3}|[^\x00-\x7f]))[^\W\d_]{1,24}(?:[ '-]+\w{1,24}){0,4}"
-    r"|\d{1,2}:\d\d(?: ?[AaPp]\.?[Mm]\.?)?"
+    rf"(?=.*(?:[A-Za-z]{{3}}|[^\x00-\x7f]|{_TWO_LETTERS}))[^\W\d_]{{1,24}}(?:[ '-]+\w{{1,24}}){{0,4}}"
+    r"|\d+(?: [A-Za-z]{2,24}){1,2} \d+"
 )
+# What does not count in a phrase: spaces and points, unless between digits, and the hyphens of words.
+_IGNORED = re.compile(r"(?<![\d .'])[ .']+|[ .']+(?![\d .'])|[\"“”‘’]|(?<=[^\W\d_]{3})-(?=[^\W\d_]{3})")
+_COUNTED_THINGS = re.compile(r"\d+ [a-z]{3,20}(?: \d+ [a-z]{3,20})+")
 _ABSOLUTE = re.compile(r"\|[A-Za-z]\|")
 _BASED_NUMBER = re.compile(r"\(?([0-9A-F]+)\)?_ ?\{?(\d{1,2})\}?")
 _SET_BUILDER = re.compile(r"([A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?(?:\||\\mid(?![A-Za-z])|:) ?(?=.*\1)(.+)")
 _REAL_LINE = {r"\mathbb{R}", r"\mathbb R", "all real numbers", "all reals"}
+_FUNCTION_OF_UNKNOWN = re.compile(
+    r"!|\\(?:ln|log|exp|sin|cos|tan)(?![A-Za-z])(?:_\{?\w+\}?)?(?:\^\{\d\})? ?\(?[xyz](?![A-Za-z])"
+)
 _NAME_TUPLE = re.compile(r"\( ?[A-Za-z](?:_\w)?(?: ?, ?[A-Za-z](?:_\w)?)+ ?\)")
 _CURVE = re.compile(r"[xyz]{2,}")
 _BRACKET_KIND = {"(": "(", r"\langle": "(", "[": "[", r"\{": "{", ")": ")", r"\rangle": ")", "]": "]", r"\}": "}"}
@@ -146,7 +157,7 @@ def answers_match(gold: ParsedAnswer, answer: ParsedAnswer) -> bool:
         if has_colons(gold) and has_colons(answer):
             return colons_match(gold, answer)
     if _PHRASE.fullmatch(gold):
-        return isinstance(answer, str) and _letters_only(gold) == _letters_only(answer)
+        return isinstance(answer, str) and _bare_phrase(gold) == _bare_phrase(answer)
     return gold == answer or _evaluates_to(gold, answer)
 
 
@@ -156,6 +167,8 @@ def _parse(text: str) -> ParsedAnswer:
         return _parse(wrapped[1])
     if amount := parse_amount(text):
         return amount
+    if _COUNTED_THINGS.fullmatch(text):  # 7 boys 3 girls
+        return Collection("{}", tuple(map(_parse, re.findall(r"\d+ [a-z]+", text))))
     if text in _REAL_LINE:
         return Collection("()", (r"-\infty", r"\infty"))
     if ";" in text and "," in text:
@@ -195,7 +208,7 @@ def _parse_relation(parts: list[str], signs: list[str]) -> Relation:
         if len(parts) == 2 and _SYMBOL.fullmatch(parts[1]) and not _is_name(parts[0]):
             parts = parts[::-1]
         names = 0
-        while names < len(parts) - 1 and _is_name(parts[names]):
+        while names < len(parts) - 1 and _is_name(parts[names]) and not _FUNCTION_OF_UNKNOWN.search(parts[names]):
             names += 1
         sides = (parts[0], "=", parts[1]) if len(parts) == 2 else None
         return Relation(parts[0] if names else "", tuple(map(_parse, parts[names:])), sides, r"\approx" in signs)
@@ -252,8 +265,8 @@ def _names_value(text: str) -> bool:
     return bool(_NAME_TUPLE.fullmatch(text)) or (_is_name(text) and not _CURVE.fullmatch(letters))
 
 
-def _letters_only(text: str) -> str:
-    return re.sub(r"[\W_]", "", text).casefold()
+def _bare_phrase(text: str) -> str:
+    return _IGNORED.sub("", text).casefold()
 
 
 def _without_spaces(text: str) -> str:

@@ -8,19 +8,20 @@ r"""The math reward: 1.0 if the final answer of a completion matches the gold an
 square root of 12, and 2^{100} is not 2^{100}-1. The same text as the gold answer scores 1.0 without parsing. The
 following score 0.0:
 
-- several candidates: `5 or 6`, `5, 6` (of several `\boxed{}`, the last one counts, unless only "and" or "or" stands
-  between them)
+- several candidates: `5 or 6`, `5, 6` (of several `\boxed{}`, the last one counts, unless they are separated only by
+  "and" or "or")
 - unevaluated arithmetic if the gold answer is a number: `737+844`, `48/2`, `2^{10}`
-- an unsolved equation, or a chain with a wrong step: `5x = 25` for x = 5, `x = 5 = 6`
+- an unsolved equation in one unknown, or a chain with a wrong step: `5x = 25` for x = 5, `x = 5 = 6`
 - a copied question: an expression taken from the prompt word for word, unless the gold answer is written the same way
 
 Known limits:
 
 - Units are not compared: 5 km equals 5 m. Only months, points of the compass, am and pm, and moduli are; in a list, the
   names of things: 3 boys and 2 girls; and the units of an amount in several units: 2 hours 30 minutes is 150 minutes.
-- Upper-case and lower-case letters are the same variable.
+- A time of day without am, pm or a leading zero is also a ratio: 4:30 equals 2:15.
+- Upper-case and lower-case letters are the same variable. `I` is imaginary if there is no other letter: 3+4I.
 - A bare list is unordered: write the gold answer as (1, 2, 3) if the order matters.
-- Products of three or more bare letters, such as `xyz`, are compared as words.
+- Products of three or more bare letters, such as `xyz`, are compared as words. So are `VI` and `no`.
 - Numbers in two bases are compared by their digits and base: 101_2 is not 5_{10}.
 - Unions of intervals must be split in the same way.
 - Equations are equal up to a constant factor only: xy = 1 is not y = 1/x.

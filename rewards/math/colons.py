@@ -8,7 +8,7 @@ colons_match("1:12", "11:2")        ->  False
 import re
 from fractions import Fraction
 
-_COLONS = re.compile(r"\d{1,9}(?: ?: ?\d{1,9}){1,5}(?P<half> ?[AaPp]\.? ?[Mm]\.?)?")
+_COLONS = re.compile(r"\d{1,9}(?: ?: ?\d{1,9}){1,5}(?: ?[AaPp]\.? ?[Mm]\.?)?")
 
 
 def has_colons(text: str) -> bool:
@@ -28,7 +28,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _is_clock(text: str) -> bool:
-    """Only a time has leading zeros or a half of the day."""
+    """Only a time of day has a leading zero or an am/pm marker."""
     return bool(re.search("[Mm]", text)) or any(len(part) > 1 and part[0] == "0" for part in _parts(text))
 
 

@@ -4,13 +4,14 @@ r"""Parses expressions, matrices and sets in LaTeX, and compares them within bou
 
 Math-Verify compares with sympy's `simplify` and `solve`, whose run time has no bound. Here two expressions are equal if
 their values agree at fixed pseudo-random points, to 30 digits beyond those of the numbers in them. So a difference of 1
-shows however large the numbers are, and no rounded number passes. Piecewise functions are compared at more points, on
-both sides of their breaks. Only sets are compared by Math-Verify.
+shows however large the numbers are, and no rounded number passes. Piecewise functions and roots, which may hide one
+(`\sqrt{(x-5)^2}` is `|x-5|`), are compared at more points, on both sides of their breaks. Only sets are compared by
+Math-Verify.
 
 Frequent expressions are read by `grpo_ext.rewards.math.plain_expression`, all others by Math-Verify. Some input is
 rejected before it is parsed: expressions that can grow without bound (towers of powers, factorials of large numbers)
-and those that would have to be computed (integrals, sums, limits). So little depends on the time limit, which works
-only in the main thread.
+and those that would have to be computed (integrals, sums, limits). The time limit works only in the main thread, but is
+therefore rarely needed.
 """
 
 import logging
@@ -136,6 +137,8 @@ def parse_expression(text: str) -> Expression | None:
     text = re.sub(r"(\d*)\.(\d+)", lambda d: rf"\frac{{{int(d[1] + d[2])}}}{{{10 ** len(d[2])}}}", text)
     text = re.sub(r"(?<![_\d])(\d+)\s*\(", r"\1\\cdot(", text)
     text = re.sub(r"\^\{(\w)\}(?=\s*(?:[-+)}]|$))", r"^\1", text)  # the parser is faster without braces
+    if re.search(r"[A-DF-HJ-Za-df-z]", _COMMAND.sub("", text)):
+        text = text.replace("I", r"\iota ")  # a variable in V = IR, unlike in 3+4I
     plain = parse_plain_expression(text)
     if plain is not None:
         return plain if _magnitude_bits(plain) <= MAX_BITS else None
@@ -253,12 +256,12 @@ def _differ(left: mpmath.mpc, right: mpmath.mpc) -> bool:
 
 
 def _points(expressions: Sequence[sympy.Expr], names: Sequence[str]) -> Iterator[dict[str, sympy.Rational]]:
-    """Fixed pseudo-random values of the symbols within 3 of zero; beyond all breaks too for piecewise functions."""
+    """Fixed pseudo-random values of the symbols: within 3 of zero, and beyond all breaks, which roots may have too."""
     for trial in range(8):
         rng = random.Random(trial)
         signs = (1, -1) if trial % 2 else (1, 1)
         yield {name: sympy.Rational(rng.randrange(20, 300) * rng.choice(signs), 101) for name in names}
-    if not any(e.has(*_PIECEWISE) for e in expressions):
+    if not any(e.has(*_PIECEWISE) or any(map(_is_root, e.atoms(sympy.Pow))) for e in expressions):
         return
     numbers = {abs(part) for e in expressions for number in e.atoms(sympy.Rational) for part in (number.p, number.q)}
     reach = int(min(max(numbers, default=1), 1000)) * 2 + 5
@@ -267,6 +270,10 @@ def _points(expressions: Sequence[sympy.Expr], names: Sequence[str]) -> Iterator
         scale = 1 if trial % 3 else 7  # integers, and fractions
         limit = reach if trial % 2 else min(reach, 25)
         yield {name: sympy.Rational(rng.randrange(-limit * scale, limit * scale + 1), scale) for name in names}
+
+
+def _is_root(power: sympy.Pow) -> bool:
+    return bool(power.base.free_symbols) and power.exp.is_number and not power.exp.is_integer
 
 
 def _values_at_points(expressions: Sequence[sympy.Expr], digits: int) -> Iterator[list[mpmath.mpc]]:

@@ -5,7 +5,7 @@ r"""Extracts the final answer of a text, without its marker.
 The first marker of this list that occurs wins. If it occurs several times, the last one counts:
 
 1. `\boxed{...}` with its nested braces; an incomplete one does not count. `\boxed{1}` and `\boxed{2}` are a list if
-   only "and" or "or" stands between them.
+   they are separated only by "and" or "or".
 2. `<answer>...</answer>`
 3. `#### ...`, up to the end of the line
 4. "the answer is ...", "answer: ...", "答案是...", up to the end of the sentence

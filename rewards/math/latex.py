@@ -34,7 +34,8 @@ _CHARACTERS = str.maketrans(
     | {"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"}
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_COMMAND_NAMES = "sqrt|sin|cos|tan|cot|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta|alpha|beta"
+_COMMAND_NAMES = "sqrt|sin|cos|tan|cot|csc|arcsin|arccos|arctan|log|ln|exp|pi|theta"
+_GREEK_NAMES = "alpha|beta|gamma|delta|epsilon|lambda|sigma|omega|rho|tau|phi"
 
 _REPLACEMENTS = [
     (re.compile(pattern), replacement)
@@ -55,11 +56,13 @@ _REPLACEMENTS = [
         ),  # degrees are a unit, and units are ignored
         (r"\\(?:tri)?angle(?![A-Za-z])", ""),
         (r"(?<!\\)\\%", "%"),
-        (r"^[*\s]+|[*\s]+$", ""),  # **bold**
+        (r"(?<![\w)}\]])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w({\[])", r"\1"),  # **bold**, unlike x**2
+        (r"^[*\s]+|[*\s]+$", ""),
         (r"\*\*", "^"),
         (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty"),
         (r"\+\s*\\infty", r"\\infty"),
         (rf"(?<![\\A-Za-z])({_COMMAND_NAMES})(?![A-Za-z])", r"\\\1"),
+        (rf"(?<![\\A-Za-z])(?<![A-Za-z] )({_GREEK_NAMES})(?![A-Za-z]| [A-Za-z]{{3}})", r"\\\1"),  # not gamma rays
         (r"(?<![\\A-Za-z/])(?<!\d )(?<!\d)sec(?=\s*[\^({\\]|\s[A-Za-z](?![A-Za-z]))", r"\\sec"),  # not 5 sec
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
         (r"\\ell(?![A-Za-z])", "l"),
@@ -71,7 +74,7 @@ _REPLACEMENTS = [
         (r"\\end\{array\}\s*(?:[\])]|$)", r"\\end{pmatrix}"),
         (r"\\(?:leq|leqslant|leqq)(?![A-Za-z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant|geqq)(?![A-Za-z])|>=", r"\\ge "),
-        (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+        (r"\\neq(?![A-Za-z])|(?<!\d)!=", r"\\ne "),  # 5!=120 is a factorial
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),

@@ -4,7 +4,7 @@ r"""Puts braces around the arguments of LaTeX commands and around exponents.
     brace_arguments(r"{a \over b}")         ->  r"\frac{a}{b}"
 
 Two habits of plain text differ from LaTeX: all digits after `^` and `\sqrt` belong to the argument (`x^10`,
-`\sqrt12`), and so does a bracketed expression (`2^(n+1)`, `\sqrt(x+1)`). A text with unbalanced braces stays so.
+`\sqrt12`), and so does a bracketed expression (`2^(n+1)`, `\sqrt(x+1)`). Unbalanced braces are not repaired.
 """
 
 import re

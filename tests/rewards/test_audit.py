@@ -67,6 +67,17 @@ def test_altered_answers_differ_from_the_gold():
     assert west in ("105", "east")
 
 
+def test_the_final_answer_of_a_solution_is_altered():
+    rows = [{"prompt": "?", "answer": f"48/2 = 24 and 24*3 = {n}\n#### {n}"} for n in (72, 68)]
+    assert found(math_answer_reward, rows, forms=["{}"]) == set()
+
+
+def test_equal_gold_answers_are_not_several_candidates():
+    checks, _ = audit(math_answer_reward, [{"prompt": "?", "answer": "7"}] * 3)
+    (candidates,) = (check for check in checks if check.name == "several candidates")
+    assert (candidates.scores, candidates.failed) == ([], [])
+
+
 def test_chat_prompts_get_chat_answers():
     rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
 
@@ -83,6 +94,8 @@ def test_chat_prompts_get_chat_answers():
         ({"rows": ROWS[:1]}, "two or more rows with the column 'answer'; got 1"),
         ({"gold": "solution"}, "column 'solution'; got 8 with the columns: answer, prompt"),
         ({"forms": ["the answer"]}, r"forms=\['the answer'\]: each form needs a '\{\}'"),
+        ({"forms": ["#### {answer}"]}, r"each form needs a '\{\}'"),
+        ({"forms": ["\\boxed{}"]}, "other braces are doubled"),
     ],
 )
 def test_refusals(changes, message):
