@@ -932,7 +932,7 @@ class GRPOExtTrainer(GRPOTrainer):
         """The reason why chunks cannot be run forward and backward at once; None if they can."""
         if (name := self._overridden(*LOSS_HOOKS)) is not None:
             return f"{name} is overridden"
-        if self.is_deepspeed_enabled and self.args.fp16:
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
             return "DeepSpeed scales a loss for fp16 after it was computed"
         return why_inseparable(
             loss_type=self.loss_type,
