@@ -528,7 +528,9 @@ class GRPOExtTrainer(GRPOTrainer):
             return inputs
         whole = {name: _joined([part[name] for part in parts]) for name in parts[0]}
         order = order_by_group(prompt_groups(whole["prompt_ids"], whole["prompt_mask"]))
-        whole = {name: _in_order(value, order) for name, value in whole.items()}
+        devices = {value.device for value in whole.values() if isinstance(value, Tensor)}
+        orders = {device: torch.tensor(order, device=device) for device in devices}
+        whole = {name: _in_order(value, order, orders) for name, value in whole.items()}
         self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
@@ -1279,12 +1281,11 @@ def _joined(parts: list[Any]) -> Any:
     return torch.cat(parts) if isinstance(first, Tensor) and first.ndim else first
 
 
-def _in_order(value: Any, order: list[int]) -> Any:
-    """The rows of an entry in this order."""
+def _in_order(value: Any, order: list[int], orders: dict[torch.device, Tensor]) -> Any:
+    """The rows of an entry in this order, which `orders` has on each device."""
     if isinstance(value, list):
         return [value[row] for row in order]
-    is_rows = isinstance(value, Tensor) and value.ndim
-    return value[torch.tensor(order, device=value.device)] if is_rows else value
+    return value[orders[value.device]] if isinstance(value, Tensor) and value.ndim else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -152,6 +152,8 @@ def why_scoring_unsupported(
         return "cast_lm_head_to_fp32 is on"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout is on"
+    if getattr(config, "attention_dropout", 0.0):
+        return "attention_dropout is on"
     if (name := _functional_dropout(model)) is not None:
         return f"{name} is on"
     if args.neftune_noise_alpha:

@@ -188,7 +188,7 @@ def _parse(text: str) -> ParsedAnswer:
         return _parse_relation(parts, signs)
     if r"\pm" in text and r"\pmod" not in text:
         return Collection("", (_parse(text.replace(r"\pm", "+").lstrip("+ ")), _parse(text.replace(r"\pm", "-"))))
-    return parse_number(text) or strip_unit(text)
+    return parse_number(text) or (text if has_colons(text) else strip_unit(text))
 
 
 def _parse_brackets(brackets: str, inside: str) -> ParsedAnswer:

@@ -261,15 +261,18 @@ def _points(expressions: Sequence[sympy.Expr], names: Sequence[str]) -> Iterator
         rng = random.Random(trial)
         signs = (1, -1) if trial % 2 else (1, 1)
         yield {name: sympy.Rational(rng.randrange(20, 300) * rng.choice(signs), 101) for name in names}
-    if not any(e.has(*_PIECEWISE) or any(map(_is_root, e.atoms(sympy.Pow))) for e in expressions):
+    is_piecewise = any(e.has(*_PIECEWISE) for e in expressions)
+    has_root = any(_is_root(power) for e in expressions for power in e.atoms(sympy.Pow))
+    if not is_piecewise and not has_root:
         return
     numbers = {abs(part) for e in expressions for number in e.atoms(sympy.Rational) for part in (number.p, number.q)}
     reach = int(min(max(numbers, default=1), 1000)) * 2 + 5
     for trial in range(24):
         rng = random.Random(100 + trial)
-        scale = 1 if trial % 3 else 7  # integers, and fractions
+        scale = 1 if is_piecewise and trial % 3 else 7  # integers, at which (x-9)/(sqrt(x)-3) is 0/0, and fractions
         limit = reach if trial % 2 else min(reach, 25)
-        yield {name: sympy.Rational(rng.randrange(-limit * scale, limit * scale + 1), scale) for name in names}
+        tops = {name: rng.randrange(-limit * scale, limit * scale + 1) for name in names}
+        yield {name: sympy.Rational(top + (not is_piecewise and top % 7 == 0), scale) for name, top in tops.items()}
 
 
 def _is_root(power: sympy.Pow) -> bool:

@@ -191,7 +191,7 @@ def steps_logged(folder):
 @pytest.mark.parametrize("number", thinned([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_recipe_prints_the_command_that_continues_it(tmp_path, number):
     """The signal goes to the whole process group, as from a terminal or a scheduler: reward workers must survive it."""
-    cli.main(["train", "math", *FLAGS, "--output_dir", str(tmp_path / "whole"), "--reward_workers=0"])
+    cli.main(["train", "math", *FLAGS, "--output_dir", str(tmp_path / "whole"), "--reward_workers=2"])
     run = start("--output_dir", str(tmp_path / "run"), "--reward_workers=2", "--resume-from-checkpoint", "none")
     assert becomes(lambda: steps_logged(tmp_path / "run") or run.poll() is not None)
     os.killpg(run.pid, number)

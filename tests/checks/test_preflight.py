@@ -119,7 +119,7 @@ def test_long_prompts_are_left_out_and_counted(build, small_model, caplog):
 
 UNWISE = [
     ({"gradient_accumulation_steps": 1}, r"the completions of 2 prompts, .*: gradient_accumulation_steps=4\."),
-    ({"num_generations": 2}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
+    ({"num_generations": 2, "gradient_accumulation_steps": 1}, "num_generations=2: a group .* 50% at 0.5, 68% at 0.8"),
     ({"learning_rate": 1e-6}, "learning_rate=1e-06 is typical of full fine-tuning"),
     (
         {"peft_config": fresh_lora(lora_dropout=0.1), "disable_dropout": False},

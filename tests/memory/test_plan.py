@@ -93,7 +93,8 @@ def folders(tmp_path_factory):
 @pytest.mark.slow
 def test_plans_match_real_steps(folders):
     """Within 15% of the peak of two real steps of the trainer, excluding what the process held before. Anything that
-    is forgotten, counted twice or freed too early shows in one of these settings."""
+    is forgotten, counted twice or freed too early shows in one of these settings. A plan assumes the longest prompt and
+    completion in all places, so uneven rows need less."""
     chosen = {name: CASES[name] for name in (CASES if THOROUGH else USUAL)}
     cases = [[folders[model], asdict(sizes), policy, name in UNEVEN] for name, (model, policy, sizes) in chosen.items()]
     done = subprocess.run(
@@ -112,7 +113,7 @@ def test_plans_match_real_steps(folders):
         footprint = planned(folders[model], sizes, device_type="cpu", **policy).footprint
         error = footprint.total / measured - 1
         print(f"| {name} | {footprint.total / 2**20:.0f} MiB | {measured / 2**20:.0f} MiB | {error:+.1%} |")
-        if abs(error) > 0.15:
+        if not -0.15 <= error <= (0.3 if name in UNEVEN else 0.15):
             far[name] = error, footprint
     assert not far
 

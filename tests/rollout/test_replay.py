@@ -281,7 +281,8 @@ def test_other_rewards_empty_the_buffer(build, small_model, tmp_path, caplog):
     saves = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "run")}
     train(build, small_model, max_steps=2, **saves)
     accepted = {"reward_weights": [0.5], "accept_changes": "reward_weights"}
-    resumed = build(copy.deepcopy(small_model), **SETTINGS | saves | accepted | {"max_steps": 4})
+    accepted |= {"max_steps": 4, "reward": DeadFrom(), "peft_config": random_lora()}
+    resumed = build(copy.deepcopy(small_model), **SETTINGS | saves | accepted)
     resumed.train(resume_from_checkpoint="last")
     assert "The state of 'Replay' in the checkpoint is not used: changed reward_weights." in caplog.text
     assert resumed.state.global_step == 4
