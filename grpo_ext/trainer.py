@@ -31,7 +31,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -52,7 +52,7 @@ from grpo_ext.checkpoints.fingerprint import OPTIMIZER_SETTINGS, fingerprint
 from grpo_ext.checkpoints.hyperparameters import Hyperparameters
 from grpo_ext.checkpoints.resume import Checkpoints
 from grpo_ext.checkpoints.state import Stateful
-from grpo_ext.checkpoints.stop import Stop
+from grpo_ext.checkpoints.stop import Stop, start_loader_worker
 from grpo_ext.checks.chunk_size import choose_on
 from grpo_ext.checks.preflight import before_training, before_weights, try_rewards
 from grpo_ext.checks.trial import without_a_trace
@@ -423,6 +423,12 @@ class GRPOExtTrainer(GRPOTrainer):
             return super().train(folder and str(folder), *args, **kwargs)
         finally:
             self.args.eval_on_start = evaluates_first
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders wrap one of torch
+        inner.worker_init_fn = partial(start_loader_worker, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)

@@ -105,3 +105,16 @@ class Stop:
         text = f"\n{name}: the run ends after this step, with a checkpoint{hint}\n"
         with suppress(OSError):  # a closed stream; `print` could interrupt another `print`
             os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
+
+
+def start_loader_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    """Start a worker of a data loader that survives SIGINT and SIGTERM. A terminal, a launcher or a scheduler sends them
+    to all processes, but the training process still needs its workers until its step is over.
+
+    Args:
+        init: the `worker_init_fn` that the data loader had.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
