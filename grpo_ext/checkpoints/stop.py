@@ -108,8 +108,8 @@ class Stop:
 
 
 def start_loader_worker(init: Callable[[int], None] | None, worker: int) -> None:
-    """Start a worker of a data loader that survives SIGINT and SIGTERM. A terminal, a launcher or a scheduler sends them
-    to all processes, but the training process still needs its workers until its step is over.
+    """Start a worker of a data loader that survives SIGINT and SIGTERM. A terminal, a launcher or a scheduler sends
+    them to all processes, but the training process still needs its workers until its step is over.
 
     Args:
         init: the `worker_init_fn` that the data loader had.
