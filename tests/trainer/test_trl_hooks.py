@@ -26,6 +26,7 @@ TRL_METHODS = {
     "training_step": "self model inputs num_items_in_batch",
     "log": "self logs start_time",
     "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+    "get_train_dataloader": "self",
     "_get_train_sampler": "self dataset",
     "_run_epoch": (
         "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
