@@ -50,7 +50,7 @@ def rows_without_advantage(advantages: Tensor) -> frozenset[int]:
     Args:
         advantages: shape (B,), or (B, C) if a subclass sets one per token.
     """
-    is_zero_B = (advantages == 0).flatten(start_dim=1).all(dim=1) if advantages.ndim > 1 else advantages == 0
+    is_zero_B = (advantages == 0).view(len(advantages), -1).all(dim=1)
     return frozenset(is_zero_B.nonzero().flatten().tolist())
 
 

@@ -25,6 +25,7 @@ for _stems, _ending, _first, _step in (
     _NTH |= {stem + _ending: _first + _step * place for place, stem in enumerate(_stems.split())}
 _NTHS = {"halves": 2} | {f"{name}s": size for name, size in _NTH.items()}
 _NTH["half"] = 2
+_DENOMINATORS = _NTH | _NTHS
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 # Words after a number that must agree if both answers have one: 20 June is not 20 July.
 _MONTHS = "january february march april may june july august september october november december"
@@ -133,7 +134,7 @@ def parse_number(text: str) -> Number | None:
             value += Fraction(int(repeating), (10 ** len(repeating) - 1) * 10 ** len(decimals))
         value *= Fraction(10) ** int(part["exponent"] or part["power"] or 0)
     value *= SCALES.get((part["scale"] or "").lower(), 1)
-    value /= (_NTH | _NTHS).get((part["nth"] or part["nths"] or "").lower(), 1)
+    value /= _DENOMINATORS.get((part["nth"] or part["nths"] or "").lower(), 1)
     if part["sign"] == "-":
         value = -value
     unit = f"mod {part['modulus']}" if part["modulus"] else (part["unit"] or "").strip().lower()

@@ -202,7 +202,8 @@ class Replay:
         distances: list[float] = []
         for group in groups[self._process * share : (self._process + 1) * share]:
             logps_GC, mask_GC = self._score(group.completions)
-            sampled_GC = padded_logps([row.logps or [] for row in group.completions], like=logps_GC)
+            logps = [row.logps for row in group.completions if row.logps is not None]
+            sampled_GC = padded_logps(logps, like=logps_GC)  # raises if a row has none
             gaps_G = ((logps_GC - sampled_GC) * mask_GC).sum(dim=1).abs()
             distances.append(gaps_G.max().item())
         return gather_object(distances)
